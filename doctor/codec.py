@@ -1,0 +1,102 @@
+"""Records to JSON and back, and redaction. Bytes in, bytes out: reading files is the job of ``sources``."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TypeVar
+
+import msgspec
+
+from .errors import MachineError
+from .machine import SCHEMA, Machine
+
+RecordT = TypeVar("RecordT", bound=msgspec.Struct)
+
+MAX_SNAPSHOT_BYTES = 16 * 2**20
+"""A snapshot of a 16-GPU machine has about 60 kB; anything near this bound is not a snapshot."""
+
+_UUID = re.compile(r"\b(GPU|MIG)-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", re.IGNORECASE)
+_HOME = re.compile(r"/(?:home|Users)/[^/\s\"':;,]+|/root(?=/|\b)")
+
+
+def to_json(record: msgspec.Struct, *, indent: int = 2) -> str:
+    """Write a record as JSON text, keys in the order of the fields, ending in a newline."""
+    text = msgspec.json.encode(record)
+    return (msgspec.json.format(text, indent=indent) if indent else text).decode() + "\n"
+
+
+def from_json(data: bytes | str, record: type[RecordT], *, where: str) -> RecordT:
+    """Read a record back.
+
+    Args:
+        data: JSON text.
+        record: The type expected.
+        where: File name or other origin, for the message of the error.
+
+    Raises:
+        MachineError: The text is not JSON, or not such a record; the message names the first wrong field.
+    """
+    try:
+        return msgspec.json.decode(data, type=record)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MachineError(f"{where}: not a readable {record.__name__.lower()}: {error}.") from error
+
+
+def machine_from_json(data: bytes, *, where: str) -> Machine:
+    """Read a snapshot of a machine. It is marked as recorded, so that nothing acts on it.
+
+    Raises:
+        MachineError: Too large, not JSON, of another schema, or inconsistent; one sentence says which.
+    """
+    if len(data) > MAX_SNAPSHOT_BYTES:
+        raise MachineError(f"{where}: {len(data):,} bytes is too large for a snapshot (at most {MAX_SNAPSHOT_BYTES:,}).")
+    machine = from_json(data, Machine, where=where)
+    if machine.schema != SCHEMA:
+        raise MachineError(
+            f"{where}: snapshot schema {machine.schema}, this version reads {SCHEMA}; record it again with vlm-doctor collect."
+        )
+    _check_consistency(machine, where)
+    if machine.origin == "live":
+        machine = msgspec.structs.replace(machine, origin="recorded")
+    return machine
+
+
+def _check_consistency(machine: Machine, where: str) -> None:
+    """Refuse what no source would write, since checks and planner rely on it."""
+    indices = [gpu.index for gpu in machine.gpus]
+    if len(set(indices)) != len(indices):
+        raise MachineError(f"{where}: two GPUs have the same index ({indices}).")
+    for link in machine.links:
+        if link.a not in indices or link.b not in indices or link.a >= link.b:
+            raise MachineError(f"{where}: link {link.a}-{link.b} does not join two of its GPUs {indices} in rising order.")
+    for gpu in machine.gpus:
+        sizes = (gpu.memory_total_bytes, gpu.memory_free_bytes, gpu.memory_used_bytes, gpu.memory_reserved_bytes)
+        if any(size is not None and not 0 <= size < 2**50 for size in sizes):
+            raise MachineError(f"{where}: gpus[{gpu.index}] has a memory size out of range ({sizes}).")
+        if gpu.memory_total_bytes is not None and (gpu.memory_free_bytes or 0) > gpu.memory_total_bytes:
+            raise MachineError(f"{where}: gpus[{gpu.index}] has more free memory than memory.")
+
+
+def redact(machine: Machine) -> Machine:
+    """Make a snapshot safe to publish: UUIDs become stable pseudonyms, user names and commands go, home becomes ``~``.
+
+    The same UUID gives the same pseudonym everywhere in the snapshot, so CUDA_VISIBLE_DEVICES still resolves.
+    """
+
+    def pseudonym(match: re.Match[str]) -> str:
+        digest = hashlib.sha256(match[0].lower().encode()).hexdigest()
+        return f"{match[1]}-{digest[:8]}-{digest[8:12]}-{digest[12:16]}-{digest[16:20]}-{digest[20:32]}"
+
+    quiet = msgspec.structs.replace(
+        machine,
+        gpus=tuple(
+            msgspec.structs.replace(
+                gpu,
+                processes=tuple(msgspec.structs.replace(process, user=None, command=None) for process in gpu.processes),
+            )
+            for gpu in machine.gpus
+        ),
+    )
+    text = _HOME.sub("~", _UUID.sub(pseudonym, msgspec.json.encode(quiet).decode()))
+    return msgspec.json.decode(text, type=Machine)

@@ -1,0 +1,1 @@
+"""Constants, each with its source: GPU catalogue, model catalogue, version rules."""

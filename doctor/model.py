@@ -1,0 +1,123 @@
+"""A model as data: what a checkpoint's config and headers say, cut into the units that a ``device_map`` can place."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Role = Literal["vision", "projector", "embedding", "layer", "norm", "head", "other"]
+"""Part of the model: vision tower, projector (anything between tower and text), token embedding, one repeated text layer,
+final norm, output head, or something that fits none of these."""
+
+
+class Unit(msgspec.Struct, frozen=True, kw_only=True):
+    """The smallest thing that is placed: one key of the ``device_map``."""
+
+    key: str
+    """Module path in the *installed* class, such as ``model.language_model.layers.7``; a bare parameter has its own name."""
+    role: Role
+    parameters: dict[str, int]
+    """Stored dtype (safetensors' word, such as ``BF16`` or ``F32``) to number of elements. Empty for a module without
+    weights that the map must still name, such as ``model.language_model.rotary_emb``."""
+    stored_bytes: int
+    """Bytes in the checkpoint; tied tensors are counted once, where they are stored."""
+    largest_tensor_elements: int = 0
+    quantizable_elements: int = 0
+    """Elements of the linear weights that bitsandbytes would quantise."""
+    layer: int | None = None
+    """Number of the text layer."""
+
+    @property
+    def elements(self) -> int:
+        """Elements of all dtypes together."""
+        return sum(self.parameters.values())
+
+
+class TextShape(msgspec.Struct, frozen=True, kw_only=True):
+    """Dimensions of the text body. Source: ``text_config`` (or the root) of config.json."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    """Width of the (gated) MLP; for a mixture of experts, of the experts that one token passes, together."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    sliding_window: int | None = None
+    max_positions: int | None = None
+
+
+class VisionShape(msgspec.Struct, frozen=True, kw_only=True):
+    """Dimensions of the vision tower. Source: ``vision_config`` of config.json."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    patch: int
+    """Pixels along a patch's edge."""
+
+
+class ImageRule(msgspec.Struct, frozen=True, kw_only=True):
+    """How pixels become patches (in the tower) and tokens (in the prompt). Source: each family's image processor."""
+
+    kind: Literal["fixed", "merge", "tiles"]
+    """``fixed``: every image is resized to ``size``; ``merge``: any size, ``merge`` x ``merge`` patches make a token
+    (Qwen2-VL, GLM-4.1V); ``tiles``: cut into up to ``max_tiles`` squares of ``size`` plus a thumbnail (InternVL)."""
+    size: int
+    """Edge in pixels of the resized image or tile; for ``merge`` the default edge when the workload names none."""
+    patch: int
+    merge: int = 1
+    """Patches along the edge of the square that becomes one token."""
+    extra_tokens: int = 0
+    """Tokens added to each image, such as begin and end of image."""
+    extra_patches: int = 0
+    """Patches added to each image or tile, such as the class token."""
+    max_tiles: int = 1
+    has_thumbnail: bool = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    """Bounds of the processor on height x width; larger images are scaled down to ``max_pixels``."""
+
+
+class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """What the planner needs to know about a model, from config.json and safetensors headers alone."""
+
+    name: str
+    """Hub id or folder, as the user wrote it."""
+    origin: Literal["checkpoint", "hub", "catalogue"]
+    architecture: str
+    """Class name, ``config.architectures[0]``."""
+    model_type: str
+    is_remote_code: bool
+    """True when the class lives in the checkpoint (``auto_map``) and needs ``trust_remote_code=True``."""
+    dtype: str
+    """torch's word for the checkpoint's main dtype, such as ``bfloat16``."""
+    units: tuple[Unit, ...]
+    """In execution order: vision, projector, embedding, layers, norm, head."""
+    tied: tuple[tuple[str, ...], ...] = ()
+    """Groups of unit keys that share a tensor and so must share a device."""
+    text: TextShape
+    vision: VisionShape | None = None
+    image: ImageRule | None = None
+    quantization: str | None = None
+    """``quantization_config.quant_method`` of a checkpoint that is already quantised, such as ``awq``."""
+    runs_inner_generate: bool = False
+    """True when the class calls ``self.language_model.generate`` (InternVL-Chat and others), so that the logits must end
+    on the device of the inputs."""
+    files: tuple[str, ...] = ()
+    """Checkpoint files the headers were read from."""
+    notes: tuple[str, ...] = ()
+    """What was assumed, for the user to read."""
+
+    @property
+    def elements(self) -> int:
+        """Parameters of the model."""
+        return sum(unit.elements for unit in self.units)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of weights in the checkpoint."""
+        return sum(unit.stored_bytes for unit in self.units)

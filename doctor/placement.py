@@ -1,0 +1,118 @@
+"""What the planner answers: where each unit goes, what that costs on each GPU, and why."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .workload import Workload
+
+LedgerKind = Literal[
+    "driver", "others", "context", "workspace", "weights", "kv_cache", "activations", "fragmentation", "headroom", "left"
+]
+
+
+class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One item of a GPU's memory."""
+
+    kind: LedgerKind
+    label: str
+    """For people, such as ``weights: vision tower``."""
+    size_bytes: int
+    source: str
+    """Where the figure comes from: a measurement, a formula, a header, the policy."""
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU's part of the chain."""
+
+    gpu: int
+    """GPU index (NVML order)."""
+    uuid: str
+    name: str
+    keys: tuple[str, ...]
+    """Keys of the ``device_map`` placed here, in execution order."""
+    ledger: tuple[LedgerLine, ...]
+    """Adds up to ``total_bytes`` exactly; the line ``left`` is what remains and is negative when it does not fit."""
+    total_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of torch's ``max_memory_allocated``: weights, KV cache and activations."""
+        return sum(line.size_bytes for line in self.ledger if line.kind in ("weights", "kv_cache", "activations"))
+
+    @property
+    def left_bytes(self) -> int:
+        """What remains after headroom; negative when it does not fit."""
+        return sum(line.size_bytes for line in self.ledger if line.kind == "left")
+
+
+class Cut(msgspec.Struct, frozen=True, kw_only=True):
+    """A border between two stages."""
+
+    before: str
+    """Last key of the earlier stage."""
+    after: str
+    """First key of the later stage."""
+    link: str
+    """``NV18``, ``PHB`` …; ``?`` when unknown."""
+    reason: str
+
+
+class Lever(msgspec.Struct, frozen=True, kw_only=True):
+    """A change that would save memory, computed, not guessed."""
+
+    change: str
+    """Imperative, such as ``load in 4 bit (nf4)`` or ``prompt of at most 6144 text tokens``."""
+    saves_bytes: int
+    """On the GPU that lacks most."""
+    fits: bool
+    """True when this change alone makes the plan fit."""
+
+
+class Shortage(msgspec.Struct, frozen=True, kw_only=True):
+    """Why nothing fits."""
+
+    missing_bytes: int
+    """By how much the best split found exceeds its tightest GPU."""
+    message: str
+    """One sentence with the numbers."""
+    is_permanent: bool
+    """True when it would not fit even if every GPU were empty; False when only other processes stand in the way."""
+    levers: tuple[Lever, ...] = ()
+    """Smallest change first among those that fit, then the rest."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer for one model, machine, workload and policy."""
+
+    model: str
+    machine: str
+    """``Machine.description``."""
+    fits: bool
+    workload: Workload
+    dtype: str
+    """torch's word for the type the weights are loaded in."""
+    prompt_tokens: int
+    """Text and image tokens of one prompt."""
+    image_tokens: int
+    """Of all its images together."""
+    device_map: dict[str, int]
+    """Module path to position in ``cuda_visible_devices``; empty when nothing fits."""
+    max_memory: dict[int, int]
+    """Position in ``cuda_visible_devices`` to bytes that weights may take there; for accelerate."""
+    cuda_visible_devices: str
+    """UUIDs (indices on a synthetic machine) of the GPUs used, in the order of the stages."""
+    stages: tuple[Stage, ...]
+    """When nothing fits: the best split that was found."""
+    cuts: tuple[Cut, ...] = ()
+    reasons: tuple[str, ...] = ()
+    """Why so many GPUs, why these, what constraints acted."""
+    longest_prompt_tokens: int | None = None
+    """Longest prompt (text and image tokens) that this placement can take."""
+    shortage: Shortage | None = None
+    notes: tuple[str, ...] = ()
+    """What was assumed."""
+    is_remote_code: bool = False
+    needs_quantization: str | None = None

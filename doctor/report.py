@@ -1,0 +1,25 @@
+"""What every output format takes: one machine, its diagnosis, and a plan if one was asked for."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .findings import Diagnosis
+from .machine import Machine
+from .placement import Plan
+
+REPORT_SCHEMA = 1
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole answer of one run."""
+
+    schema: int = REPORT_SCHEMA
+    version: str
+    """Of pytest-vlmgpu."""
+    machine: Machine
+    diagnosis: Diagnosis | None = None
+    plan: Plan | None = None
+    exit_status: int
+    """0 usable; 1 an error was found (with --strict also a warning) or the plan does not fit; 3 could not look."""
+    seconds: float | None = None

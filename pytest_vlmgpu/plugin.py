@@ -1,0 +1,3 @@
+"""Entry point of the pytest plugin."""
+
+from __future__ import annotations
