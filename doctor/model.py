@@ -24,7 +24,7 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes in the checkpoint; tied tensors are counted once, where they are stored."""
     largest_tensor_elements: int = 0
     quantizable_elements: int = 0
-    """Elements of the linear weights that bitsandbytes would quantise."""
+    """Elements of the linear weights that bitsandbytes would quantize."""
     layer: int | None = None
     """Number of the text layer."""
 
@@ -103,7 +103,7 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     vision: VisionShape | None = None
     image: ImageRule | None = None
     quantization: str | None = None
-    """``quantization_config.quant_method`` of a checkpoint that is already quantised, such as ``awq``."""
+    """``quantization_config.quant_method`` of a checkpoint that is already quantized, such as ``awq``."""
     runs_inner_generate: bool = False
     """True when the class calls ``self.language_model.generate`` (InternVL-Chat and others), so that the logits must end
     on the device of the inputs."""

@@ -37,7 +37,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose among the placements that fit."""
 
     headroom_fraction: float = 0.02
-    """Share of each GPU's total memory that the plan leaves free."""
+    """Share of each GPU's memory that is free now which the plan leaves free."""
     headroom_min_bytes: int = 256 * MIB
     context_bytes: int | None = None
     """CUDA context of one process on one GPU; ``None`` takes the measured default of ``planner/budget.py``."""

@@ -1,0 +1,139 @@
+"""What each GPU can give: its memory, less the driver, other processes, the CUDA context, libraries and headroom."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from ..machine import Gpu, Machine
+from ..units import MIB
+from ..visibility import visible_gpus
+from ..workload import Policy
+
+CONTEXT_BYTES = 618 * MIB
+"""CUDA context of one torch process on one GPU. Measured: H200, driver 580.159.04, torch 2.11."""
+WORKSPACE_BYTES = 98 * MIB
+"""What the driver hands out at the first cuBLAS call. Measured: as above."""
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory of one GPU, before anything of the model is on it. All in bytes."""
+
+    gpu: Gpu
+    total_bytes: int
+    driver_bytes: int
+    others_bytes: int
+    context_bytes: int
+    workspace_bytes: int
+    headroom_fraction: float
+    headroom_min_bytes: int
+    total_source: str
+    context_source: str
+
+    @property
+    def free_bytes(self) -> int:
+        """Free now, as the driver sees it."""
+        return self.total_bytes - self.driver_bytes - self.others_bytes
+
+    @property
+    def headroom_bytes(self) -> int:
+        """Left free on purpose."""
+        return max(math.ceil(self.headroom_fraction * self.free_bytes), self.headroom_min_bytes)
+
+    @property
+    def headroom_source(self) -> str:
+        """Which rule of the policy set the headroom."""
+        if self.headroom_bytes > self.headroom_min_bytes:
+            return f"policy: {self.headroom_fraction:.0%} of the free memory"
+        return "policy: least headroom"
+
+    @property
+    def available_bytes(self) -> int:
+        """What weights, KV cache, activations and fragmentation may take; negative when not even a context fits."""
+        return self.free_bytes - self.context_bytes - self.workspace_bytes - self.headroom_bytes
+
+    def without_others(self) -> Budget:
+        """The same GPU, were no other process on it."""
+        return msgspec.structs.replace(self, others_bytes=0)
+
+
+class Exclusion(msgspec.Struct, frozen=True):
+    """A GPU that cannot be used."""
+
+    gpu: int
+    """Its index."""
+    reason: str
+    """One phrase."""
+    is_permanent: bool
+    """True for a setting of the machine or the process; False for a fault, or for use by others."""
+
+
+class Budgets(msgspec.Struct, frozen=True):
+    """The GPUs that can be used, and why the others cannot."""
+
+    usable: tuple[Budget, ...]
+    excluded: tuple[Exclusion, ...]
+
+
+def budgets(machine: Machine, policy: Policy) -> Budgets:
+    """Make the budget of every GPU that may and can be used, in the order of their indices."""
+    visible = visible_gpus(machine).gpus
+    usable: list[Budget] = []
+    excluded: list[Exclusion] = []
+    for gpu in sorted(machine.gpus, key=lambda gpu: gpu.index):
+        if policy.gpus is not None and gpu.index not in policy.gpus:
+            continue
+        shares_host = any(budget.gpu.has_unified_memory for budget in usable)
+        obstacle = _obstacle(gpu, machine, is_visible=gpu.index in visible, is_host_memory_taken=shares_host)
+        if obstacle:
+            excluded.append(obstacle)
+        else:
+            usable.append(_budget(gpu, machine, policy))
+    return Budgets(tuple(usable), tuple(excluded))
+
+
+def _obstacle(gpu: Gpu, machine: Machine, *, is_visible: bool, is_host_memory_taken: bool) -> Exclusion | None:
+    """Why a GPU cannot take part in a plan, or ``None``."""
+    total_bytes, free_bytes = _memory(gpu, machine)
+    is_exclusive = gpu.compute_mode in ("exclusive_process", "exclusive_thread")
+    is_used = any(process.kind == "compute" for process in gpu.processes)
+    obstacles = (
+        (gpu.error is not None, f"fails when asked ({gpu.error})", False),
+        (bool(gpu.mig_enabled), "MIG is enabled, and a slice cannot be joined with other GPUs", True),
+        (not is_visible, "hidden by CUDA_VISIBLE_DEVICES", True),
+        (gpu.compute_mode == "prohibited", "its compute mode is prohibited", True),
+        (is_exclusive and is_used, f"its compute mode is {gpu.compute_mode} and a process uses it", False),
+        (bool(gpu.has_unified_memory) and is_host_memory_taken, "a GPU that is used already has the host's memory", True),
+        (total_bytes is None or free_bytes is None, "its free memory is unknown", False),
+    )
+    return next((Exclusion(gpu.index, reason, permanent) for applies, reason, permanent in obstacles if applies), None)
+
+
+def _memory(gpu: Gpu, machine: Machine) -> tuple[int | None, int | None]:
+    """Total and free bytes: of the host where the GPU has no memory of its own."""
+    if not gpu.has_unified_memory:
+        return gpu.memory_total_bytes, gpu.memory_free_bytes
+    host = machine.host
+    return (host.memory_total_bytes, host.memory_available_bytes) if host else (None, None)
+
+
+def _budget(gpu: Gpu, machine: Machine, policy: Policy) -> Budget:
+    total_bytes, free_bytes = _memory(gpu, machine)
+    assert total_bytes is not None
+    assert free_bytes is not None
+    free_bytes = min(free_bytes, total_bytes)
+    reserved_bytes = 0 if gpu.has_unified_memory else gpu.memory_reserved_bytes or 0
+    driver_bytes = min(reserved_bytes, total_bytes - free_bytes)
+    return Budget(
+        gpu=gpu,
+        total_bytes=total_bytes,
+        driver_bytes=driver_bytes,
+        others_bytes=total_bytes - driver_bytes - free_bytes,
+        context_bytes=CONTEXT_BYTES if policy.context_bytes is None else policy.context_bytes,
+        workspace_bytes=WORKSPACE_BYTES,
+        headroom_fraction=policy.headroom_fraction,
+        headroom_min_bytes=policy.headroom_min_bytes,
+        total_source="host memory (the GPU has none of its own)" if gpu.has_unified_memory else "NVML",
+        context_source="measured on an H200" if policy.context_bytes is None else "policy",
+    )

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_doctor.data.activations import DEFAULT_TEXT, DEFAULT_VISION, text_coefficient, vision_coefficient
+from vlm_doctor.model import ModelProfile, Unit
+from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.image_tokens import image_load
+from vlm_doctor.planner.memory import Footprint, StageNeed, item_bytes, loaded_dtype, unit_bytes
+from vlm_doctor.workload import Workload
+
+from .profiles import glm41v_9b, llava_13b, unit
+
+LAYER = unit("layer", "layer", 1_000, linear=900)
+
+
+def footprint(profile: ModelProfile, **fields: Any) -> Footprint:
+    workload = Workload(**fields)
+    return Footprint(profile, workload, image_load(profile, workload), chain(profile).atoms)
+
+
+def whole(profile: ModelProfile, **fields: Any) -> StageNeed:
+    prices = footprint(profile, **fields)
+    return prices.detail(0, len(prices.atoms), prices.workload.text_tokens)
+
+
+@pytest.mark.parametrize(
+    ("stored", "fields", "size_bytes"),
+    [
+        ({"BF16": 1000}, {}, 2000),
+        ({"BF16": 1000}, {"dtype": "float32"}, 4000),
+        ({"F32": 1000}, {}, 2000),
+        ({"F32": 1000}, {"dtype": "float16"}, 2000),
+        ({"BF16": 600, "F32": 400}, {"dtype": "float32"}, 4000),
+        ({"BF16": 600, "I32": 100, "U8": 7, "BOOL": 5, "I64": 1}, {}, 1200 + 400 + 7 + 5 + 8),
+        ({"BF16": 600, "F8_E4M3": 400}, {"dtype": "float32"}, 2400 + 400),
+        ({"F4": 3}, {}, 2),
+        ({"BF16": 1000}, {"quantization": "int8"}, 900 + 200),
+        ({"BF16": 1000}, {"quantization": "nf4"}, 507 + 200),
+        ({"F32": 1000}, {"quantization": "nf4", "dtype": "float32"}, 507 + 200),
+        ({"BF16": 500, "I32": 100}, {"quantization": "int8"}, 500 + 400),
+    ],
+)
+def test_bytes_of_a_unit_once_loaded(stored: dict[str, int], fields: dict[str, Any], size_bytes: int) -> None:
+    own = msgspec.structs.replace(LAYER, parameters=stored)
+    assert unit_bytes(own, glm41v_9b(), Workload(**fields)) == size_bytes
+
+
+def test_a_quantized_checkpoint_keeps_its_stored_bytes() -> None:
+    own = Unit(key="layer", role="layer", parameters={"I32": 100, "F16": 8}, stored_bytes=416)
+    assert unit_bytes(own, glm41v_9b(quantization="gptq"), Workload(dtype="float32")) == 416
+
+
+def test_dtypes() -> None:
+    assert [item_bytes(name) for name in ("float32", "bfloat16", "float16", "float8_e4m3fn")] == [4, 2, 2, 2]
+    assert loaded_dtype(glm41v_9b(), Workload()) == "bfloat16"
+    assert loaded_dtype(glm41v_9b(), Workload(dtype="float32")) == "float32"
+
+
+def test_the_kv_cache_holds_all_tokens_of_all_sequences() -> None:
+    need = whole(llava_13b(), images=0, text_tokens=1000, new_tokens=24, batch=3)
+    assert need.kv_cache_bytes == 2 * 40 * 128 * 40 * 2 * 1024 * 3
+
+
+def test_float32_doubles_cache_and_activations() -> None:
+    short, wide = (whole(llava_13b(), images=0, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert wide.weights_bytes == 2 * short.weights_bytes
+    assert wide.kv_cache_bytes == 2 * short.kv_cache_bytes
+    assert wide.activations_bytes == pytest.approx(2 * short.activations_bytes, abs=2)
+
+
+def test_a_quantized_model_computes_in_16_bit() -> None:
+    plain = whole(llava_13b(), images=0)
+    assert whole(llava_13b(quantization="awq"), images=0, dtype="float32").kv_cache_bytes == plain.kv_cache_bytes
+    assert whole(llava_13b(), images=0, dtype="float32", quantization="int8").kv_cache_bytes == plain.kv_cache_bytes
+
+
+def test_int8_needs_its_product_and_nf4_the_weight_in_use() -> None:
+    plain, int8, nf4 = (footprint(llava_13b(), images=0, quantization=kind).work(512) for kind in (None, "int8", "nf4"))
+    assert int8.layer - plain.layer == 4 * 512 * 13824
+    assert nf4.layer - plain.layer == 2 * (317_204_480 // 3)
+
+
+def test_eager_attention_pays_for_the_scores_of_all_heads() -> None:
+    fused, eager = (footprint(llava_13b(), attention=kind) for kind in ("sdpa", "eager"))
+    assert eager.work(512).layer - fused.work(512).layer == 40 * (512 + 576) ** 2 * 8
+    assert eager.work(512).encode - fused.work(512).encode == 16 * 577**2 * 8
+
+
+def test_masks_of_sliding_windows_grow_with_the_square_beyond_the_window() -> None:
+    text = msgspec.structs.replace(llava_13b().text, sliding_window=1024)
+    windowed, plain = footprint(llava_13b(text=text), images=0), footprint(llava_13b(), images=0)
+    assert windowed.work(1024).layer == plain.work(1024).layer
+    assert windowed.work(2048).layer - plain.work(2048).layer == 4 * 2048**2
+
+
+def test_logits_of_one_token_or_of_all() -> None:
+    states = 512 * 5120 * 2
+    assert footprint(llava_13b(), images=0, batch=2).work(1).head == max(6 * 2 * 5120 * 2, 2 * 2 * 5120 * 2 + 2 * 32064 * 6)
+    assert footprint(llava_13b(), images=0, logits="forward").work(512).head == 2 * states + 512 * 32064 * 6
+    cog = llava_13b(architecture="CogVLMForCausalLM")
+    assert footprint(cog, images=0).work(512).head == 2 * states + 512 * 32064 * 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "moment"),
+    [
+        ({"text_tokens": 4096}, "a layer reads the prompt"),
+        ({"images": 1, "image_height": 4480, "text_tokens": 8}, "the vision tower runs"),
+        ({"logits": "forward"}, "the head computes logits"),
+    ],
+)
+def test_the_moment_of_the_largest_activations_is_named(fields: dict[str, Any], moment: str) -> None:
+    assert whole(glm41v_9b(), **{"images": 0, **fields}).moment == moment
+
+
+def test_an_anchor_alone_holds_the_embedded_prompt() -> None:
+    prices = footprint(glm41v_9b(), images=0)
+    need = prices.detail(0, 1, 512)
+    assert (need.kv_cache_bytes, need.activations_bytes, need.fragmentation_bytes) == (0, 512 * 4096 * 2, 0)
+    assert need.moment == "the prompt is embedded"
+
+
+def test_a_long_answer_to_a_short_prompt_pays_for_the_copy_of_a_growing_cache() -> None:
+    prices = footprint(llava_13b(), images=0, new_tokens=100_000)
+    assert prices.work(1).layer == prices.work(1).kv_layer
+
+
+def test_images_without_a_known_tower_cost_their_pixels() -> None:
+    prices = footprint(llava_13b(vision=None))
+    assert prices.work(512).encode == 577 * 6 * 14**2 * 2
+    assert "patch" not in prices.source
+
+
+def test_the_source_names_the_formulas() -> None:
+    assert footprint(glm41v_9b()).source == (
+        "4 x intermediate + 3.07 x hidden elements a token (counted, and measured on an H200); "
+        "18.2 x hidden elements a patch (counted, and measured on an H200)"
+    )
+    assert footprint(llava_13b()).source.endswith(
+        "2 x intermediate + (6 + layers) x hidden elements a patch (counted; it keeps the hidden states of all layers)"
+    )
+    assert footprint(llava_13b(), images=0).source == "3 x intermediate + 3.07 x hidden elements a token (counted)"
+
+
+def test_an_architecture_that_was_not_counted_gets_the_most_of_any() -> None:
+    assert text_coefficient("no_such_model") is DEFAULT_TEXT
+    assert vision_coefficient("no_such_model") is DEFAULT_VISION
+    assert vision_coefficient("llava").elements(intermediate=4096, hidden=1024, layers=24) == 38_912
+
+
+@given(
+    st.sampled_from([glm41v_9b(), llava_13b(), glm41v_9b(runs_inner_generate=True)]),
+    st.fixed_dictionaries(
+        {
+            "images": st.integers(0, 2),
+            "text_tokens": st.integers(1, 50_000),
+            "new_tokens": st.integers(0, 5_000),
+            "batch": st.integers(1, 4),
+            "attention": st.sampled_from(["sdpa", "eager"]),
+            "logits": st.sampled_from(["generate", "forward"]),
+            "quantization": st.sampled_from([None, "int8", "nf4"]),
+        }
+    ),
+    st.data(),
+)
+def test_a_stage_grows_with_every_atom_and_token_and_both_ways_to_price_it_agree(
+    profile: ModelProfile, fields: dict[str, Any], data: st.DataObject
+) -> None:
+    prices = footprint(profile, **fields)
+    atoms = len(prices.atoms)
+    first = data.draw(st.integers(0, atoms - 1))
+    end = data.draw(st.integers(first + 1, atoms))
+    tokens = fields["text_tokens"]
+    need = prices.needs(tokens)
+    detail = prices.detail(first, end, tokens)
+    assert need(first, end) == detail.total_bytes
+    assert min(detail.weights_bytes, detail.kv_cache_bytes, detail.activations_bytes, detail.fragmentation_bytes) >= 0
+    assert need(first, end) <= prices.needs(tokens + 1)(first, end)
+    if end < atoms:
+        assert need(first, end) <= need(first, end + 1)
+    if first:
+        assert need(first, end) <= need(first - 1, end)
