@@ -83,7 +83,7 @@ def describe(machine: Machine, gpus: Sequence[int] | None = None) -> str:
 
 def _one_island(machine: Machine, chosen: list[int], nvlinks: list[Link], pairs: int) -> str:
     if len(nvlinks) < pairs:
-        return f"{len(chosen)} GPUs joined by NVLink, not every pair directly: keep neighboring stages on directly joined GPUs."
+        return f"{len(chosen)} GPUs joined by NVLink, not every pair directly: keep neighboring stages on joined pairs."
     labels = sorted({link.nvlinks or 0 for link in nvlinks})
     width = f"NV{labels[0]}" if len(labels) == 1 else f"NVLink (NV{labels[0]} to NV{labels[-1]})"
     members = set(chosen)
@@ -105,7 +105,7 @@ def _several_islands(chosen: list[int], groups: tuple[tuple[int, ...], ...], cro
     between = "outside it" if len(joined) == 1 else f"between {noun}s"
     return (
         f"{len(chosen)} GPUs with {number} NVLink {noun}{'s' if len(joined) > 1 else ''} ({names}){rest}: "
-        f"keep a split inside {place}; {between} it crosses PCIe{crossing}."
+        f"keep a split inside {place}; {between} a hop crosses PCIe{crossing}."
     )
 
 

@@ -19,6 +19,8 @@ MAX_VALUE_CHARS = 4096
 """What is kept and repaired of a value: 64 full UUIDs have 2,623 characters."""
 _MAX_QUOTED_CHARS = 48
 """What is quoted in a message: one UUID with its quotes."""
+_NOTHING = ("-1", "NoDevFiles")
+"""Entries that are written to hide every GPU; the second is Slurm's, for a job that was given none."""
 _INTEGER = re.compile(r"\+?([0-9]{1,9})(?![0-9])", re.ASCII)
 """What C's strtoul takes from the start of an entry; ten digits are out of range on any machine."""
 _OLD_MIG = re.compile(r"MIG-(GPU-[^/]{1,64})/[0-9]{1,4}/[0-9]{1,4}", re.ASCII)
@@ -172,7 +174,7 @@ def _read(value: str, order: list[int], gpus: Mapping[int, Gpu]) -> tuple[list[i
                 remarks.append("one process sees one MIG slice only: the first")
             break
         if not value.startswith("GPU-") and not re.fullmatch(r"\s*\+?[0-9]+\s*", entry, re.ASCII):
-            remarks.append(f"{quote(entry)} is read as {order.index(index)}: write whole numbers with commas between them")
+            remarks.append(f"{quote(entry)} is read as {order.index(index)}")
     return chosen, None, remarks
 
 
@@ -217,11 +219,13 @@ def _by_mig(entry: str, gpus: list[Gpu]) -> int | str:
 
 def _problem(value: str, gpus: list[int], stop: _Stop | None, remarks: list[str]) -> str | None:
     shown = f"{VARIABLE}={quote(value)}"
-    if not value.strip() or (stop is not None and not gpus and stop.entry.strip() == "-1"):
+    if not value.strip() or (stop is not None and not gpus and stop.entry.strip() in _NOTHING):
         return f"{shown} hides every GPU."
     if stop is not None:
-        effect = f"only {len(gpus)} of its entries count" if gpus else "every GPU is hidden"
-        return f"{shown}: {quote(stop.entry)} {stop.why}, so {effect}."
+        names = ", ".join(map(str, gpus))
+        effect = f"only GPU{'s' if len(gpus) > 1 else ''} {names} can be seen" if gpus else "every GPU is hidden"
+        entry = "" if stop.entry == value else f": {quote(stop.entry)}"
+        return f"{shown}{entry} {stop.why}, so {effect}."
     return f"{shown}: {'; '.join(remarks)}." if remarks else None
 
 
@@ -247,7 +251,7 @@ def _corrected(value: str, order: list[int], gpus: tuple[Gpu, ...]) -> str | Non
 
 
 def _repaired(word: str, count: int, gpus: tuple[Gpu, ...]) -> str | None:
-    number = re.fullmatch(r"(?:cuda:|gpu)?\+?([0-9]{1,9})(?:\.0|gpu)?", word, re.ASCII | re.IGNORECASE)
+    number = re.match(r"(?:cuda:|gpu)?\+?([0-9]{1,9})(?![0-9])", word, re.ASCII | re.IGNORECASE)
     if number is not None:
         return str(int(number[1])) if int(number[1]) < count else None
     old_mig = _OLD_MIG.fullmatch(word)

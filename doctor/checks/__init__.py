@@ -1,1 +1,72 @@
+"""The one list of all checks, and :func:`diagnose`, which runs them.
+
+A check is a function of :class:`~vlm_doctor.checks._check.Facts` beside its entry in ``CHECKS`` of its family's file; its
+docstring is its page. ``docs/contributing.md`` tells how to add one.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Collection
+
+import msgspec
+
+from ..findings import Diagnosis, Outcome
+from ..machine import Machine
+from ..placement import Plan
+from . import devices, driver, host, libraries, links, memory, model, torch_build, visibility
+from ._check import NO_GPU_CAUSES, Check, Facts, examine
+
+_FAMILIES = (driver, devices, visibility, libraries, torch_build, links, memory, host, model)
+
+CHECKS: tuple[Check, ...] = tuple(
+    sorted((check for family in _FAMILIES for check in family.CHECKS), key=lambda check: check.code)
+)
+"""Every check, in the order of the codes."""
+
+RETIRED: dict[str, str] = {}
+"""Codes that are no longer given, to the version that dropped them and why. A code never changes its meaning."""
+
+_BY_CODE = {check.code: check for check in CHECKS}
+
+
+def diagnose(machine: Machine, *, plan: Plan | None = None, ignore: Collection[str] = ()) -> Diagnosis:
+    """Run every check on a machine.
+
+    Args:
+        machine: Live, recorded or made up.
+        plan: The plan that the checks of family 6xx judge; without one they are skipped.
+        ignore: Codes, or beginnings of codes such as ``VLM5``, whose findings are demoted to info: never hidden.
+
+    Returns:
+        One outcome for each check, in the order of the codes. Nothing is raised: a check that fails is ``crashed``, and a
+        symptom whose cause another check found is ``skipped``.
+    """
+    facts = Facts.of(machine, plan)
+    outcomes: dict[str, Outcome] = {}
+    for check in CHECKS:
+        _settle(check, facts, outcomes)
+    return Diagnosis(outcomes=tuple(_demoted(outcomes[check.code], tuple(ignore)) for check in CHECKS))
+
+
+def _settle(check: Check, facts: Facts, outcomes: dict[str, Outcome]) -> Outcome:
+    """Run a check after those that may explain it."""
+    if check.code in outcomes:
+        return outcomes[check.code]
+    is_blind = check.needs_gpus and facts.has_hardware and not facts.machine.gpus
+    hiding = NO_GPU_CAUSES if is_blind else ()
+    for code in (*check.explained_by, *hiding):
+        cause = _settle(_BY_CODE[code], facts, outcomes)
+        if any(finding.severity != "info" for finding in cause.findings):
+            outcome = Outcome(code=check.code, title=check.title, state="skipped", reason=f"explained by {code}")
+            break
+    else:
+        outcome = examine(check, facts)
+    outcomes[check.code] = outcome
+    return outcome
+
+
+def _demoted(outcome: Outcome, ignore: tuple[str, ...]) -> Outcome:
+    if not any(prefix and outcome.code.startswith(prefix.upper()) for prefix in ignore):
+        return outcome
+    findings = tuple(msgspec.structs.replace(finding, severity="info") for finding in outcome.findings)
+    return msgspec.structs.replace(outcome, findings=findings)

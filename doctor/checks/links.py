@@ -1,0 +1,352 @@
+"""4xx: how the GPUs reach each other."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from ..findings import Finding, Fix, Severity
+from ..machine import Gpu, Link
+from ..topology import WORST_RANK, describe, islands, link_rank
+from ._check import Check, Facts, Result, found, label, names, skipped, unknown
+
+_FABRIC_MASK = {
+    0: "bandwidth is degraded",
+    2: "a route is being recovered",
+    4: "a route is unhealthy",
+    6: "it recovers from an access timeout",
+}
+"""Bit position of a two-bit field in the fabric's health mask to what it means when the field is 1 (true); 2 is false, 0
+not supported. Source: NVML_GPU_FABRIC_HEALTH_MASK_SHIFT_* of nvidia-ml-py 13.615."""
+_P2P_TEXTS = {
+    "chipset_not_supported": "the chipset does not support it",
+    "gpu_not_supported": "these GPUs do not support it",
+    "topology_not_supported": "it is not supported across this PCIe topology",
+    "disabled_by_regkey": "the driver's settings disable it",
+    "not_supported": "it is not supported here",
+}
+_SHARE_AS_FREE = 0.9
+"""Other GPUs count as an alternative when they have at least this share of the visible ones' free memory."""
+
+
+def what_links_mean(facts: Facts) -> Result:
+    """What the links between the visible GPUs mean for a model that is split over them.
+
+    ## What it checks
+    NVLink islands and PCIe paths between the visible GPUs.
+
+    ## Why it matters
+    Each border between two stages of a split sends the hidden state of every token over a link: NVLink hardly
+    notices, a path through two CPU sockets does.
+
+    ## Example
+    `info VLM401 2 GPUs joined by NV18 through NVSwitch: any split may cross them freely.`
+
+    ## What to do
+    Nothing: the plans of vlm-doctor take it into account. By hand: `nvidia-smi topo -m`.
+
+    ## When it is fine
+    Always: it is information.
+
+    ## Sources
+    nvmlDeviceGetTopologyCommonAncestor, nvmlDeviceGetNvLinkState and the remote ends of the links.
+    """
+    visible = facts.visible
+    if len(visible) < 2:
+        return skipped("fewer than 2 visible GPUs")
+    members = {gpu.index for gpu in visible}
+    links = [link for link in facts.machine.links if link.a in members and link.b in members]
+    if all(link_rank(link) == WORST_RANK for link in links):
+        gap = facts.machine.gap("links")
+        return unknown(f"how the GPUs are joined is not known{f': {gap.reason}' if gap else ''}")
+    worst = facts.machine.links.index(max(links, key=link_rank))
+    return (
+        found(
+            "info",
+            describe(facts.machine, sorted(members)),
+            evidence=facts.evidence(f"links[{worst}].nvlinks", f"links[{worst}].path"),
+            gpus=visible,
+        ),
+    )
+
+
+def nvlink_inactive(facts: Facts) -> Result:
+    """A GPU has fewer active NVLinks than others of its model.
+
+    ## What it checks
+    Active NVLinks of each GPU against the most that a GPU of the same model has here.
+
+    ## Why it matters
+    A loose bridge or a broken link costs bandwidth, and collectives may fail or hang.
+
+    ## Example
+    `warning VLM402 GPU 3 (NVIDIA GeForce RTX 3090) has 2 of 4 NVLinks active.`
+
+    ## What to do
+    Look at `nvidia-smi nvlink --status -i 3` and its error counters (`-e`). Bridge: reseat it. NVSwitch: reset the
+    GPUs, then have the board looked at.
+
+    ## When it is fine
+    A card without a bridge has no active link, and links that no GPU of the model uses are off by design: neither is
+    reported.
+
+    ## Sources
+    nvmlDeviceGetNvLinkState; NVIDIA Health Validation, nvlink_active.
+    """
+    working = [gpu for gpu in facts.working if gpu.nvlinks]
+    if not working:
+        return skipped("no NVLink")
+    has_switch = any(port.remote == "switch" for gpu in working for port in gpu.nvlinks)
+    findings = []
+    for gpu in working:
+        active = _active(gpu)
+        most = max(_active(other) for other in working if other.name == gpu.name)
+        if active < most and (active or has_switch):
+            findings.append(_inactive(facts, gpu, most))
+    return tuple(findings)
+
+
+def _active(gpu: Gpu) -> int:
+    return sum(port.is_active for port in gpu.nvlinks)
+
+
+def _inactive(facts: Facts, gpu: Gpu, most: int) -> Finding:
+    first = next((at for at, port in enumerate(gpu.nvlinks) if not port.is_active), 0)
+    return found(
+        "warning",
+        f"{label(gpu)} has {_active(gpu)} of {most} NVLinks active.",
+        cause="A bridge is loose, or a link is broken.",
+        evidence=facts.evidence(facts.path(gpu, f"nvlinks[{first}].is_active")),
+        fix=Fix(
+            text="Look at the links and their errors; reseat the bridge or reset the GPUs.",
+            commands=(f"nvidia-smi nvlink --status -i {gpu.index}", f"nvidia-smi nvlink -e -i {gpu.index}"),
+            who="administrator",
+        ),
+        gpus=(gpu,),
+    )
+
+
+def fabric_not_up(facts: Facts) -> Result:
+    """The NVSwitch fabric is not up, though the links are.
+
+    ## What it checks
+    The fabric state that each GPU of an NVSwitch machine reports: completed, without error, healthy.
+
+    ## Why it matters
+    Links train in hardware, but only the fabric manager makes them usable: without it CUDA fails with error 802,
+    "system not yet initialized", while nvidia-smi looks fine.
+
+    ## Example
+    `error VLM403 The NVSwitch fabric of GPUs 0, 1, 2, 3, 4, 5, 6, 7 is not up: not started.`
+
+    ## What to do
+    Start the fabric manager in exactly the driver's version. In a virtual machine it runs on the host.
+
+    ## When it is fine
+    For a minute after boot it says "in progress". Machines without NVSwitch have no fabric: the check is skipped.
+
+    ## Sources
+    nvmlDeviceGetGpuFabricInfoV; pytorch issue 35710.
+    """
+    told = [gpu for gpu in facts.working if gpu.fabric is not None and gpu.fabric.state != "not_supported"]
+    if not told:
+        return skipped("no NVSwitch fabric")
+    groups: dict[tuple[Severity, str], list[Gpu]] = {}
+    for gpu in told:
+        trouble = _fabric_trouble(gpu)
+        if trouble is not None:
+            groups.setdefault(trouble, []).append(gpu)
+    doubtful = [gpu for gpu in told if gpu.fabric is not None and gpu.fabric.state == "unknown"]
+    if doubtful and not groups:
+        return unknown(f"the fabric state of {names(doubtful)} is not known")
+    return tuple(_fabric_finding(facts, severity, text, gpus) for (severity, text), gpus in groups.items())
+
+
+def _fabric_trouble(gpu: Gpu) -> tuple[Severity, str] | None:
+    fabric = gpu.fabric
+    if fabric is None or fabric.state in ("not_supported", "unknown"):
+        return None
+    if fabric.state != "completed":
+        return "error", f"is not up: {fabric.state.replace('_', ' ')}"
+    if fabric.status:
+        return "error", f"failed with NVML error {fabric.status}"
+    health = [text for shift, text in _FABRIC_MASK.items() if (fabric.health_mask or 0) >> shift & 3 == 1]
+    return ("warning", f"is not healthy: {', '.join(health)}") if health else None
+
+
+def _fabric_finding(facts: Facts, severity: Severity, text: str, gpus: Sequence[Gpu]) -> Finding:
+    return found(
+        severity,
+        f"The NVSwitch fabric of {names(gpus)} {text}.",
+        cause="The fabric manager is not running, or not in the version of the driver." if severity == "error" else None,
+        evidence=facts.evidence(*(facts.path(gpus[0], f"fabric.{name}") for name in ("state", "status", "health_mask"))),
+        fix=Fix(
+            text="Start the fabric manager in the driver's version; in a virtual machine it runs on the host.",
+            commands=("systemctl status nvidia-fabricmanager", "sudo systemctl enable --now nvidia-fabricmanager"),
+            who="administrator",
+        ),
+        gpus=gpus,
+    )
+
+
+def peer_access_missing(facts: Facts) -> Result:
+    """The driver does not grant GPUs access to each other's memory.
+
+    ## What it checks
+    Peer read and write access of each pair of visible GPUs, as the driver grants it.
+
+    ## Why it matters
+    Copies between such GPUs go through the host's memory: correct, but slower.
+
+    ## Example
+    `info VLM404 No peer access between 1 pair of GPUs (0-1): it is not supported here.`
+
+    ## What to do
+    Mostly nothing. Between GPUs joined by NVLink it should be there: look at `nvidia-smi topo -p2p r` and the driver.
+
+    ## When it is fine
+    GeForce cards from the 40 series on, paths through two CPU sockets, virtual machines and WSL2 have none by design:
+    it is only mentioned.
+
+    ## Sources
+    nvmlDeviceGetP2PStatus; accelerate issue 2195.
+    """
+    members = {gpu.index for gpu in facts.visible}
+    links = [link for link in facts.machine.links if link.a in members and link.b in members]
+    if len(members) < 2:
+        return skipped("fewer than 2 visible GPUs")
+    if not any(link.p2p_read or link.p2p_write for link in links):
+        return unknown("peer access is not known")
+    groups: dict[tuple[Severity, str], list[Link]] = {}
+    for link in links:
+        reason = next((why for why in (link.p2p_read, link.p2p_write) if why in _P2P_TEXTS), None)
+        if reason is not None:
+            is_odd = bool(link.nvlinks) or reason == "disabled_by_regkey"
+            groups.setdefault(("warning" if is_odd else "info", reason), []).append(link)
+    return tuple(_no_peer_access(facts, severity, reason, group) for (severity, reason), group in groups.items())
+
+
+def _no_peer_access(facts: Facts, severity: Severity, reason: str, links: Sequence[Link]) -> Finding:
+    pairs = ", ".join(f"{link.a}-{link.b}" for link in links[:4]) + (", ..." if len(links) > 4 else "")
+    ends = {index for link in links for index in (link.a, link.b)}
+    position = facts.machine.links.index(links[0])
+    return found(
+        severity,
+        f"No peer access between {len(links)} pair{'s' if len(links) > 1 else ''} of GPUs ({pairs}): {_P2P_TEXTS[reason]}.",
+        cause="Copies between them go through the host's memory.",
+        evidence=facts.evidence(
+            f"links[{position}].p2p_read", f"links[{position}].p2p_write", f"links[{position}].nvlinks"
+        ),
+        fix=Fix(text="Look at what the driver grants, and why not.", commands=("nvidia-smi topo -p2p r",))
+        if severity == "warning"
+        else None,
+        gpus=[gpu for gpu in facts.visible if gpu.index in ends],
+    )
+
+
+def slow_choice(facts: Facts) -> Result:
+    """CUDA_VISIBLE_DEVICES picks GPUs that are joined badly, though others are joined better.
+
+    ## What it checks
+    The slowest link among the visible GPUs against the best choice of as many GPUs: an NVLink island that is large
+    enough, or for two GPUs the best pair.
+
+    ## Why it matters
+    The same model on the same number of GPUs runs faster when its stages are neighbors.
+
+    ## Example
+    `warning VLM405 GPUs 0, 2 are joined by SYS only, while GPUs 0, 1 share NV4.`
+
+    ## What to do
+    Set the value that the finding gives.
+
+    ## When it is fine
+    Where the better GPUs are busy (not reported when less memory is free there) or were not given to this job.
+
+    ## Sources
+    nvmlDeviceGetTopologyCommonAncestor, NVLink states.
+    """
+    visible, machine = facts.visible, facts.machine
+    if len(visible) < 2:
+        return skipped("fewer than 2 visible GPUs")
+    if len(visible) == len(facts.working):
+        return ()
+    worst = _worst(facts, [gpu.index for gpu in visible])
+    better = _best_choice(facts, len(visible))
+    if worst is None or better is None:
+        return unknown("how the GPUs are joined is not known")
+    best = _worst(facts, better)
+    chosen = [gpu for gpu in machine.gpus if gpu.index in better]
+    if best is None or not _is_better(best, worst) or _free(chosen) < _SHARE_AS_FREE * _free(visible):
+        return ()
+    position = machine.links.index(worst)
+    value = ",".join(gpu.uuid for gpu in chosen) if machine.origin != "synthetic" else ",".join(map(str, better))
+    return (
+        found(
+            "warning",
+            f"{names(visible)} are joined by {worst.label} only, while {names(chosen)} share {best.label}.",
+            cause="CUDA_VISIBLE_DEVICES picks GPUs of different islands.",
+            evidence=facts.evidence(
+                "environment.CUDA_VISIBLE_DEVICES", f"links[{position}].path", f"links[{position}].nvlinks"
+            ),
+            fix=Fix(
+                text="Choose the GPUs that are joined better.",
+                commands=(f"export CUDA_VISIBLE_DEVICES={shlex.quote(value)}",),
+            ),
+            gpus=visible,
+        ),
+    )
+
+
+def _is_better(best: Link, worst: Link) -> bool:
+    """NVLink instead of PCIe, or a nearer PCIe path; a few NVLinks more are no reason to move."""
+    return link_rank(best) < link_rank(worst) and not worst.nvlinks
+
+
+def _worst(facts: Facts, gpus: Sequence[int]) -> Link | None:
+    """The slowest link among GPUs; ``None`` when one of their links is unknown."""
+    members = set(gpus)
+    links = [link for link in facts.machine.links if link.a in members and link.b in members]
+    if len(links) < len(members) * (len(members) - 1) // 2 or any(link_rank(link) == WORST_RANK for link in links):
+        return None
+    return max(links, key=link_rank)
+
+
+def _best_choice(facts: Facts, count: int) -> list[int] | None:
+    """As many GPUs inside one NVLink island, else, for two, the best pair; ``None`` when no link is known."""
+    working = [gpu.index for gpu in facts.working]
+    for island in islands(facts.machine, working):
+        if len(island) >= count:
+            return list(island[:count])
+    known = [link for link in facts.machine.links if link_rank(link) < WORST_RANK and {link.a, link.b} <= set(working)]
+    if not known:
+        return None
+    if count > 2:
+        return [gpu.index for gpu in facts.visible]
+    best = min(known, key=link_rank)
+    return [best.a, best.b]
+
+
+def _free(gpus: Sequence[Gpu]) -> int:
+    return sum(gpu.memory_free_bytes or 0 for gpu in gpus)
+
+
+CHECKS = (
+    Check(
+        code="VLM401",
+        title="what the links mean for a split",
+        run=what_links_mean,
+        needs=("gpus",),
+        explained_by=("VLM201", "VLM403"),
+    ),
+    Check(code="VLM402", title="NVLinks inactive", run=nvlink_inactive, needs=("gpus",)),
+    Check(code="VLM403", title="NVSwitch fabric not up", run=fabric_not_up, needs=("gpus",)),
+    Check(
+        code="VLM404",
+        title="no peer access between GPUs",
+        run=peer_access_missing,
+        needs=("gpus",),
+        explained_by=("VLM201", "VLM403"),
+    ),
+    Check(code="VLM405", title="visible GPUs badly joined", run=slow_choice, needs=("gpus",), explained_by=("VLM201",)),
+)

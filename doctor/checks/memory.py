@@ -1,0 +1,169 @@
+"""5xx, first half: who holds GPU memory?"""
+
+from __future__ import annotations
+
+from ..findings import Finding, Fix
+from ..machine import Gpu, GpuProcess
+from ..units import GIB, MIB, format_gib
+from ._check import Check, Facts, Result, found, label, plain, skipped
+
+_MUCH_SHARE, _MUCH_BYTES = 0.1, GIB
+"""From this share of a GPU on, and at least this much, held memory is a warning: a desktop with a browser stays below."""
+_LITTLE_BYTES = 256 * MIB
+"""Below this nothing is said: a display server on an idle screen."""
+_HIDDEN_SHARE, _HIDDEN_BYTES = 0.05, GIB
+"""Memory that no listed process accounts for. Contexts and rounding stay below: 618 MiB is one CUDA context on H200."""
+
+
+def held_by_others(facts: Facts) -> Result:
+    """Other processes hold memory of a visible GPU.
+
+    ## What it checks
+    The processes that NVML lists on each visible GPU, and what they hold.
+
+    ## Why it matters
+    A model that fits the card does not fit what is left. Plans count it as taken.
+
+    ## Example
+    `warning VLM501 GPU 1 (NVIDIA A10): 11.0 GiB of 22.5 GiB are held by pid 4711 (ana, python, 11.0 GiB, 3 h).`
+
+    ## What to do
+    Wait, take another GPU, or stop the process if it is yours: `ps -o pid,user,etime,args -p 4711`.
+
+    ## When it is fine
+    A display or a small service: below a tenth of the GPU it is only mentioned.
+
+    ## Sources
+    nvmlDeviceGetMemoryInfo (version 2, without the driver's own share), nvmlDeviceGetComputeRunningProcesses and the
+    lists for graphics and MPS.
+    """
+    findings = (_held(facts, gpu) for gpu in facts.visible if not gpu.has_unified_memory)
+    return tuple(finding for finding in findings if finding is not None)
+
+
+def _held(facts: Facts, gpu: Gpu) -> Finding | None:
+    if not gpu.processes:
+        return None
+    listed = sum(process.used_bytes or 0 for process in gpu.processes)
+    is_sized = all(process.used_bytes is not None for process in gpu.processes)
+    held = min(listed, gpu.memory_used_bytes or listed) if is_sized else gpu.memory_used_bytes or listed
+    if held < _LITTLE_BYTES:
+        return None
+    total = gpu.memory_total_bytes or 0
+    ordered = sorted(gpu.processes, key=lambda process: (-(process.used_bytes or 0), process.pid))
+    shown = ", ".join(map(_process, ordered[:4])) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
+    amount = f"{format_gib(held)} of {format_gib(total)}" if total else format_gib(held)
+    pids = ",".join(str(process.pid) for process in ordered[:20] if process.pid > 0)
+    commands = (f"ps -o pid,user,etime,args -p {pids}",) if pids else ("nvidia-smi",)
+    paths = [
+        facts.path(gpu, "memory_used_bytes"),
+        facts.path(gpu, "memory_free_bytes"),
+        facts.path(gpu, "processes[0].pid"),
+    ]
+    return found(
+        "warning" if held >= max(_MUCH_BYTES, _MUCH_SHARE * total) else "info",
+        f"{label(gpu)}: {amount} are held by {shown}.",
+        evidence=facts.evidence(*paths),
+        fix=Fix(text="Wait for it, take another GPU, or stop it if it is yours.", commands=commands),
+        gpus=(gpu,),
+    )
+
+
+def _process(process: GpuProcess) -> str:
+    """``pid 4711 (ana, python, 11.0 GiB, 3 h)``."""
+    details = [plain(text)[:60] for text in (process.user, process.command) if text]
+    if not details:
+        details.append("not visible from here")
+    if process.used_bytes is not None:
+        details.append(format_gib(process.used_bytes))
+    if process.started_s_ago is not None:
+        details.append(_age(process.started_s_ago))
+    return f"pid {process.pid} ({', '.join(details)})"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def held_by_nobody(facts: Facts) -> Result:
+    """Memory of a GPU is in use, but no listed process accounts for it.
+
+    ## What it checks
+    Used memory of each visible GPU minus what the listed processes hold.
+
+    ## Why it matters
+    The memory is gone all the same. Outside containers it is often an orphan: a worker whose parent died, a process
+    stuck in the kernel, an open file descriptor.
+
+    ## Example
+    `warning VLM502 GPU 0 (NVIDIA L4): 9.0 GiB are in use, but no process is listed that holds them.`
+
+    ## What to do
+    `sudo fuser -v /dev/nvidia*` lists processes that have the GPU open. In a container or virtual machine the holder is
+    outside: look on the host.
+
+    ## When it is fine
+    In a container, where processes of other containers are not visible from here. GPUs that share the host's memory
+    are not judged.
+
+    ## Sources
+    nvmlDeviceGetMemoryInfo (version 2), process lists of NVML.
+    """
+    if facts.machine.origin == "synthetic":
+        return skipped("a made-up machine has no processes")
+    findings = (_orphaned(facts, gpu) for gpu in facts.visible if not gpu.has_unified_memory)
+    return tuple(finding for finding in findings if finding is not None)
+
+
+def _orphaned(facts: Facts, gpu: Gpu) -> Finding | None:
+    # A process of unknown size may hold all of it: WSL and virtual GPUs do not tell.
+    if any(process.used_bytes is None for process in gpu.processes):
+        return None
+    used = gpu.memory_used_bytes or 0
+    hidden = used - sum(process.used_bytes or 0 for process in gpu.processes)
+    if hidden < max(_HIDDEN_BYTES, _HIDDEN_SHARE * (gpu.memory_total_bytes or 0)):
+        return None
+    host = facts.machine.host
+    is_inside = host is not None and (host.container is not None or bool(host.is_virtual_machine))
+    gap = facts.machine.gap(facts.path(gpu, "processes"))
+    if gap is not None:
+        why = f"who holds them could not be read ({plain(gap.reason)})"
+    elif is_inside:
+        why = "who holds them is not visible from here"
+    else:
+        why = f"no process is listed that holds them{' all' if gpu.processes else ''}"
+    return found(
+        "warning",
+        f"{label(gpu)}: {format_gib(hidden)} are in use, but {why}.",
+        cause="Processes outside this container or machine are not listed."
+        if is_inside
+        else "A dead process left it behind.",
+        evidence=facts.evidence(facts.path(gpu, "memory_used_bytes"), facts.path(gpu, "memory_free_bytes")),
+        fix=Fix(text="Ask on the host who uses the GPU.", commands=("nvidia-smi",), who="administrator")
+        if is_inside
+        else Fix(
+            text="Find who has the GPU open, and stop it.", commands=("sudo fuser -v /dev/nvidia*",), who="administrator"
+        ),
+        gpus=(gpu,),
+    )
+
+
+CHECKS = (
+    Check(
+        code="VLM501",
+        title="GPU memory held by other processes",
+        run=held_by_others,
+        needs=("gpus[].processes",),
+        explained_by=("VLM201",),
+    ),
+    Check(
+        code="VLM502",
+        title="GPU memory held by no visible process",
+        run=held_by_nobody,
+        needs=("gpus[].memory_used_bytes",),
+        explained_by=("VLM201",),
+    ),
+)

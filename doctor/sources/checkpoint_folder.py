@@ -1,0 +1,151 @@
+"""Read a checkpoint from a folder: config.json and the headers of its safetensors files, never a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelFileError, ModelNotFoundError
+from .checkpoint import Checkpoint, StoredTensor
+from .safetensors_headers import read_header
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+MAX_JSON_BYTES = 100_000_000
+"""The largest index in use (hundreds of thousands of experts) has about 20 MB."""
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    """Read config and headers.
+
+    Args:
+        folder: Holds config.json and model.safetensors, or shards with model.safetensors.index.json.
+
+    Raises:
+        ModelNotFoundError: There is no such folder.
+        ModelFileError: A file is missing, damaged or contradicts another.
+    """
+    if not folder.exists():
+        raise ModelNotFoundError(f"{folder}: there is no such folder.")
+    if not folder.is_dir():
+        raise ModelFileError(f"{folder}: is a file; name the folder that holds config.json and the safetensors files.")
+    if not (folder / CONFIG).is_file():
+        raise ModelFileError(f"{folder}: has no config.json; name the folder of a checkpoint.")
+    config = parse_object(_read_text(folder / CONFIG), where=CONFIG)
+    shards, notes = _shards(folder)
+    tensors = join_shards({shard: read_header(folder / shard) for shard in shards})
+    return Checkpoint(config, tensors, tuple(shards), _processor(folder), tuple(notes))
+
+
+def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
+    """Read a JSON object. Python's own parser, because config.json files hold ``Infinity`` and ``NaN`` as it writes them.
+
+    Raises:
+        ModelFileError: Not JSON, or not an object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{where}: is not JSON ({error}); download it again.") from error
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{where}: is not a JSON object; download it again.")
+    return value
+
+
+def shards_of_index(text: bytes) -> list[str]:
+    """Names of the shards that an index lists, sorted.
+
+    Raises:
+        ModelFileError: No valid index, or a name that leads out of the folder.
+    """
+    weight_map = parse_object(text, where=INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelFileError(f"{INDEX}: has no weight_map from tensors to files; download it again.")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if not _stays_inside(shard):
+            raise ModelFileError(
+                f"{INDEX}: lists the file {shard[:120]!r}, which is not a name inside the folder; do not trust it."
+            )
+    return shards
+
+
+def _stays_inside(name: str) -> bool:
+    parts = name.split("/")
+    return (
+        name.isprintable() and "\\" not in name and ":" not in name and not any(part in ("", ".", "..") for part in parts)
+    )
+
+
+def join_shards(headers: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """All tensors of all shards.
+
+    Raises:
+        ModelFileError: Two shards hold the same tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    origin: dict[str, str] = {}
+    for shard, header in headers.items():
+        for name, tensor in header.items():
+            if name in tensors:
+                raise ModelFileError(
+                    f"{shard}: holds tensor {name[:120]!r}, which {origin[name]} holds too; download both again."
+                )
+            tensors[name] = tensor
+            origin[name] = shard
+    return tensors
+
+
+def _shards(folder: Path) -> tuple[list[str], list[str]]:
+    """The files that make up the checkpoint, chosen as transformers does, and notes."""
+    if (folder / SINGLE).exists():
+        return [SINGLE], []
+    if (folder / INDEX).exists():
+        shards = shards_of_index(_read_text(folder / INDEX))
+        for shard in shards:
+            if not (folder / shard).exists():
+                raise ModelFileError(f"{folder / shard}: is missing, though {INDEX} lists it; complete the download.")
+        return shards, []
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(loose) == 1 and "-of-" not in loose[0]:
+        return loose, [f"{loose[0]} is read as the checkpoint; transformers looks for {SINGLE}."]
+    if loose:
+        raise ModelFileError(f"{folder}: has {len(loose)} safetensors files and no {INDEX}; complete the download.")
+    if any((folder / pickle).exists() for pickle in PICKLES):
+        raise ModelFileError(
+            f"{folder}: has only {PICKLES[0]}, a pickle that could run code and is never opened; convert it to safetensors "
+            "(save_pretrained of transformers does)."
+        )
+    raise ModelFileError(f"{folder}: has config.json but no safetensors file; complete the download.")
+
+
+def _processor(folder: Path) -> dict[str, Any] | None:
+    """The image processor's settings; a plan does without them, so a broken file is as good as none."""
+    for name in PROCESSORS:
+        if (folder / name).is_file():
+            try:
+                settings = parse_object(_read_text(folder / name), where=name)
+            except ModelFileError:
+                continue
+            nested = settings.get("image_processor")
+            return nested if isinstance(nested, dict) else settings
+    return None
+
+
+def _read_text(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise ModelFileError(f"{path}: not a regular file; download it again.")
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions.") from error
+    if len(text) > MAX_JSON_BYTES:
+        raise ModelFileError(f"{path}: more than {MAX_JSON_BYTES:,} bytes are no {path.name}; download it again.")
+    return text

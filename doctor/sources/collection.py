@@ -1,0 +1,216 @@
+"""Runs the sources, the slow ones side by side, and puts what they saw together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+
+from .. import __version__
+from ..errors import MachineError
+from ..machine import Driver, Gap, Gpu, Machine, PciDevice, TorchView
+from .child import Child
+from .driver import read_driver_files
+from .environment import read_environment
+from .host import read_host
+from .nvml_answer import NvmlView, understand
+from .pci import read_pci_devices
+from .torch_view import TorchQuestion, search_path
+
+ResultT = TypeVar("ResultT")
+
+
+class Collection:
+    """An examination of this computer that is under way: starting it starts the children, asking it waits for them.
+
+    Args:
+        with_torch: Ask torch in a child process, too.
+        environment: Environment variables to examine and to give to the children; ``None`` for this process's own.
+        root: Where the file system begins: a folder with a copy of ``/proc``, ``/sys``, ``/dev`` … in tests.
+        deadline_s: Seconds that NVML may take.
+        torch_deadline_s: Seconds that importing and asking torch may take.
+        fresh_torch: Do not use an answer of torch from the last ten minutes.
+        cache_folder: Where torch's answers are kept; ``None`` for the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        *,
+        with_torch: bool = True,
+        environment: Mapping[str, str] | None = None,
+        root: Path = Path("/"),
+        deadline_s: float = 5.0,
+        torch_deadline_s: float = 20.0,
+        fresh_torch: bool = False,
+        cache_folder: Path | None = None,
+    ) -> None:
+        self._environment = dict(os.environ if environment is None else environment)
+        self._root = root
+        self._gaps: list[Gap] = []
+        self._seconds: dict[str, float] = {}
+        self._search_path = search_path(self._environment)
+        self._nvml = Child("nvml", {}, environment=self._environment, deadline_s=deadline_s)
+        self._torch: TorchQuestion | None = None
+        self._machine: Machine | None = None
+        if not with_torch:
+            return
+        try:
+            self._torch = TorchQuestion(
+                self._search_path,
+                self._environment,
+                root=root,
+                deadline_s=torch_deadline_s,
+                cache_folder=cache_folder,
+                is_fresh=fresh_torch,
+            )
+        except Exception as error:  # noqa: BLE001 - border: reading one source
+            self._note_gap("torch", error)
+
+    def without_torch(self) -> Machine:
+        """Everything but torch, whose state is ``not_asked`` while its answer is not there yet."""
+        if self._machine is None:
+            self._machine = self._assemble()
+        return self._machine
+
+    def complete(self) -> Machine:
+        """Everything; waits for torch at most until its deadline."""
+        machine = self.without_torch()
+        if self._torch is None:
+            return machine
+        view = self._torch.view()
+        seconds = machine.seconds if view.seconds is None else {**machine.seconds, "torch": view.seconds}
+        return msgspec.structs.replace(machine, torch=view, seconds=seconds)
+
+    def close(self) -> None:
+        """Stop the children. What they have not answered yet is lost."""
+        self._nvml.close()
+        if self._torch is not None:
+            self._torch.close()
+
+    def __enter__(self) -> Collection:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _assemble(self) -> Machine:
+        # Late: reading metadata takes 20 ms to import, and the children shall be running by then.
+        from .libraries import read_libraries
+
+        home = self._environment.get("HOME", "")
+        no_variables: dict[str, str] = {}
+        no_devices: tuple[PciDevice, ...] = ()
+        no_files: dict[str, Any] = {}
+        environment = self._read("environment", lambda: read_environment(self._environment), no_variables)
+        devices = self._read("pci_devices", lambda: read_pci_devices(self._root), no_devices)
+        files = self._read("driver", lambda: read_driver_files(self._root), no_files)
+        host = self._read("host", lambda: read_host(self._root, self._environment, devices), None)
+        libraries = self._read("libraries", lambda: read_libraries(self._search_path, home=home), None)
+        outcome = self._nvml.outcome()
+        self._seconds["nvml"] = round(outcome.seconds, 4)
+        seen = self._read("gpus", lambda: understand(outcome), NvmlView(driver=Driver()))
+        gpus = tuple(_with_numa_node(gpu, devices) for gpu in seen.gpus)
+        return Machine(
+            origin="live",
+            description=describe(gpus, devices),
+            collected_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            tool_version=__version__,
+            gpus=gpus,
+            links=seen.links,
+            pci_devices=devices,
+            driver=msgspec.structs.replace(seen.driver, **files),
+            host=host,
+            libraries=libraries,
+            torch=self._torch_so_far(),
+            environment=environment,
+            gaps=(*self._gaps, *seen.gaps),
+            seconds=self._seconds,
+        )
+
+    def _torch_so_far(self) -> TorchView:
+        if self._torch is None:
+            return TorchView(state="not_asked", message="was not asked")
+        return self._torch.known() or TorchView(state="not_asked", message="still being asked")
+
+    def _read(self, part: str, source: Callable[[], ResultT], otherwise: ResultT) -> ResultT:
+        """Read one source; one that fails becomes a gap, so that the others still count."""
+        started = time.perf_counter()
+        try:
+            return source()
+        except Exception as error:  # noqa: BLE001 - border: reading one source
+            self._note_gap(part, error)
+            return otherwise
+        finally:
+            self._seconds[part] = round(time.perf_counter() - started, 4)
+
+    def _note_gap(self, part: str, error: Exception) -> None:
+        self._gaps.append(Gap(path=part, reason=f"{type(error).__name__}: {error}"[:300]))
+
+
+def collect(
+    *,
+    with_torch: bool = True,
+    environment: Mapping[str, str] | None = None,
+    root: Path = Path("/"),
+    deadline_s: float = 5.0,
+    torch_deadline_s: float = 20.0,
+    fresh_torch: bool = False,
+    cache_folder: Path | None = None,
+) -> Machine:
+    """Examine this computer and wait for everything; the arguments are those of :class:`Collection`."""
+    with Collection(
+        with_torch=with_torch,
+        environment=environment,
+        root=root,
+        deadline_s=deadline_s,
+        torch_deadline_s=torch_deadline_s,
+        fresh_torch=fresh_torch,
+        cache_folder=cache_folder,
+    ) as collection:
+        return collection.complete()
+
+
+def load_machine(spec: str) -> Machine:
+    """A machine by name.
+
+    Args:
+        spec: ``live``, the path of a snapshot (a text with ``/`` or ending in ``.json``), or a made-up machine such as
+            ``2xL4``, ``8xH100:nvswitch``, ``4x3090:nvlink=0-1,2-3``, ``L4+A10`` or ``24GiB,12GiB``.
+
+    Raises:
+        MachineError: It is none of these, or the file cannot be read.
+    """
+    from .snapshot import read_snapshot
+    from .synthetic import parse_machine
+
+    if spec == "live":
+        return collect()
+    if "/" in spec or spec.endswith(".json"):
+        return read_snapshot(Path(spec))
+    try:
+        return parse_machine(spec)
+    except MachineError:
+        if len(spec) < 256 and Path(spec.replace("\0", "")).is_file():
+            return read_snapshot(Path(spec))
+        raise
+
+
+def describe(gpus: Sequence[Gpu], devices: Sequence[PciDevice]) -> str:
+    """``2 x NVIDIA H200``, or what the PCI bus shows where the driver shows nothing."""
+    if gpus:
+        return " + ".join(f"{count} x {name}" for name, count in Counter(gpu.name for gpu in gpus).items())
+    if devices:
+        return f"{len(devices)} NVIDIA {'GPU' if len(devices) == 1 else 'GPUs'} on the PCI bus, none answering"
+    return "no NVIDIA GPU"
+
+
+def _with_numa_node(gpu: Gpu, devices: Sequence[PciDevice]) -> Gpu:
+    """NVML's NUMA node is that of a GPU's own memory (Grace); the node of the host that it hangs on is the PCI device's."""
+    node = next((device.numa_node for device in devices if device.bus_id == gpu.bus_id), None)
+    return gpu if node is None else msgspec.structs.replace(gpu, numa_node=node)

@@ -1,0 +1,90 @@
+"""Find a model by name: a folder, a hub id in the local cache, a catalogue entry, or a hub id over the network."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+import msgspec
+
+from ..errors import ModelFileError, ModelNotFoundError
+from ..model import ModelProfile
+from .catalogue import CatalogueEntry, catalogue, find_entry
+from .checkpoint_folder import read_folder
+from .hub_cache import HubId, find_snapshot, hub_settings, parse_hub_id
+from .model_profile import build_profile
+
+
+def load_profile(name: str, *, allow_network: bool = True) -> ModelProfile:
+    """Describe a model from config.json and safetensors headers, without torch and without its weights.
+
+    Args:
+        name: A folder, a catalogue name, or a hub id ``org/name``, optionally ``org/name@revision``. A copy in the hub's
+            local cache is preferred to the catalogue, and both to the network.
+        allow_network: May ask the hub when nothing local answers; ``HF_HUB_OFFLINE=1`` forbids it as well.
+
+    Raises:
+        ModelNotFoundError: No such folder, catalogue name or hub id.
+        ModelFileError: A file is damaged or lacks what a plan needs.
+    """
+    folder = _as_folder(name)
+    if folder is not None:
+        return build_profile(read_folder(folder), name=name, origin="checkpoint")
+    entry = find_entry(name)
+    model = HubId(entry.name) if entry else parse_hub_id(name)
+    if model is None:
+        raise ModelNotFoundError(f"{name[:200]!r}: no folder, catalogue name or hub id (org/name) of that name{_end(name)}")
+    return _load_hub_model(name, model, entry, allow_network=allow_network)
+
+
+def catalogue_names() -> tuple[str, ...]:
+    """Hub ids of the models that need neither files nor network."""
+    return tuple(catalogue())
+
+
+def _as_folder(name: str) -> Path | None:
+    """The path that is meant, or ``None`` when the name may be a hub id or a catalogue name."""
+    if not name.strip():
+        raise ModelNotFoundError("The name of the model is empty; give a folder, a catalogue name or a hub id (org/name).")
+    try:
+        path = Path(name).expanduser()
+        is_path = path.exists() or name.startswith(("/", "./", "../", "~")) or name.endswith("/")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"{name[:200]!r}: cannot be looked up ({error}); give a folder or a hub id (org/name)."
+        ) from error
+    return path if is_path else None
+
+
+def _load_hub_model(name: str, model: HubId, entry: CatalogueEntry | None, *, allow_network: bool) -> ModelProfile:
+    settings = hub_settings(os.environ)
+    snapshot = find_snapshot(model, settings.cache)
+    problem: ModelFileError | None = None
+    if snapshot is not None:
+        try:
+            return build_profile(read_folder(snapshot), name=name, origin="hub")
+        except ModelFileError as error:
+            problem = error
+    if entry is not None:
+        profile = build_profile(entry.checkpoint(), name=name, origin="catalogue")
+    elif not allow_network or settings.is_offline:
+        raise problem or ModelNotFoundError(
+            f"{name}: no such folder, not in the catalogue nor in {settings.cache}, and the network may not be used; "
+            f"download it, or allow the network{_end(name)}"
+        )
+    else:
+        # Late: http costs more than everything else here, and local models do without.
+        from .hub import read_hub
+
+        profile = build_profile(read_hub(model, settings), name=name, origin="hub")
+    if problem is None:
+        return profile
+    return msgspec.structs.replace(profile, notes=(*profile.notes, f"The copy in the hub cache was not used: {problem}"))
+
+
+def _end(name: str) -> str:
+    """How to end a sentence about an unknown name: with a question about the catalogue's that look alike, if any."""
+    known = [alias for entry in catalogue().values() for alias in (entry.name, *entry.aliases)]
+    close = difflib.get_close_matches(name[:200], known, n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(close)}?" if close else "."

@@ -1,0 +1,161 @@
+"""From a checkpoint (config and headers) to a ``ModelProfile``. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from ..data.config_defaults import ARCHITECTURES
+from ..data.families import INNER_GENERATE, REMOTE_TYPES
+from ..data.image_rules import IMAGE_RULES
+from ..errors import ModelFileError
+from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
+from .checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
+from .image_rule import image_rule
+from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
+from .model_units import Cut, cut_into_units
+from .module_names import by_module_name
+from .shapes_from_tensors import FLOATS
+from .weightless_units import complete_units
+
+_RIGHT_CONFIG = "use the config.json that belongs to this checkpoint"
+
+
+def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpoint", "hub", "catalogue"]) -> ModelProfile:
+    """Describe a model from its config and headers.
+
+    Args:
+        checkpoint: What was read, or a catalogue entry expanded.
+        name: What the user calls it.
+        origin: Where it was read from.
+
+    Raises:
+        ModelFileError: The config lacks a key that a plan needs, or contradicts the tensors.
+    """
+    config = checkpoint.config
+    if not checkpoint.tensors:
+        raise ModelFileError(f"{name}: the safetensors files hold no tensors; download the checkpoint again.")
+    model_type, architecture = _class_of(config)
+    is_remote_code = bool(config.get("auto_map")) and ARCHITECTURES.get(model_type) != architecture
+    tensors = by_module_name(checkpoint.tensors, "" if is_remote_code else model_type)
+    cut = cut_into_units(tensors)
+    fields = text_fields(config)
+    text = text_shape(fields, tensors, cut.first("layer"))
+    notes = [*checkpoint.notes, *_check_against(text, cut, tensors)]
+    units, tied = complete_units(
+        cut,
+        family=model_type,
+        body_type=fields.model_type,
+        ties_embeddings=_ties(config, fields.raw("tie_word_embeddings")),
+    )
+    vision, image = _vision(checkpoint, tensors, model_type, cut.first("vision"), notes)
+    return ModelProfile(
+        name=name,
+        origin=origin,
+        architecture=architecture,
+        model_type=model_type,
+        is_remote_code=is_remote_code,
+        dtype=_dtype(config, units),
+        units=units,
+        tied=tied,
+        text=text,
+        vision=vision,
+        image=image,
+        quantization=_quantization(config),
+        runs_inner_generate=architecture.startswith(INNER_GENERATE),
+        files=checkpoint.files,
+        notes=tuple(notes),
+    )
+
+
+def _class_of(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return ``model_type`` and the name of the class.
+
+    Raises:
+        ModelFileError: One of them is not there, or is no text.
+    """
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    model_type = config.get("model_type") or REMOTE_TYPES.get(architecture, "")
+    if not isinstance(model_type, str) or not (model_type or (architecture and config.get("auto_map"))):
+        raise ModelFileError(f"config.json has no model_type; {_RIGHT_CONFIG}.")
+    architecture = architecture or ARCHITECTURES.get(model_type, "")
+    if not architecture:
+        raise ModelFileError(f"config.json has no architectures; {_RIGHT_CONFIG}.")
+    return model_type, architecture
+
+
+def _check_against(text: TextShape, cut: Cut, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Hold the config against the tensors; return what is worth a note.
+
+    Raises:
+        ModelFileError: Layers are missing, or the embedding has another width.
+    """
+    table = tensors.get(f"{cut.first('embedding')}.weight")
+    if table is not None and len(table.shape) == 2 and table.dtype in FLOATS and table.shape[1] != text.hidden:
+        raise ModelFileError(
+            f"config.json says hidden_size {text.hidden} and the embedding is {table.shape[1]} wide; {_RIGHT_CONFIG}."
+        )
+    stored = {unit.layer for unit in cut.units if unit.layer is not None}
+    missing = next((layer for layer in range(text.layers) if layer not in stored), None)
+    if missing is not None:
+        raise ModelFileError(
+            f"config.json promises {text.layers} text layers and the checkpoint lacks number {missing}; "
+            f"complete the download, or {_RIGHT_CONFIG}."
+        )
+    if len(stored) == text.layers:
+        return []
+    return [f"The checkpoint stores {len(stored)} text layers, config.json names {text.layers}: all are counted."]
+
+
+def _ties(config: Mapping[str, Any], of_body: Any) -> bool | None:
+    """``tie_word_embeddings``: the root decides when it says something, as in transformers."""
+    flag = config.get("tie_word_embeddings")
+    flag = of_body if flag is None else flag
+    return flag if isinstance(flag, bool) else None
+
+
+def _vision(
+    checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], model_type: str, tower: str, notes: list[str]
+) -> tuple[VisionShape | None, ImageRule | None]:
+    """Dimensions of the tower and its processor's rule; what is unknown becomes a note."""
+    if not tower:
+        notes.append("No vision tower was recognized in the names of the tensors.")
+        return None, None
+    fields = vision_fields(checkpoint.config)
+    shape = vision_shape(fields, tensors, tower) if fields else None
+    if fields is None or shape is None:
+        notes.append("config.json does not give the dimensions of the vision tower: its working memory is not counted.")
+        return None, None
+    has_conv = f"{tower}.conv.weight" in tensors
+    rule = image_rule(model_type, checkpoint.config, shape, fields, checkpoint.processor, has_conv=has_conv)
+    family = model_type or "this family"
+    if rule is None:
+        notes.append(f"How {family} turns images into tokens is unknown: image tokens are not counted.")
+    elif model_type not in IMAGE_RULES:
+        notes.append(
+            f"How {family} turns images into tokens is assumed: each is resized to {rule.size} x {rule.size} pixels."
+        )
+    return shape, rule
+
+
+def _dtype(config: Mapping[str, Any], units: Iterable[Unit]) -> str:
+    """Main type in torch's words: what the config says, otherwise the one that most stored elements have."""
+    for key in ("dtype", "torch_dtype"):
+        named = config.get(key)
+        if isinstance(named, str) and named.removeprefix("torch.") in TORCH_DTYPES.values():
+            return named.removeprefix("torch.")
+    stored: Counter[str] = Counter()
+    for unit in units:
+        stored.update({dtype: count for dtype, count in unit.parameters.items() if dtype in TORCH_DTYPES})
+    return TORCH_DTYPES[stored.most_common(1)[0][0]] if stored else "bfloat16"
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    """The method of a checkpoint that is already quantized."""
+    section = config.get("quantization_config")
+    if not isinstance(section, dict):
+        return None
+    method = section.get("quant_method")
+    return method if isinstance(method, str) and method else "unknown"

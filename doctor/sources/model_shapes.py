@@ -1,0 +1,199 @@
+"""Dimensions of a model, from the many spellings of config.json. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from ..data.config_defaults import PARTS, SHAPES
+from ..errors import ModelFileError
+from ..model import TextShape, VisionShape
+from .checkpoint import StoredTensor
+from .shapes_from_tensors import kv_heads as kv_heads_of
+from .shapes_from_tensors import mlp_width
+
+_TEXT_PARTS = ("text_config", "llm_config", "language_config")
+"""Where families keep the text body: most; InternVL-Chat; DeepSeek-VL2. Otherwise the root is the text config."""
+
+_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"),
+    "hidden": ("hidden_size", "embed_dim", "n_embd", "d_model", "dim", "width"),
+    "intermediate": ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "mlp_dim"),
+    "heads": ("num_attention_heads", "num_heads", "n_head", "attention_heads"),
+    "kv_heads": ("num_key_value_heads", "num_multi_query_heads", "multi_query_group_num", "n_head_kv"),
+    "head_dim": ("head_dim", "kv_channels", "attention_head_dim"),
+    "vocabulary": ("vocab_size", "padded_vocab_size"),
+    "max_positions": ("max_position_embeddings", "seq_length", "n_positions"),
+    "patch": ("patch_size", "spatial_patch_size"),
+}
+"""Our word to the families' words, the usual one first. ``num_layers`` to ``seq_length``: ChatGLM (``glm-4v-9b``);
+``num_multi_query_heads``: CogVLM2; ``depth`` and ``embed_dim``: the Qwen-VL towers."""
+
+_MAX_DIMENSION = 2**31
+"""Nothing real comes near; it keeps products of hostile numbers small."""
+
+
+class Fields:
+    """One part of a config, read by our own words.
+
+    What the file leaves out has the value of the class's default, as in transformers: LLaVA-1.5's config.json does not
+    say ``hidden_size`` at all.
+    """
+
+    def __init__(self, values: Mapping[str, Any], model_type: str, where: str) -> None:
+        self.model_type = model_type
+        self._values = values
+        self._defaults: Mapping[str, float] = SHAPES.get(model_type, {})
+        self._where = where
+
+    def raw(self, key: str) -> Any:
+        """The value under exactly this key, or ``None``."""
+        value = self._values.get(key)
+        return self._defaults.get(key) if value is None else value
+
+    def get(self, word: str) -> int | None:
+        """A positive integer, or ``None`` when neither the file nor the class gives one.
+
+        Raises:
+            ModelFileError: The value is no integer from 1 to 2**31.
+        """
+        spellings = _SPELLINGS.get(word, (word,))
+        found = [key for key in spellings if self._values.get(key) is not None]
+        found += [key for key in spellings if key in self._defaults]
+        if not found:
+            return None
+        value = self.raw(found[0])
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]  # InternVL writes patch_size and image_size as [height, width].
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not 0 < value < _MAX_DIMENSION:
+            raise ModelFileError(
+                f"config.json: {self._where}{found[0]} is {str(value)[:60]!r}, not a positive integer; correct it."
+            )
+        return value
+
+    def need(self, word: str) -> int:
+        """As ``get``, for what a plan cannot do without.
+
+        Raises:
+            ModelFileError: Missing; the message names the key.
+        """
+        value = self.get(word)
+        return self.missing(_SPELLINGS.get(word, (word,))[0]) if value is None else value
+
+    def missing(self, key: str) -> NoReturn:
+        """Report a key that is not there."""
+        raise ModelFileError(f"config.json has no {self._where}{key}; use the config.json that belongs to this checkpoint.")
+
+
+def text_fields(config: Mapping[str, Any]) -> Fields:
+    """The part of a config that describes the text body.
+
+    Raises:
+        ModelFileError: ``text_config`` (or its like) is no JSON object.
+    """
+    for part in _TEXT_PARTS:
+        if config.get(part) is not None:
+            return _part(config, part)
+    root_type = _word(config.get("model_type"))
+    # Qwen2-VL's config.json is flat; what it leaves out has the default of the nested class.
+    nested = PARTS.get(root_type, {}).get("text_config", root_type)
+    return Fields(config, nested, "")
+
+
+def vision_fields(config: Mapping[str, Any]) -> Fields | None:
+    """The part of a config that describes the vision tower, if there is one.
+
+    Raises:
+        ModelFileError: ``vision_config`` is no JSON object.
+    """
+    if config.get("vision_config") is not None:
+        return _part(config, "vision_config")
+    nested = PARTS.get(_word(config.get("model_type")), {}).get("vision_config")
+    return Fields({}, nested, "vision_config.") if nested else None
+
+
+def _part(config: Mapping[str, Any], part: str) -> Fields:
+    values = config[part]
+    if not isinstance(values, dict):
+        raise ModelFileError(
+            f"config.json: {part} is not a JSON object; use the config.json that belongs to this checkpoint."
+        )
+    family = PARTS.get(_word(config.get("model_type")), {})
+    return Fields(values, _word(values.get("model_type")) or family.get(part, ""), f"{part}.")
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) -> TextShape:
+    """Dimensions of the text body.
+
+    Args:
+        fields: ``text_config`` or the root.
+        tensors: By module name, for what the config does not say.
+        layer: Key of any text layer.
+
+    Raises:
+        ModelFileError: A key that a plan needs is missing or no positive integer.
+    """
+    hidden, heads = fields.need("hidden"), fields.need("heads")
+    head_dim = fields.get("head_dim") or max(1, hidden // heads)
+    kv_heads = heads if fields.raw("multi_query_attention") is False else fields.get("kv_heads")
+    kv_heads = kv_heads or kv_heads_of(tensors, layer, heads, head_dim) or heads
+    if fields.get("kv_lora_rank"):
+        # Multi-head latent attention: transformers 4.57 caches the expanded keys (nope + rope) and values of every head.
+        expanded = (
+            (fields.get("qk_nope_head_dim") or 0) + (fields.get("qk_rope_head_dim") or 0) + (fields.get("v_head_dim") or 0)
+        )
+        kv_heads, head_dim = heads, max(1, (expanded + 1) // 2)
+    window = fields.get("sliding_window") if fields.raw("use_sliding_window") is not False else None
+    return TextShape(
+        layers=fields.need("layers"),
+        hidden=hidden,
+        intermediate=_active_width(fields),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=fields.need("vocabulary"),
+        sliding_window=window,
+        max_positions=fields.get("max_positions"),
+    )
+
+
+def _active_width(fields: Fields) -> int:
+    """MLP width that one token passes: the whole MLP, or its share of a mixture of experts."""
+    experts_per_token = fields.get("num_experts_per_tok") or fields.get("moe_topk")
+    if not experts_per_token:
+        return fields.need("intermediate")
+    expert = fields.get("moe_intermediate_size") or fields.need("intermediate")
+    shared = fields.get("shared_expert_intermediate_size") or (fields.get("n_shared_experts") or 0) * expert
+    return max(experts_per_token * expert + shared, fields.get("intermediate") or 0)
+
+
+def vision_shape(fields: Fields, tensors: Mapping[str, StoredTensor], tower: str) -> VisionShape | None:
+    """Dimensions of the vision tower, or ``None`` when the config does not give them all.
+
+    Args:
+        fields: ``vision_config``.
+        tensors: By module name: the width of the MLP is read there.
+        tower: Key of the vision unit.
+
+    Raises:
+        ModelFileError: A value is no positive integer.
+    """
+    layers, heads = fields.get("layers"), fields.get("heads")
+    # Qwen2-VL's tower is embed_dim wide and calls the width of its output hidden_size.
+    hidden = fields.get("embed_dim") or fields.get("hidden")
+    patch = fields.get("patch")
+    if not (layers and heads and hidden and patch):
+        return None
+    intermediate = mlp_width(tensors, tower) or fields.get("intermediate") or int(hidden * _ratio(fields.raw("mlp_ratio")))
+    return VisionShape(layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, patch=patch)
+
+
+def _ratio(value: Any) -> float:
+    """``mlp_ratio``; 4 is the usual width of a transformer's MLP."""
+    return float(value) if isinstance(value, (int, float)) and 0 < value < 1024 else 4.0

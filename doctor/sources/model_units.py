@@ -1,0 +1,190 @@
+"""Cut a checkpoint into the units that a ``device_map`` can place. Pure.
+
+The parts are recognized by the dotted names alone, so a family nobody has listed gets a map as well. Names are matched by
+whole components: ``layers.1`` is not a prefix of ``layers.10``. No key is ever a parent of another key, since the loaders
+disagree about which of the two wins (transformers 5.23 matches keys as unescaped prefixes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from ..model import Role, Unit
+from .checkpoint import StoredTensor
+from .shapes_from_tensors import FLOATS
+
+_VISION = ("vis", "vit", "vpm", "image_tower", "image_encoder", "image_embed", "img_", "video_tower", "vqmodel", "sam_")
+"""Beginnings of components that hold a vision tower: ``visual``, ``vision_tower``, ``vpm`` (MiniCPM-V) and so on."""
+
+_PROJECTOR = ("proj", "connector", "resampler", "aligner", "merger", "qformer", "query_tokens", "image_newline", "view_sep")
+"""Parts of names of components that lie between tower and text."""
+
+_PROJECTOR_EXACT = frozenset({"mlp1", "mlp_AR", "embed_vision", "perceiver"})
+"""``mlp1``: InternVL-Chat; ``mlp_AR``: PaddleOCR-VL; ``embed_vision``: Gemma 3n."""
+
+_AUDIO = ("audio", "sound", "apm")
+"""Beginnings of components that hold an audio tower (``apm``: MiniCPM-o)."""
+
+_EMBEDDING = frozenset({"embed_tokens", "word_embeddings", "tok_embeddings", "wte", "embed_in", "embed_tokens_per_layer"})
+
+_HEAD = frozenset({"lm_head", "output_layer", "embed_out", "unembed", "output"})
+"""``output_layer``: ChatGLM; ``output``: InternLM2."""
+
+_LAYER_LISTS = frozenset({"layers", "layer", "blocks", "block", "h"})
+"""Names of the lists of repeated text layers."""
+
+_ORDER: dict[Role, int] = {"vision": 0, "projector": 1, "other": 2, "embedding": 3, "layer": 4, "norm": 5, "head": 6}
+"""Execution order. ``other`` comes early: what is not recognized (audio towers, position buffers) feeds the layers."""
+
+
+class _Place(NamedTuple):
+    """Where one tensor belongs."""
+
+    key: str
+    role: Role
+    layer: int | None = None
+
+
+class Cut(NamedTuple):
+    """The units of a checkpoint."""
+
+    units: tuple[Unit, ...]
+    """In execution order; their stored bytes add up to the checkpoint's exactly."""
+    body: str
+    """Module that holds the text layers' list, such as ``model.language_model``; empty when there is none."""
+
+    def first(self, role: Role) -> str:
+        """Key of the first unit of that role, or nothing."""
+        return next((unit.key for unit in self.units if unit.role == role), "")
+
+
+def cut_into_units(tensors: Mapping[str, StoredTensor]) -> Cut:
+    """Cut a checkpoint into units.
+
+    Args:
+        tensors: By parameter name in the class.
+    """
+    stack = _text_stack(tensors)
+    body = stack.rpartition(".")[0]
+    places: dict[str, _Place | None] = {name: _recognize(name, stack, body) for name in tensors}
+    taken = _ancestors(place.key for place in places.values() if place)
+    complete = {name: place or _Place(_free_prefix(name, taken), "other") for name, place in places.items()}
+    merged = _merge_nested(complete)
+    members: dict[_Place, list[tuple[str, StoredTensor]]] = {}
+    for name, tensor in tensors.items():
+        members.setdefault(merged[name], []).append((name, tensor))
+    units = [_unit(place, contents) for place, contents in members.items()]
+    units.sort(key=lambda unit: (_ORDER[unit.role], -1 if unit.layer is None else unit.layer))
+    return Cut(tuple(units), body)
+
+
+def _text_stack(tensors: Mapping[str, StoredTensor]) -> str:
+    """Find the list of text layers: of the numbered lists outside towers the one with the most bytes, usual names first."""
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        at = _first_number(parts)
+        if at and _tower(parts[:at]) is None:
+            stack = ".".join(parts[:at])
+            sizes[stack] = sizes.get(stack, 0) + tensor.stored_bytes
+    usual = [stack for stack in sizes if stack.rpartition(".")[2] in _LAYER_LISTS]
+    return max(usual or sizes, key=lambda stack: sizes[stack], default="")
+
+
+def _recognize(name: str, stack: str, body: str) -> _Place | None:
+    """Tell a tensor's unit by its name; ``None`` when the name says nothing."""
+    parts = name.split(".")
+    at = _first_number(parts)
+    if stack and at is not None and ".".join(parts[:at]) == stack:
+        return _Place(".".join(parts[: at + 1]), "layer", int(parts[at]))
+    above = parts if at is None else parts[:at]
+    tower = _tower(above)
+    if tower is not None:
+        return _Place(".".join(parts[: tower[0] + 1]), tower[1])
+    for index, part in enumerate(above[:-1] if at is None else above):
+        key = ".".join(parts[: index + 1])
+        if part in _EMBEDDING:
+            return _Place(key, "embedding")
+        if part in _HEAD:
+            return _Place(key, "head")
+        if key.rpartition(".")[0] == body:
+            if part == "embeddings":
+                return _Place(key, "embedding")
+            if "norm" in part or part == "ln_f":
+                return _Place(key, "norm")
+    return None
+
+
+def _first_number(parts: list[str]) -> int | None:
+    """Position of the first component that numbers a list's items (up to six digits, so that it is one)."""
+    return next((at for at, part in enumerate(parts) if len(part) <= 6 and part.isascii() and part.isdigit()), None)
+
+
+def _tower(parts: list[str]) -> tuple[int, Role] | None:
+    """The first component that names a projector, a vision tower or an audio tower, and which."""
+    for index, part in enumerate(parts):
+        if part.startswith(_AUDIO):
+            return index, "other"
+        if part in _PROJECTOR_EXACT or any(word in part for word in _PROJECTOR):
+            return index, "projector"
+        if part.startswith(_VISION) or "vision" in part:
+            return index, "vision"
+    return None
+
+
+def _ancestors(keys: Iterable[str]) -> set[str]:
+    """All dotted prefixes of all keys, the keys themselves left out."""
+    found: set[str] = set()
+    for key in set(keys):
+        while key := key.rpartition(".")[0]:
+            found.add(key)
+    return found
+
+
+def _free_prefix(name: str, taken: set[str]) -> str:
+    """The shortest dotted prefix that is no parent of a recognized unit: a whole module, or a bare parameter."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[: count + 1]) for count in range(len(parts)))
+    return next((prefix for prefix in prefixes if prefix not in taken), name)
+
+
+def _merge_nested(places: Mapping[str, _Place]) -> dict[str, _Place]:
+    """Let a unit swallow the units below it, so that no key is the parent of another."""
+    by_key: dict[str, _Place] = {}
+    for place in places.values():
+        by_key.setdefault(place.key, place)
+    merged: dict[str, _Place] = {}
+    for name, place in places.items():
+        top = by_key[place.key]
+        key = place.key
+        while key := key.rpartition(".")[0]:
+            top = by_key.get(key, top)
+        merged[name] = top
+    return merged
+
+
+def _unit(place: _Place, contents: list[tuple[str, StoredTensor]]) -> Unit:
+    parameters: dict[str, int] = {}
+    quantizable = 0
+    for name, tensor in contents:
+        parameters[tensor.dtype] = parameters.get(tensor.dtype, 0) + tensor.elements
+        if place.role != "head" and _is_linear(name, tensor):
+            quantizable += tensor.elements
+    return Unit(
+        key=place.key,
+        role=place.role,
+        layer=place.layer,
+        parameters=parameters,
+        stored_bytes=sum(tensor.stored_bytes for _, tensor in contents),
+        largest_tensor_elements=max(tensor.elements for _, tensor in contents),
+        quantizable_elements=quantizable,
+    )
+
+
+def _is_linear(name: str, tensor: StoredTensor) -> bool:
+    """True for a weight of ``nn.Linear``, which bitsandbytes quantizes; an embedding's is a matrix as well."""
+    parts = name.rsplit(".", 2)
+    parent = parts[-2] if len(parts) > 1 else ""
+    is_table = "embed" in parent or parent == "wte"
+    return parts[-1] == "weight" and len(tensor.shape) == 2 and tensor.dtype in FLOATS and not is_table

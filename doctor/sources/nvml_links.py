@@ -1,0 +1,133 @@
+"""The part of the NVML program that asks about NVLink, the NVSwitch fabric, PCIe distance and peer access."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import combinations
+from typing import Any
+
+_REMOTE_TYPES = {0: "gpu", 1: "ibmnpu", 2: "switch"}
+"""NVML_NVLINK_DEVICE_TYPE_*."""
+_FABRIC_STATES = {0: "not_supported", 1: "not_started", 2: "in_progress", 3: "completed"}
+"""NVML_GPU_FABRIC_STATE_*."""
+_ANCESTORS = {0: "INTERNAL", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
+"""NVML_TOPOLOGY_*, in the words of ``nvidia-smi topo -m``."""
+_P2P_STATES = (
+    "ok",
+    "chipset_not_supported",
+    "gpu_not_supported",
+    "topology_not_supported",
+    "disabled_by_regkey",
+    "not_supported",
+    "unknown",
+)
+"""NVML_P2P_STATUS_*."""
+_NOT_SUPPORTED = 3
+_NO_SUCH_PORT = (2, _NOT_SUPPORTED)
+"""NVML_ERROR_INVALID_ARGUMENT and NVML_ERROR_NOT_SUPPORTED: the card has no port of that number."""
+_HIDDEN = (None, "ffff:ff:ff.0", "0000:00:00.0")
+"""Addresses that name no device."""
+_P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2
+"""NVML_P2P_CAPS_INDEX_* (in nvidia-ml-py, READ is a tuple by a slip of the comma: the numbers are safer)."""
+
+
+def bus_id(address: Any) -> str:
+    """``00000000:3B:00.0`` as NVML writes it to ``0000:3b:00.0`` as the kernel does (NVML's domain has 8 digits)."""
+    text = address.busId
+    text = (text.decode("ascii", "replace") if isinstance(text, bytes) else str(text)).lower()
+    domain, colon, rest = text.partition(":")
+    return f"{domain[-4:]}{colon}{rest}"
+
+
+def ask_ports(reader: Any, gpu: dict[str, Any], handle: Any) -> None:
+    """Fill ``nvlinks`` and ``fabric`` of one GPU."""
+    path = f"gpus[{gpu['index']}]"
+    ports: list[dict[str, Any]] = []
+    gpu["nvlinks"] = ports
+    for link in range(_port_count(reader, f"{path}.nvlinks", handle)):
+        where = f"{path}.nvlinks[{link}]"
+        is_active = reader.ask(where, "nvmlDeviceGetNvLinkState", handle, link)
+        if is_active is None:
+            if reader.code(where) in _NO_SUCH_PORT:
+                reader.forget(where)
+            continue
+        port: dict[str, Any] = {"link": link, "is_active": bool(is_active)}
+        if is_active:
+            port["version"] = reader.ask(f"{where}.version", "nvmlDeviceGetNvLinkVersion", handle, link)
+            remote = reader.ask(f"{where}.remote", "nvmlDeviceGetNvLinkRemoteDeviceType", handle, link)
+            port["remote"] = _REMOTE_TYPES.get(remote, "unknown")
+            address = reader.ask(f"{where}.remote_bus_id", "nvmlDeviceGetNvLinkRemotePciInfo", handle, link)
+            port["remote_bus_id"] = bus_id(address) if address is not None else None
+        ports.append(port)
+    gpu["fabric"] = _fabric(reader, f"{path}.fabric", handle)
+
+
+def _port_count(reader: Any, where: str, handle: Any) -> int:
+    """NVLink ports of this card, as the driver counts them; where it does not tell, as many as NVML can name."""
+    most = getattr(reader.nvml, "NVML_NVLINK_MAX_LINKS", 36)
+    field = getattr(reader.nvml, "NVML_FI_DEV_NVLINK_LINK_COUNT", 91)
+    values = reader.ask(where, "nvmlDeviceGetFieldValues", handle, [field])
+    reader.forget(where)  # without it, every port that NVML can name is asked
+    if values is None or values[0].nvmlReturn != 0:
+        return int(most)
+    return min(int(values[0].value.uiVal), int(most))
+
+
+def _fabric(reader: Any, where: str, handle: Any) -> dict[str, Any] | None:
+    """State of the NVSwitch fabric.
+
+    The call wants a *pointer* to a versioned structure. Given the structure itself, as its Python name suggests, it
+    takes the process down (measured on H200, driver 580.159).
+    """
+    structure = getattr(reader.nvml, "c_nvmlGpuFabricInfo_v2_t", None)
+    if structure is None:
+        reader.gap(where, "nvidia-ml-py: c_nvmlGpuFabricInfo_v2_t is missing")
+        return None
+    info = structure()
+    if reader.ask(where, "nvmlDeviceGetGpuFabricInfoV", handle, ctypes.byref(info)) is None:
+        if reader.code(where) != _NOT_SUPPORTED:
+            return None
+        reader.forget(where)
+        return {"state": "not_supported"}
+    return {
+        "state": _FABRIC_STATES.get(info.state, "unknown"),
+        "status": info.status,
+        "health_mask": info.healthMask,
+        "clique_id": info.cliqueId,
+    }
+
+
+def ask_pairs(reader: Any, gpus: list[tuple[dict[str, Any], Any]], lost: type[Exception]) -> list[dict[str, Any]]:
+    """PCIe distance and peer access of every two GPUs that answer.
+
+    Args:
+        reader: The reader of :mod:`.nvml`.
+        gpus: Fields and handle of each.
+        lost: What the reader raises when a GPU is lost while it is asked.
+
+    Returns:
+        A record a pair: ``a``, ``b``, ``path``, ``p2p_read``, ``p2p_write``, and ``p2p_nvlink`` where it was asked.
+    """
+    pairs = []
+    for (near, first), (far, second) in combinations(gpus, 2):
+        pair: dict[str, Any] = {"a": near["index"], "b": far["index"]}
+        where = f"links[{near['index']}-{far['index']}]"
+        capabilities = [("p2p_read", _P2P_READ), ("p2p_write", _P2P_WRITE)]
+        if _has_hidden_port(near) and _has_hidden_port(far):  # each question takes 2 ms, and 8 GPUs make 28 pairs
+            capabilities.append(("p2p_nvlink", _P2P_NVLINK))
+        try:
+            ancestor = reader.ask(f"{where}.path", "nvmlDeviceGetTopologyCommonAncestor", first, second)
+            pair["path"] = _ANCESTORS.get(ancestor)
+            for field, capability in capabilities:
+                status = reader.ask(f"{where}.{field}", "nvmlDeviceGetP2PStatus", first, second, capability)
+                pair[field] = _P2P_STATES[status] if status in range(len(_P2P_STATES)) else None
+        except lost as error:
+            reader.gap(where, f"NVML: {error}")
+        pairs.append(pair)
+    return pairs
+
+
+def _has_hidden_port(gpu: dict[str, Any]) -> bool:
+    """Whether an active port that does not lead to a switch shows no address, as a virtual machine may hide it."""
+    ports = [port for port in gpu.get("nvlinks", ()) if port["is_active"] and port["remote"] != "switch"]
+    return any(port["remote_bus_id"] in _HIDDEN for port in ports)

@@ -1,0 +1,163 @@
+"""Read the headers of safetensors files: names, types, shapes and sizes of all tensors without one byte of weights.
+
+Format (https://huggingface.co/docs/safetensors, "Format"): 8 bytes little-endian length, that many bytes of JSON, then the
+data. ``data_offsets`` count from the end of the header; the tensors cover the data without holes or overlaps.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from ..errors import ModelFileError
+from .checkpoint import DTYPE_BITS, StoredTensor
+
+MAX_HEADER_BYTES = 100_000_000
+"""Longest header that the safetensors library reads (``MAX_HEADER_SIZE`` in ``safetensors/src/tensor.rs``)."""
+
+PREFIX_BYTES = 8
+"""The length field in front of the header."""
+
+MAX_DIMENSIONS = 64
+"""torch's own limit; it also bounds the time that a hostile shape can cost."""
+
+MAX_NAME = 1024
+"""Letters of a tensor's name; real ones have about 120. Bounds the time that hostile names can cost."""
+
+_AGAIN = "download it again"
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Read the header of one file.
+
+    Raises:
+        ModelFileError: No regular file, not readable, truncated, or not a valid safetensors header.
+    """
+    where = path.name
+    try:
+        # Not blocking: somebody's named pipe must be refused below, not waited for.
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ModelFileError(f"{path}: not a regular file; {_AGAIN}.")
+            return _read_open(file, status.st_size, where)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions.") from error
+
+
+def _read_open(file: BinaryIO, file_bytes: int, where: str) -> dict[str, StoredTensor]:
+    length = header_length(file.read(PREFIX_BYTES), file_bytes, where=where)
+    return parse_header(file.read(length), file_bytes, length=length, where=where)
+
+
+def header_length(prefix: bytes, file_bytes: int | None, *, where: str) -> int:
+    """Read the length field and judge it.
+
+    Args:
+        prefix: The first 8 bytes of the file.
+        file_bytes: Size of the whole file, ``None`` when unknown.
+        where: File name, for the message of the error.
+
+    Returns:
+        Bytes of the JSON header.
+
+    Raises:
+        ModelFileError: Fewer than 8 bytes, a length no header has, or a file shorter than its header.
+    """
+    if len(prefix) < PREFIX_BYTES:
+        raise ModelFileError(f"{where}: {len(prefix)} bytes are too few for a safetensors file; {_AGAIN}.")
+    length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise ModelFileError(f"{where}: not a safetensors file, its header would have {length:,} bytes; {_AGAIN}.")
+    if file_bytes is not None and PREFIX_BYTES + length > file_bytes:
+        raise ModelFileError(
+            f"{where}: truncated, its header alone ends at byte {PREFIX_BYTES + length:,} of {file_bytes:,}; {_AGAIN}."
+        )
+    return length
+
+
+def parse_header(header: bytes, file_bytes: int | None, *, length: int, where: str) -> dict[str, StoredTensor]:
+    """Read a header's JSON, and hold it against the size of the file.
+
+    Args:
+        header: The JSON, after the length field.
+        file_bytes: Size of the whole file, ``None`` when unknown.
+        length: Bytes the JSON should have.
+        where: File name, for the message of the error.
+
+    Returns:
+        Tensors by name, in the order of the header.
+
+    Raises:
+        ModelFileError: Damaged in any way that the safetensors library would refuse, or truncated.
+    """
+    if len(header) < length:
+        raise ModelFileError(f"{where}: truncated inside its header; {_AGAIN}.")
+    try:
+        entries = msgspec.json.decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+        raise ModelFileError(f"{where}: its header is not JSON ({error}); {_AGAIN}.") from error
+    if not isinstance(entries, dict):
+        raise ModelFileError(f"{where}: its header is not a JSON object; {_AGAIN}.")
+    spans: list[tuple[int, int, str]] = []
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        begin, tensor = _tensor(name, entry, where)
+        spans.append((begin, begin + tensor.stored_bytes, name))
+        tensors[name] = tensor
+    data_bytes = _check_cover(spans, where)
+    expected = PREFIX_BYTES + length + data_bytes
+    if file_bytes is not None and file_bytes < expected:
+        raise ModelFileError(f"{where}: truncated, {file_bytes:,} of {expected:,} bytes are there; {_AGAIN}.")
+    if file_bytes is not None and file_bytes > expected:
+        raise ModelFileError(f"{where}: {file_bytes - expected:,} bytes follow the last tensor; {_AGAIN}.")
+    return tensors
+
+
+def _tensor(name: str, entry: Any, where: str) -> tuple[int, StoredTensor]:
+    """Check one entry; return where its data begins, and the tensor."""
+    label = f"{where}: tensor {name[:MAX_NAME]!r}"
+    if len(name) > MAX_NAME:
+        raise ModelFileError(f"{label} and so on: no parameter has a name of {len(name):,} letters; {_AGAIN}.")
+    if not isinstance(entry, dict):
+        raise ModelFileError(f"{label} is not described by a JSON object; {_AGAIN}.")
+    dtype = entry.get("dtype")
+    shape, offsets = _naturals(entry.get("shape")), _naturals(entry.get("data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ModelFileError(
+            f"{label} has the unknown dtype {str(dtype)[:40]!r}; update vlm-doctor or convert the checkpoint."
+        )
+    if shape is None or len(shape) > MAX_DIMENSIONS:
+        raise ModelFileError(f"{label} has no valid shape; {_AGAIN}.")
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ModelFileError(f"{label} has no valid data_offsets; {_AGAIN}.")
+    tensor = StoredTensor(dtype, shape, offsets[1] - offsets[0])
+    if tensor.elements * DTYPE_BITS[dtype] != tensor.stored_bytes * 8:
+        raise ModelFileError(
+            f"{label} has {tensor.stored_bytes:,} bytes, not what {dtype} of shape {list(shape[:8])} takes; {_AGAIN}."
+        )
+    return offsets[0], tensor
+
+
+def _naturals(value: Any) -> tuple[int, ...] | None:
+    """A list of integers from 0 up as a tuple, ``None`` for anything else; JSON's ``true`` is no integer."""
+    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+        return None
+    return tuple(value)
+
+
+def _check_cover(spans: list[tuple[int, int, str]], where: str) -> int:
+    """Refuse holes and overlaps; return the bytes of all data."""
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            what = "overlaps another tensor" if begin < end else "leaves a hole before it"
+            raise ModelFileError(f"{where}: tensor {name!r} {what}; {_AGAIN}.")
+        end = stop
+    return end

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from vlm_doctor.findings import Outcome
+from vlm_doctor.machine import Machine
+from vlm_doctor.units import GIB, MIB
+
+Ask = Callable[..., Outcome]
+Said = Callable[[Outcome], list[tuple[str, str]]]
+Load = Callable[..., Machine]
+
+
+def host(load: Load, name: str = "2xl4-idle", **fields: Any) -> dict[str, Any]:
+    found = load(name).host
+    assert found is not None
+    return {"host": replace(found, **fields)}
+
+
+def commands(outcome: Outcome) -> tuple[str, ...]:
+    fix = outcome.findings[0].fix
+    assert fix is not None
+    return fix.commands
+
+
+def test_small_shm(ask: Ask, said: Said) -> None:
+    outcome = ask("VLM503", "small-shm")
+
+    assert said(outcome) == [("warning", "/dev/shm has 64 MiB: data loaders with workers and NCCL want 1.0 GiB or more.")]
+    assert outcome.findings[0].cause == "docker's default is 64 MiB."
+    assert commands(outcome) == ("docker run --gpus all --shm-size=8g IMAGE",)
+    assert ask("VLM503", "2xl4-idle").state == "passed"
+    assert ask("VLM503", "ci-container").reason == "no GPU"
+
+
+def test_small_shm_outside_a_container(ask: Ask, load: Load) -> None:
+    outcome = ask("VLM503", "2xl4-idle", **host(load, shm_total_bytes=500 * MIB))
+
+    assert commands(outcome) == ("sudo mount -o remount,size=8G /dev/shm",)
+    assert outcome.findings[0].cause is None
+
+
+def test_small_shm_beside_one_gpu_is_only_mentioned(ask: Ask, load: Load) -> None:
+    assert ask("VLM503", "wsl2", **host(load, shm_total_bytes=64 * MIB)).findings[0].severity == "info"
+
+
+def test_full_shm(ask: Ask, load: Load) -> None:
+    outcome = ask("VLM503", "2xl4-idle", **host(load, shm_total_bytes=8 * GIB, shm_free_bytes=MIB))
+
+    assert outcome.findings[0].message == "/dev/shm is full: 1 MiB of 8.0 GiB are free."
+
+
+def test_shm_of_unknown_room(ask: Ask, load: Load) -> None:
+    assert ask("VLM503", "2xl4-idle", **host(load, shm_free_bytes=None)).state == "passed"
+    assert ask("VLM503", "2xl4-idle", **host(load, shm_total_bytes=None)).reason == "host.shm_total_bytes is not known"
+
+
+def test_memory_limit(ask: Ask, said: Said) -> None:
+    outcome = ask("VLM504", "cgroup-limit")
+
+    assert said(outcome) == [
+        (
+            "warning",
+            "This container may use 16.0 GiB of the host's 251.0 GiB, less than one GPU holds (45.0 GiB).",
+        )
+    ]
+    assert commands(outcome) == ("docker run --gpus all --memory=64g IMAGE",)
+    assert ask("VLM504", "2xl4-idle").state == "passed"
+    assert ask("VLM504", "laptop-no-gpu").reason == "no GPU"
+
+
+def test_memory_limit_of_a_job_that_is_larger_than_a_gpu_is_only_mentioned(ask: Ask, load: Load, said: Said) -> None:
+    outcome = ask("VLM504", "2xl4-idle", **host(load, cgroup_limit_bytes=64 * GIB))
+
+    assert said(outcome) == [("info", "This job may use 64.0 GiB of the host's 251.0 GiB.")]
+    assert commands(outcome) == ()
+
+
+@pytest.mark.parametrize("limit", [None, 126 * GIB, 2**62])
+def test_a_generous_limit(limit: int | None, ask: Ask, load: Load) -> None:
+    assert ask("VLM504", "2xl4-idle", **host(load, cgroup_limit_bytes=limit)).state == "passed"
+
+
+def test_host_unread(ask: Ask) -> None:
+    for code in ("VLM503", "VLM504", "VLM505"):
+        assert ask(code, "2xl4-idle", host=None).state == "unknown"
+
+
+def test_little_disk(ask: Ask, said: Said) -> None:
+    outcome = ask("VLM505", "full-disk")
+
+    assert said(outcome) == [("warning", "The checkpoint cache ~/.cache/huggingface/hub has 4.2 GiB of free disk space.")]
+    assert commands(outcome) == (
+        'du -sh "${HF_HUB_CACHE:-$HOME/.cache/huggingface/hub}"/* | sort -h',
+        "export HF_HUB_CACHE=/path/with/room",
+    )
+    assert ask("VLM505", "2xl4-idle").state == "passed"
+    assert ask("VLM505", "laptop-no-gpu").reason == "no GPU"

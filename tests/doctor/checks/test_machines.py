@@ -1,0 +1,190 @@
+"""The machines of tests/machines as a whole: which verdict each gets, and that nothing else is said of it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from vlm_doctor.checks import CHECKS, diagnose
+from vlm_doctor.findings import Finding
+from vlm_doctor.machine import Driver, Gpu, Machine, TorchView
+
+ROOT = Path(__file__).parents[3]
+NAMES = sorted(path.stem for path in (ROOT / "tests" / "machines").glob("*.json"))
+
+EXPECTED = {
+    # Name of the machine to every finding above info.
+    "2xa10-half-taken": ["warning VLM501"],
+    "8xh100-fabric-down": ["error VLM403"],
+    "a100-mig": ["warning VLM110"],
+    "badly-joined": ["warning VLM405"],
+    "cgroup-limit": ["warning VLM504"],
+    "container-hidden-pids": ["warning VLM502"],
+    "container-lacks-compute": ["error VLM205"],
+    "container-no-injection": ["error VLM205"],
+    "cpu-torch": ["error VLM303"],
+    "device-files-forbidden": ["error VLM106"],
+    "driver-mismatch": ["error VLM104"],
+    "driver-missing": ["error VLM102"],
+    "exclusive-process": ["error VLM109"],
+    "full-disk": ["warning VLM505"],
+    "gpu-lost": ["error VLM108"],
+    "gpu-off-the-bus": ["error VLM107"],
+    "masked": ["error VLM201"],
+    "mixed-order": ["warning VLM204"],
+    "nouveau": ["error VLM103"],
+    "nvlink-half-dead": ["warning VLM402", "warning VLM402"],
+    "nvml-crashed": ["error VLM105"],
+    "old-accelerate": ["error VLM309"],
+    "old-driver": ["error VLM306"],
+    "orphaned-memory": ["warning VLM502"],
+    "out-of-range": ["error VLM202"],
+    "pynvml-shadowed": ["error VLM310"],
+    "remap-failed": ["error VLM111"],
+    "small-shm": ["warning VLM503"],
+    "torch-half-installed": ["error VLM302"],
+    "torch-hang": ["error VLM305"],
+    "torch-import-error": ["error VLM304"],
+    "torch-missing": ["error VLM301"],
+    "torch-sees-fewer": ["error VLM206"],
+    "torch-segfault": ["error VLM305"],
+    "transformers-missing": ["warning VLM308"],
+    "v100-missing-sm": ["error VLM307"],
+}
+HEALTHY = [
+    "2x4090-no-p2p",
+    "2xh200-nvswitch",
+    "2xh200-recorded",
+    "2xl4-idle",
+    "4x3090-two-bridges",
+    "ci-container",
+    "container-with-some-gpus",
+    "gb10-unified",
+    "laptop-no-gpu",
+    "links-unread",
+    "one-gpu-passed-through",
+    "scheduled-job",
+    "some-hidden",
+    "wsl2",
+]
+
+
+def test_every_machine_is_judged_here() -> None:
+    assert {*EXPECTED, *HEALTHY} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_broken_machine_gets_its_cause_and_a_healthy_one_nothing(name: str, load: Callable[..., Machine]) -> None:
+    diagnosis = diagnose(load(name))
+
+    assert [f"{f.severity} {f.code}" for f in diagnosis.findings if f.severity != "info"] == EXPECTED.get(name, [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_check_has_an_outcome_and_none_crashes(name: str, load: Callable[..., Machine]) -> None:
+    outcomes = diagnose(load(name)).outcomes
+
+    assert [outcome.code for outcome in outcomes] == [check.code for check in CHECKS]
+    assert [outcome.reason for outcome in outcomes if outcome.state == "crashed"] == []
+    assert all(outcome.reason for outcome in outcomes if outcome.state in ("skipped", "unknown"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_findings_are_complete_and_their_evidence_is_real(name: str, load: Callable[..., Machine]) -> None:
+    machine = load(name)
+
+    for finding in diagnose(machine).findings:
+        assert_complete(finding, machine)
+
+
+def assert_complete(finding: Finding, machine: Machine) -> None:
+    assert finding.message.endswith(".")
+    assert "\n" not in finding.message
+    assert finding.evidence
+    for path in finding.evidence:
+        first = path.replace("[", ".").split(".")[0]
+        assert hasattr(machine, first), path
+    assert set(finding.gpus) <= {gpu.index for gpu in machine.gpus}
+    if finding.severity != "info":
+        assert finding.fix is not None
+        assert finding.fix.text.endswith(".")
+        assert finding.fix.commands or finding.fix.who == "administrator"
+
+
+@pytest.mark.parametrize("name", ["laptop-no-gpu", "ci-container"])
+def test_a_machine_without_gpu_gets_one_info_and_reasons(name: str, load: Callable[..., Machine]) -> None:
+    diagnosis = diagnose(load(name))
+
+    assert [(f.severity, f.code) for f in diagnosis.findings] == [("info", "VLM101")]
+    reasons = {outcome.code: outcome.reason for outcome in diagnosis.outcomes if outcome.state == "skipped"}
+    assert {reasons[code] for code in ("VLM109", "VLM206", "VLM301", "VLM402", "VLM501", "VLM505")} == {"no GPU"}
+
+
+def test_driver_missing_says_so_once_and_explains_the_rest(load: Callable[..., Machine]) -> None:
+    diagnosis = diagnose(load("driver-missing"))
+
+    assert [finding.code for finding in diagnosis.findings] == ["VLM102"]
+    explained = {o.code for o in diagnosis.outcomes if o.reason == "explained by VLM102"}
+    assert {"VLM105", "VLM107", "VLM206", "VLM301", "VLM501"} <= explained
+
+
+def test_a_blind_laptop_is_not_explained_by_a_shadowed_pynvml(load: Callable[..., Machine]) -> None:
+    libraries = load("pynvml-shadowed").libraries
+    diagnosis = diagnose(load("laptop-no-gpu", libraries=libraries, driver=Driver(nvml_state="no_binding")))
+
+    assert [(f.severity, f.code) for f in diagnosis.findings] == [("warning", "VLM310"), ("info", "VLM101")]
+    assert next(o.reason for o in diagnosis.outcomes if o.code == "VLM109") == "no GPU"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_check_crashes_when_facts_are_missing(name: str, load: Callable[..., Machine]) -> None:
+    machine = load(name)
+    bare = tuple(Gpu(index=gpu.index, uuid=gpu.uuid, name=gpu.name) for gpu in machine.gpus)
+    poorer = [
+        replace(machine, host=None),
+        replace(machine, libraries=None),
+        replace(machine, driver=Driver()),
+        replace(machine, links=(), pci_devices=()),
+        replace(machine, torch=TorchView(state="ok")),
+        replace(machine, torch=TorchView(state="not_asked", message="still being asked")),
+        replace(machine, gpus=bare),
+        replace(machine, gpus=(), links=()),
+        replace(machine, origin="synthetic"),
+    ]
+
+    for one in poorer:
+        assert [o.reason for o in diagnose(one).outcomes if o.state == "crashed"] == []
+
+
+def test_a_bare_machine_is_never_called_broken(load: Callable[..., Machine]) -> None:
+    machine = load("2xl4-idle")
+    bare = tuple(Gpu(index=gpu.index, uuid=gpu.uuid, name=gpu.name) for gpu in machine.gpus)
+
+    diagnosis = diagnose(replace(machine, gpus=bare, links=()))
+
+    assert diagnosis.count("error") == diagnosis.count("warning") == 0
+
+
+@pytest.mark.parametrize(
+    "spec", ["2xL4", "8xH100:nvswitch", "4x3090:nvlink=0-1,2-3", "L4+A10", "24GiB,12GiB", "2xL4:free=9GiB"]
+)
+def test_a_made_up_machine_is_healthy_and_nothing_about_it_is_unknown(spec: str) -> None:
+    from vlm_doctor.sources.synthetic import parse_machine
+
+    diagnosis = diagnose(parse_machine(spec))
+
+    assert diagnosis.count("error") == diagnosis.count("warning") == 0
+    assert {outcome.state for outcome in diagnosis.outcomes} <= {"passed", "found", "skipped"}
+
+
+def test_files_are_those_that_the_generator_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    written = importlib.import_module("make_machines").machines()
+
+    assert {f"{name}.json" for name in NAMES if "recorded" not in name} == set(written)
+    stale = [name for name, text in written.items() if (ROOT / "tests" / "machines" / name).read_text("utf-8") != text]
+    assert stale == [], "run python tools/make_machines.py"

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from vlm_doctor import codes
+from vlm_doctor.checks import CHECKS, RETIRED
+from vlm_doctor.codes import all_codes, explain
+from vlm_doctor.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+DOCTOR = ["VLM001", "VLM002"]
+GATE = ["VLM701", "VLM702", "VLM703", "VLM704", "VLM705"] + [f"VLM71{n}" for n in range(1, 7)] + ["VLM720"]
+
+
+def test_every_check_and_every_verdict_has_a_page() -> None:
+    assert list(all_codes()) == [*DOCTOR, *(check.code for check in CHECKS), *GATE]
+    assert all(title and not title.endswith(".") for title in all_codes().values())
+
+
+@pytest.mark.parametrize("code", [*DOCTOR, *GATE])
+def test_pages_without_a_check_have_the_same_form(code: str) -> None:
+    page = explain(code)
+
+    assert page.startswith(f"# {code}: {all_codes()[code]}\n\n")
+    assert re.findall(r"^## (.+)$", page, re.MULTILINE) == [
+        "What it checks",
+        "Why it matters",
+        "Example",
+        "What to do",
+        "When it is fine",
+        "Sources",
+    ]
+
+
+@pytest.mark.parametrize("code", GATE)
+def test_pages_of_the_gate_say_what_strictness_changes(code: str) -> None:
+    assert "--vlm-strict" in explain(code)
+
+
+def test_the_plugin_gives_only_codes_that_can_be_explained() -> None:
+    given = set(
+        re.findall(r'"(VLM\d{3})"', "".join(path.read_text("utf-8") for path in (ROOT / "pytest_vlmgpu").glob("*.py")))
+    )
+
+    assert given
+    assert given <= set(all_codes())
+
+
+def test_codes_that_pages_mention_exist() -> None:
+    for code in all_codes():
+        assert set(re.findall(r"VLM\d{3}", explain(code))) <= set(all_codes()), code
+
+
+@pytest.mark.parametrize("spelling", ["VLM501", "vlm501", "501", " 501 "])
+def test_a_code_may_be_spelled_loosely(spelling: str) -> None:
+    assert explain(spelling).startswith("# VLM501: GPU memory held by other processes\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("VLM51", "There is no code 'VLM51'; did you mean VLM501?"),
+        ("VML403", "There is no code 'VML403'; did you mean VLM403?"),
+        ("VLM999", "There is no code 'VLM999'; codes are VLM and three digits, such as VLM501."),
+        ("", "There is no code ''; codes are VLM and three digits, such as VLM501."),
+        ("x" * 10_000_000, f"There is no code '{'x' * 20}'; codes are VLM and three digits, such as VLM501."),
+        ("\x1b[31m", "There is no code '\\x1b[31m'; codes are VLM and three digits, such as VLM501."),
+        ("../../etc/passwd", "There is no code '../../etc/passwd'; codes are VLM and three digits, such as VLM501."),
+        ("٥٠١", "There is no code '\\u0665\\u0660\\u0661'; codes are VLM and three digits, such as VLM501."),
+    ],
+)
+def test_an_unknown_code(code: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        explain(code)
+
+    assert str(caught.value) == message
+
+
+def test_a_retired_code_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RETIRED, "VLM199", "Gone since 2.0: the driver tells it itself.")
+
+    assert explain("199") == "# VLM199: no longer used\n\nGone since 2.0: the driver tells it itself.\n"
+
+
+def test_a_page_without_a_heading_has_no_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codes, "_pages", lambda: {"VLM000": "text"})
+
+    assert all_codes() == {"VLM000": ""}
+
+
+def test_docs_are_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    wanted = importlib.import_module("make_pages").pages()
+    found = {path.name: path.read_text("utf-8") for path in (ROOT / "docs" / "codes").glob("*.md")}
+
+    assert found == wanted, "run python tools/make_pages.py"
