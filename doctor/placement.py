@@ -39,8 +39,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak of torch's ``max_memory_allocated``: weights, KV cache and activations."""
-        return sum(line.size_bytes for line in self.ledger if line.kind in ("weights", "kv_cache", "activations"))
+        """Predicted peak of torch's ``max_memory_allocated``: workspace, weights, KV cache and activations."""
+        counted = ("workspace", "weights", "kv_cache", "activations")
+        return sum(line.size_bytes for line in self.ledger if line.kind in counted)
 
     @property
     def left_bytes(self) -> int:

@@ -47,8 +47,8 @@ def _stage(footprint: Footprint, units: list[Unit], budget: Budget, need: StageN
     lines = [
         _line("driver", "driver and firmware", budget.driver_bytes, budget.total_source),
         _line("others", "other processes", budget.others_bytes, budget.total_source),
-        _line("context", "CUDA context", budget.context_bytes, budget.context_source),
-        _line("workspace", "cuBLAS workspace", budget.workspace_bytes, "measured on an H200"),
+        _line("context", "CUDA context and libraries", budget.context_bytes, budget.context_source),
+        _line("workspace", "cuBLAS workspace", budget.workspace_bytes, "torch's default on Hopper"),
         *_weights(footprint, units),
         _line(
             "kv_cache",

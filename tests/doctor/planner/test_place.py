@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from vlm_doctor.planner.order import Split, even_out, fastest_split, interchangeable, no_preference
 from vlm_doctor.planner.place import MAX_SETS, Need, extend, extents, largest, rounded, smallest_count
+
+from .brute_force import all_splits
 
 
 def priced(weights: Sequence[int], anchor: int, peak: int) -> Need:
@@ -22,12 +24,6 @@ def priced(weights: Sequence[int], anchor: int, peak: int) -> Need:
         return sum(own) + max(own) * peak + (anchor if first == 0 else 0)
 
     return need
-
-
-def all_splits(atoms: int, gpus: int, count: int) -> Iterator[Split]:
-    for order in itertools.permutations(range(gpus), count):
-        for cuts in itertools.combinations(range(1, atoms), count - 1):
-            yield Split(order, (*cuts, atoms))
 
 
 def best_by_force(atoms: int, need: Need, capacities: Sequence[int], count: int) -> list[Split]:
