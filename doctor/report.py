@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from .findings import Diagnosis
@@ -17,9 +19,13 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = REPORT_SCHEMA
     version: str
     """Of pytest-vlmgpu."""
+    command: Literal["check", "plan"] = "check"
+    """What was asked: in ``check`` the plan is only a suggestion, in ``plan`` it is the answer."""
     machine: Machine
     diagnosis: Diagnosis | None = None
     plan: Plan | None = None
     exit_status: int
     """0 usable; 1 an error was found (with --strict also a warning) or the plan does not fit; 3 could not look."""
+    notes: tuple[str, ...] = ()
+    """What this run left out, and why."""
     seconds: float | None = None

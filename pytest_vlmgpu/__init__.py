@@ -1,3 +1,33 @@
-"""Pytest plugin for tests with vision-language models on NVIDIA GPUs."""
+"""Pytest plugin for tests with vision-language models on NVIDIA GPUs.
+
+The plugin needs no import. These names are for annotations, and for a conftest that overrides a fixture or a hook.
+"""
 
 from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "LoadFailure": "failures",
+    "LoadedVlm": "loading",
+    "Requirements": "requirements",
+    "Verdict": "verdicts",
+    "VlmSpec": "requirements",
+}
+
+__all__ = sorted([*_WHERE, "__version__"])  # noqa: PLE0605 - built from the table above, so that the two cannot differ
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'pytest_vlmgpu' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

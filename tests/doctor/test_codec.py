@@ -21,12 +21,26 @@ def two_gpus() -> Machine:
         origin="live",
         description="2 x NVIDIA L4",
         gpus=(
-            Gpu(index=0, uuid=UUID, name="NVIDIA L4", memory_total_bytes=2**34, memory_free_bytes=2**33, processes=(process,)),
+            Gpu(
+                index=0,
+                uuid=UUID,
+                name="NVIDIA L4",
+                memory_total_bytes=2**34,
+                memory_free_bytes=2**33,
+                processes=(process,),
+            ),
             Gpu(index=1, uuid=UUID.replace("0eff", "1eff"), name="NVIDIA L4"),
         ),
         links=(Link(a=0, b=1, nvlinks=0, path="PHB"),),
-        environment={"CUDA_VISIBLE_DEVICES": f"{UUID},1", "HF_HOME": "/home/ada/hf", "LD_LIBRARY_PATH": "/root/lib:/opt/rootless"},
-        gaps=(Gap(path="gpus[1].memory_free_bytes", reason="NVML: Unknown Error"), Gap(path="host", reason="/proc is not mounted")),
+        environment={
+            "CUDA_VISIBLE_DEVICES": f"{UUID},1",
+            "HF_HOME": "/home/ada/hf",
+            "LD_LIBRARY_PATH": "/root/lib:/opt/rootless",
+        },
+        gaps=(
+            Gap(path="gpus[1].memory_free_bytes", reason="NVML: Unknown Error"),
+            Gap(path="host", reason="/proc is not mounted"),
+        ),
     )
 
 

@@ -26,7 +26,9 @@ def test_reads_a_size_with_its_unit(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "24", "GiB", "-1GiB", "24 GiB/s", "1e3GB", "٣GB", "24XB", "1.2.3GB", "9" * 400 + "GB", "24\x00GB"])
+@pytest.mark.parametrize(
+    "text", ["", "24", "GiB", "-1GiB", "24 GiB/s", "1e3GB", "٣GB", "24XB", "1.2.3GB", "9" * 400 + "GB", "24\x00GB"]
+)
 def test_refuses_what_is_not_a_size(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_bytes(text, where="--headroom")
@@ -44,7 +46,14 @@ def test_any_text_is_a_size_or_one_sentence(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 MiB"), (618 * MIB, "618 MiB"), (GIB - 1, "1024 MiB"), (GIB, "1.0 GiB"), (int(23.46 * GIB), "23.5 GiB"), (-2 * GIB, "-2.0 GiB")],
+    [
+        (0, "0 MiB"),
+        (618 * MIB, "618 MiB"),
+        (GIB - 1, "1024 MiB"),
+        (GIB, "1.0 GiB"),
+        (int(23.46 * GIB), "23.5 GiB"),
+        (-2 * GIB, "-2.0 GiB"),
+    ],
 )
 def test_writes_sizes_for_people(size: int, text: str) -> None:
     assert format_gib(size) == text

@@ -1,0 +1,91 @@
+"""From a machine to the report of a command: judge it, plan for it, and come to a verdict. Pure.
+
+The planner is imported where it is used: a check of a machine without GPUs has no use for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from . import __version__
+from .checks import diagnose
+from .errors import UsageError
+from .machine import Machine
+from .model import ModelProfile
+from .placement import Plan
+from .report import Report
+from .verdict import exit_status, focus
+from .workload import Policy, Workload
+
+
+def check_report(
+    machine: Machine, *, ignore: Sequence[str] = (), gpus: tuple[int, ...] | None = None, strict: bool = False
+) -> Report:
+    """Judge a machine.
+
+    Args:
+        machine: What was seen.
+        ignore: Codes, or beginnings of codes, whose findings decide nothing.
+        gpus: GPU indices that matter; findings about others decide nothing. ``None`` is all.
+        strict: Count warnings like errors.
+
+    Raises:
+        UsageError: The machine has no such GPU.
+    """
+    refuse_missing_gpus(machine, gpus)
+    diagnosis = diagnose(machine, ignore=ignore)
+    if gpus is not None:
+        diagnosis = focus(diagnosis, gpus)
+    return Report(
+        version=__version__,
+        machine=machine,
+        diagnosis=diagnosis,
+        exit_status=exit_status(machine, diagnosis, strict=strict),
+    )
+
+
+def with_suggestion(report: Report, profile: ModelProfile, *, gpus: tuple[int, ...] | None = None) -> Report:
+    """Add a plan for one image with a short text, as a suggestion: it does not change the verdict on the machine."""
+    from .planner import plan
+
+    return msgspec.structs.replace(report, plan=plan(profile, report.machine, Workload(), Policy(gpus=gpus)))
+
+
+def plan_report(profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy) -> Report:
+    """Place a model on a machine. Of the machine's faults, those of the GPUs that the plan uses count.
+
+    Raises:
+        UsageError: Workload or policy make no sense for this model and machine.
+        ModelFileError: The model cannot be placed.
+    """
+    from .planner import plan
+
+    answer = plan(profile, machine, workload, policy)
+    diagnosis = focus(diagnose(machine, plan=answer), _gpus_of(answer))
+    return Report(
+        version=__version__,
+        command="plan",
+        machine=machine,
+        diagnosis=diagnosis,
+        plan=answer,
+        exit_status=exit_status(machine, diagnosis, answer),
+    )
+
+
+def _gpus_of(answer: Plan) -> frozenset[int]:
+    return frozenset(stage.gpu for stage in answer.stages)
+
+
+def refuse_missing_gpus(machine: Machine, gpus: Sequence[int] | None) -> None:
+    """Refuse GPU indices that a machine does not have.
+
+    Raises:
+        UsageError: One sentence that names the GPUs there are.
+    """
+    there = [gpu.index for gpu in machine.gpus]
+    for index in gpus or ():
+        if index not in there:
+            have = f"its GPUs are {', '.join(map(str, there))}" if there else "it has none"
+            raise UsageError(f"--gpus: {machine.description} has no GPU {index}; {have}.")

@@ -1,0 +1,80 @@
+"""Values on the command line, read. Pure: text in, value or one clear sentence out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from itertools import pairwise
+
+from .errors import UsageError
+from .units import parse_bytes
+
+_SIZE = re.compile(r"(\d{1,6})(?:[xX](\d{1,6}))?", re.ASCII)
+_INDEX = re.compile(r"\d{1,4}", re.ASCII)
+_CODE_START = re.compile(r"VLM\d{1,3}", re.ASCII)
+
+
+def asks_for_json(words: Sequence[str]) -> bool:
+    """Tell whether a command line asks for JSON, even one that cannot be understood otherwise."""
+    return "--json" in words or "--format=json" in words or ("--format", "json") in pairwise(words)
+
+
+def gpu_indices(text: str) -> tuple[int, ...]:
+    """Read ``0,1`` as GPU indices.
+
+    Raises:
+        UsageError: It is not a list of numbers, or names a GPU twice.
+    """
+    entries = [entry.strip() for entry in text.split(",")]
+    if not all(map(_INDEX.fullmatch, entries)):
+        raise UsageError(f"--gpus: {text!r} is not a list of GPU indices; write them with commas, such as 0,1.")
+    indices = tuple(int(entry) for entry in entries)
+    if len(set(indices)) != len(indices):
+        raise UsageError(f"--gpus: {text!r} names a GPU twice.")
+    return indices
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Read ``1280x720`` (width x height) or ``1024`` (both), in pixels.
+
+    Returns:
+        Width and height.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"--image-size: {text!r} is not a size; write width x height in pixels, such as 1280x720.")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def headroom_bytes(text: str) -> int:
+    """Read ``1GiB`` as bytes.
+
+    Raises:
+        UsageError: It is not a size with a unit.
+    """
+    return parse_bytes(text, where="--headroom")
+
+
+def codes(texts: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    """Read codes, or beginnings of codes, for ``--ignore``: ``VLM503``, ``vlm5``; several may share one option.
+
+    Raises:
+        UsageError: No code begins so.
+    """
+    wanted = [entry.strip().upper() for text in texts for entry in text.split(",")]
+    for entry in wanted:
+        if not _CODE_START.fullmatch(entry) or not any(code.startswith(entry) for code in known):
+            raise UsageError(
+                f"--ignore: {entry!r} is not the beginning of a code; write one such as VLM503, or VLM5 for a family."
+            )
+    return tuple(wanted)
+
+
+def suggestion(word: str, known: Collection[str]) -> str:
+    """``; did you mean plan?``, or nothing."""
+    near = get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "."

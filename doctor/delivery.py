@@ -1,0 +1,87 @@
+"""Puts text where it was asked for: on standard output, or in a file that is written whole or not at all."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from .errors import UsageError
+from .formats.look import DEFAULT_WIDTH, Look
+
+
+def look_of(
+    stream: TextIO | None, *, environment: Mapping[str, str], verbose: bool = False, machine_option: str = ""
+) -> Look:
+    """Say how text has to look on a stream: color only on a terminal, ASCII where it is not UTF-8.
+
+    Args:
+        stream: Where the text goes; ``None`` is a file of our own (80 columns, UTF-8).
+        environment: ``NO_COLOR``, ``TERM`` and ``COLUMNS`` are respected.
+        verbose: Passed on.
+        machine_option: Passed on.
+    """
+    if stream is None:
+        return Look(verbose=verbose, machine_option=machine_option)
+    has_color = stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+    width = shutil.get_terminal_size((DEFAULT_WIDTH, 25)).columns if stream.isatty() else DEFAULT_WIDTH
+    return Look(width=width, color=has_color, is_unicode=is_utf8(stream), verbose=verbose, machine_option=machine_option)
+
+
+def is_utf8(stream: TextIO) -> bool:
+    """Tell whether a stream can show any character."""
+    return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
+
+
+def write_stdout(text: str) -> None:
+    """Write to standard output and flush. A reader that went away, such as ``head``, is no error.
+
+    Raises:
+        UsageError: Standard output cannot be written, such as on a full disk.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence_stdout()
+    except OSError as error:
+        _silence_stdout()
+        raise UsageError(f"Standard output cannot be written: {error.strerror or error}.") from error
+
+
+def _silence_stdout() -> None:
+    """Let what is still buffered go nowhere, or Python complains about it when it exits."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file in UTF-8 so that it never exists half written.
+
+    A device or pipe is written as it stands: replacing ``/dev/null`` by a file would harm the machine.
+
+    Raises:
+        UsageError: The file cannot be written there.
+    """
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_file() and not target.is_dir():
+            target.write_text(text, encoding="utf-8")
+            return
+        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with draft.open("x", encoding="utf-8") as file:
+                file.write(text)
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(f"--output {path}: cannot be written: {why}.") from error

@@ -1,0 +1,36 @@
+"""A report as JSON, its JSON Schema, and errors as JSON: with ``--json`` there is JSON on stdout whatever happens."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import msgspec
+
+from .. import codec
+from ..report import REPORT_SCHEMA, Report
+from .look import Look
+
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+
+
+def render(report: Report, look: Look) -> str:
+    """Write a report as JSON, keys in the order of the records; where the output is not UTF-8, as ASCII with escapes."""
+    text = codec.to_json(report)
+    # Beyond ASCII there are only characters inside strings, so that an escape is right wherever it is put.
+    return text if look.is_unicode else _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def error_json(kind: str, message: str, exit_status: int) -> str:
+    """Write what stopped the run: ``{"error": {"type": ..., "message": ...}, "exit_status": ...}``."""
+    return json.dumps({"error": {"type": kind, "message": message}, "exit_status": exit_status}, indent=2) + "\n"
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a report; ``docs/report.schema.json`` is this."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"Report of vlm-doctor, schema {REPORT_SCHEMA}",
+        **msgspec.json.schema(Report),
+    }

@@ -1,0 +1,155 @@
+"""A plan as Python to paste: environment, ``device_map`` and the calls that load the model.
+
+Names come from checkpoints and snapshots that others wrote, so each one enters the text as a Python literal, never as code.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+
+from packaging.version import InvalidVersion, Version
+
+from ..errors import UsageError
+from ..machine import Libraries
+from ..placement import Plan
+from ..report import Report
+from .key_runs import KeyRun, runs
+from .look import Look
+
+DTYPE_SINCE = Version("4.56")
+"""First transformers whose ``from_pretrained`` takes ``dtype``; before, ``torch_dtype``. Source: its release notes."""
+
+_PLAIN_PATH = re.compile(r"[A-Za-z_][\w.]*", re.ASCII)
+
+
+def render(report: Report, _look: Look) -> str:
+    """Write the plan of a report as a Python script.
+
+    Returns:
+        The script; for a plan that does not fit, one that only says so and stops.
+
+    Raises:
+        UsageError: The report has no plan.
+    """
+    if report.plan is None:
+        raise UsageError(
+            "--format python: only a plan can be written as Python; use vlm-doctor plan MODEL --format python."
+        )
+    return snippet(report.plan, report.machine.libraries, is_live=report.machine.origin == "live")
+
+
+def snippet(plan: Plan, libraries: Libraries | None = None, *, is_live: bool = False) -> str:
+    """Write a plan as Python that fits the installed transformers.
+
+    Args:
+        plan: The plan.
+        libraries: What is installed where it will run; ``None`` means the newest.
+        is_live: True when the plan is for the machine it was made on.
+    """
+    if not plan.fits:
+        why = plan.shortage.message if plan.shortage else "The model does not fit."
+        return f"raise SystemExit({literal(why)})\n"
+    blocks = [
+        _environment(plan, is_live=is_live),
+        _imports(plan),
+        f"MODEL = {literal(plan.model)}",
+        device_map_source(plan),
+    ]
+    quantization = _quantization(plan)
+    if quantization:
+        blocks.append(quantization)
+    blocks.append(_loading(plan, dtype_argument(libraries)))
+    return "\n\n".join(blocks) + "\n"
+
+
+def dtype_argument(libraries: Libraries | None) -> str:
+    """Name of the argument that sets the dtype in the installed transformers: ``dtype``, or ``torch_dtype`` before 4.56."""
+    installed = libraries.version("transformers") if libraries else None
+    try:
+        return "torch_dtype" if installed is not None and Version(installed) < DTYPE_SINCE else "dtype"
+    except InvalidVersion:
+        return "dtype"
+
+
+def device_map_source(plan: Plan) -> str:
+    """Write ``device_map = {...}`` so that running it gives ``plan.device_map``, layers of one GPU on one line."""
+    entries = [
+        _entry(run, position)
+        for position, items in groupby(plan.device_map.items(), key=lambda item: item[1])
+        for run in runs(key for key, _ in items)
+    ]
+    if len(entries) == 1:
+        return f"device_map = {{{entries[0]}}}"
+    return "\n".join(["device_map = {", *(f"    {entry}," for entry in entries), "}"])
+
+
+def _entry(run: KeyRun, position: int) -> str:
+    if run.first is None or run.last is None:
+        return f"{literal(run.prefix)}: {position}"
+    numbers = f"range({run.first}, {run.last + 1})" if run.first else f"range({run.last + 1})"
+    key = f'f"{run.prefix}{{i}}"' if _PLAIN_PATH.fullmatch(run.prefix) else f"{literal(run.prefix)} + str(i)"
+    return f"**{{{key}: {position} for i in {numbers}}}"
+
+
+def _environment(plan: Plan, *, is_live: bool) -> str:
+    lines = ["import os", ""]
+    if not is_live:
+        lines.append("# Planned for another machine than this one: put the GPUs of yours here (nvidia-smi -L).")
+    return "\n".join(
+        [
+            *lines,
+            "# Before torch is imported: CUDA reads these once.",
+            'os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"',
+            f'os.environ["CUDA_VISIBLE_DEVICES"] = {literal(plan.cuda_visible_devices)}',
+        ]
+    )
+
+
+def _model_class(plan: Plan) -> str:
+    return "AutoModelForCausalLM" if plan.is_remote_code else "AutoModelForImageTextToText"
+
+
+def _imports(plan: Plan) -> str:
+    names = [_model_class(plan), "AutoProcessor", *(["BitsAndBytesConfig"] if plan.workload.quantization else [])]
+    return f"from transformers import {', '.join(names)}"
+
+
+def _quantization(plan: Plan) -> str | None:
+    arguments = {
+        "int8": "load_in_8bit=True",
+        "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype={literal(plan.dtype)}',
+    }
+    kind = plan.workload.quantization
+    return f"quantization = BitsAndBytesConfig({arguments[kind]})" if kind else None
+
+
+def _loading(plan: Plan, dtype: str) -> str:
+    trust = ", trust_remote_code=True" if plan.is_remote_code else ""
+    lines = ["# The class of this model comes with the checkpoint: read that code before you run it."] if trust else []
+    arguments = [
+        "MODEL",
+        f"{dtype}={literal(plan.dtype)}",
+        "device_map=device_map",
+        # Classes of a checkpoint may refuse sdpa by name, though it is what they run by default.
+        *(
+            []
+            if trust and plan.workload.attention == "sdpa"
+            else [f"attn_implementation={literal(plan.workload.attention)}"]
+        ),
+        *(["quantization_config=quantization"] if plan.workload.quantization else []),
+        *(["trust_remote_code=True"] if trust else []),
+    ]
+    lines += [
+        f"processor = AutoProcessor.from_pretrained(MODEL{trust})",
+        f"model = {_model_class(plan)}.from_pretrained(",
+        *(f"    {argument}," for argument in arguments),
+        ")",
+    ]
+    return "\n".join(lines)
+
+
+def literal(text: str) -> str:
+    """Write text as a Python literal, in double quotes where that needs no escape."""
+    shown = ascii(text)
+    return f'"{shown[1:-1]}"' if shown.startswith("'") and '"' not in shown else shown

@@ -1,0 +1,190 @@
+"""The commands and their options: names, help, defaults. What they do is in ``cli``.
+
+argparse, not typer: typer loads pydantic to read a number, which took 0.09 s of a run that has 0.3 s for everything
+(measured with typer 0.29), and a doctor has to work where such packages are what is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import msgspec
+
+from . import arguments
+from .delivery import write_stdout
+from .errors import UsageError
+from .workload import DType, Policy, Quantization, Workload
+
+_DESCRIPTION = "Examine a machine with NVIDIA GPUs, say what is wrong, and place a vision-language model on it."
+_EPILOG = (
+    "Without a command: check. Exit status: 0 usable; 1 an error was found, or the plan does not fit; 2 bad usage or "
+    "unreadable input; 3 could not look; 130 interrupted. Try 'vlm-doctor plan --help'."
+)
+COMMANDS = {
+    "check": "Say what is wrong with a machine and how to repair it.",
+    "plan": "Place a model on the GPUs of a machine: device_map, memory of each GPU, and why.",
+    "collect": "Write a snapshot of this machine as JSON, for --machine elsewhere and for bug reports.",
+    "explain": "Explain a code: what it means, why it matters, how to repair it.",
+}
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What Python makes of bytes on the command line that are not UTF-8."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one sentence, raised instead of printed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong with the command line."""
+        raise UsageError(f"{message.rstrip('.')}. Try '{self.prog} --help'.")
+
+    def print_help(self, file: Any = None) -> None:  # noqa: ARG002 - argparse's signature
+        """Print the help, also into a pipe whose reader has gone."""
+        write_stdout(self.format_help())
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """Understand a command line.
+
+    Returns:
+        The options; ``command`` is one of :data:`COMMANDS`, or ``None`` with ``version`` set.
+
+    Raises:
+        UsageError: It cannot be understood; one sentence says why.
+        SystemExit: Help was asked for, and printed.
+    """
+    for word in words:
+        if _SURROGATE.search(word):
+            raise UsageError(f"{word!r} is not UTF-8 text, which a report could not hold; rename the file or folder.")
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        words = ["check", *words]
+    if not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise UsageError(
+            f"{words[0]!r} is not a command (they are {', '.join(COMMANDS)}){arguments.suggestion(words[0], COMMANDS)}"
+        )
+    parser, commands = _parsers()
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        known = re.findall(r"--[a-z-]+", commands[options.command].format_usage())
+        raise UsageError(
+            f"{unknown[0]!r} is no option of vlm-doctor {options.command}{arguments.suggestion(unknown[0], known)} "
+            f"Try 'vlm-doctor {options.command} --help'."
+        )
+    return options
+
+
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(prog="vlm-doctor", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
+    parser.add_argument("--version", action="store_true", help="print the version")
+    adder = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = {
+        name: adder.add_parser(name, help=text, description=text, allow_abbrev=False) for name, text in COMMANDS.items()
+    }
+    _add_check(commands["check"])
+    _add_plan(commands["plan"])
+    _add_collect(commands["collect"])
+    commands["explain"].add_argument("code", metavar="CODE", help="such as VLM501")
+    return parser, commands
+
+
+def _add_check(parser: Parser) -> None:
+    _add_machine(parser)
+    _add_torch(parser)
+    parser.add_argument("--model", metavar="NAME", help="hub id or folder of the model to suggest a placement for")
+    parser.add_argument("--ignore", metavar="CODE", action="append", default=[], help="demote findings to info; repeatable")
+    parser.add_argument("--strict", action="store_true", help="warnings count like errors")
+    _add_output(parser, ("terminal", "json"))
+
+
+def _add_plan(parser: Parser) -> None:
+    default, careful = Workload(), Policy()
+    parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
+    _add_machine(parser)
+    parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    work = parser.add_argument_group("largest call of the model")
+    for name, value, text in (
+        ("--images", default.images, "images in each prompt"),
+        ("--text-tokens", default.text_tokens, "text tokens of each prompt"),
+        ("--new-tokens", default.new_tokens, "tokens to generate"),
+        ("--batch", default.batch, "prompts at once"),
+    ):
+        work.add_argument(name, metavar="N", type=int, default=value, help=f"{text} (default: {value})")
+    work.add_argument(
+        "--image-size",
+        metavar="WxH",
+        type=arguments.image_size,
+        default=(None, None),
+        help="pixels; one number: a square",
+    )
+    work.add_argument("--dtype", choices=get_args(DType), help="of the weights (default: the checkpoint's)")
+    work.add_argument("--quantization", choices=get_args(Quantization), help="load with bitsandbytes")
+    work.add_argument("--attention", choices=("sdpa", "eager"), default=default.attention)
+    work.add_argument("--logits", choices=("generate", "forward"), default=default.logits, help="forward keeps all of them")
+    policy = parser.add_argument_group("policy")
+    policy.add_argument("--max-gpus", metavar="N", type=int, help="use at most so many GPUs")
+    policy.add_argument("--min-gpus", metavar="N", type=int, default=careful.min_gpus, help="spread over at least so many")
+    policy.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
+    _add_output(parser, ("terminal", "json", "python"))
+
+
+def _add_collect(parser: Parser) -> None:
+    _add_torch(parser)
+    parser.add_argument(
+        "--no-redact", action="store_true", help="keep UUIDs, user names, commands and home folders as they are"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
+
+
+def _add_machine(parser: Parser) -> None:
+    parser.add_argument(
+        "--machine",
+        metavar="live|FILE|SPEC",
+        default="live",
+        help="this machine (default), a snapshot of 'collect', or a made-up one: 2xL4, 8xH100:nvswitch, L4+A10, 24GiB",
+    )
+    parser.add_argument(
+        "--gpus", metavar="0,1", type=arguments.gpu_indices, help="the GPUs that matter, as nvidia-smi has them"
+    )
+
+
+def _add_torch(parser: Parser) -> None:
+    parser.add_argument("--no-torch", action="store_true", help="do not ask torch, which takes a second or two")
+    parser.add_argument("--fresh-torch", action="store_true", help="ask torch again, even if it answered recently")
+
+
+def _add_output(parser: Parser, formats: tuple[str, ...]) -> None:
+    parser.set_defaults(format="terminal")
+    output = parser.add_argument_group("output")
+    output.add_argument("--format", choices=formats, help="default: terminal")
+    output.add_argument("--json", dest="format", action="store_const", const="json", help="same as --format json")
+    output.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
+    output.add_argument("-v", "--verbose", action="store_true", help="more: evidence, sources, what passed")
+
+
+def workload(options: argparse.Namespace) -> Workload:
+    """Put the workload of ``plan`` together. Numbers out of range are the planner's to refuse."""
+    width, height = options.image_size
+    return Workload(
+        images=options.images,
+        image_width=width,
+        image_height=height,
+        text_tokens=options.text_tokens,
+        new_tokens=options.new_tokens,
+        batch=options.batch,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        attention=options.attention,
+        logits=options.logits,
+    )
+
+
+def policy(options: argparse.Namespace) -> Policy:
+    """Put the policy of ``plan`` together. A headroom that was asked for replaces both parts of the default one."""
+    chosen = Policy(gpus=options.gpus, max_gpus=options.max_gpus, min_gpus=options.min_gpus)
+    if options.headroom is None:
+        return chosen
+    return msgspec.structs.replace(chosen, headroom_fraction=0.0, headroom_min_bytes=options.headroom)

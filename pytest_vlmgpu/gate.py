@@ -1,0 +1,286 @@
+"""What one run knows while it decides: the machine, which tests share a model, what was loaded and what failed.
+
+Every decision is :mod:`selection`'s. Nothing is read and nothing heavy is imported before the first gated test is set up.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from . import verdicts
+from .requirements import GatedTest, Requirements, VlmSpec
+from .selection import judge, judge_without_gpus, keep_from_acting
+from .verdicts import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from vlm_doctor.machine import Machine
+    from vlm_doctor.placement import Plan
+
+    from .options import Settings
+
+    Planner = Callable[[VlmSpec, Machine, tuple[int, ...]], Plan | None]
+    Loader = Callable[[VlmSpec, Plan | None], AbstractContextManager[Any]]
+
+MEMORY_AGE_S = 5.0
+"""How old a reading of free memory may be for a test that loads no model: one costs some tenths of a second."""
+
+
+@dataclass
+class Load:
+    """One model that was loaded, for the summary. Sizes are bytes, over all its GPUs."""
+
+    model: str
+    where: str
+    seconds: float
+    weights_bytes: int = 0
+    predicted_peak_bytes: int = 0
+    measured_peak_bytes: int = 0
+    """Of torch's allocator; 0 when it was not used."""
+    left_bytes: int = 0
+    """Weights that something still referred to after the model was unloaded."""
+
+
+class Gate:
+    """The state of one run; kept in ``config.stash``.
+
+    Args:
+        settings: Resolved.
+        recorded: The machine of ``--vlm-machine``; ``None`` is this one, read when first needed.
+    """
+
+    def __init__(self, settings: Settings, recorded: Machine | None = None) -> None:
+        self.settings = settings
+        self.sharing: dict[VlmSpec, list[Requirements]] = {}
+        """Requirements of the tests that share each load."""
+        self.loads: list[Load] = []
+        self.refusals: dict[VlmSpec, Verdict] = {}
+        """Models that could not be loaded: each is tried once."""
+        self.machine_used: Machine | None = None
+        """As last read; ``None`` until a gated test was decided about."""
+        self._first = self._latest = recorded
+        self._read_at = 0.0
+        self._resident: tuple[VlmSpec, Plan | None] | None = None
+        self._fits: dict[VlmSpec, Verdict] = {}
+
+    @property
+    def uses_gpus(self) -> bool:
+        """False with ``--vlm-gpus=none``."""
+        return self.settings.gpus.kind != "none"
+
+    def machine(self) -> Machine:
+        """The machine that decides: this one, read once, or that of ``--vlm-machine``."""
+        if self._first is None:
+            self._first = self._read()
+        return self._first
+
+    def judge_test(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
+        """Decide about a test before any of its fixtures is set up, as far as that can be told without loading."""
+        if not self.uses_gpus:
+            verdict = judge_without_gpus(self.settings.gpus, wants_gpus=test.wants_gpus)
+        else:
+            needs_memory = not test.loads and (test.requirements.needs_memory or bool(test.specs))
+            machine = self._machine(request, max_age_s=MEMORY_AGE_S if needs_memory else math.inf)
+            verdict = self._judge(test.requirements, machine, loads=test.loads, at_load=not test.loads)
+            for spec in test.specs:
+                if verdict.action == "run":
+                    verdict = self._judge_model(spec, test, machine, verdict, request)
+        if verdict.action == "run" and test.loads and not test.specs:
+            advice = 'add @pytest.mark.vlm("org/model"), or give --vlm-model'
+            return Verdict("error", verdicts.WRONG, f"the test uses the fixture vlm and names no model; {advice}.")
+        return self._keep_from_acting(verdict, request)
+
+    def gpu_uuids(self, test: GatedTest, verdict: Verdict) -> list[str]:
+        """GPUs a test ran on: those of its model if it loads one, else those that meet its requirements."""
+        if test.loads and self._resident is not None:
+            return [stage.uuid for stage in self._resident[1].stages] if self._resident[1] else []
+        machine = self.machine_used
+        return [gpu.uuid for gpu in machine.gpus if gpu.index in verdict.gpus] if machine is not None else []
+
+    @contextmanager
+    def loaded(self, spec: VlmSpec | None, request: pytest.FixtureRequest, loader: Loader) -> Iterator[Any]:
+        """Load a model for as long as tests need it. A refusal ends the setup of the test and is remembered."""
+        from .failures import LoadFailure
+        from .meter import Meter
+
+        if spec is None:
+            pytest.fail(f"{verdicts.WRONG}: the fixture vlm needs a model; give --vlm-model.", pytrace=False)
+        self._refuse_unless_run(spec, self._keep_from_acting(Verdict("run"), request))
+        plan = self._plan_now(spec, request) if self.uses_gpus else None
+        meter = Meter()
+        meter.start()
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            verdict, loaded = Verdict("run"), None
+            try:
+                loaded = stack.enter_context(loader(spec, plan))
+                if plan is not None:
+                    _check_landing(spec, plan, loaded, self._machine(request, max_age_s=math.inf))
+            except LoadFailure as failure:
+                verdict = Verdict("error", failure.code, failure.message)
+            # Not inside the handler: the report is one sentence, without the chain of errors behind it.
+            self._refuse_unless_run(spec, verdict)
+            load = _describe(spec, plan, time.perf_counter() - started)
+            self.loads.append(load)
+            self._resident = (spec, plan)
+            try:
+                request.config.hook.pytest_vlmgpu_loaded(config=request.config, spec=spec, loaded=loaded)
+                yield loaded
+            finally:
+                self._resident = None
+                load.measured_peak_bytes = sum(peak.allocated for peak in meter.stop().values())
+
+    def _judge_model(
+        self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest
+    ) -> Verdict:
+        """Does the model fit? Whether its memory is taken right now is asked when the test or the fixture loads it."""
+        if not test.loads:
+            return self._place(spec, test.requirements, machine, own, request, loads=False, at_load=True)[0]
+        if self._resident is not None and self._resident[0] == spec:
+            return own
+        if spec in self.refusals:
+            return self.refusals[spec]
+        if spec not in self._fits:
+            self._fits[spec] = self._place_shared(spec, machine, request, at_load=False)[0]
+        return self._fits[spec]
+
+    def _plan_now(self, spec: VlmSpec, request: pytest.FixtureRequest) -> Plan | None:
+        """Plan with the memory of this moment: the model before has been unloaded."""
+        machine = self._machine(request, max_age_s=0)
+        verdict, plan = self._place_shared(spec, machine, request, at_load=True)
+        self._refuse_unless_run(spec, verdict)
+        return plan
+
+    def _place_shared(
+        self, spec: VlmSpec, machine: Machine, request: pytest.FixtureRequest, *, at_load: bool
+    ) -> tuple[Verdict, Plan | None]:
+        """Place a model on GPUs that meet the strictest requirements of all tests that share it and can run here."""
+        runnable = [
+            needs
+            for needs in self.sharing.get(spec, ())
+            if self._judge(needs, machine, loads=True, at_load=False).action == "run"
+        ]
+        shared = Requirements.strictest(runnable)
+        verdict = self._judge(shared, machine, loads=True, at_load=at_load)
+        if verdict.action == "skip":
+            reason = f"tests that share {spec.label} ask together for what no GPU here offers: {verdict.reason}"
+            return Verdict("error", verdicts.WRONG, reason), None
+        return self._place(spec, shared, machine, verdict, request, loads=True, at_load=at_load)
+
+    def _place(
+        self,
+        spec: VlmSpec,
+        needs: Requirements,
+        machine: Machine,
+        verdict: Verdict,
+        request: pytest.FixtureRequest,
+        *,
+        loads: bool,
+        at_load: bool,
+    ) -> tuple[Verdict, Plan | None]:
+        from vlm_doctor.errors import ModelError, VlmDoctorError
+
+        from .failures import needs_remote_code
+
+        if verdict.action != "run":
+            return verdict, None
+        planner: Planner = request.getfixturevalue("vlm_planner")
+        try:
+            plan = planner(spec, machine, verdict.gpus)
+        except VlmDoctorError as error:
+            # What is not about the model is about workload or policy, which the project wrote.
+            code = verdicts.UNREADABLE if isinstance(error, ModelError) else verdicts.WRONG
+            return Verdict("error", code, str(error)), None
+        verdict = self._judge(needs, machine, plan, loads=loads, at_load=at_load)
+        if plan is None or verdict.action != "run":
+            return verdict, plan
+        if plan.is_remote_code and not spec.trust_remote_code:
+            return Verdict("error", verdicts.UNREADABLE, needs_remote_code(spec.name).message), None
+        return replace(verdict, gpus=tuple(stage.gpu for stage in plan.stages)), plan
+
+    def _judge(
+        self, needs: Requirements, machine: Machine, plan: Plan | None = None, *, loads: bool, at_load: bool
+    ) -> Verdict:
+        choice = self.settings.gpus
+        return judge(needs, machine, choice, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
+
+    def _machine(self, request: pytest.FixtureRequest, *, max_age_s: float) -> Machine:
+        """The value of the fixture ``vlm_machine``, read again if it is ours and live and older than ``max_age_s``."""
+        machine: Machine = request.getfixturevalue("vlm_machine")
+        if machine is self._first and machine.origin == "live":
+            if time.monotonic() - self._read_at > max_age_s:
+                self._latest = self._read()
+            machine = self._latest or machine
+        self.machine_used = machine
+        return machine
+
+    def _read(self) -> Machine:
+        from vlm_doctor.sources import collect
+
+        self._latest = collect(with_torch=False)
+        self._read_at = time.monotonic()
+        return self._latest
+
+    def _keep_from_acting(self, verdict: Verdict, request: pytest.FixtureRequest) -> Verdict:
+        if not self.uses_gpus and self.settings.machine == "live":
+            return verdict
+        return keep_from_acting(verdict, self._machine(request, max_age_s=math.inf))
+
+    def _refuse_unless_run(self, spec: VlmSpec, verdict: Verdict) -> None:
+        if verdict.action == "run":
+            return
+        self.refusals[spec] = verdict.made_strict() if self.settings.is_strict else verdict
+        refuse(self.refusals[spec])
+
+
+def refuse(verdict: Verdict) -> None:
+    """End the setup of a test as the verdict says; return for ``run``."""
+    if verdict.action == "skip":
+        pytest.skip(verdict.text)
+    if verdict.action == "error":
+        pytest.fail(verdict.text, pytrace=False)
+
+
+def ordinals_by_uuid(machine: Machine) -> dict[str, int]:
+    """GPU UUID to CUDA ordinal, as far as the doctor can tell without torch."""
+    from vlm_doctor.visibility import visible_gpus
+
+    uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
+    return {uuids[index]: ordinal for ordinal, index in enumerate(visible_gpus(machine).gpus)}
+
+
+def _check_landing(spec: VlmSpec, plan: Plan, loaded: Any, machine: Machine) -> None:
+    """Hold a loader of the user's own to the plan, if it tells a device_map; ours has checked every tensor itself."""
+    from vlm_doctor.visibility import visible_gpus
+
+    from .loading import LoadedVlm, device_map_for
+    from .placing import Placed, check_placement
+
+    device_map = getattr(loaded, "device_map", None) or getattr(getattr(loaded, "model", None), "hf_device_map", None)
+    if isinstance(loaded, LoadedVlm) or not isinstance(device_map, dict):
+        return
+    devices = {str(key): f"cuda:{device}" if isinstance(device, int) else str(device) for key, device in device_map.items()}
+    is_numbering_known = visible_gpus(machine).is_order_certain
+    parts = [Placed(key, at) for key, at in devices.items() if is_numbering_known or not at.startswith("cuda")]
+    check_placement(spec.name, parts, device_map_for(plan, ordinals_by_uuid(machine)))
+
+
+def _describe(spec: VlmSpec, plan: Plan | None, seconds: float) -> Load:
+    if plan is None:
+        return Load(spec.label, "the CPU", seconds)
+    lines = [line for stage in plan.stages for line in stage.ledger]
+    return Load(
+        spec.label,
+        f"GPU {', '.join(str(stage.gpu) for stage in plan.stages)}",
+        seconds,
+        weights_bytes=sum(line.size_bytes for line in lines if line.kind == "weights"),
+        predicted_peak_bytes=sum(stage.peak_bytes for stage in plan.stages),
+    )

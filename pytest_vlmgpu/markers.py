@@ -1,0 +1,254 @@
+"""The markers: functions whose signature validates the arguments and whose docstring is the line of ``--markers``.
+
+A wrong marker is a collection error: one sentence with the test, what is wrong, and what to write instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .requirements import BF16_CAPABILITY, FP8_CAPABILITY, Requirements, VlmSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+DTYPES = ("bfloat16", "float16", "float32")
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+MAX_GPUS = 1024
+MAX_GIB = 65_536
+"""Anything larger (64 TiB) is a size in another unit: a DGX B200 has 1.4 TiB in all."""
+
+_OTHER_NAMES = {
+    "names": "name model models model_id model_name id checkpoint path",
+    "gpus": "num_gpus n_gpus count gpu_count min_count min_gpus gpu devices num_devices world_size",
+    "vram_gib": "min_gb min_gib memory memory_gb memory_gib vram vram_gb gpu_memory gpu_memory_gb gib gb min_vram size",
+    "total_vram_gib": "total_vram total_vram_gb total_memory total_gib total_gb total_memory_gb",
+    "capability": "compute_capability cuda_capability min_capability cc sm arch",
+    "bf16": "bfloat16",
+    "dtype": "torch_dtype precision",
+    "trust_remote_code": "remote_code trust",
+}
+"""Keyword to what other suites call it (transformers, vLLM, accelerate, oumi, pytest-torch), for the suggestion."""
+
+
+class _ArgumentError(Exception):
+    """An argument that a marker does not take; the text continues after the marker's name."""
+
+
+def vlm(*names: str, dtype: str | None = None, trust_remote_code: bool = False) -> tuple[VlmSpec, ...]:
+    """Name the model (folder or hub id) that the fixture vlm loads; several names run the test with each."""
+    if not names:
+        raise _ArgumentError('names no model; write vlm("org/model")')
+    texts = [_name(name) for name in names]
+    if len(set(texts)) < len(texts):
+        raise _ArgumentError("names a model twice")
+    may_run_code = _flag("trust_remote_code", trust_remote_code)
+    return tuple(VlmSpec(text, dtype=_dtype(dtype), trust_remote_code=may_run_code) for text in texts)
+
+
+def vlm_requires(
+    *,
+    gpus: int = 1,
+    vram_gib: float | str | None = None,
+    total_vram_gib: float | str | None = None,
+    capability: tuple[int, int] | str | float | None = None,
+    bf16: bool = False,
+    fp8: bool = False,
+) -> Requirements:
+    """Skip unless GPUs can do it: so many, free memory on each and in all (GiB, or text such as "80GB"), capability."""
+    floors = [_capability(capability)]
+    floors += [BF16_CAPABILITY] if _flag("bf16", bf16) else []
+    floors += [FP8_CAPABILITY] if _flag("fp8", fp8) else []
+    return Requirements(
+        gpus=_count(gpus),
+        vram_bytes=_size("vram_gib", vram_gib),
+        total_vram_bytes=_size("total_vram_gib", total_vram_gib),
+        capability=max((floor for floor in floors if floor is not None), default=None),
+    )
+
+
+MARKERS: dict[str, Callable[..., Any]] = {"vlm": vlm, "vlm_requires": vlm_requires}
+
+
+def describe() -> list[str]:
+    """The lines of ``pytest --markers``."""
+    lines = []
+    for name, function in MARKERS.items():
+        signature = inspect.signature(function)
+        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+        shown = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+        lines.append(f"{name}{shown}: {inspect.getdoc(function)}")
+    return lines
+
+
+def read(mark: pytest.Mark, where: str) -> Any:
+    """Apply a marker's function to its arguments.
+
+    Args:
+        mark: A mark named in :data:`MARKERS`.
+        where: The test, for the message.
+
+    Returns:
+        :class:`Requirements` for ``vlm_requires``, a tuple of :class:`VlmSpec` for ``vlm``.
+
+    Raises:
+        pytest.Collector.CollectError: Wrong arguments.
+    """
+    function = MARKERS[mark.name]
+    try:
+        inspect.signature(function).bind(*mark.args, **mark.kwargs)
+    except TypeError:
+        raise pytest.Collector.CollectError(f"{where}: @pytest.mark.{mark.name} {_misuse(mark)}.") from None
+    try:
+        return function(*mark.args, **mark.kwargs)
+    except _ArgumentError as error:
+        raise pytest.Collector.CollectError(f"{where}: @pytest.mark.{mark.name} {error}.") from error
+
+
+def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
+    """Models that a test names: those of its closest ``vlm`` markers (function before class before module).
+
+    Raises:
+        pytest.Collector.CollectError: A marker is wrong.
+    """
+    marks = list(definition.iter_markers_with_node("vlm"))
+    closest = [mark for node, mark in marks if node is marks[0][0]]
+    # Stacked decorators apply from the bottom up, as with parametrize; read them in the order written.
+    named = [spec for mark in closest for spec in read(mark, where)]
+    if len(set(named)) < len(named):
+        raise pytest.Collector.CollectError(f"{where}: @pytest.mark.vlm names a model twice.")
+    return tuple(with_gpus(spec, definition, where) for spec in named)
+
+
+def with_gpus(spec: VlmSpec, definition: pytest.Function, where: str) -> VlmSpec:
+    """Have a model spread over as many GPUs as a test requires."""
+    return replace(spec, min_gpus=Requirements.strictest(read_requirements(definition, where)).gpus)
+
+
+def read_requirements(definition: pytest.Function, where: str) -> Sequence[Requirements]:
+    """Every ``vlm_requires`` that applies to a test, closest first.
+
+    Raises:
+        pytest.Collector.CollectError: A marker is wrong.
+    """
+    return [read(mark, where) for mark in definition.iter_markers("vlm_requires")]
+
+
+def refuse_unknown(item: pytest.Item) -> None:
+    """Refuse a marker that looks like one of ours and is not: a typing error would switch the gate off without a word.
+
+    Names in the setting ``markers`` are the user's own.
+
+    Raises:
+        pytest.Collector.CollectError: Such a marker.
+    """
+    for mark in item.iter_markers():
+        if not mark.name.startswith(("vlm", "vml")) or mark.name in MARKERS:
+            continue
+        if mark.name not in {line.split(":")[0].split("(")[0].strip() for line in item.config.getini("markers")}:
+            import difflib
+
+            near = difflib.get_close_matches(mark.name, MARKERS, n=1, cutoff=0)[0]
+            raise pytest.Collector.CollectError(
+                f"{item.nodeid}: there is no marker @pytest.mark.{mark.name}; did you mean @pytest.mark.{near}? "
+                "(A marker of your own goes into the setting markers.)"
+            )
+
+
+def _misuse(mark: pytest.Mark) -> str:
+    """Why the arguments do not match the signature."""
+    parameters = inspect.signature(MARKERS[mark.name]).parameters
+    for keyword in mark.kwargs:
+        if keyword in parameters:
+            continue
+        near = _near(keyword)
+        owner = next((name for name in MARKERS if near in inspect.signature(MARKERS[name]).parameters), None)
+        if near == "names":
+            instead = 'write the name alone, as in vlm("org/model")'
+        elif near in parameters:
+            instead = f"write {near}=…"
+        else:
+            instead = f"write @pytest.mark.{owner}({near}=…)" if owner else f"it takes {', '.join(parameters)}"
+        return f"has no keyword {keyword!r}; {instead}"
+    return f"takes keywords only, such as gpus=2; got {', '.join(map(repr, mark.args))}"
+
+
+def _near(keyword: str) -> str | None:
+    """The keyword of ours that was probably meant."""
+    import difflib
+
+    lower = keyword.lower()
+    known = {other: name for name, others in _OTHER_NAMES.items() for other in (name, *others.split())}
+    matches = [lower] if lower in known else difflib.get_close_matches(lower, known, n=1, cutoff=0.7)
+    return known[matches[0]] if matches else None
+
+
+def _name(value: object) -> str:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text.strip():
+        raise _ArgumentError(f"names a model {value!r}; write a folder or a hub id as text")
+    return text
+
+
+def _flag(keyword: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _ArgumentError(f"has {keyword}={value!r}; write True or False")
+    return value
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_GPUS:
+        raise _ArgumentError(f"has gpus={value!r}; write a whole number from 1 to {MAX_GPUS}")
+    return value
+
+
+def _size(keyword: str, value: object) -> int | None:
+    """Bytes of a size: a number is GiB, text carries its own unit."""
+    if value is None:
+        return None
+    advice = 'write GiB as a number, or text with a unit such as "80GB"'
+    if isinstance(value, str):
+        from vlm_doctor.errors import UsageError
+        from vlm_doctor.units import parse_bytes
+
+        try:
+            size = parse_bytes(value)
+        except UsageError:
+            raise _ArgumentError(f"has {keyword}={value!r}; {advice}") from None
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _ArgumentError(f"has {keyword}={value!r}; {advice}")
+    elif value > MAX_GIB:
+        raise _ArgumentError(f"has {keyword}={value!r}; a number is in GiB, so this is too large")
+    else:
+        size = int(value * 2**30)
+    if size <= 0:
+        raise _ArgumentError(f"has {keyword}={value!r}; write a size above zero")
+    return size
+
+
+def _capability(value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    text = ".".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    match = re.fullmatch(r"([1-9][0-9]?)\.([0-9])", text, re.ASCII)
+    if match is None:
+        raise _ArgumentError(f'has capability={value!r}; write (8, 0) or "8.0"')
+    return int(match[1]), int(match[2])
+
+
+def _dtype(value: object) -> str | None:
+    """Word for a dtype that torch uses, given as text or as the object itself."""
+    if value is None:
+        return None
+    text = str(value).removeprefix("torch.")
+    if text not in DTYPES:
+        instead = _DTYPE_ALIASES.get(text.lower(), " or ".join(DTYPES))
+        raise _ArgumentError(f"has dtype={value!r}; write {instead}")
+    return text

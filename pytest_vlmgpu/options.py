@@ -1,0 +1,192 @@
+"""Every option, ini key and environment variable of the plugin, and how they take precedence.
+
+Command line > environment > ini file > default, for each setting on its own. All defaults of pytest's parsers are
+``None``, so that "not given" can be told from every value a user may give.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vlm_doctor.machine import Machine
+
+GPUS_HELP = (
+    "GPUs for tests that use vlm markers or fixtures: auto (all visible ones, default), none (run models on the CPU), "
+    "a count (2), positions among the visible GPUs (0,2 or 2,), or UUIDs (GPU-…)"
+)
+MODEL_HELP = "model (folder or hub id) for tests that use the fixture vlm and name none"
+MACHINE_HELP = (
+    "decide for a recorded or made-up machine (snapshot file, or a spec such as 2xL4) and run no gated test; "
+    "default: this machine, live"
+)
+STRICT_HELP = "report the plugin's own skips as errors, with the same VLM7xx codes"
+
+ENVIRONMENT_PREFIX = "PYTEST_VLMGPU_"
+_SETTINGS = {"gpus": GPUS_HELP, "model": MODEL_HELP, "machine": MACHINE_HELP, "strict": STRICT_HELP}
+_METAVARS = {"gpus": "SPEC", "model": "ID", "machine": "FILE|SPEC"}
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_COUNT = re.compile(r"[1-9][0-9]{0,3}")
+_POSITION = re.compile(r"0|[1-9][0-9]{0,3}")
+_UUID = re.compile(r"GPU-[0-9A-Fa-f-]{1,36}")
+
+
+@dataclass(frozen=True)
+class GpuChoice:
+    """The parsed ``--vlm-gpus``."""
+
+    kind: Literal["auto", "none", "count", "positions", "uuids"] = "auto"
+    count: int = 0
+    positions: tuple[int, ...] = ()
+    """CUDA ordinals: positions among the GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
+    uuids: tuple[str, ...] = ()
+    """Whole UUIDs or beginnings of them."""
+    text: str = "auto"
+    """The value as given, with where it was given, for messages."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one run, each resolved by precedence."""
+
+    gpus: GpuChoice = GpuChoice()
+    model: str | None = None
+    machine: str = "live"
+    is_strict: bool = False
+    given: tuple[str, ...] = ()
+    """What was set somewhere, for the header: ``--vlm-gpus=2``, ``PYTEST_VLMGPU_MODEL=…``, ``vlm_strict=true``."""
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Declare command-line options and ini keys."""
+    group = parser.getgroup("vlmgpu", "tests with vision-language models on GPUs")
+    for name, text in _SETTINGS.items():
+        option, dest = f"--vlm-{name}", f"vlm_{name}"
+        if name == "strict":
+            group.addoption(option, dest=dest, action="store_true", default=None, help=text)
+            parser.addini(dest, text, type="bool", default=None)
+        else:
+            group.addoption(option, dest=dest, metavar=_METAVARS[name], default=None, help=text)
+            parser.addini(dest, text, type="string", default=None)
+
+
+def resolve(config: pytest.Config, environment: Mapping[str, str] = os.environ) -> Settings:
+    """Settle every setting: command line > environment > ini file > default.
+
+    Raises:
+        pytest.UsageError: A value cannot be understood; the message names where it was given.
+    """
+    found = {name: _find(config, environment, name) for name in _SETTINGS}
+    values = {name: value for name, (value, _) in found.items() if value is not None}
+    origins = {name: origin for name, (_, origin) in found.items()}
+    return Settings(
+        gpus=parse_gpus(values["gpus"], origins["gpus"]) if "gpus" in values else GpuChoice(),
+        model=values.get("model"),
+        machine=values.get("machine", "live"),
+        is_strict=_parse_bool(values["strict"], origins["strict"]) if "strict" in values else False,
+        given=tuple(
+            origins[name] if name == "strict" and origins[name].startswith("--") else f"{origins[name]}={value}"
+            for name, value in values.items()
+        ),
+    )
+
+
+def recorded_machine(settings: Settings) -> Machine | None:
+    """The machine of ``--vlm-machine``; ``None`` for this one.
+
+    Raises:
+        pytest.UsageError: The file or spec cannot be read.
+    """
+    if settings.machine == "live":
+        return None
+    from vlm_doctor.errors import VlmDoctorError
+    from vlm_doctor.sources import load_machine
+
+    try:
+        return load_machine(settings.machine)
+    except VlmDoctorError as error:
+        raise pytest.UsageError(f"--vlm-machine: {error}") from error
+
+
+def _find(config: pytest.Config, environment: Mapping[str, str], name: str) -> tuple[str | None, str]:
+    """Raw value of one setting and the name of the place that gave it."""
+    key = f"vlm_{name}"
+    places = (
+        (f"--vlm-{name}", lambda: config.getoption(key)),
+        # An empty variable counts as unset, as CI systems cannot always leave one out.
+        (f"{ENVIRONMENT_PREFIX}{name.upper()}", lambda: environment.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") or None),
+        (key, lambda: _ini(config, key)),
+    )
+    for origin, read in places:
+        value = read()
+        if value is None:
+            continue
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        if not text.strip():
+            raise pytest.UsageError(f"{origin}: the value is empty; leave it out, or give one.")
+        return text.strip(), origin
+    return None, ""
+
+
+def _ini(config: pytest.Config, key: str) -> object:
+    try:
+        return config.getini(key)
+    except ValueError as error:  # pytest before 9.2 lets the error of its own conversion escape
+        raise pytest.UsageError(f"{key}: {error}.") from error
+
+
+def _parse_bool(text: str, origin: str) -> bool:
+    if text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
+    raise pytest.UsageError(f"{origin}: {text!r} is neither true nor false; write 1 or 0.")
+
+
+def parse_gpus(text: str, origin: str) -> GpuChoice:
+    """Read a GPU choice.
+
+    Args:
+        text: ``auto``, ``none``, a count, positions with a comma (``0,2`` or ``2,``), or UUIDs.
+        origin: Where it was given, for the message.
+
+    Raises:
+        pytest.UsageError: None of these.
+    """
+    said = f"{origin}={text}"
+    word = text.lower()
+    if word == "auto":
+        return GpuChoice(text=said)
+    if word == "none":
+        return GpuChoice(kind="none", text=said)
+    if _COUNT.fullmatch(text):
+        return GpuChoice(kind="count", count=int(text), text=said)
+    entries = [entry.strip() for entry in text.removesuffix(",").split(",")]
+    problem = _list_problem(entries)
+    if problem is None and _POSITION.fullmatch(entries[0]) and "," in text:
+        return GpuChoice(kind="positions", positions=tuple(map(int, entries)), text=said)
+    if problem is None and entries[0].startswith("GPU-"):
+        return GpuChoice(kind="uuids", uuids=tuple(entries), text=said)
+    instead = {"all": "auto", "-1": "auto", "cpu": "none", "off": "none", "0": "none for the CPU, or 0, for the first GPU"}
+    hint = instead.get(word, "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…)")
+    raise pytest.UsageError(f"{origin}: {problem or f'{text!r} names no GPUs'}; write {hint}.")
+
+
+def _list_problem(entries: list[str]) -> str | None:
+    """Why a list of GPUs cannot be read, or ``None``."""
+    if entries[0].startswith("MIG-"):
+        return "a MIG slice is chosen with CUDA_VISIBLE_DEVICES"
+    if len(entries) == 1 and not entries[0].startswith("GPU-"):
+        return None
+    pattern = _UUID if entries[0].startswith("GPU-") else _POSITION
+    for entry in entries:
+        if not pattern.fullmatch(entry):
+            return f"{entry!r} is neither a position nor a UUID like the others"
+    if len(set(entries)) < len(entries):
+        return "a GPU is named twice"
+    return None

@@ -1,0 +1,82 @@
+"""What a test asks for, as data: the model it names and the GPUs it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+BF16_CAPABILITY = (8, 0)
+"""First compute capability with bfloat16 in hardware. Source: CUDA programming guide, arithmetic instructions."""
+FP8_CAPABILITY = (8, 9)
+"""First compute capability with 8-bit floating point in hardware (Ada). Source: as above."""
+
+
+@dataclass(frozen=True)
+class VlmSpec:
+    """One model as a test names it. Tests with equal specs share one load."""
+
+    name: str
+    """Folder or hub id."""
+    dtype: str | None = None
+    """torch's word, such as ``bfloat16``; ``None`` is the checkpoint's own."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint."""
+    min_gpus: int = 1
+    """Spread the model over at least this many GPUs (``vlm_requires(gpus=…)``)."""
+
+    @property
+    def label(self) -> str:
+        """``org/model (float16, at least 2 GPUs)``: the name, then what differs from the default."""
+        details = [self.dtype] if self.dtype else []
+        details += [f"at least {self.min_gpus} GPUs"] if self.min_gpus > 1 else []
+        return f"{self.name} ({', '.join(details)})" if details else self.name
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What the GPUs of a test must offer. Sizes are bytes; every number is a lower bound that may be met exactly."""
+
+    gpus: int = 1
+    """So many GPUs must meet the requirements for each GPU at once."""
+    vram_bytes: int | None = None
+    """Free memory on each of them."""
+    total_vram_bytes: int | None = None
+    """Free memory of all GPUs that meet the other requirements, together."""
+    capability: tuple[int, int] | None = None
+    """Compute capability, such as ``(8, 0)``."""
+
+    @property
+    def needs_memory(self) -> bool:
+        """True when free memory matters."""
+        return self.vram_bytes is not None or self.total_vram_bytes is not None
+
+    @classmethod
+    def strictest(cls, requirements: Iterable[Requirements]) -> Requirements:
+        """Join requirements that all apply: the larger of each."""
+        return reduce(_stricter, requirements, cls())
+
+
+def _stricter(one: Requirements, other: Requirements) -> Requirements:
+    joined: dict[str, Any] = {}
+    for field in fields(Requirements):
+        values = [value for value in (getattr(one, field.name), getattr(other, field.name)) if value is not None]
+        joined[field.name] = max(values, default=None)
+    return Requirements(**joined)
+
+
+@dataclass(frozen=True)
+class GatedTest:
+    """What one test asks for, read from its markers and fixtures when it is collected."""
+
+    specs: tuple[VlmSpec, ...]
+    """Models it names; one, or none when it names no model, where the fixture ``vlm`` is used."""
+    requirements: Requirements
+    """All ``vlm_requires`` that apply, joined."""
+    wants_gpus: bool
+    """True when it asks for GPUs as such (``vlm_requires``, ``vlm_gpus``), so that a CPU run cannot satisfy it."""
+    loads: bool
+    """True when it uses the fixture ``vlm``."""

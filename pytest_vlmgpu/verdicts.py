@@ -1,0 +1,48 @@
+"""What the gate answers for one test: run it, skip it, or report an error.
+
+Only permanent facts of the machine are skips. A GPU that is busy, lost or misconfigured, or a model that cannot be
+read or does not land where it should, is an error: a run must not turn green because a machine broke.
+``vlm-doctor explain CODE`` explains each code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+NO_GPU: Final = "VLM701"
+TOO_FEW: Final = "VLM702"
+TOO_SMALL: Final = "VLM703"
+TOO_OLD: Final = "VLM704"
+DOES_NOT_FIT: Final = "VLM705"
+BUSY: Final = "VLM711"
+FAULT: Final = "VLM712"
+UNREADABLE: Final = "VLM713"
+OFFLOADED: Final = "VLM714"
+OUT_OF_MEMORY: Final = "VLM715"
+MISPLACED: Final = "VLM716"
+WRONG: Final = "VLM720"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The gate's answer for one test."""
+
+    action: Literal["run", "skip", "error"]
+    code: str | None = None
+    """``VLM7xx``; ``None`` for ``run``, and for a test that would run on a machine that is not this one."""
+    reason: str = ""
+    """One sentence or more, with what was wanted and what was found."""
+    gpus: tuple[int, ...] = ()
+    """Indices of the GPUs that meet the requirements; empty on a CPU run."""
+
+    @property
+    def text(self) -> str:
+        """Code and reason, as reports show them."""
+        return f"{self.code}: {self.reason}" if self.code else self.reason
+
+    def made_strict(self) -> Verdict:
+        """Turn a skip into an error with the same code (``--vlm-strict``)."""
+        if self.action != "skip":
+            return self
+        return replace(self, action="error", reason=f"{self.reason} (An error because of --vlm-strict.)")

@@ -1,0 +1,78 @@
+"""Values on the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlm_doctor import arguments
+from vlm_doctor.errors import UsageError
+from vlm_doctor.units import GIB
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["--json"], True),
+        (["plan", "m", "--format", "json"], True),
+        (["plan", "--format=json"], True),
+        ([], False),
+        (["--format"], False),
+        (["--format", "terminal", "json"], False),
+    ],
+)
+def test_json_is_recognised_in_any_command_line(words: list[str], asked: bool) -> None:
+    assert arguments.asks_for_json(words) is asked
+
+
+def test_gpu_indices() -> None:
+    assert arguments.gpu_indices("0") == (0,)
+    assert arguments.gpu_indices("3, 1") == (3, 1)
+
+
+@pytest.mark.parametrize("text", ["", "a", "0,", "0;1", "-1", "0-3", "٣", "99999", "GPU-1"])
+def test_other_gpu_lists_are_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        arguments.gpu_indices(text)
+    assert str(caught.value) == f"--gpus: {text!r} is not a list of GPU indices; write them with commas, such as 0,1."
+
+
+def test_a_gpu_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="--gpus: '1,01' names a GPU twice"):
+        arguments.gpu_indices("1,01")
+
+
+def test_image_size() -> None:
+    assert arguments.image_size("1280x720") == (1280, 720)
+    assert arguments.image_size(" 448 ") == (448, 448)
+
+
+@pytest.mark.parametrize("text", ["", "x", "10x", "1280*720", "-3x4", "1e3", "9999999"])
+def test_other_image_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        arguments.image_size(text)
+    assert str(caught.value) == (f"--image-size: {text!r} is not a size; write width x height in pixels, such as 1280x720.")
+
+
+KNOWN = ("VLM101", "VLM503")
+
+
+def test_codes_and_their_beginnings() -> None:
+    assert arguments.codes([], KNOWN) == ()
+    assert arguments.codes(["vlm503", "VLM1,VLM10"], KNOWN) == ("VLM503", "VLM1", "VLM10")
+
+
+@pytest.mark.parametrize("text", ["", "VLM", "503", "VLM6", "VLM5033", "VLM503,,VLM101"])
+def test_what_begins_no_code_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not the beginning of a code; write one such as VLM503, or VLM5 for a family"):
+        arguments.codes([text], KNOWN)
+
+
+def test_headroom() -> None:
+    assert arguments.headroom_bytes("2GiB") == 2 * GIB
+    with pytest.raises(UsageError, match="--headroom: '2' is not a size; write a number and a unit"):
+        arguments.headroom_bytes("2")
+
+
+def test_suggestion() -> None:
+    assert arguments.suggestion("--imags=3", ["--images", "--batch"]) == "; did you mean --images?"
+    assert arguments.suggestion("--zzz", ["--images"]) == "."

@@ -1,0 +1,119 @@
+"""Command lines, understood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlm_doctor.errors import UsageError
+from vlm_doctor.options import COMMANDS, parse, policy, workload
+from vlm_doctor.units import GIB
+from vlm_doctor.workload import Policy, Workload
+
+
+@pytest.mark.parametrize("words", [[], ["--strict"], ["check"], ["--json", "--strict"]])
+def test_check_is_the_default_command(words: list[str]) -> None:
+    assert parse(words).command == "check"
+
+
+def test_every_command_has_help_that_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["-h"], *([name, "--help"] for name in COMMANDS)):
+        with pytest.raises(SystemExit) as caught:
+            parse(words)
+        assert caught.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: vlm-doctor {words[0] if words[0] in COMMANDS else '[-h]'}")
+
+
+def test_version() -> None:
+    options = parse(["--version"])
+
+    assert (options.command, options.version) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plann"], "'plann' is not a command (they are check, plan, collect, explain); did you mean plan?"),
+        (["\x1b[31m"], "'\\x1b[31m' is not a command (they are check, plan, collect, explain)."),
+        (["plan", "m", "--imags=2"], "'--imags=2' is no option of vlm-doctor plan; did you mean --images? "
+         "Try 'vlm-doctor plan --help'."),
+        (["--json", "plan", "m"], "'plan' is no option of vlm-doctor check. Try 'vlm-doctor check --help'."),
+        (["plan", "/tmp/\udcff"],
+         "'/tmp/\\udcff' is not UTF-8 text, which a report could not hold; rename the file or folder."),
+        (["plan"], "the following arguments are required: MODEL. Try 'vlm-doctor plan --help'."),
+        (["plan", "m", "--batch", "x"], "argument --batch: invalid int value: 'x'. Try 'vlm-doctor plan --help'."),
+        (["--gpus", "x"], "--gpus: 'x' is not a list of GPU indices; write them with commas, such as 0,1."),
+        (["--mach", "2xL4"], "'--mach' is no option of vlm-doctor check; did you mean --machine? "
+         "Try 'vlm-doctor check --help'."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_understood_is_one_sentence(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(words)
+
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("option", ["--dtype", "--quantization", "--attention", "--logits", "--format"])
+def test_other_words_are_refused(option: str) -> None:
+    with pytest.raises(UsageError, match=f"argument {option}: invalid choice: 'x'"):
+        parse(["plan", "m", option, "x"])
+
+
+def test_python_is_a_format_of_plans_only() -> None:
+    assert parse(["plan", "m", "--format", "python"]).format == "python"
+    with pytest.raises(UsageError, match="argument --format: invalid choice: 'python'"):
+        parse(["--format", "python"])
+
+
+def test_json_is_short_for_the_format() -> None:
+    assert parse([]).format == "terminal"
+    assert parse(["--json"]).format == "json"
+
+
+def test_ignore_may_be_repeated_and_leaves_no_trace() -> None:
+    assert parse(["--ignore", "VLM503", "--ignore", "VLM5"]).ignore == ["VLM503", "VLM5"]
+    assert parse([]).ignore == []
+
+
+def test_without_options_workload_and_policy_are_the_default_ones() -> None:
+    options = parse(["plan", "m"])
+
+    assert workload(options) == Workload()
+    assert policy(options) == Policy()
+
+
+def test_every_option_of_plan_arrives() -> None:
+    words = (
+        "plan m --machine 2xL4 --gpus 1,0 --images 2 --image-size 640x480 --text-tokens 1 --new-tokens 3 --batch 4 "
+        "--dtype float16 --quantization nf4 --attention eager --logits forward --max-gpus 2 --min-gpus 2 "
+        "--headroom 2GiB --offline --json --output f.json --verbose"
+    )
+    options = parse(words.split())
+
+    assert workload(options) == Workload(
+        images=2,
+        image_width=640,
+        image_height=480,
+        text_tokens=1,
+        new_tokens=3,
+        batch=4,
+        dtype="float16",
+        quantization="nf4",
+        attention="eager",
+        logits="forward",
+    )
+    assert policy(options) == Policy(gpus=(1, 0), max_gpus=2, min_gpus=2, headroom_fraction=0.0, headroom_min_bytes=2 * GIB)
+    assert (options.model, options.machine, options.offline, options.format) == ("m", "2xL4", True, "json")
+    assert (options.output, options.verbose) == (Path("f.json"), True)
+
+
+def test_every_option_of_check_and_collect_arrives() -> None:
+    words = "check --machine x.json --model m --no-torch --fresh-torch --strict"
+    options = parse(words.split())
+    assert (options.machine, options.model) == ("x.json", "m")
+    assert (options.no_torch, options.fresh_torch, options.strict) == (True, True, True)
+    words = "collect --no-redact --no-torch --fresh-torch -o f"
+    options = parse(words.split())
+    assert (options.no_redact, options.no_torch, options.fresh_torch, options.output) == (True, True, True, Path("f"))

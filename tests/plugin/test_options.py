@@ -1,0 +1,177 @@
+"""Options, environment, ini file: what is read, which wins, and what a wrong value says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pytest_vlmgpu.options import GpuChoice, Settings, parse_gpus, resolve
+
+GPU_FORMS = "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…)"
+
+
+class _Config:
+    """What ``resolve`` reads of a config."""
+
+    def __init__(self, line: dict[str, Any] | None = None, ini: dict[str, Any] | None = None) -> None:
+        self.line, self.ini = line or {}, ini or {}
+
+    def getoption(self, name: str) -> Any:
+        return self.line.get(name)
+
+    def getini(self, name: str) -> Any:
+        return self.ini.get(name)
+
+
+def settle(
+    line: dict[str, Any] | None = None, env: dict[str, str] | None = None, ini: dict[str, Any] | None = None
+) -> Settings:
+    return resolve(_Config(line, ini), env or {})  # type: ignore[arg-type]
+
+
+def test_defaults_when_nothing_is_given() -> None:
+    assert settle() == Settings(gpus=GpuChoice(), model=None, machine="live", is_strict=False, given=())
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "value"),
+    [("model", "model", "org/a"), ("machine", "machine", "2xL4"), ("strict", "is_strict", "1")],
+)
+def test_each_place_of_each_setting(setting: str, field: str, value: str) -> None:
+    wanted = True if field == "is_strict" else value
+
+    from_line = settle(line={f"vlm_{setting}": True if field == "is_strict" else value})
+    from_environment = settle(env={f"PYTEST_VLMGPU_{setting.upper()}": value})
+    from_ini = settle(ini={f"vlm_{setting}": True if field == "is_strict" else value})
+
+    assert [getattr(found, field) for found in (from_line, from_environment, from_ini)] == [wanted] * 3
+
+
+def test_command_line_wins_over_environment_and_environment_over_ini() -> None:
+    line, env, ini = {"vlm_gpus": "1"}, {"PYTEST_VLMGPU_GPUS": "2"}, {"vlm_gpus": "3"}
+
+    assert settle(line, env, ini).gpus.count == 1
+    assert settle(None, env, ini).gpus.count == 2
+    assert settle(None, None, ini).gpus.count == 3
+
+
+def test_settings_say_where_they_were_given() -> None:
+    settings = settle({"vlm_strict": True}, {"PYTEST_VLMGPU_GPUS": "0,1"}, {"vlm_model": "org/a"})
+
+    assert settings.given == ("PYTEST_VLMGPU_GPUS=0,1", "vlm_model=org/a", "--vlm-strict")
+
+
+def test_an_empty_environment_variable_counts_as_unset() -> None:
+    assert settle(env={"PYTEST_VLMGPU_GPUS": ""}, ini={"vlm_gpus": "none"}).gpus.kind == "none"
+
+
+def test_an_environment_variable_can_switch_strict_off() -> None:
+    assert settle(env={"PYTEST_VLMGPU_STRICT": "no"}, ini={"vlm_strict": True}).is_strict is False
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"PYTEST_VLMGPU_STRICT": "maybe"}, "PYTEST_VLMGPU_STRICT: 'maybe' is neither true nor false; write 1 or 0."),
+        ({"PYTEST_VLMGPU_MODEL": " "}, "PYTEST_VLMGPU_MODEL: the value is empty; leave it out, or give one."),
+        ({"PYTEST_VLMGPU_GPUS": "cpu"}, "PYTEST_VLMGPU_GPUS: 'cpu' names no GPUs; write none."),
+    ],
+)
+def test_a_wrong_value_names_its_place(env: dict[str, str], message: str) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        settle(env=env)
+
+    assert str(caught.value) == message
+
+
+def test_a_conversion_error_of_pytest_itself_is_a_usage_error() -> None:
+    def getini(name: str) -> Any:
+        raise ValueError("invalid truth value 'maybe'")
+
+    config = SimpleNamespace(getoption=lambda name: None, getini=getini)
+
+    with pytest.raises(pytest.UsageError, match=r"^vlm_gpus: invalid truth value 'maybe'\.$"):
+        resolve(config, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("auto", GpuChoice(text="--vlm-gpus=auto")),
+        ("AUTO", GpuChoice(text="--vlm-gpus=AUTO")),
+        ("none", GpuChoice(kind="none", text="--vlm-gpus=none")),
+        ("2", GpuChoice(kind="count", count=2, text="--vlm-gpus=2")),
+        ("0,2", GpuChoice(kind="positions", positions=(0, 2), text="--vlm-gpus=0,2")),
+        ("2,", GpuChoice(kind="positions", positions=(2,), text="--vlm-gpus=2,")),
+        ("0,", GpuChoice(kind="positions", positions=(0,), text="--vlm-gpus=0,")),
+        ("1, 0", GpuChoice(kind="positions", positions=(1, 0), text="--vlm-gpus=1, 0")),
+        ("GPU-1a2b", GpuChoice(kind="uuids", uuids=("GPU-1a2b",), text="--vlm-gpus=GPU-1a2b")),
+        ("GPU-1a,GPU-2b", GpuChoice(kind="uuids", uuids=("GPU-1a", "GPU-2b"), text="--vlm-gpus=GPU-1a,GPU-2b")),
+    ],
+)
+def test_forms_of_a_gpu_choice(text: str, choice: GpuChoice) -> None:
+    assert parse_gpus(text, "--vlm-gpus") == choice
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("all", "'all' names no GPUs; write auto."),
+        ("-1", "'-1' names no GPUs; write auto."),
+        ("0", "'0' names no GPUs; write none for the CPU, or 0, for the first GPU."),
+        ("1.5", f"'1.5' names no GPUs; write {GPU_FORMS}."),
+        ("٣", f"'٣' names no GPUs; write {GPU_FORMS}."),
+        ("99999", f"'99999' names no GPUs; write {GPU_FORMS}."),
+        (",", f"',' names no GPUs; write {GPU_FORMS}."),
+        ("0,,1", f"'' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
+        ("0;1", f"'0;1' names no GPUs; write {GPU_FORMS}."),
+        ("01,2", f"'01' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
+        ("0,GPU-1a", f"'GPU-1a' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
+        ("GPU-1a,0", f"'0' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
+        ("GPU-", f"'GPU-' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
+        ("1,1", f"a GPU is named twice; write {GPU_FORMS}."),
+        ("MIG-1a", f"a MIG slice is chosen with CUDA_VISIBLE_DEVICES; write {GPU_FORMS}."),
+    ],
+)
+def test_what_is_no_gpu_choice(text: str, message: str) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        parse_gpus(text, "--vlm-gpus")
+
+    assert str(caught.value) == f"--vlm-gpus: {message}"
+
+
+def test_a_wrong_option_ends_pytest_with_status_4(suite: Any) -> None:
+    result = suite.run("--vlm-gpus=cpu", test_x="def test_x(): pass")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --vlm-gpus: 'cpu' names no GPUs; write none."])
+
+
+def test_a_wrong_machine_ends_pytest_with_status_4(suite: Any) -> None:
+    result = suite.run("--vlm-machine=nowhere.json", test_x="def test_x(): pass")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --vlm-machine: *nowhere.json*"])
+
+
+@pytest.mark.parametrize(
+    "section", ["[pytest]\nvlm_gpus = none\nvlm_strict = true", "[pytest]\nvlm_gpus=none\nvlm_strict=1"]
+)
+def test_ini_file(suite: Any, section: str) -> None:
+    suite.pytester.makeini(section)
+
+    result = suite.run(test_x="def test_x(): pass")
+
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["vlmgpu: vlm_gpus=none, vlm_strict=true"])
+
+
+def test_pyproject(suite: Any) -> None:
+    suite.pytester.makepyprojecttoml('[tool.pytest.ini_options]\nvlm_gpus = "0,1"\nvlm_strict = true\n')
+
+    result = suite.run(test_x="def test_x(): pass")
+
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["vlmgpu: vlm_gpus=0,1, vlm_strict=true"])
