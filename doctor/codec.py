@@ -16,6 +16,9 @@ RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 MAX_SNAPSHOT_BYTES = 16 * 2**20
 """A snapshot of a 16-GPU machine has about 60 kB; anything near this bound is not a snapshot."""
 
+MAX_GPUS = 256
+"""More than any machine has; some of the arithmetic on pairs of GPUs is quadratic."""
+
 _UUID = re.compile(r"\b(GPU|MIG)-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", re.IGNORECASE)
 _HOME = re.compile(r"/(?:home|Users)/[^/\s\"':;,]+|/root(?=/|\b)")
 
@@ -54,7 +57,8 @@ def machine_from_json(data: bytes, *, where: str) -> Machine:
     machine = from_json(data, Machine, where=where)
     if machine.schema != SCHEMA:
         raise MachineError(
-            f"{where}: snapshot schema {machine.schema}, this version reads {SCHEMA}; record it again with vlm-doctor collect."
+            f"{where}: snapshot schema {machine.schema}, this version reads {SCHEMA}; "
+            "record it again with vlm-doctor collect."
         )
     _check_consistency(machine, where)
     if machine.origin == "live":
@@ -64,11 +68,14 @@ def machine_from_json(data: bytes, *, where: str) -> Machine:
 
 def _check_consistency(machine: Machine, where: str) -> None:
     """Refuse what no source would write, since checks and planner rely on it."""
+    if len(machine.gpus) > MAX_GPUS:
+        raise MachineError(f"{where}: {len(machine.gpus):,} GPUs are too many for one machine (at most {MAX_GPUS}).")
     indices = [gpu.index for gpu in machine.gpus]
-    if len(set(indices)) != len(indices):
+    known = frozenset(indices)
+    if len(known) != len(indices):
         raise MachineError(f"{where}: two GPUs have the same index ({indices}).")
     for link in machine.links:
-        if link.a not in indices or link.b not in indices or link.a >= link.b:
+        if link.a not in known or link.b not in known or link.a >= link.b:
             raise MachineError(f"{where}: link {link.a}-{link.b} does not join two of its GPUs {indices} in rising order.")
     for gpu in machine.gpus:
         sizes = (gpu.memory_total_bytes, gpu.memory_free_bytes, gpu.memory_used_bytes, gpu.memory_reserved_bytes)

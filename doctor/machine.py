@@ -310,4 +310,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     def gap(self, path: str) -> Gap | None:
         """The gap that covers ``path``: the path itself, or a part that contains it."""
-        return next((gap for gap in self.gaps if path == gap.path or path.startswith((f"{gap.path}.", f"{gap.path}["))), None)
+        return next(
+            (gap for gap in self.gaps if path == gap.path or path.startswith((f"{gap.path}.", f"{gap.path}["))), None
+        )

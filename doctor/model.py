@@ -15,7 +15,7 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     """The smallest thing that is placed: one key of the ``device_map``."""
 
     key: str
-    """Module path in the *installed* class, such as ``model.language_model.layers.7``; a bare parameter has its own name."""
+    """Module path in the *installed* class, such as ``model.language_model.layers.7``; a bare parameter has its own."""
     role: Role
     parameters: dict[str, int]
     """Stored dtype (safetensors' word, such as ``BF16`` or ``F32``) to number of elements. Empty for a module without

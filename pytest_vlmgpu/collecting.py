@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import markers
-from .fixtures import GATE, GATED_TEST, spec_from
-from .requirements import GatedTest, Requirements, VlmSpec
+from .state import GATED_TEST, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .gate import Gate
+    from .requirements import VlmSpec
 
 _FIXTURES_MODULE = "pytest_vlmgpu.fixtures"
 _GATE_FIXTURE = "_vlm_gate"
+_OUR_NEEDS = frozenset({"vlm", "vlm_gpus"})
+"""Fixtures that make a test a gated one."""
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
@@ -32,7 +33,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         return
     specs: Sequence[VlmSpec | None] = markers.read_models(definition, definition.nodeid)
     if not specs:
-        default = spec_from(None, metafunc.config.stash[GATE])
+        default = gate_of(metafunc.config).spec_from(None)
         specs = [markers.with_gpus(default, definition, definition.nodeid)] if default else []
     if specs:
         ids = [pytest.HIDDEN_PARAM] if len(specs) == 1 else [spec.name.rstrip("/").split("/")[-1] for spec in specs if spec]
@@ -51,7 +52,7 @@ def examine(report: pytest.CollectReport) -> None:
         report.result = []
 
 
-def arrange(gate: Gate, items: list[pytest.Item]) -> None:
+def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Order tests so that each model is loaded once, and note which requirements share a load.
 
     pytest before 9.1 groups session parameters by their position and not by their value, and a shuffling plugin does not
@@ -59,13 +60,14 @@ def arrange(gate: Gate, items: list[pytest.Item]) -> None:
     place, and an order that loads each model once is not touched.
     """
     gated = {item: item.stash[GATED_TEST] for item in items if GATED_TEST in item.stash}
+    if not gated:
+        return
+    sharing = gate_of(config).sharing
     groups: dict[VlmSpec, list[pytest.Item]] = {}
     for item, test in gated.items():
         if test.loads and test.specs:
             groups.setdefault(test.specs[0], []).append(item)
-            gate.sharing.setdefault(test.specs[0], []).append(test.requirements)
-    if not groups:
-        return
+            sharing.setdefault(test.specs[0], []).append(test.requirements)
     before = [item for item, test in gated.items() if not test.loads and (test.requirements.needs_memory or test.specs)]
     arranged: dict[pytest.Item, None] = {}
     for item in items:
@@ -77,8 +79,12 @@ def arrange(gate: Gate, items: list[pytest.Item]) -> None:
 
 
 def _examine_test(item: pytest.Function) -> None:
+    marked = any(mark.name.startswith(markers.PREFIXES) for mark in item.iter_markers())
+    if not marked and _OUR_NEEDS.isdisjoint(item.fixturenames):
+        return
+    from .requirements import GatedTest, Requirements
+
     markers.refuse_unknown(item)
-    gate = item.config.stash[GATE]
     requirements = markers.read_requirements(item, item.nodeid)
     named = markers.read_models(item, item.nodeid)
     loads = _uses(item, item.fixturenames, "vlm")
@@ -93,7 +99,7 @@ def _examine_test(item: pytest.Function) -> None:
                 f"{item.nodeid}: the fixture vlm cannot take its model from a marker here; a marker on a parameter or on a "
                 "unittest.TestCase comes too late: put it on the test function, its class or module."
             )
-        spec = spec_from(parameter, gate)
+        spec = gate_of(item.config).spec_from(parameter)
         named = (markers.with_gpus(spec, item, item.nodeid),) if spec is not None else ()
         if callspec is not None and named:
             callspec.params["vlm"] = named[0]

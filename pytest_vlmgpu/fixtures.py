@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .gate import Gate, ordinals_by_uuid, refuse
-from .requirements import GatedTest, VlmSpec
-from .verdicts import Verdict
+from .state import GATED_TEST, VERDICT, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,16 +19,13 @@ if TYPE_CHECKING:
     from vlm_doctor.workload import Policy, Workload
 
     from .gate import Loader, Planner
-
-GATE = pytest.StashKey[Gate]()
-GATED_TEST = pytest.StashKey[GatedTest]()
-VERDICT = pytest.StashKey[Verdict]()
+    from .requirements import VlmSpec
 
 
 @pytest.fixture(scope="session")
 def vlm_machine(request: pytest.FixtureRequest) -> Machine:
     """The machine that decides which tests run: this one, or that of --vlm-machine."""
-    return request.config.stash[GATE].machine()
+    return gate_of(request.config).machine()
 
 
 @pytest.fixture(scope="session")
@@ -78,11 +73,12 @@ def vlm_loader(request: pytest.FixtureRequest) -> Loader:
     ``plan`` is ``None`` on a CPU run. The value of the context manager is that of the fixture ``vlm``; where it has a
     ``device_map`` (or a ``model`` with ``hf_device_map``), that is held against the plan.
     """
-    gate = request.config.stash[GATE]
+    gate = gate_of(request.config)
 
     @contextmanager
     def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
         from . import loading
+        from .gate import ordinals_by_uuid
 
         if plan is None and gate.uses_gpus:
             raise pytest.UsageError("vlm_planner returned no plan: override vlm_loader too, to place the model yourself.")
@@ -104,8 +100,8 @@ def vlm_loader(request: pytest.FixtureRequest) -> Loader:
 @pytest.fixture(scope="session")
 def vlm(request: pytest.FixtureRequest, vlm_loader: Loader) -> Iterator[Any]:
     """The model that @pytest.mark.vlm("org/model") or --vlm-model names, loaded once a session (LoadedVlm)."""
-    gate = request.config.stash[GATE]
-    with gate.loaded(spec_from(getattr(request, "param", None), gate), request, vlm_loader) as loaded:
+    gate = gate_of(request.config)
+    with gate.loaded(gate.spec_from(getattr(request, "param", None)), request, vlm_loader) as loaded:
         yield loaded
 
 
@@ -131,10 +127,11 @@ def vlm_device_map(vlm: Any) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def vlm_gpus(request: pytest.FixtureRequest, vlm_machine: Machine) -> tuple[Gpu, ...]:
     """The GPUs that tests may use (CUDA_VISIBLE_DEVICES, --vlm-gpus), in CUDA order. Loads nothing."""
+    from .gate import refuse
     from .requirements import Requirements
     from .selection import judge
 
-    choice = request.config.stash[GATE].settings.gpus
+    choice = gate_of(request.config).settings.gpus
     verdict = judge(Requirements(), vlm_machine, choice, is_busy_decided_later=True)
     refuse(verdict)
     by_index = {gpu.index: gpu for gpu in vlm_machine.gpus}
@@ -152,17 +149,10 @@ def vlm_doctor(vlm_machine: Machine) -> Report:
 @pytest.fixture
 def _vlm_gate(request: pytest.FixtureRequest) -> None:
     """Decide about a gated test. It is put before all other fixtures of such a test when the test is collected."""
-    item, gate = request.node, request.config.stash[GATE]
+    from .gate import refuse
+
+    item, gate = request.node, gate_of(request.config)
     verdict = gate.judge_test(item.stash[GATED_TEST], request)
     verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
     item.stash[VERDICT] = verdict.made_strict() if gate.settings.is_strict else verdict
     refuse(item.stash[VERDICT])
-
-
-def spec_from(parameter: object, gate: Gate) -> VlmSpec | None:
-    """The model of a parameter of ``vlm``: a spec, a name (``parametrize(..., indirect=True)``), or that of --vlm-model."""
-    if isinstance(parameter, VlmSpec):
-        return parameter
-    if isinstance(parameter, str):
-        return VlmSpec(parameter)
-    return VlmSpec(gate.settings.model) if gate.settings.model else None

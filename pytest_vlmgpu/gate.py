@@ -76,6 +76,13 @@ class Gate:
         """False with ``--vlm-gpus=none``."""
         return self.settings.gpus.kind != "none"
 
+    def spec_from(self, parameter: object) -> VlmSpec | None:
+        """The model of a parameter of ``vlm``: a spec, a name (given by ``parametrize``), or that of ``--vlm-model``."""
+        if isinstance(parameter, VlmSpec):
+            return parameter
+        name = parameter if isinstance(parameter, str) else self.settings.model
+        return VlmSpec(name) if name else None
+
     def machine(self) -> Machine:
         """The machine that decides: this one, read once, or that of ``--vlm-machine``."""
         if self._first is None:

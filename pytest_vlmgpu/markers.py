@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .requirements import BF16_CAPABILITY, FP8_CAPABILITY, Requirements, VlmSpec
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from .requirements import Requirements, VlmSpec
+
+PREFIXES = ("vlm", "vml")
+"""What a marker of ours begins with, typed right or wrong."""
 DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 MAX_GPUS = 1024
@@ -44,6 +46,8 @@ class _ArgumentError(Exception):
 
 def vlm(*names: str, dtype: str | None = None, trust_remote_code: bool = False) -> tuple[VlmSpec, ...]:
     """Name the model (folder or hub id) that the fixture vlm loads; several names run the test with each."""
+    from .requirements import VlmSpec
+
     if not names:
         raise _ArgumentError('names no model; write vlm("org/model")')
     texts = [_name(name) for name in names]
@@ -63,6 +67,8 @@ def vlm_requires(
     fp8: bool = False,
 ) -> Requirements:
     """Skip unless GPUs can do it: so many, free memory on each and in all (GiB, or text such as "80GB"), capability."""
+    from .requirements import BF16_CAPABILITY, FP8_CAPABILITY, Requirements
+
     floors = [_capability(capability)]
     floors += [BF16_CAPABILITY] if _flag("bf16", bf16) else []
     floors += [FP8_CAPABILITY] if _flag("fp8", fp8) else []
@@ -129,6 +135,8 @@ def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
 
 def with_gpus(spec: VlmSpec, definition: pytest.Function, where: str) -> VlmSpec:
     """Have a model spread over as many GPUs as a test requires."""
+    from .requirements import Requirements
+
     return replace(spec, min_gpus=Requirements.strictest(read_requirements(definition, where)).gpus)
 
 
@@ -150,7 +158,7 @@ def refuse_unknown(item: pytest.Item) -> None:
         pytest.Collector.CollectError: Such a marker.
     """
     for mark in item.iter_markers():
-        if not mark.name.startswith(("vlm", "vml")) or mark.name in MARKERS:
+        if not mark.name.startswith(PREFIXES) or mark.name in MARKERS:
             continue
         if mark.name not in {line.split(":")[0].split("(")[0].strip() for line in item.config.getini("markers")}:
             import difflib

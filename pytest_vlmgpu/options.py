@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pytest
 
@@ -33,17 +32,16 @@ ENVIRONMENT_PREFIX = "PYTEST_VLMGPU_"
 _SETTINGS = {"gpus": GPUS_HELP, "model": MODEL_HELP, "machine": MACHINE_HELP, "strict": STRICT_HELP}
 _METAVARS = {"gpus": "SPEC", "model": "ID", "machine": "FILE|SPEC"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-_COUNT = re.compile(r"[1-9][0-9]{0,3}")
-_POSITION = re.compile(r"0|[1-9][0-9]{0,3}")
-_UUID = re.compile(r"GPU-[0-9A-Fa-f-]{1,36}")
+_COUNT = r"[1-9][0-9]{0,3}"
+_POSITION = r"0|[1-9][0-9]{0,3}"
+_UUID = r"GPU-[0-9A-Fa-f-]{1,36}"
 
 
-@dataclass(frozen=True)
-class GpuChoice:
+class GpuChoice(NamedTuple):
     """The parsed ``--vlm-gpus``."""
 
     kind: Literal["auto", "none", "count", "positions", "uuids"] = "auto"
-    count: int = 0
+    number: int = 0
     positions: tuple[int, ...] = ()
     """CUDA ordinals: positions among the GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
     uuids: tuple[str, ...] = ()
@@ -52,8 +50,7 @@ class GpuChoice:
     """The value as given, with where it was given, for messages."""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The settings of one run, each resolved by precedence."""
 
     gpus: GpuChoice = GpuChoice()
@@ -164,11 +161,11 @@ def parse_gpus(text: str, origin: str) -> GpuChoice:
         return GpuChoice(text=said)
     if word == "none":
         return GpuChoice(kind="none", text=said)
-    if _COUNT.fullmatch(text):
-        return GpuChoice(kind="count", count=int(text), text=said)
+    if re.fullmatch(_COUNT, text):
+        return GpuChoice(kind="count", number=int(text), text=said)
     entries = [entry.strip() for entry in text.removesuffix(",").split(",")]
     problem = _list_problem(entries)
-    if problem is None and _POSITION.fullmatch(entries[0]) and "," in text:
+    if problem is None and re.fullmatch(_POSITION, entries[0]) and "," in text:
         return GpuChoice(kind="positions", positions=tuple(map(int, entries)), text=said)
     if problem is None and entries[0].startswith("GPU-"):
         return GpuChoice(kind="uuids", uuids=tuple(entries), text=said)
@@ -185,7 +182,7 @@ def _list_problem(entries: list[str]) -> str | None:
         return None
     pattern = _UUID if entries[0].startswith("GPU-") else _POSITION
     for entry in entries:
-        if not pattern.fullmatch(entry):
+        if not re.fullmatch(pattern, entry):
             return f"{entry!r} is neither a position nor a UUID like the others"
     if len(set(entries)) < len(entries):
         return "a GPU is named twice"

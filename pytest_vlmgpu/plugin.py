@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from . import collecting, fixtures, markers, options, reporting
-from .gate import Gate
+from .state import SETTINGS, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -27,8 +27,9 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Resolve the settings; register fixtures, markers and, where reports arrive, the summary."""
-    settings = options.resolve(config)
-    config.stash[fixtures.GATE] = Gate(settings, options.recorded_machine(settings))
+    config.stash[SETTINGS] = options.resolve(config)
+    if config.stash[SETTINGS].machine != "live":
+        gate_of(config)  # a machine that cannot be read ends the run here
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
     for line in markers.describe():
         config.addinivalue_line("markers", line)
@@ -52,12 +53,12 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests that share a model next to each other."""
-    collecting.arrange(config.stash[fixtures.GATE], items)
+    collecting.arrange(config, items)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     """Name the settings that were given."""
-    return reporting.header(config.stash[fixtures.GATE].settings)
+    return reporting.header(config.stash[SETTINGS])
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .fixtures import GATE, GATED_TEST, VERDICT
-from .gate import Load
+from .state import GATE, GATED_TEST, VERDICT, gate_of
 
 if TYPE_CHECKING:
     from vlm_doctor.machine import Machine
 
+    from .gate import Load
     from .options import Settings
     from .verdicts import Verdict
 
@@ -45,7 +45,7 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     verdict = _verdict(item)
     if call.when != "setup" or verdict is None:
         return
-    test, gate = item.stash[GATED_TEST], item.config.stash[GATE]
+    test, gate = item.stash[GATED_TEST], gate_of(item.config)
     properties = {
         "verdict": verdict.action,
         "code": verdict.code,
@@ -74,8 +74,8 @@ def correct(item: pytest.Item, report: pytest.TestReport) -> None:
 def hand_over(config: pytest.Config) -> None:
     """Leave what a worker loaded where the controller finds it."""
     output = getattr(config, "workeroutput", None)
-    gate = config.stash[GATE]
-    if output is not None:
+    if output is not None and GATE in config.stash:
+        gate = config.stash[GATE]
         machines = [_describe(gate.machine_used)] if gate.machine_used is not None else []
         output[_OUTPUT] = {"machines": machines, "loads": [asdict(load) for load in gate.loads]}
 
@@ -115,7 +115,9 @@ class Summary:
         """Print what ran, what did not and why, and what was loaded."""
         if not self._verdicts:
             return
-        gate = self._config.stash[GATE]
+        from .gate import Load
+
+        gate = gate_of(self._config)
         machines = [_describe(gate.machine_used)] if gate.machine_used is not None else []
         machines += [line for output in self._from_workers for line in output["machines"]]
         loads = gate.loads + [Load(**load) for output in self._from_workers for load in output["loads"]]
@@ -148,7 +150,7 @@ def _verdict(item: pytest.Item) -> Verdict | None:
     """What was decided about a test: by the gate, or later while its model was loaded."""
     verdict = item.stash.get(VERDICT, None)
     if verdict is not None and verdict.action == "run":
-        test, gate = item.stash[GATED_TEST], item.config.stash[GATE]
+        test, gate = item.stash[GATED_TEST], gate_of(item.config)
         refused = [gate.refusals[spec] for spec in test.specs if test.loads and spec in gate.refusals]
         return refused[0] if refused else verdict
     return verdict

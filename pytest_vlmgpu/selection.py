@@ -111,7 +111,7 @@ def _allowed(choice: GpuChoice, machine: Machine) -> list[Gpu] | Verdict:
         return _by_position(choice, machine, visible)
     if choice.kind == "uuids":
         return _by_uuid(choice, machine, visible)
-    return healthy[: choice.count] if choice.kind == "count" else healthy
+    return healthy[: choice.number] if choice.kind == "count" else healthy
 
 
 def _by_position(choice: GpuChoice, machine: Machine, visible: Sequence[Gpu]) -> list[Gpu] | Verdict:
@@ -162,7 +162,7 @@ def _unknown(requirements: Requirements, machine: Machine, gpus: Sequence[Gpu]) 
 
 
 def _short_of_count(requirements: Requirements, choice: GpuChoice, gpus: Sequence[Gpu]) -> list[_Unmet]:
-    wanted = max(requirements.gpus, choice.count)
+    wanted = max(requirements.gpus, choice.number)
     if len(gpus) >= wanted:
         return []
     by = f" ({choice.text})" if choice.kind != "auto" else ""

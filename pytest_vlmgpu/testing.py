@@ -121,7 +121,8 @@ def write_processor(folder: Path, family: str) -> dict[str, int]:
         }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    return tokenizer.get_vocab()
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return vocabulary
 
 
 def tiny_image(width: int = 64, height: int = 48, *, seed: int = 0) -> Image:

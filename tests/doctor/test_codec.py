@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vlm_doctor.codec import MAX_SNAPSHOT_BYTES, from_json, machine_from_json, redact, to_json
 from vlm_doctor.errors import MachineError
 from vlm_doctor.machine import Gap, Gpu, GpuProcess, Link, Machine
@@ -100,6 +101,16 @@ def test_a_bad_snapshot_gets_one_sentence(data: bytes, sentence: str) -> None:
         machine_from_json(data, where="m.json")
 
     assert str(caught.value) == sentence
+
+
+def test_more_gpus_than_a_machine_can_have_are_refused() -> None:
+    gpus = tuple(Gpu(index=index, uuid=f"GPU-{index}", name="NVIDIA L4") for index in range(257))
+    data = to_json(Machine(origin="recorded", description="cluster", gpus=gpus)).encode()
+
+    with pytest.raises(MachineError) as caught:
+        machine_from_json(data, where="m.json")
+
+    assert str(caught.value) == "m.json: 257 GPUs are too many for one machine (at most 256)."
 
 
 def test_a_huge_file_is_refused_before_it_is_parsed() -> None:

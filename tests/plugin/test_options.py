@@ -52,9 +52,9 @@ def test_each_place_of_each_setting(setting: str, field: str, value: str) -> Non
 def test_command_line_wins_over_environment_and_environment_over_ini() -> None:
     line, env, ini = {"vlm_gpus": "1"}, {"PYTEST_VLMGPU_GPUS": "2"}, {"vlm_gpus": "3"}
 
-    assert settle(line, env, ini).gpus.count == 1
-    assert settle(None, env, ini).gpus.count == 2
-    assert settle(None, None, ini).gpus.count == 3
+    assert settle(line, env, ini).gpus.number == 1
+    assert settle(None, env, ini).gpus.number == 2
+    assert settle(None, None, ini).gpus.number == 3
 
 
 def test_settings_say_where_they_were_given() -> None:
@@ -102,7 +102,7 @@ def test_a_conversion_error_of_pytest_itself_is_a_usage_error() -> None:
         ("auto", GpuChoice(text="--vlm-gpus=auto")),
         ("AUTO", GpuChoice(text="--vlm-gpus=AUTO")),
         ("none", GpuChoice(kind="none", text="--vlm-gpus=none")),
-        ("2", GpuChoice(kind="count", count=2, text="--vlm-gpus=2")),
+        ("2", GpuChoice(kind="count", number=2, text="--vlm-gpus=2")),
         ("0,2", GpuChoice(kind="positions", positions=(0, 2), text="--vlm-gpus=0,2")),
         ("2,", GpuChoice(kind="positions", positions=(2,), text="--vlm-gpus=2,")),
         ("0,", GpuChoice(kind="positions", positions=(0,), text="--vlm-gpus=0,")),

@@ -1,0 +1,37 @@
+"""Keys of what the plugin keeps in ``config.stash`` and ``item.stash``; there are no other places."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from .gate import Gate
+    from .options import Settings
+    from .requirements import GatedTest
+    from .verdicts import Verdict
+
+SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
+"""Of the config."""
+GATE: pytest.StashKey[Gate] = pytest.StashKey()
+"""Of the config; there from the first gated test that is collected."""
+GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
+"""Of an item that asks for a model or GPUs."""
+VERDICT: pytest.StashKey[Verdict] = pytest.StashKey()
+"""Of such an item, once it was decided about."""
+
+
+def gate_of(config: pytest.Config) -> Gate:
+    """The state of this run, made when first asked for: a run without gated tests never imports what it needs.
+
+    Raises:
+        pytest.UsageError: ``--vlm-machine`` cannot be read.
+    """
+    if GATE not in config.stash:
+        from .gate import Gate
+        from .options import recorded_machine
+
+        settings = config.stash[SETTINGS]
+        config.stash[GATE] = Gate(settings, recorded_machine(settings))
+    return config.stash[GATE]
