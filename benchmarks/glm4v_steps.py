@@ -53,13 +53,31 @@ CUTS = (
     (-4, True),
 )
 """Layers by which the border moves, and whether the GPUs change places; in this order while time lasts."""
-TRUE_TEXT = {
-    "vocab_size": 151552,
-    "max_position_embeddings": 262144,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 0.5,
-    "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5},
+GLM41V_9B = {
+    "vision_config": {},
+    "text_config": {
+        "vocab_size": 151552,
+        "max_position_embeddings": 262144,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5},
+    },
 }
+"""All else of the published 9B model is the default of the class."""
+QWEN25_VL_7B = {
+    "vision_config": {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "num_heads": 16, "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112, "patch_size": 14, "spatial_merge_size": 2,
+    },
+    "text_config": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 262144, "rope_theta": 1000000.0,
+        "rope_scaling": {"rope_type": "default", "type": "default", "mrope_section": [16, 24, 24]},
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""From the published config.json, but for the longest position."""
+TRUE_SIZES = {"glm4v": GLM41V_9B, "qwen2_5_vl": QWEN25_VL_7B}
 NOT_RUN = "needs CUDA, not run"
 
 
@@ -92,8 +110,8 @@ def machine_of(spec: str) -> Machine:
     return collect(with_torch=False) if spec == "live" else load_machine(spec)
 
 
-def build(folder: Path, answer: Answer, *, is_tiny: bool) -> None:
-    """A GLM-4.1V-class checkpoint with random weights: of true size (10.3 billion parameters), or tiny."""
+def build(folder: Path, family: str, answer: Answer, *, is_tiny: bool) -> None:
+    """A checkpoint with random weights: of the published model's dimensions, or tiny."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -101,11 +119,11 @@ def build(folder: Path, answer: Answer, *, is_tiny: bool) -> None:
     from pytest_vlmgpu.tiny_families import PRINTABLE
 
     started = time.perf_counter()
-    settings = tiny_config("glm4v", write_processor(folder, "glm4v"))
+    settings = tiny_config(family, write_processor(folder, family))
     if not is_tiny:
-        # All else of the published 9B model is the default of the class.
+        size = TRUE_SIZES[family]
         kept = {key: settings["text_config"][key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        settings.update(text_config={**kept, **TRUE_TEXT}, vision_config={})
+        settings.update(text_config={**kept, **size["text_config"]}, vision_config=size["vision_config"])
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     with torch.device(device), torch.no_grad():
         torch.manual_seed(0)
@@ -182,7 +200,7 @@ def measure(vlm: LoadedVlm, workload: Workload, places: list[tuple[Stage, int, i
 
 
 def frontier(folder: Path, machine_spec: str, answer: Answer, deadline: float) -> None:
-    """Longest text prompt that really runs: the planner's map, the map of ``auto``, and every cut near the planner's."""
+    """Longest text prompt that really runs: the planner's map, and other cuts, in both orders of the GPUs."""
     from pytest_vlmgpu.loading import load, unload
 
     profile, machine = load_profile(str(folder)), machine_of(machine_spec)
@@ -198,10 +216,6 @@ def frontier(folder: Path, machine_spec: str, answer: Answer, deadline: float) -
     answer.add(plan_tokens=best)
     unload(vlm)
 
-    careless, layers = load_auto(folder)
-    answer.add(auto_layers_on_first=layers, auto_tokens=longest(careless, max(best, 1024), deadline))
-    unload(careless)
-
     cuts: dict[str, int] = {}
     for label, moved in cuts_near(planned, profile):
         if time.monotonic() < deadline - 15:
@@ -209,6 +223,15 @@ def frontier(folder: Path, machine_spec: str, answer: Answer, deadline: float) -
             cuts[label] = longest_if_better(vlm, best, deadline)
             answer.add(cuts=cuts)
             unload(vlm)
+
+
+def auto(folder: Path, machine_spec: str, answer: Answer, deadline: float) -> None:
+    """Longest text prompt that really runs on the map of ``device_map="auto"``."""
+    if not has_cuda(2):
+        answer.add(not_run=NOT_RUN, machine=machine_spec)
+        return
+    careless, layers = load_auto(folder)
+    answer.add(auto_layers_on_first=layers, auto_tokens=longest(careless, 8192, deadline))
 
 
 def longest_if_better(vlm: LoadedVlm, best: int, deadline: float) -> int:
@@ -252,6 +275,9 @@ def attempt(ask: Callable[[], object]) -> bool:
         ask()
     except torch.OutOfMemoryError:
         is_enough = False
+    except RuntimeError as error:
+        # A kernel that fails leaves the CUDA context of this process unusable: what was found so far is all there is.
+        raise SystemExit(f"not a matter of memory: {error}") from error
     else:
         is_enough = True
     gc.collect()
@@ -268,7 +294,7 @@ def longest(vlm: LoadedVlm, start: int, deadline: float, precision: float = 0.02
         else:
             high = tokens
         if not high:
-            tokens = int(tokens * 1.2)
+            tokens = int(tokens * 1.3)
         elif not low:
             tokens = int(tokens * 0.75)
         elif high - low <= precision * low:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-STEPS = {"build": 120, "doctor": 70, "pytest": 150, "busy": 60, "even": 200, "uneven": 160}
+STEPS = {"build": 120, "doctor": 70, "pytest": 150, "busy": 60, "accuracy": 90, "even": 120, "uneven": 160}
 """Step to its time limit in seconds: see the functions of the same names."""
 EVEN, UNEVEN, FULL = ("23.5", "23.5"), ("12", "23.5"), ("4", "4")
 """GiB left free on each GPU."""
@@ -37,6 +37,7 @@ class Trial:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.is_tiny: bool = options.tiny
+        self.family: str = options.family
         self.out: Path = options.out
         self.model: Path = options.model
         self.deadline = time.monotonic() + options.budget
@@ -59,7 +60,7 @@ class Trial:
 
     def build(self, deadline: float) -> dict[str, Any]:
         """The checkpoint."""
-        return self._child(deadline, "build")
+        return self._child(deadline, "build", options=["--family", self.family])
 
     def doctor(self, deadline: float) -> dict[str, Any]:
         """What vlm-doctor says about the machine as it is, and how long it takes."""
@@ -101,19 +102,23 @@ class Trial:
             result = self._pytest(deadline, "busy.txt")
         return {**result, "names_VLM711": "VLM711" in (self.out / "busy.txt").read_text()}
 
-    def even(self, deadline: float) -> dict[str, Any]:
-        """Two emulated cards of 24 GiB: predicted against measured peak, then the longest prompt of each map."""
+    def accuracy(self, deadline: float) -> dict[str, Any]:
+        """Two emulated cards of 24 GiB: predicted against measured peak."""
         with self._ballast(EVEN):
-            half = time.monotonic() + 0.5 * self._left(deadline)
-            return {
-                "accuracy": self._child(half, "accuracy", ",".join(EVEN)),
-                "frontier": self._child(deadline, "frontier", ",".join(EVEN)),
-            }
+            return self._child(deadline, "accuracy", ",".join(EVEN))
+
+    def even(self, deadline: float) -> dict[str, Any]:
+        """Two emulated cards of 24 GiB: the longest prompt of each map."""
+        return self._longest(deadline, EVEN)
 
     def uneven(self, deadline: float) -> dict[str, Any]:
-        """The first card half taken: the longest prompt of each map."""
-        with self._ballast(UNEVEN):
-            return {"frontier": self._child(deadline, "frontier", ",".join(UNEVEN))}
+        """The same with the first card half taken."""
+        return self._longest(deadline, UNEVEN)
+
+    def _longest(self, deadline: float, free_gib: tuple[str, ...]) -> dict[str, Any]:
+        with self._ballast(free_gib):
+            careless = self._child(time.monotonic() + 0.3 * self._left(deadline), "auto", ",".join(free_gib))
+            return {**careless, **self._child(deadline, "frontier", ",".join(free_gib))}
 
     def summary(self) -> str:
         """The readings as Markdown."""
@@ -130,7 +135,7 @@ class Trial:
             "| prompt | GPU | predicted GiB | measured GiB | ratio | without weights | reserved GiB | outside torch GiB |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for row in self.results.get("even", {}).get("accuracy", {}).get("rows", []):
+        for row in self.results.get("accuracy", {}).get("rows", []):
             if "gpu" in row:
                 sizes = [
                     f"{row[key] / 2**30:.2f}"
@@ -142,7 +147,7 @@ class Trial:
                 )
         lines += ["", "| free GiB | predicted | plan | auto | cuts that beat the plan |", "| --- | --- | --- | --- | --- |"]
         for step, free in (("even", EVEN), ("uneven", UNEVEN)):
-            found = self.results.get(step, {}).get("frontier", {})
+            found = self.results.get(step, {})
             better = {cut: tokens for cut, tokens in found.get("cuts", {}).items() if tokens}
             lines.append(
                 f"| {' / '.join(free)} | {found.get('predicted_without_headroom')} | {found.get('plan_tokens')} | "
@@ -153,12 +158,22 @@ class Trial:
     def _left(self, deadline: float) -> float:
         return max(1.0, deadline - time.monotonic())
 
-    def _child(self, deadline: float, step: str, free: str = "") -> dict[str, Any]:
+    def _child(self, deadline: float, step: str, free: str = "", options: Sequence[str] = ()) -> dict[str, Any]:
         """A step of ``glm4v_steps.py`` in a process of its own, so that its memory is gone afterwards."""
         answer = Path(tempfile.mkdtemp()) / "answer.json"
         machine = ",".join(f"{gib}GiB" for gib in free.split(",")) if self.is_tiny else "live"
         left = self._left(deadline)
-        arguments = ["--child", step, "--answer", str(answer), "--machine", machine, "--budget", str(max(1.0, left - 20))]
+        arguments = [
+            "--child",
+            step,
+            "--answer",
+            str(answer),
+            "--machine",
+            machine,
+            "--budget",
+            str(max(1.0, left - 15)),
+            *options,
+        ]
         command = [sys.executable, __file__, *arguments, "--model", str(self.model), *(["--tiny"] if self.is_tiny else [])]
         try:
             status = f"exit {subprocess.run(command, timeout=left, check=False).returncode}"
@@ -225,7 +240,7 @@ def _run_child(options: argparse.Namespace) -> None:
     deadline = time.monotonic() + options.budget
     answer = glm4v_steps.Answer(options.answer)
     if options.child == "build":
-        glm4v_steps.build(options.model, answer, is_tiny=options.tiny)
+        glm4v_steps.build(options.model, options.family, answer, is_tiny=options.tiny)
     else:
         getattr(glm4v_steps, options.child)(options.model, options.machine, answer, deadline)
 
@@ -235,6 +250,7 @@ def main() -> int:
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"default: all of {', '.join(STEPS)}")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "trial")))
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "glm4v-random")
+    parser.add_argument("--family", default="glm4v", choices=("glm4v", "qwen2_5_vl"), help="dimensions of the model")
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true", help="tiny model, no GPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)

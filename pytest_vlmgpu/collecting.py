@@ -55,7 +55,7 @@ def examine(report: pytest.CollectReport) -> None:
 def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Order tests so that each model is loaded once, and note which requirements share a load.
 
-    pytest before 9.1 groups session parameters by their position and not by their value, and a shuffling plugin does not
+    pytest before 9.2 groups session parameters by their position and not by their value, and a shuffling plugin does not
     group at all. Tests that need free memory and load nothing run before the first model takes it. Other tests stay in
     place, and an order that loads each model once is not touched.
     """

@@ -29,7 +29,8 @@ MACHINE_HELP = (
 STRICT_HELP = "report the plugin's own skips as errors, with the same VLM7xx codes"
 
 ENVIRONMENT_PREFIX = "PYTEST_VLMGPU_"
-_SETTINGS = {"gpus": GPUS_HELP, "model": MODEL_HELP, "machine": MACHINE_HELP, "strict": STRICT_HELP}
+HELP = {"gpus": GPUS_HELP, "model": MODEL_HELP, "machine": MACHINE_HELP, "strict": STRICT_HELP}
+"""Name of each setting to its help: ``--vlm-NAME``, ini ``vlm_NAME``, environment ``PYTEST_VLMGPU_NAME``."""
 _METAVARS = {"gpus": "SPEC", "model": "ID", "machine": "FILE|SPEC"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _COUNT = r"[1-9][0-9]{0,3}"
@@ -64,7 +65,7 @@ class Settings(NamedTuple):
 def add_options(parser: pytest.Parser) -> None:
     """Declare command-line options and ini keys."""
     group = parser.getgroup("vlmgpu", "tests with vision-language models on GPUs")
-    for name, text in _SETTINGS.items():
+    for name, text in HELP.items():
         option, dest = f"--vlm-{name}", f"vlm_{name}"
         if name == "strict":
             group.addoption(option, dest=dest, action="store_true", default=None, help=text)
@@ -80,7 +81,7 @@ def resolve(config: pytest.Config, environment: Mapping[str, str] = os.environ) 
     Raises:
         pytest.UsageError: A value cannot be understood; the message names where it was given.
     """
-    found = {name: _find(config, environment, name) for name in _SETTINGS}
+    found = {name: _find(config, environment, name) for name in HELP}
     values = {name: value for name, (value, _) in found.items() if value is not None}
     origins = {name: origin for name, (_, origin) in found.items()}
     return Settings(

@@ -92,7 +92,7 @@ class Suite:
         """Add to the project's conftest; ``without`` takes one of its fixtures away."""
         conftest = self.folder / "conftest.py"
         source = conftest.read_text()
-        conftest.write_text((source.replace(f"def {without}(", "def unused(") if without else source) + text)
+        conftest.write_text((source.replace(f"def {without}(", "def unused(") if without else source) + "\n" + text)
 
 
 @pytest.fixture

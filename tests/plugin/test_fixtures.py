@@ -155,7 +155,7 @@ from pytest_vlmgpu import Verdict
 
 def pytest_vlmgpu_verdict(item, verdict):
     if item.name == "test_kept_out":
-        return Verdict("error", "VLM712", "the project says so.")
+        return Verdict("error", "OURS", "the project says so.")
 
 def pytest_vlmgpu_loaded(spec, loaded):
     log(f"LOADED {spec.label} {loaded.name}")
@@ -172,7 +172,7 @@ def pytest_vlmgpu_loaded(spec, loaded):
     )
 
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["VLM712: the project says so."])
+    result.stdout.fnmatch_lines(["OURS: the project says so.", "1 ran; 1 error (OURS: 1)"])
     assert "LOADED org/a org/a" in suite.loads()
 
 
