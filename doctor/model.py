@@ -86,7 +86,9 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     """What the planner needs to know about a model, from config.json and safetensors headers alone."""
 
     name: str
-    """Hub id or folder, as the user wrote it."""
+    """Hub id, or the folder as the user wrote it: what ``from_pretrained`` takes."""
+    revision: str | None = None
+    """Revision of the hub that was asked for (``org/name@revision``)."""
     origin: Literal["checkpoint", "hub", "catalogue"]
     architecture: str
     """Class name, ``config.architectures[0]``."""

@@ -89,6 +89,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The answer for one model, machine, workload and policy."""
 
     model: str
+    """Hub id or folder."""
+    revision: str | None = None
     machine: str
     """``Machine.description``."""
     fits: bool

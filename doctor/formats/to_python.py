@@ -125,10 +125,11 @@ def _quantization(plan: Plan) -> str | None:
 
 
 def _loading(plan: Plan, dtype: str) -> str:
-    trust = ", trust_remote_code=True" if plan.is_remote_code else ""
+    trust = ["trust_remote_code=True"] if plan.is_remote_code else []
+    source = ["MODEL", *([f"revision={literal(plan.revision)}"] if plan.revision else [])]
     lines = ["# The class of this model comes with the checkpoint: read that code before you run it."] if trust else []
     arguments = [
-        "MODEL",
+        *source,
         f"{dtype}={literal(plan.dtype)}",
         "device_map=device_map",
         # Classes of a checkpoint may refuse sdpa by name, though it is what they run by default.
@@ -138,10 +139,10 @@ def _loading(plan: Plan, dtype: str) -> str:
             else [f"attn_implementation={literal(plan.workload.attention)}"]
         ),
         *(["quantization_config=quantization"] if plan.workload.quantization else []),
-        *(["trust_remote_code=True"] if trust else []),
+        *trust,
     ]
     lines += [
-        f"processor = AutoProcessor.from_pretrained(MODEL{trust})",
+        f"processor = AutoProcessor.from_pretrained({', '.join([*source, *trust])})",
         f"model = {_model_class(plan)}.from_pretrained(",
         *(f"    {argument}," for argument in arguments),
         ")",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|[\xed][\xa0-\xbf]")
 
 MAX_JSON_BYTES = 100_000_000
 """The largest index in use (hundreds of thousands of experts) has about 20 MB."""
@@ -51,8 +54,11 @@ def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
+        if _SURROGATE.search(text):
+            # Half a character could not be put into any report; pairs of halves are well.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{where}: is not JSON ({error}); download it again.") from error
+        raise ModelFileError(f"{where}: is not JSON ({str(error)[:200]}); download it again.") from error
     if not isinstance(value, dict):
         raise ModelFileError(f"{where}: is not a JSON object; download it again.")
     return value

@@ -17,6 +17,7 @@ _REVISION = re.compile(r"[\w][\w.-]*(?:/[\w][\w.-]*)*", re.ASCII)
 _TOKEN = re.compile(r"[\w.-]+", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_SMALL_FILE_BYTES = 4096
+DEFAULT_REVISION = "main"
 
 
 class HubId(NamedTuple):
@@ -24,7 +25,7 @@ class HubId(NamedTuple):
 
     repo: str
     """``org/name``."""
-    revision: str = "main"
+    revision: str = DEFAULT_REVISION
     """Branch, tag, commit or ``refs/pr/1``."""
 
 
@@ -43,7 +44,7 @@ def parse_hub_id(name: str) -> HubId | None:
     repo, _, revision = name.partition("@")
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo or ("@" in name and not _is_revision(revision)):
         return None
-    return HubId(repo, revision or "main")
+    return HubId(repo, revision or DEFAULT_REVISION)
 
 
 def _is_revision(text: str) -> bool:

@@ -10,9 +10,9 @@ import msgspec
 
 from ..errors import ModelFileError, ModelNotFoundError
 from ..model import ModelProfile
-from .catalogue import CatalogueEntry, catalogue, find_entry
+from .catalogue import catalogue, find_entry
 from .checkpoint_folder import read_folder
-from .hub_cache import HubId, find_snapshot, hub_settings, parse_hub_id
+from .hub_cache import DEFAULT_REVISION, HubId, find_snapshot, hub_settings, parse_hub_id
 from .model_profile import build_profile
 
 
@@ -28,14 +28,29 @@ def load_profile(name: str, *, allow_network: bool = True) -> ModelProfile:
         ModelNotFoundError: No such folder, catalogue name or hub id.
         ModelFileError: A file is damaged or lacks what a plan needs.
     """
+    place = find_model(name)
+    if isinstance(place, Path):
+        # transformers does not know "~".
+        return build_profile(read_folder(place), name=str(place) if name.startswith("~") else name, origin="checkpoint")
+    profile = _load_hub_model(name, place, allow_network=allow_network)
+    revision = None if place.revision == DEFAULT_REVISION else place.revision
+    return msgspec.structs.replace(profile, name=place.repo, revision=revision)
+
+
+def find_model(name: str) -> Path | HubId:
+    """Tell what a name means, without reading the model: a folder (or what was meant as one), or a hub id.
+
+    Raises:
+        ModelNotFoundError: It is neither, nor a name of the catalogue.
+    """
     folder = _as_folder(name)
     if folder is not None:
-        return build_profile(read_folder(folder), name=name, origin="checkpoint")
+        return folder
     entry = find_entry(name)
     model = HubId(entry.name) if entry else parse_hub_id(name)
     if model is None:
         raise ModelNotFoundError(f"{name[:200]!r}: no folder, catalogue name or hub id (org/name) of that name{_end(name)}")
-    return _load_hub_model(name, model, entry, allow_network=allow_network)
+    return model
 
 
 def catalogue_names() -> tuple[str, ...]:
@@ -57,7 +72,8 @@ def _as_folder(name: str) -> Path | None:
     return path if is_path else None
 
 
-def _load_hub_model(name: str, model: HubId, entry: CatalogueEntry | None, *, allow_network: bool) -> ModelProfile:
+def _load_hub_model(name: str, model: HubId, *, allow_network: bool) -> ModelProfile:
+    entry = find_entry(model.repo) if model.revision == DEFAULT_REVISION else None
     settings = hub_settings(os.environ)
     snapshot = find_snapshot(model, settings.cache)
     problem: ModelFileError | None = None

@@ -19,6 +19,8 @@ from .module_names import by_module_name
 from .shapes_from_tensors import FLOATS
 from .weightless_units import complete_units
 
+MAX_UNITS = 2_000
+"""The deepest published models have about 130 text layers (Llama 3.1 405B: 126); it bounds the time of a plan."""
 _RIGHT_CONFIG = "use the config.json that belongs to this checkpoint"
 
 
@@ -40,6 +42,11 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
     is_remote_code = bool(config.get("auto_map")) and ARCHITECTURES.get(model_type) != architecture
     tensors = by_module_name(checkpoint.tensors, "" if is_remote_code else model_type)
     cut = cut_into_units(tensors)
+    if len(cut.units) > MAX_UNITS:
+        raise ModelFileError(
+            f"{name}: its tensors are named like {len(cut.units):,} parts of a model (at most {MAX_UNITS:,}); "
+            "name the folder of a checkpoint that transformers can load."
+        )
     fields = text_fields(config)
     text = text_shape(fields, tensors, cut.first("layer"))
     notes = [*checkpoint.notes, *_check_against(text, cut, tensors)]

@@ -25,6 +25,9 @@ PREFIX_BYTES = 8
 MAX_DIMENSIONS = 64
 """torch's own limit; it also bounds the time that a hostile shape can cost."""
 
+_NATURALS_END = 2**63
+"""No file is as long, and no tensor has as many elements."""
+
 MAX_NAME = 1024
 """Letters of a tensor's name; real ones have about 120. Bounds the time that hostile names can cost."""
 
@@ -146,8 +149,8 @@ def _tensor(name: str, entry: Any, where: str) -> tuple[int, StoredTensor]:
 
 
 def _naturals(value: Any) -> tuple[int, ...] | None:
-    """A list of integers from 0 up as a tuple, ``None`` for anything else; JSON's ``true`` is no integer."""
-    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+    """A list of integers from 0 to 2**63 as a tuple, ``None`` for anything else; JSON's ``true`` is no integer."""
+    if not isinstance(value, list) or not all(type(item) is int and 0 <= item < _NATURALS_END for item in value):
         return None
     return tuple(value)
 

@@ -132,6 +132,13 @@ def test_remote_code_is_named_as_such(plan: Plan) -> None:
     }
 
 
+def test_a_revision_is_loaded_for_model_and_processor(plan: Plan) -> None:
+    text = snippet(msgspec.structs.replace(plan, revision="v1.0"))
+
+    assert 'AutoProcessor.from_pretrained(MODEL, revision="v1.0")' in text
+    assert '    MODEL,\n    revision="v1.0",\n' in text
+
+
 def test_remote_code_is_told_to_use_eager_attention_when_asked(plan: Plan) -> None:
     workload = msgspec.structs.replace(plan.workload, attention="eager")
     text = snippet(msgspec.structs.replace(plan, is_remote_code=True, workload=workload))

@@ -138,7 +138,7 @@ def test_aliases_find_the_same_model(alias: str) -> None:
     entry = find_entry(alias)
     assert entry is not None
     assert entry.name == "llava-hf/llava-1.5-7b-hf"
-    assert profile(alias).name == alias
+    assert profile(alias).name == entry.name
 
 
 def test_aliases_are_unique() -> None:

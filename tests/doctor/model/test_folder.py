@@ -45,7 +45,7 @@ def test_bytes_are_those_of_the_headers(write_checkpoint: Write) -> None:
 def test_home_is_followed(write_checkpoint: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(folder=tmp_path / "llava")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_profile("~/llava").name == "~/llava"
+    assert load_profile("~/llava").name == str(tmp_path / "llava")
 
 
 def test_a_missing_folder_is_said_to_be_missing(tmp_path: Path) -> None:

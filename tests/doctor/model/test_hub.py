@@ -367,6 +367,15 @@ def cached(cache: Path, write_checkpoint: Write, repo: str = "org/vlm", ref: str
     return write_checkpoint(folder=folder / "snapshots" / COMMIT)
 
 
+def test_a_revision_is_kept_apart_from_the_name(
+    write_checkpoint: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "x"))
+    cached(tmp_path / "x", write_checkpoint, ref="v1.0")
+    profile = load_profile("org/vlm@v1.0")
+    assert (profile.name, profile.revision) == ("org/vlm", "v1.0")
+
+
 @pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"])
 def test_the_local_cache_answers_without_network(
     site: Site, write_checkpoint: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
