@@ -1,7 +1,10 @@
 """What the plugin costs a project that does not use it: `python benchmarks/plugin_overhead.py [runs]`.
 
-Runs `pytest --co -q` on three files of ten tests with and without the plugin, one after the other so that both meet the
-same noise, and prints the median of the differences. Other plugins are switched off.
+Runs `pytest --co -q` on three files of ten tests with and without the plugin, in turns and in changing order so that both
+meet the same noise. Each suite is measured with and without PYTHONDONTWRITEBYTECODE, under which pytest may compile plugins
+anew in each run. Of CPU time (user and system) it prints the least of each variant, their difference, and the median and
+quartiles of the differences of neighbors: where the quartiles are far apart, the machine was busy and the least times tell
+most. Use an environment in which the package is installed from its wheel. Other plugins are switched off.
 """
 
 from __future__ import annotations
@@ -12,68 +15,64 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 SUITES = {
     "tests without markers": "def test_{n}(): pass\n",
     "gated tests": 'import pytest\n@pytest.mark.vlm("org/a")\n@pytest.mark.vlm_requires(gpus=2)\ndef test_{n}(vlm): pass\n',
 }
-VARIANTS = {"without": ["-p", "no:vlmgpu"], "with": []}
+BARE, PLUGIN = ["-p", "no:vlmgpu"], []
 OTHER_PLUGINS = ("anyio", "hypothesispytest", "xdist", "xdist.looponfail", "pytest_cov", "timeout")
 """Switched off, so that they add no noise."""
 
 
-def cpu_and_wall_ms(folder: Path, arguments: list[str]) -> tuple[float, float]:
-    """Time of one pytest process of its own."""
+def cpu_ms(folder: Path, arguments: list[str], *, writes_bytecode: bool) -> float:
+    """CPU time of one pytest process of its own."""
     command = [sys.executable, "-m", "pytest", "--co", "-q", "-p", "no:cacheprovider", *arguments]
     command += [word for name in OTHER_PLUGINS for word in ("-p", f"no:{name}")]
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "cache")}
-    # Compiling would be measured instead of importing.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    if not writes_bytecode:
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if run.returncode:
         raise SystemExit(f"pytest failed:\n{run.stdout}{run.stderr}")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return cpu * 1000, wall * 1000
+    return 1000 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
-def measure(body: str, runs: int) -> dict[str, list[tuple[float, float]]]:
-    """Times of each variant, taken in turns; the first round warms the disk and does not count."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
+def measure(body: str, runs: int, *, writes_bytecode: bool) -> tuple[list[float], list[float]]:
+    """Times without and with the plugin; the first round warms the disk and does not count."""
+    bare: list[float] = []
+    plugin: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  vlm: ours\n  vlm_requires: ours\n")
         for number in range(3):
             (folder / f"test_{number}.py").write_text("".join(body.format(n=n) for n in range(10)))
         for round_number in range(runs + 1):
-            for variant, arguments in VARIANTS.items():
-                found = cpu_and_wall_ms(folder, arguments)
+            variants = [(bare, BARE), (plugin, PLUGIN)]
+            for times, arguments in variants if round_number % 2 else reversed(variants):
+                spent = cpu_ms(folder, arguments, writes_bytecode=writes_bytecode)
                 if round_number:
-                    times[variant].append(found)
-    return times
+                    times.append(spent)
+    return bare, plugin
 
 
 def main() -> None:
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 15
-    print(
-        f"{'suite':<24}{'without':>12}{'with':>12}{'median difference':>22}{'spread':>16}   (CPU / wall, ms; {runs} runs)"
-    )
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 30
+    print(f"CPU time in ms, {runs} runs each")
+    print(f"{'suite':<24}{'bytecode':<12}{'least bare':>12}{'with':>8}{'more':>7}   {'median (quartiles) of differences'}")
     for suite, body in SUITES.items():
-        times = measure(body, runs)
-        columns = [tuple(statistics.median(values) for values in zip(*times[variant], strict=True)) for variant in VARIANTS]
-        pairs = list(zip(times["without"], times["with"], strict=True))
-        differences = [[after[kind] - before[kind] for before, after in pairs] for kind in (0, 1)]
-        median = [statistics.median(values) for values in differences]
-        quartiles = [statistics.quantiles(values, n=4) for values in differences]
-        print(
-            f"{suite:<24}"
-            + "".join(f"{cpu:>6.0f}/{wall:<5.0f}" for cpu, wall in columns)
-            + f"{median[0]:>14.1f} / {median[1]:<5.1f}"
-            + f"{quartiles[0][0]:>9.1f} to {quartiles[0][2]:<6.1f}"
-        )
+        for writes_bytecode in (True, False):
+            bare, plugin = measure(body, runs, writes_bytecode=writes_bytecode)
+            low, median, high = statistics.quantiles(
+                (after - before for before, after in zip(bare, plugin, strict=True)), n=4
+            )
+            print(
+                f"{suite:<24}{'written' if writes_bytecode else 'not written':<12}{min(bare):>12.1f}{min(plugin):>8.1f}"
+                f"{min(plugin) - min(bare):>7.1f}   {median:.1f} ({low:.1f} to {high:.1f})"
+            )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 The true-size model of the installed transformers runs its real code, but no floating-point arithmetic: an operation's
 result is shaped by a dry run on the meta device and then allocated, unwritten, on the CPU, where untouched pages cost
 nothing. Integer and boolean tensors are computed, since vision towers read them. Two things are as on a GPU and not as on
-the CPU: fused attention holds its output and row statistics (and a mask's additive copy, twice when the rows of the mask are
-not aligned), and a softmax in float32 of 16-bit scores makes no copy of them first.
+the CPU: fused attention holds its output and row statistics (and a mask's additive copy, twice when the rows of the mask
+are not aligned), and a softmax in float32 of 16-bit scores makes no copy of them first.
 
     python benchmarks/trace_memory.py [NAME ...]
 
@@ -25,6 +25,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+from traced_models import CONFIGS, config_of, image_inputs, text_inputs
 
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.constraints import chain
@@ -33,8 +34,6 @@ from vlm_doctor.planner.memory import Footprint
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.model_profile import build_profile
 from vlm_doctor.workload import Workload
-
-from traced_models import CONFIGS, config_of, image_inputs, text_inputs
 
 GIB = 2**30
 BEFORE = -1
@@ -85,7 +84,7 @@ class Recorder(TorchDispatchMode):
         for tensor in (*model.parameters(), *model.buffers()):
             self._known[tensor.untyped_storage()._cdata] = -1
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self._run(func, args, kwargs or {})
         for tensor in tree_flatten(result)[0]:
             if isinstance(tensor, torch.Tensor):
@@ -93,6 +92,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def note(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage unless it is known."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known or not storage.nbytes():
@@ -147,7 +147,7 @@ class Recorder(TorchDispatchMode):
 class AsOnGpu(TorchFunctionMode):
     """Attention and softmax hold what their CUDA kernels hold."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
@@ -274,7 +274,9 @@ def run(models: dict[str, Any], name: str, case: Case) -> tuple[float, float, fl
     )
     load = image_load(profile, workload)
     if case.edge:
-        marked = load.tokens - (profile.image.extra_tokens if profile.image else 0)
+        # What the rule adds around an image is no marker, except line ends.
+        ends = profile.image.extra_tokens if profile.image and name != "llava-v1.6-7b" else 0
+        marked = load.tokens if load.tokens == 1 else load.tokens - ends
         text = case.text + load.tokens - marked
         inputs = image_inputs(model.config, marked, text, case.batch, edge=case.edge, sequences=load.sequences)
     else:
@@ -293,7 +295,9 @@ def main() -> None:
         models: dict[str, Any] = {}
         for case in cases_of(CONFIGS[name][0]):
             words = f"text {case.text}" + (f", image {case.edge}" if case.edge else "")
-            words += (f" x {case.batch}" if case.batch > 1 else "") + (f" {case.attention}" if case.attention != "sdpa" else "")
+            words += (f" x {case.batch}" if case.batch > 1 else "") + (
+                f" {case.attention}" if case.attention != "sdpa" else ""
+            )
             words += f" {case.logits}" if case.logits != "generate" else ""
             try:
                 weights, traced, predicted = run(models, name, case)

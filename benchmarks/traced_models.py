@@ -70,14 +70,22 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "glm4v",
         {
             "text_config": {
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [8, 12, 12],
+                    "partial_rotary_factor": 0.5,
+                }
             }
         },
     ),
     "qwen2-vl-7b": ("qwen2_vl", {"text_config": {**_QWEN2_TEXT, **_MROPE}, "vision_config": {"hidden_size": 3584}}),
     "qwen2.5-vl-7b": (
         "qwen2_5_vl",
-        {"text_config": {**_QWEN2_TEXT, **_MROPE}, "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}},
+        {
+            "text_config": {**_QWEN2_TEXT, **_MROPE},
+            "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+        },
     ),
     "qwen2.5-vl-72b": (
         "qwen2_5_vl",
@@ -123,7 +131,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "pixtral-12b": (
         "llava",
         {
-            "text_config": {**_llama(5120, 14336, 40, 32, 8, 131072), "model_type": "mistral", "head_dim": 128, "sliding_window": None},
+            "text_config": {
+                **_llama(5120, 14336, 40, 32, 8, 131072),
+                "model_type": "mistral",
+                "head_dim": 128,
+                "sliding_window": None,
+            },
             "vision_config": {"model_type": "pixtral"},
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
@@ -134,7 +147,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "idefics3",
         {
             "text_config": _llama(4096, 14336, 32, 32, 8, 128259),
-            "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 364, "patch_size": 14},
+            "vision_config": {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "image_size": 364,
+                "patch_size": 14,
+            },
             "scale_factor": 2,
         },
     ),
@@ -142,11 +162,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "smolvlm",
         {
             "text_config": _llama(2048, 8192, 24, 32, 32, 49280),
-            "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384, "patch_size": 14},
+            "vision_config": {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "image_size": 384,
+                "patch_size": 14,
+            },
             "scale_factor": 3,
         },
     ),
-}  # fmt: skip
+}
 """``model_type`` and what differs from the class's defaults."""
 
 

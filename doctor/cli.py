@@ -29,6 +29,7 @@ from .report import Report
 DEFAULT_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
 """Model of the closing suggestion: an open 9B vision-language model that the catalogue knows, so no network is needed."""
 
+MAX_MESSAGE_CHARS = 600
 INTERRUPTED = 130
 FAILED = 3
 
@@ -188,6 +189,10 @@ def _fail(kind: str, message: str, exit_status: int, *, is_json: bool) -> int:
     from .formats.page import inert
     from .formats.to_json import error_json
 
+    if len(message) > MAX_MESSAGE_CHARS:
+        # Somebody's name or value is huge: what is wrong stands at the beginning, what to do at the end.
+        message = f"{message[: MAX_MESSAGE_CHARS // 2]} ... {message[-MAX_MESSAGE_CHARS // 3 :]}"
+    message = inert(message)
     if is_json:
         try:
             write_stdout(error_json(kind, message, exit_status))

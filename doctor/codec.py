@@ -19,6 +19,11 @@ MAX_SNAPSHOT_BYTES = 16 * 2**20
 MAX_GPUS = 256
 """More than any machine has; some of the arithmetic on pairs of GPUs is quadratic."""
 
+_INDEX_END = 10_000
+"""First GPU index that ``--gpus`` cannot name."""
+_MAX_REASON_CHARS = 300
+_AGAIN = "record it again with vlm-doctor collect"
+
 _UUID = re.compile(r"\b(GPU|MIG)-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", re.IGNORECASE)
 _HOME = re.compile(r"/(?:home|Users)/[^/\s\"':;,]+|/root(?=/|\b)")
 
@@ -43,7 +48,9 @@ def from_json(data: bytes | str, record: type[RecordT], *, where: str) -> Record
     try:
         return msgspec.json.decode(data, type=record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MachineError(f"{where}: not a readable {record.__name__.lower()}: {error}.") from error
+        # A wrong value is quoted in full: some of it is enough.
+        reason = str(error)[:_MAX_REASON_CHARS]
+        raise MachineError(f"{where}: not a readable {record.__name__.lower()}: {reason}; {_AGAIN}.") from error
 
 
 def machine_from_json(data: bytes, *, where: str) -> Machine:
@@ -56,10 +63,7 @@ def machine_from_json(data: bytes, *, where: str) -> Machine:
         raise MachineError(f"{where}: {len(data):,} bytes is too large for a snapshot (at most {MAX_SNAPSHOT_BYTES:,}).")
     machine = from_json(data, Machine, where=where)
     if machine.schema != SCHEMA:
-        raise MachineError(
-            f"{where}: snapshot schema {machine.schema}, this version reads {SCHEMA}; "
-            "record it again with vlm-doctor collect."
-        )
+        raise MachineError(f"{where}: snapshot schema {machine.schema}, this version reads {SCHEMA}; {_AGAIN}.")
     _check_consistency(machine, where)
     if machine.origin == "live":
         machine = msgspec.structs.replace(machine, origin="recorded")
@@ -68,21 +72,28 @@ def machine_from_json(data: bytes, *, where: str) -> Machine:
 
 def _check_consistency(machine: Machine, where: str) -> None:
     """Refuse what no source would write, since checks and planner rely on it."""
+    problem = _inconsistency(machine)
+    if problem is not None:
+        raise MachineError(f"{where}: {problem}; {_AGAIN}.")
+
+
+def _inconsistency(machine: Machine) -> str | None:
     if len(machine.gpus) > MAX_GPUS:
-        raise MachineError(f"{where}: {len(machine.gpus):,} GPUs are too many for one machine (at most {MAX_GPUS}).")
-    indices = [gpu.index for gpu in machine.gpus]
-    known = frozenset(indices)
-    if len(known) != len(indices):
-        raise MachineError(f"{where}: two GPUs have the same index ({indices}).")
-    for link in machine.links:
-        if link.a not in known or link.b not in known or link.a >= link.b:
-            raise MachineError(f"{where}: link {link.a}-{link.b} does not join two of its GPUs {indices} in rising order.")
+        return f"{len(machine.gpus):,} GPUs are too many for one machine (at most {MAX_GPUS})"
+    known: set[int] = set()
     for gpu in machine.gpus:
+        if not 0 <= gpu.index < _INDEX_END or gpu.index in known:
+            return f"GPU index {gpu.index} is given twice or out of range"
+        known.add(gpu.index)
         sizes = (gpu.memory_total_bytes, gpu.memory_free_bytes, gpu.memory_used_bytes, gpu.memory_reserved_bytes)
         if any(size is not None and not 0 <= size < 2**50 for size in sizes):
-            raise MachineError(f"{where}: gpus[{gpu.index}] has a memory size out of range ({sizes}).")
+            return f"GPU {gpu.index} has a memory size out of range"
         if gpu.memory_total_bytes is not None and (gpu.memory_free_bytes or 0) > gpu.memory_total_bytes:
-            raise MachineError(f"{where}: gpus[{gpu.index}] has more free memory than memory.")
+            return f"GPU {gpu.index} has more free memory than memory"
+    for link in machine.links:
+        if link.a not in known or link.b not in known or link.a >= link.b:
+            return f"link {link.a}-{link.b} does not join two of its GPUs in rising order"
+    return None
 
 
 def redact(machine: Machine) -> Machine:

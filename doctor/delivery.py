@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import shutil
 import sys
@@ -71,10 +72,13 @@ def write_file(path: Path, text: str) -> None:
         UsageError: The file cannot be written there.
     """
     try:
-        target = path.resolve()
-        if target.exists() and not target.is_file() and not target.is_dir():
-            target.write_text(text, encoding="utf-8")
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            # Not its resolved name: that of /dev/stdout or of a shell's >(command) leads nowhere.
+            _write_as_it_stands(path, text)
             return
+        target = path.resolve()
         draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with draft.open("x", encoding="utf-8") as file:
@@ -82,6 +86,14 @@ def write_file(path: Path, text: str) -> None:
             draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, before Python 3.13
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(f"--output {path}: cannot be written: {why}.") from error
+
+
+def _write_as_it_stands(path: Path, text: str) -> None:
+    """Write into a device or pipe. A pipe that nobody reads is an error: waiting for a reader may be for ever."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)

@@ -60,6 +60,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     for word in words:
         if _SURROGATE.search(word):
             raise UsageError(f"{word!r} is not UTF-8 text, which a report could not hold; rename the file or folder.")
+        if word.startswith("-") and word.endswith("=--"):
+            # argparse before Python 3.13 would make an empty list of it.
+            raise UsageError(f"{word!r} gives no value; write one after the =.")
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words = ["check", *words]
     if not words[0].startswith("-") and words[0] not in COMMANDS:
@@ -74,6 +77,8 @@ def parse(words: list[str]) -> argparse.Namespace:
             f"{unknown[0]!r} is no option of vlm-doctor {options.command}{arguments.suggestion(unknown[0], known)} "
             f"Try 'vlm-doctor {options.command} --help'."
         )
+    if getattr(options, "json", False):
+        options.format = "json"
     return options
 
 
@@ -160,7 +165,7 @@ def _add_output(parser: Parser, formats: tuple[str, ...]) -> None:
     parser.set_defaults(format="terminal")
     output = parser.add_argument_group("output")
     output.add_argument("--format", choices=formats, help="default: terminal")
-    output.add_argument("--json", dest="format", action="store_const", const="json", help="same as --format json")
+    output.add_argument("--json", action="store_true", help="same as --format json, whatever --format says")
     output.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
     output.add_argument("-v", "--verbose", action="store_true", help="more: evidence, sources, what passed")
 

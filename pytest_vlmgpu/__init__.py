@@ -6,6 +6,7 @@ The plugin needs no import. These names are for annotations, and for a conftest 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -19,6 +20,22 @@ _WHERE = {
 }
 
 __all__ = sorted([*_WHERE, "__version__"])  # noqa: PLE0605 - built from the table above, so that the two cannot differ
+
+
+def _leave_unrewritten() -> None:
+    """Have pytest import the plugin as it imports any library.
+
+    pytest rewrites the asserts of a plugin's modules. Wherever Python may write no bytecode (PYTHONDONTWRITEBYTECODE, as in
+    many images) it compiles them anew for that in each run, 25 ms for messages that nobody sees, and there is no public way
+    out. Without the attribute that is used here everything still works.
+    """
+    for finder in sys.meta_path:
+        marked = getattr(finder, "_must_rewrite", None)
+        if isinstance(marked, set):
+            marked.difference_update((__name__, "vlm_doctor"))
+
+
+_leave_unrewritten()
 
 
 def __getattr__(name: str) -> Any:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 _FIXTURES_MODULE = "pytest_vlmgpu.fixtures"
 _GATE_FIXTURE = "_vlm_gate"
-_OUR_NEEDS = frozenset({"vlm", "vlm_gpus"})
-"""Fixtures that make a test a gated one."""
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
@@ -40,12 +38,11 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("vlm", specs, indirect=True, scope="session", ids=ids)
 
 
-def examine(report: pytest.CollectReport) -> None:
+def examine(report: pytest.CollectReport, concerned: Sequence[pytest.Function]) -> None:
     """Store what each test asks for and put the gate before its fixtures; turn a wrong marker into a collection error."""
     try:
-        for item in report.result or ():
-            if isinstance(item, pytest.Function):
-                _examine_test(item)
+        for item in concerned:
+            _examine_test(item)
     except pytest.Collector.CollectError as error:
         report.outcome = "failed"
         report.longrepr = str(error)
@@ -79,23 +76,23 @@ def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def _examine_test(item: pytest.Function) -> None:
-    marked = any(mark.name.startswith(markers.PREFIXES) for mark in item.iter_markers())
-    if not marked and _OUR_NEEDS.isdisjoint(item.fixturenames):
-        return
     from .requirements import GatedTest, Requirements
 
-    markers.refuse_unknown(item)
-    requirements = markers.read_requirements(item, item.nodeid)
-    named = markers.read_models(item, item.nodeid)
     loads = _uses(item, item.fixturenames, "vlm")
     uses_gpus = _uses(item, item.fixturenames, "vlm_gpus")
+    requirements = markers.read_requirements(item, item.nodeid)
+    is_ours = bool(loads or uses_gpus or requirements)
+    markers.refuse_unknown(item, is_surely_meant=is_ours)
+    # A project may have had a marker or a fixture vlm before this plugin was installed: its tests run as they did.
+    is_theirs = not is_ours and ("vlm" in item.fixturenames or "vlm" in markers.registered(item.config))
+    named = () if is_theirs else markers.read_models(item, item.nodeid)
     if not (requirements or named or loads or uses_gpus):
         return
     if loads:
         callspec: Any = getattr(item, "callspec", None)
         parameter = callspec.params.get("vlm") if callspec is not None else None
         if named and parameter not in named and not _is_parametrized_by_user(item):
-            raise pytest.Collector.CollectError(
+            raise markers.wrong(
                 f"{item.nodeid}: the fixture vlm cannot take its model from a marker here; a marker on a parameter or on a "
                 "unittest.TestCase comes too late: put it on the test function, its class or module."
             )

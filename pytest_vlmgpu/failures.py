@@ -48,6 +48,14 @@ def needs_remote_code(name: str) -> LoadFailure:
     )
 
 
+def broken_torch(error: Exception) -> LoadFailure:
+    """The failure for a torch that is installed and cannot be imported, whatever the model."""
+    detail = _one_line(f"{type(error).__name__}: {error}")
+    failure = LoadFailure("VLM712", f"torch cannot be imported ({detail}): run vlm-doctor to see why.")
+    failure.details = "".join(traceback.format_exception(error))
+    return failure
+
+
 def check_weights(name: str, problems: Mapping[str, Any]) -> None:
     """Refuse a model some of whose weights are random: its answers look plausible and mean nothing.
 

@@ -20,8 +20,9 @@ _HIDES_GPUS = ("VLM102", "VLM103", "VLM104", "VLM105", "VLM106", "VLM107", "VLM2
 """Checks whose findings of severity error mean that GPUs are there and cannot be seen."""
 _HIDES_ALL = "VLM201"
 _ABOUT_ONE_GPU = ("VLM108", "VLM109", "VLM110", "VLM111")
-_ABOUT_TORCH = ("VLM205", "VLM301", "VLM302", "VLM303", "VLM306", "VLM307")
-"""What can be told without importing torch: its files, and whether libcuda is there."""
+_ABOUT_TORCH = ("VLM205", "VLM301", "VLM302", "VLM303", "VLM304", "VLM305", "VLM306", "VLM307")
+"""Why torch can use no GPU. A live machine tells what needs no import of torch: its files, and whether libcuda is there; a
+recorded one also whether the import failed."""
 _DRIVER_NOT_LOADED = 9
 """``NVML_ERROR_DRIVER_NOT_LOADED``: what NVML answers on a computer without a GPU. Source: nvml.h."""
 _NO_GPU_ON_PURPOSE = ("", "-1", "NoDevFiles")
@@ -65,7 +66,7 @@ def fault(machine: Machine) -> str:
 
 
 def torch_fault(machine: Machine, gpus: Collection[Gpu]) -> str:
-    """Why torch can use none of these GPUs, as far as its files tell; empty when it can."""
+    """Why torch can use none of these GPUs, as far as is known; empty when it can."""
     indices = {gpu.index for gpu in gpus}
     return _told(
         finding

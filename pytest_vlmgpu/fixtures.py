@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .state import GATED_TEST, VERDICT, gate_of
+from .state import gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vlm_doctor.machine import Gpu, Machine
-    from vlm_doctor.placement import Plan
     from vlm_doctor.report import Report
     from vlm_doctor.workload import Policy, Workload
 
     from .gate import Loader, Planner
-    from .requirements import VlmSpec
 
 
 @pytest.fixture(scope="session")
@@ -50,20 +46,9 @@ def vlm_planner(vlm_workload: Workload, vlm_policy: Policy) -> Planner:
 
     It may return ``None`` (do not plan) together with a ``vlm_loader`` of your own.
     """
-    from msgspec.structs import replace
+    from .ladder import make_planner
 
-    from vlm_doctor.planner import plan
-    from vlm_doctor.sources.model_files import load_profile
-
-    profile_of = cache(load_profile)
-
-    def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan:
-        allowed = gpus if vlm_policy.gpus is None else tuple(index for index in gpus if index in vlm_policy.gpus)
-        policy = replace(vlm_policy, gpus=allowed, min_gpus=max(vlm_policy.min_gpus, spec.min_gpus))
-        workload = replace(vlm_workload, dtype=spec.dtype or vlm_workload.dtype)
-        return plan(profile_of(spec.name), machine, workload, policy)
-
-    return place
+    return make_planner(vlm_workload, vlm_policy)
 
 
 @pytest.fixture(scope="session")
@@ -73,28 +58,9 @@ def vlm_loader(request: pytest.FixtureRequest) -> Loader:
     ``plan`` is ``None`` on a CPU run. The value of the context manager is that of the fixture ``vlm``; where it has a
     ``device_map`` (or a ``model`` with ``hf_device_map``), that is held against the plan.
     """
-    gate = gate_of(request.config)
+    from .ladder import make_loader
 
-    @contextmanager
-    def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
-        from . import loading
-        from .gate import ordinals_by_uuid
-
-        if plan is None and gate.uses_gpus:
-            raise pytest.UsageError("vlm_planner returned no plan: override vlm_loader too, to place the model yourself.")
-        # The machine that the plan was just made for.
-        ordinals = ordinals_by_uuid(gate.machine_used) if gate.uses_gpus and gate.machine_used is not None else None
-        loaded = loading.load(
-            spec.name, plan, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, ordinals=ordinals
-        )
-        try:
-            yield loaded
-        finally:
-            left_bytes = loading.unload(loaded)
-            if gate.loads:
-                gate.loads[-1].left_bytes = left_bytes
-
-    return load
+    return make_loader(gate_of(request.config))
 
 
 @pytest.fixture(scope="session")
@@ -127,15 +93,7 @@ def vlm_device_map(vlm: Any) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def vlm_gpus(request: pytest.FixtureRequest, vlm_machine: Machine) -> tuple[Gpu, ...]:
     """The GPUs that tests may use (CUDA_VISIBLE_DEVICES, --vlm-gpus), in CUDA order. Loads nothing."""
-    from .gate import refuse
-    from .requirements import Requirements
-    from .selection import judge
-
-    choice = gate_of(request.config).settings.gpus
-    verdict = judge(Requirements(), vlm_machine, choice, is_busy_decided_later=True)
-    refuse(verdict)
-    by_index = {gpu.index: gpu for gpu in vlm_machine.gpus}
-    return tuple(by_index[index] for index in verdict.gpus)
+    return gate_of(request.config).usable_gpus(vlm_machine)
 
 
 @pytest.fixture(scope="session")
@@ -149,10 +107,4 @@ def vlm_doctor(vlm_machine: Machine) -> Report:
 @pytest.fixture
 def _vlm_gate(request: pytest.FixtureRequest) -> None:
     """Decide about a gated test. It is put before all other fixtures of such a test when the test is collected."""
-    from .gate import refuse
-
-    item, gate = request.node, gate_of(request.config)
-    verdict = gate.judge_test(item.stash[GATED_TEST], request)
-    verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
-    item.stash[VERDICT] = verdict.made_strict() if gate.settings.is_strict else verdict
-    refuse(item.stash[VERDICT])
+    gate_of(request.config).decide(request)

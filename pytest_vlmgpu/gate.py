@@ -16,13 +16,14 @@ import pytest
 from . import verdicts
 from .requirements import GatedTest, Requirements, VlmSpec
 from .selection import judge, judge_without_gpus, keep_from_acting
+from .state import GATED_TEST, VERDICT
 from .verdicts import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from vlm_doctor.machine import Machine
+    from vlm_doctor.machine import Gpu, Machine
     from vlm_doctor.placement import Plan
 
     from .options import Settings
@@ -89,6 +90,25 @@ class Gate:
             self._first = self._read()
         return self._first
 
+    def usable_gpus(self, machine: Machine) -> tuple[Gpu, ...]:
+        """GPUs that tests may use, in CUDA order; without any, the test that asks is skipped or fails."""
+        choice = self.settings.gpus
+        if self.uses_gpus:
+            verdict = judge(Requirements(), machine, choice, is_busy_decided_later=True)
+        else:
+            verdict = judge_without_gpus(choice, wants_gpus=True)
+        refuse(verdict)
+        by_index = {gpu.index: gpu for gpu in machine.gpus}
+        return tuple(by_index[index] for index in verdict.gpus)
+
+    def decide(self, request: pytest.FixtureRequest) -> None:
+        """Decide about the test that is set up, let the project have its say, and end the setup unless it is to run."""
+        item = request.node
+        verdict = self.judge_test(item.stash[GATED_TEST], request)
+        verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
+        item.stash[VERDICT] = verdict.made_strict() if self.settings.is_strict else verdict
+        refuse(item.stash[VERDICT])
+
     def judge_test(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
         """Decide about a test before any of its fixtures is set up, as far as that can be told without loading."""
         if not self.uses_gpus:
@@ -132,7 +152,7 @@ class Gate:
                 if plan is not None:
                     _check_landing(spec, plan, loaded, self._machine(request, max_age_s=math.inf))
             except LoadFailure as failure:
-                verdict = Verdict("error", failure.code, failure.message)
+                verdict = Verdict("error", failure.code, failure.message, details=failure.details)
             # Not inside the handler: the report is one sentence, without the chain of errors behind it.
             self._refuse_unless_run(spec, verdict)
             load = _describe(spec, plan, time.perf_counter() - started)

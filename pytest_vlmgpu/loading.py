@@ -9,14 +9,14 @@ import gc
 import time
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_doctor.errors import UsageError
 
-from .failures import Allocation, LoadFailure, check_weights, explained, needs_remote_code
+from .failures import Allocation, LoadFailure, broken_torch, check_weights, explained, needs_remote_code
 from .placing import Placed, check_placement, device_map_for
 from .processors import load_processor, prompt_text
+from .source import Source, find_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -128,7 +128,7 @@ def load(
     """Load a model where the plan puts it, and check that every weight is there.
 
     Args:
-        name: Folder or hub id.
+        name: Folder, hub id (``org/name@revision`` too) or catalogue name.
         plan: Of a live machine; ``None`` loads for the CPU.
         dtype: torch's word, such as ``bfloat16``; ``None`` is the plan's, or the checkpoint's own without a plan.
         trust_remote_code: Allow Python code of the checkpoint to run.
@@ -139,11 +139,7 @@ def load(
             on CPU, disk or meta; VLM715 out of memory; VLM716 placement differs from the plan.
     """
     started = time.perf_counter()
-    if name.startswith((".", "/", "~")):
-        # What can only be a folder is not looked for on a hub.
-        name = str(Path(name).expanduser())
-        if not Path(name).is_dir():
-            raise LoadFailure("VLM713", f"there is no folder {name}: check the path of the checkpoint.")
+    source = find_source(name)
     if plan is not None and not plan.fits:
         raise LoadFailure("VLM705", plan.shortage.message if plan.shortage else f"{name} fits nowhere on this machine.")
     if plan is not None and plan.is_remote_code and not trust_remote_code:
@@ -151,9 +147,10 @@ def load(
     stages = () if plan is None else plan.stages
     device_map: dict[str, int] = {}
     try:
+        _import_torch()
         if plan is not None:
             device_map = device_map_for(plan, torch_ordinals(ordinals))
-        model, processor = _load_and_check(name, plan, device_map, dtype, trust_remote_code)
+        model, processor = _load_and_check(source, plan, device_map, dtype, trust_remote_code)
         return LoadedVlm(
             name=name,
             model=model,
@@ -214,29 +211,41 @@ def torch_ordinals(fallback: Mapping[str, int] | None = None) -> dict[str, int]:
     return dict(fallback or {})
 
 
+def _import_torch() -> None:
+    """Tell a torch that is broken from a model that is."""
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError:
+        raise
+    except (ImportError, OSError) as error:
+        raise broken_torch(error) from None
+
+
 def _load_and_check(
-    name: str, plan: Plan | None, device_map: dict[str, int], dtype: str | None, trust_remote_code: bool
+    source: Source, plan: Plan | None, device_map: dict[str, int], dtype: str | None, trust_remote_code: bool
 ) -> tuple[Any, Any]:
     """Model and processor; everything that refers to the model while it can still fail is in the frames below this one."""
     import transformers
 
-    model, problems = _load_model(name, plan, device_map, dtype, trust_remote_code)
-    check_weights(name, problems)
-    _check_devices(name, model, device_map)
-    processor = load_processor(transformers, name, model.config, trust_remote_code=trust_remote_code)
+    model, problems = _load_model(source, plan, device_map, dtype, trust_remote_code)
+    check_weights(source.name, problems)
+    _check_devices(source.name, model, device_map)
+    processor = load_processor(transformers, source, model.config, trust_remote_code=trust_remote_code)
     _wait_for(device_map)
     return model, processor
 
 
 def _load_model(
-    name: str, plan: Plan | None, device_map: dict[str, int], dtype: str | None, trust_remote_code: bool
+    source: Source, plan: Plan | None, device_map: dict[str, int], dtype: str | None, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The model and what ``from_pretrained`` has to say about its weights."""
     import torch
     import transformers
 
     # An explicit False: None would make transformers ask at the terminal and wait.
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(
+        source.name, revision=source.revision, trust_remote_code=trust_remote_code
+    )
     if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         auto_class = transformers.AutoModelForImageTextToText
     else:
@@ -245,20 +254,23 @@ def _load_model(
         if class_name is None:
             raise LoadFailure(
                 "VLM713",
-                f"{name} has model_type {config.model_type!r}, which transformers {transformers.__version__} does not know "
-                "as a vision-language model: check the name, or install a transformers version that does.",
+                f"{source.name} has model_type {config.model_type!r}, which transformers {transformers.__version__} does "
+                "not know as a vision-language model: check the name, or install a transformers version that does.",
             )
         if not trust_remote_code:
-            raise needs_remote_code(name)
+            raise needs_remote_code(source.name)
         auto_class = getattr(transformers, class_name)
     wanted = dtype or (plan.dtype if plan is not None else "auto")
-    options: dict[str, Any] = {"dtype": wanted if wanted == "auto" else getattr(torch, wanted)}
+    options: dict[str, Any] = {
+        "dtype": wanted if wanted == "auto" else getattr(torch, wanted),
+        "revision": source.revision,
+    }
     if device_map:
         options["device_map"] = device_map
     if plan is not None:
         options.update(_workload_options(plan))
     model, problems = auto_class.from_pretrained(
-        name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+        source.name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )
     return model, problems
 

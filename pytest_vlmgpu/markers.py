@@ -1,4 +1,4 @@
-"""The markers: functions whose signature validates the arguments and whose docstring is the line of ``--markers``.
+"""The markers: functions whose signature validates the arguments.
 
 A wrong marker is a collection error: one sentence with the test, what is wrong, and what to write instead.
 """
@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .declare import MARKER_PREFIXES
+from .declare import MARKERS as MARKER_LINES
+from .verdicts import WRONG
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .requirements import Requirements, VlmSpec
 
-PREFIXES = ("vlm", "vml")
-"""What a marker of ours begins with, typed right or wrong."""
+NEAR_NAME = 0.66
+"""Likeness (difflib) from which another name counts as ours misspelt: "vml" and "vlms" do, "vlm_slow" does not."""
 DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 MAX_GPUS = 1024
@@ -83,15 +87,9 @@ def vlm_requires(
 MARKERS: dict[str, Callable[..., Any]] = {"vlm": vlm, "vlm_requires": vlm_requires}
 
 
-def describe() -> list[str]:
-    """The lines of ``pytest --markers``."""
-    lines = []
-    for name, function in MARKERS.items():
-        signature = inspect.signature(function)
-        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
-        shown = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
-        lines.append(f"{name}{shown}: {inspect.getdoc(function)}")
-    return lines
+def wrong(sentence: str) -> pytest.Collector.CollectError:
+    """The error for a test whose markers cannot be understood."""
+    return pytest.Collector.CollectError(f"{WRONG}: {sentence}")
 
 
 def read(mark: pytest.Mark, where: str) -> Any:
@@ -111,11 +109,11 @@ def read(mark: pytest.Mark, where: str) -> Any:
     try:
         inspect.signature(function).bind(*mark.args, **mark.kwargs)
     except TypeError:
-        raise pytest.Collector.CollectError(f"{where}: @pytest.mark.{mark.name} {_misuse(mark)}.") from None
+        raise wrong(f"{where}: @pytest.mark.{mark.name} {_misuse(mark)}.") from None
     try:
         return function(*mark.args, **mark.kwargs)
     except _ArgumentError as error:
-        raise pytest.Collector.CollectError(f"{where}: @pytest.mark.{mark.name} {error}.") from error
+        raise wrong(f"{where}: @pytest.mark.{mark.name} {error}.") from error
 
 
 def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
@@ -129,7 +127,7 @@ def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
     # Stacked decorators apply from the bottom up, as with parametrize; read them in the order written.
     named = [spec for mark in closest for spec in read(mark, where)]
     if len(set(named)) < len(named):
-        raise pytest.Collector.CollectError(f"{where}: @pytest.mark.vlm names a model twice.")
+        raise wrong(f"{where}: @pytest.mark.vlm names a model twice.")
     return tuple(with_gpus(spec, definition, where) for spec in named)
 
 
@@ -149,23 +147,32 @@ def read_requirements(definition: pytest.Function, where: str) -> Sequence[Requi
     return [read(mark, where) for mark in definition.iter_markers("vlm_requires")]
 
 
-def refuse_unknown(item: pytest.Item) -> None:
+def registered(config: pytest.Config) -> set[str]:
+    """Names of markers that the project declares in the setting ``markers``, or another plugin does."""
+    lines = [line for line in config.getini("markers") if line not in MARKER_LINES]
+    return {line.split(":")[0].split("(")[0].strip() for line in lines}
+
+
+def refuse_unknown(item: pytest.Item, *, is_surely_meant: bool) -> None:
     """Refuse a marker that looks like one of ours and is not: a typing error would switch the gate off without a word.
 
-    Names in the setting ``markers`` are the user's own.
+    Args:
+        item: The test.
+        is_surely_meant: True when the test uses the plugin otherwise; then any name with our prefix is one of ours.
 
     Raises:
-        pytest.Collector.CollectError: Such a marker.
+        pytest.Collector.CollectError: Such a marker. Names in the setting ``markers`` are the user's own.
     """
     for mark in item.iter_markers():
-        if not mark.name.startswith(PREFIXES) or mark.name in MARKERS:
+        if not mark.name.startswith(MARKER_PREFIXES) or mark.name in MARKERS:
             continue
-        if mark.name not in {line.split(":")[0].split("(")[0].strip() for line in item.config.getini("markers")}:
-            import difflib
+        import difflib
 
-            near = difflib.get_close_matches(mark.name, MARKERS, n=1, cutoff=0)[0]
-            raise pytest.Collector.CollectError(
-                f"{item.nodeid}: there is no marker @pytest.mark.{mark.name}; did you mean @pytest.mark.{near}? "
+        cutoff = 0.0 if is_surely_meant else NEAR_NAME
+        near = difflib.get_close_matches(mark.name, MARKERS, n=1, cutoff=cutoff)
+        if near and mark.name not in registered(item.config):
+            raise wrong(
+                f"{item.nodeid}: there is no marker @pytest.mark.{mark.name}; did you mean @pytest.mark.{near[0]}? "
                 "(A marker of your own goes into the setting markers.)"
             )
 

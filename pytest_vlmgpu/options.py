@@ -1,7 +1,6 @@
-"""Every option, ini key and environment variable of the plugin, and how they take precedence.
+"""What the options, ini keys and environment variables of :mod:`declare` say, and how they take precedence.
 
-Command line > environment > ini file > default, for each setting on its own. All defaults of pytest's parsers are
-``None``, so that "not given" can be told from every value a user may give.
+Command line > environment > ini file > default, for each setting on its own.
 """
 
 from __future__ import annotations
@@ -12,26 +11,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pytest
 
+from .declare import ENVIRONMENT_PREFIX, HELP
+from .verdicts import WRONG
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vlm_doctor.machine import Machine
 
-GPUS_HELP = (
-    "GPUs for tests that use vlm markers or fixtures: auto (all visible ones, default), none (run models on the CPU), "
-    "a count (2), positions among the visible GPUs (0,2 or 2,), or UUIDs (GPU-…)"
-)
-MODEL_HELP = "model (folder or hub id) for tests that use the fixture vlm and name none"
-MACHINE_HELP = (
-    "decide for a recorded or made-up machine (snapshot file, or a spec such as 2xL4) and run no gated test; "
-    "default: this machine, live"
-)
-STRICT_HELP = "report the plugin's own skips as errors, with the same VLM7xx codes"
-
-ENVIRONMENT_PREFIX = "PYTEST_VLMGPU_"
-HELP = {"gpus": GPUS_HELP, "model": MODEL_HELP, "machine": MACHINE_HELP, "strict": STRICT_HELP}
-"""Name of each setting to its help: ``--vlm-NAME``, ini ``vlm_NAME``, environment ``PYTEST_VLMGPU_NAME``."""
-_METAVARS = {"gpus": "SPEC", "model": "ID", "machine": "FILE|SPEC"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _COUNT = r"[1-9][0-9]{0,3}"
 _POSITION = r"0|[1-9][0-9]{0,3}"
@@ -57,22 +44,11 @@ class Settings(NamedTuple):
     gpus: GpuChoice = GpuChoice()
     model: str | None = None
     machine: str = "live"
+    machine_origin: str = "--vlm-machine"
+    """Where the machine was given, for messages."""
     is_strict: bool = False
     given: tuple[str, ...] = ()
     """What was set somewhere, for the header: ``--vlm-gpus=2``, ``PYTEST_VLMGPU_MODEL=…``, ``vlm_strict=true``."""
-
-
-def add_options(parser: pytest.Parser) -> None:
-    """Declare command-line options and ini keys."""
-    group = parser.getgroup("vlmgpu", "tests with vision-language models on GPUs")
-    for name, text in HELP.items():
-        option, dest = f"--vlm-{name}", f"vlm_{name}"
-        if name == "strict":
-            group.addoption(option, dest=dest, action="store_true", default=None, help=text)
-            parser.addini(dest, text, type="bool", default=None)
-        else:
-            group.addoption(option, dest=dest, metavar=_METAVARS[name], default=None, help=text)
-            parser.addini(dest, text, type="string", default=None)
 
 
 def resolve(config: pytest.Config, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -88,6 +64,7 @@ def resolve(config: pytest.Config, environment: Mapping[str, str] = os.environ) 
         gpus=parse_gpus(values["gpus"], origins["gpus"]) if "gpus" in values else GpuChoice(),
         model=values.get("model"),
         machine=values.get("machine", "live"),
+        machine_origin=origins["machine"] or "--vlm-machine",
         is_strict=_parse_bool(values["strict"], origins["strict"]) if "strict" in values else False,
         given=tuple(
             origins[name] if name == "strict" and origins[name].startswith("--") else f"{origins[name]}={value}"
@@ -110,7 +87,7 @@ def recorded_machine(settings: Settings) -> Machine | None:
     try:
         return load_machine(settings.machine)
     except VlmDoctorError as error:
-        raise pytest.UsageError(f"--vlm-machine: {error}") from error
+        raise pytest.UsageError(f"{WRONG}: {settings.machine_origin}: {error}") from error
 
 
 def _find(config: pytest.Config, environment: Mapping[str, str], name: str) -> tuple[str | None, str]:
@@ -128,7 +105,7 @@ def _find(config: pytest.Config, environment: Mapping[str, str], name: str) -> t
             continue
         text = str(value).lower() if isinstance(value, bool) else str(value)
         if not text.strip():
-            raise pytest.UsageError(f"{origin}: the value is empty; leave it out, or give one.")
+            raise pytest.UsageError(f"{WRONG}: {origin}: the value is empty; leave it out, or give one.")
         return text.strip(), origin
     return None, ""
 
@@ -136,14 +113,14 @@ def _find(config: pytest.Config, environment: Mapping[str, str], name: str) -> t
 def _ini(config: pytest.Config, key: str) -> object:
     try:
         return config.getini(key)
-    except ValueError as error:  # pytest before 9.2 lets the error of its own conversion escape
-        raise pytest.UsageError(f"{key}: {error}.") from error
+    except (TypeError, ValueError, pytest.UsageError) as error:  # of pytest's own conversion, by its version
+        raise pytest.UsageError(f"{WRONG}: {key}: {error}.") from error
 
 
 def _parse_bool(text: str, origin: str) -> bool:
     if text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
-    raise pytest.UsageError(f"{origin}: {text!r} is neither true nor false; write 1 or 0.")
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither true nor false; write 1 or 0.")
 
 
 def parse_gpus(text: str, origin: str) -> GpuChoice:
@@ -172,7 +149,7 @@ def parse_gpus(text: str, origin: str) -> GpuChoice:
         return GpuChoice(kind="uuids", uuids=tuple(entries), text=said)
     instead = {"all": "auto", "-1": "auto", "cpu": "none", "off": "none", "0": "none for the CPU, or 0, for the first GPU"}
     hint = instead.get(word, "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…)")
-    raise pytest.UsageError(f"{origin}: {problem or f'{text!r} names no GPUs'}; write {hint}.")
+    raise pytest.UsageError(f"{WRONG}: {origin}: {problem or f'{text!r} names no GPUs'}; write {hint}.")
 
 
 def _list_problem(entries: list[str]) -> str | None:

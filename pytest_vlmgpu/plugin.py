@@ -1,4 +1,7 @@
-"""Entry point of the pytest plugin: hooks only. Nothing here imports the doctor, torch or NVML."""
+"""Entry point of the pytest plugin: hooks only.
+
+A run without gated tests imports nothing beyond what is imported here: each hook asks first whether it is concerned.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from . import collecting, fixtures, markers, options, reporting
-from .state import SETTINGS, gate_of
+from . import declare, fixtures
+from .state import GATED_TEST, SETTINGS, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+_SUMMARY = "vlmgpu-summary"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare options and ini keys."""
-    options.add_options(parser)
+    declare.add_options(parser)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -26,43 +31,66 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Resolve the settings; register fixtures, markers and, where reports arrive, the summary."""
-    config.stash[SETTINGS] = options.resolve(config)
-    if config.stash[SETTINGS].machine != "live":
-        gate_of(config)  # a machine that cannot be read ends the run here
+    """Resolve the settings; register fixtures and markers."""
+    if declare.is_anything_given(config):
+        from .options import resolve
+
+        config.stash[SETTINGS] = resolve(config)
+        if config.stash[SETTINGS].machine != "live":
+            gate_of(config)  # a machine that cannot be read ends the run here
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
-    for line in markers.describe():
+    for line in declare.MARKERS:
         config.addinivalue_line("markers", line)
-    if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(reporting.Summary(config), "vlmgpu-summary")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """The controller of pytest-xdist collects nothing, but it is where the reports of its workers arrive."""
+    _add_summary(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make the models a test names a session-wide parameter: pytest then keeps one loaded at a time."""
-    collecting.parametrize(metafunc)
+    if "vlm" in metafunc.fixturenames:
+        from . import collecting
+
+        collecting.parametrize(metafunc)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """Read what each collected test asks for; a wrong marker makes the collection of its module fail."""
     report = yield
-    collecting.examine(report)
+    concerned = [item for item in report.result or () if isinstance(item, pytest.Function) and declare.may_be_gated(item)]
+    if concerned:
+        from . import collecting
+
+        collecting.examine(report, concerned)
     return report
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests that share a model next to each other."""
-    collecting.arrange(config, items)
+    if any(GATED_TEST in item.stash for item in items):
+        from . import collecting
+
+        collecting.arrange(config, items)
+        if not hasattr(config, "workerinput"):
+            _add_summary(config)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Name the settings that were given."""
-    return reporting.header(config.stash[SETTINGS])
+    """Name the settings that were given, and where; nothing when none was."""
+    return f"vlmgpu: {', '.join(config.stash[SETTINGS].given)}" if SETTINGS in config.stash else None
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
     """Count gated tests and models."""
+    if not config.pluginmanager.has_plugin(_SUMMARY):
+        return None
+    from . import reporting
+
     return reporting.collected(config, items)
 
 
@@ -71,6 +99,10 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Attach properties to the report of a gated test, and put a skip at the test's own line."""
+    if GATED_TEST not in item.stash:
+        return (yield)
+    from . import reporting
+
     reporting.attach(item, call)
     report = yield
     reporting.correct(item, report)
@@ -79,4 +111,14 @@ def pytest_runtest_makereport(
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand what a worker loaded to the controller."""
-    reporting.hand_over(session.config)
+    if hasattr(session.config, "workeroutput"):
+        from . import reporting
+
+        reporting.hand_over(session.config)
+
+
+def _add_summary(config: pytest.Config) -> None:
+    if not config.pluginmanager.has_plugin(_SUMMARY):
+        from . import reporting
+
+        config.pluginmanager.register(reporting.Summary(config), _SUMMARY)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .failures import LoadFailure
 
+if TYPE_CHECKING:
+    from .source import Source
 
-def load_processor(transformers: Any, name: str, config: Any, *, trust_remote_code: bool) -> Any:
+
+def load_processor(transformers: Any, source: Source, config: Any, *, trust_remote_code: bool) -> Any:
     """The processor of a checkpoint; without torchvision the same processor, for images only.
 
     Args:
         transformers: The imported module: ``loading.py`` is the only door to it.
-        name: Folder or hub id.
+        source: Of the model.
         config: Of the loaded model.
         trust_remote_code: Allow Python code of the checkpoint to run.
 
@@ -21,21 +24,23 @@ def load_processor(transformers: Any, name: str, config: Any, *, trust_remote_co
         LoadFailure: VLM713, when a family of transformers' own has no image processor in the checkpoint.
     """
     try:
-        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        processor = transformers.AutoProcessor.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=trust_remote_code
+        )
     except ImportError:
         # Without torchvision there is no video processor, and every family that knows videos is refused as a whole.
         if importlib.util.find_spec("torchvision") is not None or type(config) not in transformers.PROCESSOR_MAPPING:
             raise
-        processor = _for_images_only(transformers, name, config)
+        processor = _for_images_only(transformers, source, config)
     if type(config) in transformers.PROCESSOR_MAPPING and not hasattr(processor, "image_processor"):
         raise LoadFailure(
             "VLM713",
-            f"{name} has a tokenizer but no image processor: add preprocessor_config.json of the published checkpoint.",
+            f"{source.name} has a tokenizer but no image processor: add preprocessor_config.json of the published one.",
         )
     return processor
 
 
-def _for_images_only(transformers: Any, name: str, config: Any) -> Any:
+def _for_images_only(transformers: Any, source: Source, config: Any) -> Any:
     """The family's own processor with nothing in the place of its video processor."""
     family: Any = transformers.PROCESSOR_MAPPING[type(config)]
 
@@ -46,8 +51,9 @@ def _for_images_only(transformers: Any, name: str, config: Any) -> Any:
             return super().check_argument_for_proper_class(argument_name, argument)
 
     WithoutVideo.__name__ = family.__name__
-    settings, _ = family.get_processor_dict(name)
-    parts = [transformers.AutoImageProcessor.from_pretrained(name), transformers.AutoTokenizer.from_pretrained(name), None]
+    settings, _ = family.get_processor_dict(source.name, revision=source.revision)
+    classes = (transformers.AutoImageProcessor, transformers.AutoTokenizer)
+    parts = [*(part.from_pretrained(source.name, revision=source.revision) for part in classes), None]
     return WithoutVideo.from_args_and_dict(parts, settings)
 
 

@@ -19,17 +19,11 @@ if TYPE_CHECKING:
     from vlm_doctor.machine import Machine
 
     from .gate import Load
-    from .options import Settings
     from .verdicts import Verdict
 
 PREFIX = "vlmgpu."
 _OUTPUT = "vlmgpu"
 """Key of what a worker hands over (``config.workeroutput``)."""
-
-
-def header(settings: Settings) -> str | None:
-    """Name the settings that were given, and where; nothing when none was."""
-    return f"vlmgpu: {', '.join(settings.given)}" if settings.given else None
 
 
 def collected(config: pytest.Config, items: list[pytest.Item]) -> str | None:
@@ -63,6 +57,8 @@ def correct(item: pytest.Item, report: pytest.TestReport) -> None:
     verdict = _verdict(item)
     if report.when != "setup" or verdict is None:
         return
+    if verdict.details and item.config.get_verbosity() > 0:
+        report.sections.append(("vlmgpu: what the library raised", verdict.details))
     if verdict.action == "skip" and report.skipped:
         path, line, _ = item.reportinfo()
         report.longrepr = (str(path), (line or 0) + 1, f"Skipped: {verdict.text}")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .verdicts import Verdict
 
 SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
-"""Of the config."""
+"""Of the config; there when a setting was given."""
 GATE: pytest.StashKey[Gate] = pytest.StashKey()
 """Of the config; there from the first gated test that is collected."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
@@ -30,8 +30,8 @@ def gate_of(config: pytest.Config) -> Gate:
     """
     if GATE not in config.stash:
         from .gate import Gate
-        from .options import recorded_machine
+        from .options import Settings, recorded_machine
 
-        settings = config.stash[SETTINGS]
+        settings = config.stash.get(SETTINGS, None) or Settings()
         config.stash[GATE] = Gate(settings, recorded_machine(settings))
     return config.stash[GATE]

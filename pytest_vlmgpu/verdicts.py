@@ -35,6 +35,8 @@ class Verdict:
     """One sentence or more, with what was wanted and what was found."""
     gpus: tuple[int, ...] = ()
     """Indices of the GPUs that meet the requirements; empty on a CPU run."""
+    details: str = ""
+    """For those who look closer (``pytest -v``): the traceback of the library that failed, as text."""
 
     @property
     def text(self) -> str:

@@ -70,7 +70,8 @@ def torch_torso(facts: Facts) -> Result:
     Uninstall until pip finds nothing more, then install again.
 
     ## When it is fine
-    Never.
+    A torch that is used from its source folder (PYTHONPATH) need not be registered. One that works all the same is only a
+    warning.
 
     ## Sources
     Package metadata and the files they list; nothing is imported.
@@ -78,9 +79,10 @@ def torch_torso(facts: Facts) -> Result:
     libraries = facts.machine.libraries
     if libraries is None or libraries.torch_problem is None:
         return ()
+    works = libraries.torch_build is not None and facts.machine.torch.state == "ok"
     return (
         found(
-            "error",
+            "warning" if works else "error",
             f"torch is half installed: {plain(libraries.torch_problem).rstrip('.')}.",
             cause="An installation or removal was interrupted, or two of them met.",
             evidence=facts.evidence("libraries.torch_problem"),

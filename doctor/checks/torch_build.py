@@ -24,6 +24,9 @@ _IMPORT_CAUSES = (
 )
 """Text in the exception, lower case, to its usual cause. Seen in pytorch issues 119932 and 152783, nccl issue 1180."""
 
+_OF_A_TORSO = re.compile(r"No module named 'torch\b|module 'torch\b.* has no attribute")
+"""What importing a half-installed torch says. Any other error has a cause of its own."""
+
 
 def cpu_only_torch(facts: Facts) -> Result:
     """The installed torch cannot use NVIDIA GPUs.
@@ -95,6 +98,9 @@ def torch_import_fails(facts: Facts) -> Result:
     if torch.state != "failed":
         return ()
     text = plain(torch.message or "no message")
+    libraries = facts.machine.libraries
+    if libraries is not None and libraries.torch_problem is not None and _OF_A_TORSO.search(text):
+        return skipped("explained by VLM302")
     return (
         found(
             "error",
@@ -298,9 +304,9 @@ CHECKS = (
         title="torch cannot be imported",
         run=torch_import_fails,
         needs=("torch",),
-        explained_by=("VLM301", "VLM302"),
+        explained_by=("VLM301",),
     ),
-    Check(code="VLM305", title="torch dies on import", run=torch_import_dies, needs=("torch",), explained_by=("VLM302",)),
+    Check(code="VLM305", title="torch dies on import", run=torch_import_dies, needs=("torch",)),
     Check(
         code="VLM306",
         title="driver too old for torch",

@@ -6,6 +6,7 @@ import math
 
 import msgspec
 
+from ..data.activations import CROSS_ATTENTION
 from ..model import ImageRule, ModelProfile
 from ..workload import Workload
 
@@ -17,7 +18,9 @@ class ImageLoad(msgspec.Struct, frozen=True, kw_only=True):
     """What the images of one prompt are to the model."""
 
     tokens: int
-    """Tokens that they add to the prompt, all images together."""
+    """Tokens that they add to the prompt, all images together; one each where layers read them by cross-attention."""
+    features: int = 0
+    """Image features that the text body receives: as many as tokens, except with cross-attention."""
     sequences: int
     """Runs of patches that attend to each other: one an image, or one a tile."""
     patches: int
@@ -49,8 +52,13 @@ def image_load(profile: ModelProfile, workload: Workload) -> ImageLoad:
         unknown = ", one token a patch since the model's image rule is unknown"
     one = {"fixed": _fixed, "merge": _merge, "tiles": _tiles}[rule.kind](rule, workload)
     note = f"{one.note}: {one.tokens:,} tokens each{unknown}."
+    tokens = one.tokens * workload.images
     return msgspec.structs.replace(
-        one, tokens=one.tokens * workload.images, sequences=one.sequences * workload.images, note=note
+        one,
+        tokens=workload.images if profile.model_type in CROSS_ATTENTION else tokens,
+        features=tokens,
+        sequences=one.sequences * workload.images,
+        note=note,
     )
 
 

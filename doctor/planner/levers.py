@@ -82,6 +82,10 @@ def _proof(problem: Problem) -> str:
     return "All cuts and all orders of the GPUs were compared."
 
 
+MOST_MORE_GPUS = 15
+"""With one that is there already: two of the largest machines that are sold with eight."""
+
+
 class _Offer(msgspec.Struct, frozen=True):
     """A change to be tried: what it is called, and the question it leads to."""
 
@@ -157,11 +161,11 @@ def _machines(problem: Problem, empty: Problem) -> Iterator[_Offer]:
         yield _Offer(f"allow all {len(problem.budgets)} GPUs", msgspec.structs.replace(problem, policy=policy))
     else:
         roomiest = max(empty.budgets, key=lambda budget: budget.available_bytes)
-        yield _Offer(
-            f"one more GPU like GPU {roomiest.gpu.index} ({roomiest.gpu.name}), empty",
-            msgspec.structs.replace(
-                problem,
-                budgets=(*problem.budgets, roomiest),
-                policy=msgspec.structs.replace(problem.policy, max_gpus=None),
-            ),
-        )
+        policy = msgspec.structs.replace(problem.policy, max_gpus=None)
+
+        def grown(count: int) -> Problem:
+            return msgspec.structs.replace(problem, budgets=(*problem.budgets, *[roomiest] * count), policy=policy)
+
+        count = next((count for count in range(1, MOST_MORE_GPUS + 1) if grown(count).fits()), 1)
+        more = "one more GPU" if count == 1 else f"{count} more GPUs"
+        yield _Offer(f"{more} like GPU {roomiest.gpu.index} ({roomiest.gpu.name}), empty", grown(count))

@@ -10,8 +10,15 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from ..data.activations import FULL_LOGITS_ARCHITECTURES, text_coefficient, vision_coefficient
+from ..data.activations import (
+    ATTENTION_STATES,
+    CROSS_ATTENTION,
+    FULL_LOGITS_ARCHITECTURES,
+    text_coefficient,
+    vision_coefficient,
+)
 from ..model import ModelProfile, Unit
+from ..units import MIB
 from ..workload import Workload
 from .constraints import Atom
 from .image_tokens import ImageLoad
@@ -31,14 +38,19 @@ _PIXEL_ELEMENTS = 3 * 2
 _NORM_STATES = 6
 """Hidden states that a norm over the whole prompt holds at once: input, output and two in float32."""
 
-FRAGMENTATION_OF_WORK = 0.5
-FRAGMENTATION_OF_KV_CACHE = 0.4
-"""Reserved memory that cannot serve a request, as shares of one layer's (or the vision tower's) work and of the KV cache:
-keys and values that stay are cut out of blocks that temporaries left, which then are too small for the next layer.
+FRAGMENTATION_BYTES = 64 * MIB
+FRAGMENTATION_OF_KV_CACHE = 0.25
+FRAGMENTATION_OF_ENCODING = 0.5
+"""Reserved memory that cannot serve a request: a constant, a share of the KV cache and a share of one layer's work
+(``lost_first`` and ``lost_later`` of the text coefficient), or else a share of the vision tower's work. Keys and values
+that stay are cut out of blocks that temporaries left, which then are too small for the next layer's largest temporary;
+requests below 10 MiB share segments of 20 MiB (torch, CUDACachingAllocator).
 
-The smallest pair that never claims a prompt that ran out of memory, in 11 readings on H200 cards of 12 and 23.5 GiB free
-(predicted 85 to 95 % of the true longest prompt) and in 175 replays of traced allocations of five model families through a
-model of torch's caching allocator, which itself meets those readings within 5 % (predicted 74 to 99 %, 87 % on average).
+The figures that predict most among those that never claim a prompt that ran out of memory, in 14 readings on H200 cards of
+12 and 23.5 GiB free (predicted 87 to 99 % of the true longest prompt) and in 175 replays of traced allocations of five
+model families through a model of torch's caching allocator (74 to 100 %, 89 % on average); the replays themselves meet the
+last three readings within 5 %. A much closer formula cannot be had: what is lost jumps between 0.15 and 0.55 of a layer's
+work from one cut to the next.
 """
 
 
@@ -67,7 +79,7 @@ class Work(msgspec.Struct, frozen=True):
     """Prefill of one layer; layers run one after another, so a stage pays it once."""
     head: int
     held: int
-    """On the first stage through all of the prefill: embeddings, pixels and image features."""
+    """On the first stage through all of the prefill: embeddings, pixels, the tower's output and image features."""
     encode: int
     """The vision tower with its input."""
 
@@ -135,54 +147,67 @@ class Footprint:
         text, batch, item = self.profile.text, self.workload.batch, self._item
         tokens = (text_tokens + self.images.tokens) * batch
         coefficient = text_coefficient(self.profile.model_type)
-        layer = math.ceil(tokens * item * coefficient.elements(intermediate=text.intermediate, hidden=text.hidden))
-        layer += self._quadratic(text_tokens + self.images.tokens)
-        layer += self._quantization_temporary(tokens)
-        kv_layer = 2 * text.kv_heads * text.head_dim * item * (tokens + self.workload.new_tokens * batch)
         states = tokens * text.hidden * item
-        pixels, encode = self._vision(batch)
-        features = self.images.tokens * batch * text.hidden * item
+        masks, attention = self._pairs(text_tokens + self.images.tokens)
+        layer = math.ceil(tokens * item * coefficient.elements(intermediate=text.intermediate, hidden=text.hidden))
+        if attention:
+            layer = max(layer, math.ceil(ATTENTION_STATES * states) + attention)
+        layer += masks + self._quantization_temporary(tokens)
+        cross_share = CROSS_ATTENTION.get(self.profile.model_type, 0)
+        cached = tokens + self.workload.new_tokens * batch + math.ceil(cross_share * self.images.features * batch)
+        kv_layer = 2 * text.kv_heads * text.head_dim * item * cached
+        pixels, encode, kept = self._vision(batch)
         return Work(
             kv_layer=kv_layer,
-            # While decoding, DynamicCache grows by torch.cat: the cache of one layer exists twice.
-            layer=max(layer, kv_layer),
+            # While decoding, DynamicCache grows by torch.cat: the keys of one layer, then its values, exist twice.
+            layer=max(layer, kv_layer // 2),
             head=max(_NORM_STATES * states, 2 * states + self._logits(tokens)),
-            held=states + pixels + features,
+            held=states + pixels + kept,
             encode=encode,
         )
 
     def _logits(self, tokens: int) -> int:
-        """Of the last token in ``generate``; of every token in a plain forward and in classes that always compute all."""
-        is_full = self.workload.logits == "forward" or self.profile.architecture.startswith(FULL_LOGITS_ARCHITECTURES)
-        return (tokens if is_full else self.workload.batch) * self.profile.text.vocabulary * (self._item + 4)
+        """Of the last token in ``generate``, of every token in a plain forward and in classes that always compute all.
 
-    def _quadratic(self, prompt_tokens: int) -> int:
-        """What grows with the square of the prompt.
-
-        Eager attention has scores in the model's type, their softmax in float32, and a cast. Fused attention has none of
-        it, but sliding windows need explicit masks once the prompt is longer: two boolean ones (sliding and full layers)
-        and an additive copy of the one in use. Source: masking_utils.py of transformers 5, sdpa of torch; not measured.
+        ``generate`` and those classes copy them to float32.
         """
-        text, pairs = self.profile.text, prompt_tokens**2 * self.workload.batch
-        if self.workload.attention == "eager":
-            return text.heads * pairs * (2 * self._item + 4)
-        if text.sliding_window is not None and prompt_tokens > text.sliding_window:
-            return pairs * (2 + self._item)
-        return 0
+        if self.profile.architecture.startswith(FULL_LOGITS_ARCHITECTURES):
+            return tokens * self.profile.text.vocabulary * (self._item + 4)
+        if self.workload.logits == "forward":
+            return tokens * self.profile.text.vocabulary * self._item
+        return self.workload.batch * self.profile.text.vocabulary * (self._item + 4)
 
-    def _vision(self, batch: int) -> tuple[int, int]:
-        """Bytes of the pixels, and of the vision tower at work, pixels included."""
+    def _pairs(self, prompt_tokens: int) -> tuple[int, int]:
+        """Bytes for pairs of tokens: of masks that all layers share, and of attention at work.
+
+        Eager attention has an additive mask, and for each head scores in the model's type, their softmax in float32, and a
+        cast. Fused attention has none of it, except where a sliding window needs an explicit mask: once the prompt is
+        longer, or images attend both ways (Gemma 3, with a second mask for the full layers). It is boolean, and the kernel
+        makes an additive copy and another with aligned rows. Source: masking_utils.py of transformers 5;
+        convert_boolean_attn_mask and preprocess_mask of torch; counted by ``benchmarks/trace_memory.py``.
+        """
+        text, pairs, item = self.profile.text, prompt_tokens**2 * self.workload.batch, self._item
+        is_windowed = text.sliding_window is not None
+        if self.workload.attention == "eager":
+            return pairs * item * (2 if is_windowed else 1), text.heads * pairs * (2 * item + 4)
+        if text.sliding_window is not None and (prompt_tokens > text.sliding_window or self.images.tokens):
+            return pairs * (2 if self.images.tokens else 1), pairs * 2 * item
+        return 0, 0
+
+    def _vision(self, batch: int) -> tuple[int, int, int]:
+        """Bytes of the pixels, of the vision tower at work with them, and of what stays of its work until the answer."""
         vision, images, item = self.profile.vision, self.images, self._item
         patches = images.sequences * images.patches * batch
         pixels = patches * _PIXEL_ELEMENTS * images.patch**2 * item
         if vision is None:
-            return pixels, pixels
+            return pixels, pixels, 0
         coefficient = vision_coefficient(self.profile.model_type)
         elements = coefficient.elements(intermediate=vision.intermediate, hidden=vision.hidden, layers=vision.layers)
         work = math.ceil(patches * elements * item)
         if self.workload.attention == "eager":
             work += vision.heads * images.sequences * batch * images.patches**2 * (2 * item + 4)
-        return pixels, pixels + work
+        features = images.features * batch * self.profile.text.hidden * item
+        return pixels, pixels + work, coefficient.kept_features * features + patches * vision.hidden * item
 
     def _quantization_temporary(self, tokens: int) -> int:
         """What bitsandbytes needs beside a layer: nf4 unpacks the weight in use, int8 has its product in 32 bit."""
@@ -194,22 +219,33 @@ class Footprint:
     def needs(self, text_tokens: int) -> Callable[[int, int], int]:
         """A function that prices runs of atoms: ``(first, end)`` to total bytes, growing with every atom.
 
-        It says the same as :meth:`detail`; the search asks it tens of thousands of times.
+        The search asks it tens of thousands of times; :meth:`detail` says the same, item by item.
         """
         work = self.work(text_tokens)
         weights, layers, heads = self._weights, self._layers, self._heads
-        encode = sum(self._encode(work))
+        encode = math.ceil((1 + FRAGMENTATION_OF_ENCODING) * work.encode)
+        kv_layer = math.ceil((1 + FRAGMENTATION_OF_KV_CACHE) * work.kv_layer)
+        coefficient = text_coefficient(self.profile.model_type)
+        lost_first, lost_later = (
+            FRAGMENTATION_BYTES + math.ceil(share * work.layer)
+            for share in (coefficient.lost_first, coefficient.lost_later)
+        )
 
         def need(first: int, end: int) -> int:
             own_layers = layers[end] - layers[first]
-            prefill = own_layers * work.kv_layer + self._fragmentation(own_layers, work)
-            busy = work.layer if own_layers else 0
+            prefill = own_layers * kv_layer
+            busy = 0
+            if own_layers:
+                busy = work.layer
+                prefill += lost_later if first else lost_first
             if heads[end] > heads[first]:
                 busy = max(busy, work.head)
             prefill += busy
-            if not first:
-                prefill = max(encode, prefill + work.held)
-            return weights[end] - weights[first] + prefill
+            if first:
+                return weights[end] - weights[first] + prefill
+            total = weights[end] + max(encode, prefill + work.held)
+            # A stage must not become cheaper by the anchor, where less is lost on the first GPU.
+            return max(total, need(1, end)) if end > 1 else total
 
         return need
 
@@ -223,26 +259,16 @@ class Footprint:
             moments["the head computes logits"] = work.head
         prefill = max(moments.values())
         moment = max(moments, key=lambda name: moments[name])
-        fragmentation = self._fragmentation(layers, work)
-        encode = encode_fragmentation = 0
+        encode = 0
         if not first:
             prefill += work.held
-            encode, encode_fragmentation = self._encode(work)
+            encode = work.encode
         peak = max(kv + prefill, encode)
+        weights = self._weights[end] - self._weights[first]
         return StageNeed(
-            weights_bytes=self._weights[end] - self._weights[first],
+            weights_bytes=weights,
             kv_cache_bytes=kv,
             activations_bytes=peak - kv,
-            fragmentation_bytes=max(kv + prefill + fragmentation, encode + encode_fragmentation) - peak,
+            fragmentation_bytes=self.needs(text_tokens)(first, end) - weights - peak,
             moment="the vision tower runs" if encode > kv + prefill else moment,
         )
-
-    def _encode(self, work: Work) -> tuple[int, int]:
-        """Live bytes and fragmentation while the vision tower runs."""
-        return work.encode, math.ceil(FRAGMENTATION_OF_WORK * work.encode)
-
-    def _fragmentation(self, layers: int, work: Work) -> int:
-        """Reserved bytes that cannot serve a request while a stage with so many layers reads the prompt."""
-        if not layers:
-            return 0
-        return math.ceil(FRAGMENTATION_OF_WORK * work.layer + FRAGMENTATION_OF_KV_CACHE * layers * work.kv_layer)

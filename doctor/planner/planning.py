@@ -54,6 +54,7 @@ def plan(
     stages = account.stages(footprint, split, found.usable) if split else ()
     return Plan(
         model=profile.name,
+        revision=profile.revision,
         machine=machine.description,
         fits=choice is not None,
         workload=workload,

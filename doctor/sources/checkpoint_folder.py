@@ -18,7 +18,8 @@ INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|[\xed][\xa0-\xbf]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Half of a character beyond the first 65,536, or of a pair of halves, as JSON escapes it."""
 
 MAX_JSON_BYTES = 100_000_000
 """The largest index in use (hundreds of thousands of experts) has about 20 MB."""
@@ -32,8 +33,16 @@ def read_folder(folder: Path) -> Checkpoint:
 
     Raises:
         ModelNotFoundError: There is no such folder.
-        ModelFileError: A file is missing, damaged or contradicts another.
+        ModelFileError: A file is missing, damaged, unreadable or contradicts another.
     """
+    try:
+        return _read(folder)
+    except OSError as error:
+        # Where a folder on the way may not be entered, or a name is too long, even looking for a file raises.
+        raise ModelFileError(f"{folder}: cannot be read ({error.strerror or error}); correct its permissions.") from error
+
+
+def _read(folder: Path) -> Checkpoint:
     if not folder.exists():
         raise ModelNotFoundError(f"{folder}: there is no such folder.")
     if not folder.is_dir():
@@ -53,9 +62,9 @@ def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
         ModelFileError: Not JSON, or not an object.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode("utf-8-sig"))
         if _SURROGATE.search(text):
-            # Half a character could not be put into any report; pairs of halves are well.
+            # Without its other half it cannot be written into any report.
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{where}: is not JSON ({str(error)[:200]}); download it again.") from error

@@ -27,7 +27,7 @@ STDERR_TAIL_BYTES = 4096
 _FOLDER = Path(__file__).parent
 _REAP_S = 0.5
 """How long a killed child may take to vanish. One that waits inside a hung driver cannot be killed at all: it is left."""
-_Ended = Literal["answered", "babbled", "exited", "late"]
+_Ended = Literal["answered", "babbled", "exited", "late", "idle"]
 _TICK_S = 0.1
 """How often a child is looked at whose answer pipe a process it started keeps open."""
 
@@ -63,6 +63,8 @@ class Child:
         arguments: JSON-able keyword arguments for it.
         environment: All of the child's environment variables.
         deadline_s: Seconds, from now, after which the whole process group is killed.
+        idle_s: Seconds without any work, before the first answer, after which it counts as hung: a slow disk still gives
+            it something to do now and then. ``None`` waits for the deadline.
         folder: Where the program is.
     """
 
@@ -73,9 +75,11 @@ class Child:
         *,
         environment: Mapping[str, str],
         deadline_s: float,
+        idle_s: float | None = None,
         folder: Path = _FOLDER,
     ) -> None:
         self._deadline_s = deadline_s
+        self._idle_s = idle_s
         self._started = time.monotonic()
         self._outcome: Outcome | None = None
         try:
@@ -123,6 +127,7 @@ class Child:
     def _listen(self) -> tuple[_Ended, bytes, bytes]:
         """Read until there is a reason to stop; gives that reason, the answers, and the tail of stderr."""
         heard, errors = bytearray(), bytearray()
+        idleness = _Idleness(self._process.pid)
         assert self._process.stderr is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._reader, selectors.EVENT_READ, heard)
@@ -147,6 +152,8 @@ class Child:
                 is_talking = any(key.data is heard for key, _ in ready) and left_s > -_REAP_S
                 if left_s <= 0 and not is_talking:
                     return "late", bytes(heard), bytes(errors)
+                if self._idle_s is not None and not heard and idleness.seconds() > self._idle_s:
+                    return "idle", b"", bytes(errors)
 
     def _has_exited(self) -> bool:
         """Whether the child is a zombie; it stays one, so that its process group cannot become anybody else's yet."""
@@ -168,11 +175,35 @@ class Child:
         if line is not None and line.is_final:
             state: Literal["ok", "failed"] = "failed" if line.error else "ok"
             return Outcome(state=state, answer=answer, stage=stage, message=line.error, seconds=seconds)
+        if ended == "idle":
+            message = f"no answer, and nothing done for {self._idle_s:g} s"
+            return Outcome(state="timed_out", message=message, seconds=seconds)
         if ended == "late":
             message = f"no answer within {self._deadline_s:g} s"
             return Outcome(state="timed_out", answer=answer, stage=stage, message=message, seconds=seconds)
         message = _how_it_died(self._process, errors)
         return Outcome(state="crashed", answer=answer, stage=stage, message=message, seconds=seconds)
+
+
+class _Idleness:
+    """Tells for how long a process has done nothing: no CPU time, no page read."""
+
+    def __init__(self, pid: int) -> None:
+        self._stat = Path(f"/proc/{pid}/stat")
+        self._work: list[str] = []
+        self._since = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds without work; 0 where that cannot be told."""
+        try:
+            # Page faults and CPU ticks, fields 10 to 15 of proc(5); the name before them may hold anything.
+            work = self._stat.read_text(errors="replace").rpartition(")")[2].split()[7:13]
+        except OSError:
+            return 0.0
+        now = time.monotonic()
+        if work != self._work:
+            self._work, self._since = work, now
+        return now - self._since
 
 
 def _how_it_died(process: subprocess.Popen[bytes], errors: bytes) -> str:

@@ -66,8 +66,9 @@ def _as_folder(name: str) -> Path | None:
         path = Path(name).expanduser()
         is_path = path.exists() or name.startswith(("/", "./", "../", "~")) or name.endswith("/")
     except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ModelNotFoundError(
-            f"{name[:200]!r}: cannot be looked up ({error}); give a folder or a hub id (org/name)."
+            f"{name[:200]!r}: cannot be looked up ({reason}); give a folder or a hub id (org/name)."
         ) from error
     return path if is_path else None
 

@@ -25,6 +25,9 @@ PREFIX_BYTES = 8
 MAX_DIMENSIONS = 64
 """torch's own limit; it also bounds the time that a hostile shape can cost."""
 
+MAX_TENSORS = 250_000
+"""Of one file; the largest mixtures of experts have about 210,000 in all their files. Bounds the time of a hostile one."""
+
 _NATURALS_END = 2**63
 """No file is as long, and no tensor has as many elements."""
 
@@ -106,6 +109,8 @@ def parse_header(header: bytes, file_bytes: int | None, *, length: int, where: s
         raise ModelFileError(f"{where}: its header is not JSON ({error}); {_AGAIN}.") from error
     if not isinstance(entries, dict):
         raise ModelFileError(f"{where}: its header is not a JSON object; {_AGAIN}.")
+    if len(entries) > MAX_TENSORS:
+        raise ModelFileError(f"{where}: {len(entries):,} tensors are no checkpoint (at most {MAX_TENSORS:,}); {_AGAIN}.")
     spans: list[tuple[int, int, str]] = []
     tensors: dict[str, StoredTensor] = {}
     for name, entry in entries.items():

@@ -16,6 +16,9 @@ from .driver import device_files, read_driver_files
 from .torch_build import find_torch
 from .torch_cache import TorchCache, default_folder, key_parts
 
+_IDLE_S = 5.0
+"""An import that does nothing for so long hangs; one from a slow disk always has a page to read or a line to run."""
+
 
 class TorchAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of the program in :mod:`.torch_child`; fields it had not reached are missing."""
@@ -72,7 +75,7 @@ class TorchQuestion:
             )
             self._view = None if is_fresh else self._cache.load()
         if self._view is None:
-            self._child = Child("torch_child", {}, environment=environment, deadline_s=deadline_s)
+            self._child = Child("torch_child", {}, environment=environment, deadline_s=deadline_s, idle_s=_IDLE_S)
 
     def known(self) -> TorchView | None:
         """The answer, if it is there without waiting."""

@@ -477,3 +477,11 @@ def test_an_interrupt_is_130_without_traceback() -> None:
     assert first == "{"
     assert len(out) < 2**17
     assert (child.returncode, err) == (130, "")
+
+
+def test_a_huge_value_leaves_a_short_sentence_with_both_ends(run: Run) -> None:
+    said = run("--machine", "2xL4", "--gpus", "9" * 5000)
+
+    assert len(said.err) < 650
+    assert said.err.startswith("vlm-doctor: --gpus: '999")
+    assert said.err.endswith("write them with commas, such as 0,1.\n")

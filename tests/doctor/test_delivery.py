@@ -120,6 +120,7 @@ def test_a_device_is_written_and_not_replaced() -> None:
         (".", "Is a directory"),
         ("a\0b", "embedded null"),
         ("x" * 300, "File name too long"),
+        ("/", "Is a directory"),
     ],
 )
 def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(tmp_path: Path, name: str, why: str) -> None:
@@ -131,3 +132,31 @@ def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(tmp_path: Pat
     assert str(caught.value).startswith(f"--output {path}: cannot be written: ")
     assert why in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+
+    with pytest.raises(UsageError):
+        write_file(tmp_path / "loop", "text")
+
+
+def test_a_pipe_is_written_only_when_somebody_reads(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(UsageError, match="No such device or address"):
+        write_file(tmp_path / "pipe", "text")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_file(tmp_path / "pipe", "text")
+
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)
+
+
+def test_the_name_of_an_open_pipe_is_written() -> None:
+    reader, writer = os.pipe()
+    write_file(Path(f"/dev/fd/{writer}"), "text")
+    os.close(writer)
+
+    assert os.read(reader, 100) == b"text"
+    os.close(reader)

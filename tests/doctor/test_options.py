@@ -117,3 +117,16 @@ def test_every_option_of_check_and_collect_arrives() -> None:
     words = "collect --no-redact --no-torch --fresh-torch -o f"
     options = parse(words.split())
     assert (options.no_redact, options.no_torch, options.fresh_torch, options.output) == (True, True, True, Path("f"))
+
+
+@pytest.mark.parametrize("word", ["--images=--", "--gpus=--", "--format=--", "-o=--"])
+def test_two_dashes_are_no_value(word: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(["plan", "m", word])
+
+    assert str(caught.value) == f"{word!r} gives no value; write one after the =."
+
+
+@pytest.mark.parametrize("words", [["--json", "--format", "terminal"], ["--format=terminal", "--json"]])
+def test_json_wins(words: list[str]) -> None:
+    assert parse(words).format == "json"

@@ -72,6 +72,10 @@ class Suite:
         """Run on this machine."""
         (self.folder / "machine.json").write_text(to_json(found))
 
+    def has_none(self) -> None:
+        """Run on a machine without GPUs."""
+        self.has(_machine())
+
     def run(self, *arguments: str, **files: str) -> pytest.RunResult:
         """Write test files and run pytest on them, in this process."""
         if files:

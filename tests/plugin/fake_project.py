@@ -88,7 +88,9 @@ def vlm_loader() -> Callable[..., Any]:
 def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
     """Say what is loaded and let go; some models do not go where they should."""
     if spec.name == "org/oom":
-        raise LoadFailure("VLM715", "org/oom ran out of memory.")
+        failure = LoadFailure("VLM715", "org/oom ran out of memory.")
+        failure.details = "Traceback of torch"
+        raise failure
     wrong = {"org/astray": "cuda:1", "org/offload": "cpu"}.get(spec.name)
     positions = plan.device_map if plan is not None else {}
     device_map = {key: wrong or plan.stages[at].gpu for key, at in positions.items() if plan is not None}

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pytest_vlmgpu import options
+from pytest_vlmgpu import declare
 from vlm_doctor.codes import all_codes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugin.md").read_text(encoding="utf-8")
@@ -42,5 +42,5 @@ def test_the_conftest_of_the_page_is_one(suite: Any) -> None:
 def test_every_option_and_gate_code_is_described() -> None:
     described = set(re.findall(r"--vlm-\w+", PAGE))
 
-    assert described == {f"--vlm-{name}" for name in options.HELP}
+    assert described == {f"--vlm-{name}" for name in declare.HELP}
     assert set(re.findall(r"^\| (VLM\d+) \|", PAGE, flags=re.MULTILINE)) == {code for code in all_codes() if code[3] == "7"}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_vlmgpu.failures import Allocation, LoadFailure, check_weights, explained
+from pytest_vlmgpu.failures import Allocation, LoadFailure, broken_torch, check_weights, explained
 from vlm_doctor.placement import LedgerLine, Stage
 from vlm_doctor.units import GIB
 
@@ -112,6 +112,15 @@ def test_any_other_error_is_quoted_in_one_line(text: str, quoted: str) -> None:
 
 def test_the_traceback_is_kept_as_text() -> None:
     assert explained("org/model", OSError("gone"), (), _never).details == "OSError: gone\n"
+
+
+def test_a_broken_torch_is_not_blamed_on_the_model() -> None:
+    failure = broken_torch(OSError("libcudart.so.13: cannot open shared object file\nmore"))
+    assert str(failure) == (
+        "VLM712: torch cannot be imported (OSError: libcudart.so.13: cannot open shared object file): run vlm-doctor to "
+        "see why."
+    )
+    assert failure.details.startswith("OSError: libcudart")
 
 
 def test_complete_weights_pass_and_extra_ones_do_not_matter() -> None:

@@ -220,3 +220,10 @@ def test_a_unittest_class_is_gated(suite: Any) -> None:
 
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines(["SKIPPED [[]1[]] test_x.py:*: VLM702: 4 GPUs are wanted, 2 can be used."])
+
+
+def test_gpus_asked_for_while_a_test_runs_are_none_on_a_cpu_run(suite: Any) -> None:
+    result = suite.run("--vlm-gpus=none", "-rs", test_x="def test_x(request): request.getfixturevalue('vlm_gpus')\n")
+
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED * VLM701: a GPU is wanted, and --vlm-gpus=none allows none."])

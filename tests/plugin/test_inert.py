@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 HEAVY = ("torch", "transformers", "accelerate", "pynvml", "psutil", "rich", "typer")
+LATE = tuple(f"pytest_vlmgpu.{name}" for name in ("collecting", "gate", "markers", "options", "reporting", "requirements"))
+"""Parts of the plugin that are read when the first gated test or setting is met."""
 CONFTEST = """
 import json, sys
 from pathlib import Path
@@ -30,9 +32,28 @@ def test_a_run_without_gated_tests_imports_nothing_of_the_doctor(pytester: pytes
 
     for arguments in (["--co"], []):
         found = modules(pytester, *arguments)
-        assert found.isdisjoint({*HEAVY, "msgspec", "pytest_vlmgpu.gate", "pytest_vlmgpu.requirements"})
+        assert found.isdisjoint({*HEAVY, "msgspec", *LATE})
         assert {name for name in found if name.partition(".")[0] == "vlm_doctor"} == set()
         assert "doctor" not in found
+
+
+def test_no_module_is_compiled_anew_where_no_bytecode_may_be_written(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    pytester.makepyfile("def test_x(): pass")
+    pytester.makeconftest(
+        """
+        import sys
+        def pytest_unconfigure(config):
+            loaders = {type(m.__loader__).__name__ for n, m in sys.modules.items() if n.startswith("pytest_vlmgpu.")}
+            print("loaders:", *loaders)
+        """
+    )
+
+    result = pytester.runpytest_subprocess("-s")
+
+    result.stdout.fnmatch_lines(["loaders: SourceFileLoader"])
 
 
 def test_collecting_gated_tests_imports_no_torch_and_asks_no_machine(pytester: pytest.Pytester) -> None:

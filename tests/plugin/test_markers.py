@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_vlmgpu import markers
+from pytest_vlmgpu import declare, markers
 from pytest_vlmgpu.requirements import Requirements, VlmSpec
 
 GIB = 2**30
@@ -98,7 +99,7 @@ def test_a_wrong_requirement(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(pytest.Collector.CollectError) as caught:
         requires(**keywords)
 
-    assert str(caught.value) == f"test_x.py::test_x: @pytest.mark.vlm_requires {message}."
+    assert str(caught.value) == f"VLM720: test_x.py::test_x: @pytest.mark.vlm_requires {message}."
 
 
 def test_requirements_have_names() -> None:
@@ -106,7 +107,7 @@ def test_requirements_have_names() -> None:
         markers.read(pytest.mark.vlm_requires.with_args(2, 20).mark, "test_x.py::test_x")
 
     assert str(caught.value) == (
-        "test_x.py::test_x: @pytest.mark.vlm_requires takes keywords only, such as gpus=2; got 2, 20."
+        "VLM720: test_x.py::test_x: @pytest.mark.vlm_requires takes keywords only, such as gpus=2; got 2, 20."
     )
 
 
@@ -129,7 +130,7 @@ def test_a_wrong_model(names: tuple[Any, ...], keywords: dict[str, Any], message
     with pytest.raises(pytest.Collector.CollectError) as caught:
         models(*names, **keywords)
 
-    assert str(caught.value) == f"test_x.py::test_x: @pytest.mark.vlm {message}."
+    assert str(caught.value) == f"VLM720: test_x.py::test_x: @pytest.mark.vlm {message}."
 
 
 def test_markers_are_listed_with_their_signature(suite: Any) -> None:
@@ -184,7 +185,7 @@ def test_a_misspelt_marker_is_a_collection_error(suite: Any, typed: str, meant: 
 
     assert result.ret == pytest.ExitCode.INTERRUPTED
     result.stdout.fnmatch_lines(
-        [f"test_x.py::test_x: there is no marker @pytest.mark.{typed}; did you mean @pytest.mark.{meant}? *"]
+        [f"VLM720: test_x.py::test_x: there is no marker @pytest.mark.{typed}; did you mean @pytest.mark.{meant}? *"]
     )
 
 
@@ -194,6 +195,47 @@ def test_a_registered_marker_of_the_project_is_left_alone(suite: Any) -> None:
     result = suite.run(test_x="import pytest\n@pytest.mark.vlm_slow\n@pytest.mark.vlm_tier(2)\ndef test_x(): pass\n")
 
     result.assert_outcomes(passed=1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnknownMarkWarning")
+def test_an_unregistered_marker_of_a_project_without_vlms_is_pytest_s_concern(suite: Any) -> None:
+    plain = suite.run(test_x="import pytest\n@pytest.mark.vlm_slow\ndef test_x(): pass\n")
+    gated = suite.run(test_x="import pytest\n@pytest.mark.vlm_slow\ndef test_x(vlm_gpus): pass\n")
+
+    plain.assert_outcomes(passed=1)
+    gated.stdout.fnmatch_lines(["VLM720: test_x.py::test_x: there is no marker @pytest.mark.vlm_slow; *"])
+
+
+@pytest.mark.parametrize("marker", ["vlm", "vlm('slow')", "vlm(suite=3)"])
+def test_a_project_s_own_marker_vlm_keeps_its_meaning(suite: Any, marker: str) -> None:
+    suite.pytester.makeini("[pytest]\nmarkers = vlm(...): our own")
+    suite.has_none()
+
+    own = suite.run(test_x=f"import pytest\n@pytest.mark.{marker}\ndef test_x(): pass\n")
+    ours = suite.run(test_x="import pytest\n@pytest.mark.vlm('org/a')\ndef test_x(vlm): pass\n")
+
+    own.assert_outcomes(passed=1)
+    ours.assert_outcomes(skipped=1)
+
+
+def test_a_project_s_own_fixture_and_marker_vlm_keep_their_meaning(suite: Any) -> None:
+    body = """
+    import pytest
+    @pytest.fixture
+    def vlm(): return "theirs"
+    @pytest.mark.vlm
+    def test_x(vlm): assert vlm == "theirs"
+    """
+
+    suite.run(test_x=body).assert_outcomes(passed=1)
+
+
+def test_the_lines_of_markers_tell_their_signatures() -> None:
+    for line, (name, function) in zip(declare.MARKERS, markers.MARKERS.items(), strict=True):
+        signature = inspect.signature(function)
+        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+        shown = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+        assert line == f"{name}{shown}: {inspect.getdoc(function)}"
 
 
 def test_markers_of_class_module_and_parameter_join(suite: Any) -> None:

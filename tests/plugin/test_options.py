@@ -83,7 +83,7 @@ def test_a_wrong_value_names_its_place(env: dict[str, str], message: str) -> Non
     with pytest.raises(pytest.UsageError) as caught:
         settle(env=env)
 
-    assert str(caught.value) == message
+    assert str(caught.value) == f"VLM720: {message}"
 
 
 def test_a_conversion_error_of_pytest_itself_is_a_usage_error() -> None:
@@ -92,7 +92,7 @@ def test_a_conversion_error_of_pytest_itself_is_a_usage_error() -> None:
 
     config = SimpleNamespace(getoption=lambda name: None, getini=getini)
 
-    with pytest.raises(pytest.UsageError, match=r"^vlm_gpus: invalid truth value 'maybe'\.$"):
+    with pytest.raises(pytest.UsageError, match=r"^VLM720: vlm_gpus: invalid truth value 'maybe'\.$"):
         resolve(config, {})  # type: ignore[arg-type]
 
 
@@ -139,21 +139,21 @@ def test_what_is_no_gpu_choice(text: str, message: str) -> None:
     with pytest.raises(pytest.UsageError) as caught:
         parse_gpus(text, "--vlm-gpus")
 
-    assert str(caught.value) == f"--vlm-gpus: {message}"
+    assert str(caught.value) == f"VLM720: --vlm-gpus: {message}"
 
 
 def test_a_wrong_option_ends_pytest_with_status_4(suite: Any) -> None:
     result = suite.run("--vlm-gpus=cpu", test_x="def test_x(): pass")
 
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: --vlm-gpus: 'cpu' names no GPUs; write none."])
+    result.stderr.fnmatch_lines(["ERROR: VLM720: --vlm-gpus: 'cpu' names no GPUs; write none."])
 
 
 def test_a_wrong_machine_ends_pytest_with_status_4(suite: Any) -> None:
     result = suite.run("--vlm-machine=nowhere.json", test_x="def test_x(): pass")
 
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: --vlm-machine: *nowhere.json*"])
+    result.stderr.fnmatch_lines(["ERROR: VLM720: --vlm-machine: *nowhere.json*"])
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,13 @@ def fake_load(name, plan, *, dtype, trust_remote_code, ordinals):
 
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*peak 30.0 GiB predicted; 3.0 GiB still held after it was unloaded; 1 test"])
+
+
+@pytest.mark.parametrize(("options", "is_shown"), [((), False), (("-v",), True)])
+def test_what_the_library_raised_is_shown_to_those_who_look_closer(
+    suite: Any, options: tuple[str, ...], is_shown: bool
+) -> None:
+    result = suite.run(*options, test_x="import pytest\n@pytest.mark.vlm('org/oom')\ndef test_x(vlm): pass\n")
+
+    result.stdout.fnmatch_lines(["VLM715: org/oom ran out of memory."])
+    assert ("Traceback of torch" in result.stdout.str()) is is_shown

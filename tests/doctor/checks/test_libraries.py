@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from vlm_doctor.findings import Outcome
-from vlm_doctor.machine import Libraries, Machine, Package, VersionRule
+from vlm_doctor.machine import Libraries, Machine, Package, TorchView, VersionRule
 
 Ask = Callable[..., Outcome]
 Said = Callable[[Outcome], list[tuple[str, str]]]
@@ -52,6 +52,17 @@ def test_torch_half_installed(ask: Ask, said: Said) -> None:
     assert commands(outcome)[0] == "python -m pip uninstall -y torch"
     assert ask("VLM302", "2xl4-idle").state == "passed"
     assert ask("VLM302", "2xl4-idle", libraries=None).reason == "libraries is not known"
+
+
+def test_a_torch_that_works_unregistered_is_a_warning(ask: Ask, load: Load) -> None:
+    libraries = load("2xl4-idle").libraries
+    assert libraries is not None
+    problem = "/src/torch holds torch 2.13.0, but no installed package is registered for it"
+    unregistered = replace(libraries, torch_problem=problem)
+
+    assert ask("VLM302", "2xl4-idle", libraries=unregistered).findings[0].severity == "warning"
+    untried = TorchView(state="not_asked")
+    assert ask("VLM302", "2xl4-idle", libraries=unregistered, torch=untried).findings[0].severity == "error"
 
 
 def test_loaders_missing(ask: Ask, said: Said) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from vlm_doctor.checks import diagnose
 from vlm_doctor.findings import Outcome
 from vlm_doctor.machine import Machine, TorchBuild, TorchView
 
@@ -218,3 +219,13 @@ def test_the_wheel_suits_driver_and_gpu(
     command = fixed_by(ask("VLM303", "cpu-torch", driver=driver, gpu=(0, {"compute_capability": capability})))[1][0]
 
     assert command == (INDEX + index if index else "python -m pip install --force-reinstall torch")
+
+
+def test_a_foreign_error_of_a_half_installed_torch_is_reported_too(load: Load) -> None:
+    torso = load("torch-half-installed")
+    boom = replace(torso, torch=TorchView(state="failed", message="ImportError: libcudart.so.12: no file"))
+    hung = replace(torso, torch=TorchView(state="timed_out", seconds=5.0))
+
+    assert [finding.code for finding in diagnose(torso).findings if finding.severity == "error"] == ["VLM302"]
+    assert [finding.code for finding in diagnose(boom).findings if finding.severity == "error"] == ["VLM302", "VLM304"]
+    assert [finding.code for finding in diagnose(hung).findings if finding.severity == "error"] == ["VLM302", "VLM305"]

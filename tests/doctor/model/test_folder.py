@@ -259,3 +259,25 @@ def test_nothing_but_a_model_error_leaves(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ModelFileError):
         load_profile(str(tmp_path))
+
+
+def test_half_a_character_in_the_config_is_refused(write_checkpoint: Write) -> None:
+    folder = write_checkpoint()
+    (folder / "config.json").write_text('{"model_type": "\\ud800"}')
+
+    assert refusal(folder).startswith("config.json: is not JSON (")
+
+
+def test_a_whole_character_written_as_two_halves_is_well(write_checkpoint: Write) -> None:
+    folder = write_checkpoint()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "note": "\U0001f600"}))
+
+    assert load_profile(str(folder)).units
+
+
+def test_a_shard_with_a_name_that_no_disk_takes_is_refused(write_checkpoint: Write) -> None:
+    folder = write_checkpoint(shards=2)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+
+    assert refusal(folder) == f"{folder}: cannot be read (File name too long); correct its permissions."

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vlm_doctor.errors import ModelFileError
+from vlm_doctor.sources import safetensors_headers
 from vlm_doctor.sources.checkpoint import StoredTensor
 from vlm_doctor.sources.safetensors_headers import MAX_HEADER_BYTES, parse_header, read_header
 
@@ -142,3 +143,11 @@ def test_a_file_that_cannot_be_opened_is_refused_with_the_reason(tmp_path: Path)
     assert refusal(tmp_path / "loop") == (
         f"{tmp_path / 'loop'}: cannot be read (Too many levels of symbolic links); correct its permissions."
     )
+
+
+def test_more_tensors_than_any_checkpoint_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_headers, "MAX_TENSORS", 1)
+    header = b'{"a": 1, "b": 2}'
+
+    with pytest.raises(ModelFileError, match=r"^s: 2 tensors are no checkpoint \(at most 1\); download it again\.$"):
+        safetensors_headers.parse_header(header, None, length=len(header), where="s")

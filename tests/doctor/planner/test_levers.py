@@ -143,6 +143,22 @@ def test_a_limit_on_gpus_is_offered_to_be_lifted() -> None:
     assert not [lever for lever in short.levers if lever.change.startswith("one more GPU")]
 
 
+def test_as_many_more_gpus_as_it_takes_are_named() -> None:
+    short = shortage(plan(qwen25_vl_72b(), machine([22, 22])))
+
+    needed = lever(short, "5 more GPUs like GPU 0 (NVIDIA Test), empty")
+
+    assert needed.fits
+    assert plan(qwen25_vl_72b(), machine([22] * 7)).fits
+    assert not plan(qwen25_vl_72b(), machine([22] * 6)).fits
+
+
+def test_where_no_number_of_gpus_helps_one_more_is_judged() -> None:
+    short = shortage(plan(qwen25_vl_72b(), machine([3])))
+
+    assert not lever(short, "one more GPU like GPU 0").fits
+
+
 def test_a_limit_on_gpus_that_binds_nothing_is_lifted_with_the_next_gpu() -> None:
     short = shortage(plan(glm41v_9b(), machine([16]), policy=Policy(max_gpus=1)))
     assert lever(short, "one more GPU like GPU 0").fits

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -86,25 +87,51 @@ def test_int8_needs_its_product_and_nf4_the_weight_in_use() -> None:
     assert nf4.layer - plain.layer == 2 * (317_204_480 // 3)
 
 
-def test_eager_attention_pays_for_the_scores_of_all_heads() -> None:
+def test_eager_attention_pays_for_the_scores_of_all_heads_instead_of_the_mlp() -> None:
     fused, eager = (footprint(llava_13b(), attention=kind) for kind in ("sdpa", "eager"))
-    assert eager.work(512).layer - fused.work(512).layer == 40 * (512 + 576) ** 2 * 8
+    tokens = 512 + 576
+    around = 5.2 * tokens * 5120 * 2
+    assert eager.work(512).layer == math.ceil(around) + 40 * tokens**2 * 8 + 2 * tokens**2
     assert eager.work(512).encode - fused.work(512).encode == 16 * 577**2 * 8
+    fused, eager = (footprint(llava_13b(), images=0, new_tokens=0, attention=kind) for kind in ("sdpa", "eager"))
+    assert eager.work(8).layer == fused.work(8).layer + 2 * 8**2
 
 
 def test_masks_of_sliding_windows_grow_with_the_square_beyond_the_window() -> None:
     text = msgspec.structs.replace(llava_13b().text, sliding_window=1024)
     windowed, plain = footprint(llava_13b(text=text), images=0), footprint(llava_13b(), images=0)
     assert windowed.work(1024).layer == plain.work(1024).layer
-    assert windowed.work(2048).layer - plain.work(2048).layer == 4 * 2048**2
+    assert windowed.work(2048).layer - plain.work(2048).layer == 2048**2
+    long = 100_000
+    assert windowed.work(long).layer == math.ceil(5.2 * long * 5120 * 2) + 5 * long**2
+
+
+def test_images_that_attend_both_ways_need_two_masks_even_within_the_window() -> None:
+    text = msgspec.structs.replace(llava_13b().text, sliding_window=1024)
+    windowed, plain = footprint(llava_13b(text=text)), footprint(llava_13b())
+    assert windowed.work(64).layer - plain.work(64).layer == 2 * (64 + 576) ** 2
+    eager = [footprint(profile, attention="eager").work(64).layer for profile in (llava_13b(text=text), llava_13b())]
+    assert eager[0] - eager[1] == 2 * (64 + 576) ** 2
 
 
 def test_logits_of_one_token_or_of_all() -> None:
     states = 512 * 5120 * 2
     assert footprint(llava_13b(), images=0, batch=2).work(1).head == max(6 * 2 * 5120 * 2, 2 * 2 * 5120 * 2 + 2 * 32064 * 6)
-    assert footprint(llava_13b(), images=0, logits="forward").work(512).head == 2 * states + 512 * 32064 * 6
+    assert footprint(glm41v_9b(), images=0, logits="forward").work(512).head == 2 * 512 * 4096 * 2 + 512 * 151552 * 2
     cog = llava_13b(architecture="CogVLMForCausalLM")
     assert footprint(cog, images=0).work(512).head == 2 * states + 512 * 32064 * 6
+
+
+def test_image_features_and_the_output_of_the_tower_are_held_on_the_first_gpu() -> None:
+    prices = footprint(llava_13b())
+    pixels, tower, features = 577 * 6 * 14**2 * 2, 577 * 1024 * 2, 576 * 5120 * 2
+    assert prices.work(512).held == (512 + 576) * 5120 * 2 + pixels + tower + 2 * features
+
+
+def test_images_read_by_cross_attention_fill_the_cache_of_few_layers_and_one_token_of_the_prompt() -> None:
+    prices = footprint(llava_13b(model_type="mllama"), text_tokens=64, new_tokens=0)
+    assert (prices.images.tokens, prices.images.features) == (1, 576)
+    assert prices.work(64).kv_layer == 2 * 40 * 128 * 2 * (65 + 116)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +153,16 @@ def test_an_anchor_alone_holds_the_embedded_prompt() -> None:
     assert need.moment == "the prompt is embedded"
 
 
+def test_a_stage_costs_no_less_with_the_anchor_than_without_however_little_is_lost_there() -> None:
+    prices = footprint(glm41v_9b(), images=0)
+    long = 10_000_000
+    assert prices.needs(long)(0, 41) == prices.needs(long)(1, 41) == prices.detail(0, 41, long).total_bytes
+    assert prices.needs(512)(0, 41) > prices.needs(512)(1, 41)
+
+
 def test_a_long_answer_to_a_short_prompt_pays_for_the_copy_of_a_growing_cache() -> None:
     prices = footprint(llava_13b(), images=0, new_tokens=100_000)
-    assert prices.work(1).layer == prices.work(1).kv_layer
+    assert prices.work(1).layer == prices.work(1).kv_layer // 2
 
 
 def test_images_without_a_known_tower_cost_their_pixels() -> None:

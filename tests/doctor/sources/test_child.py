@@ -20,10 +20,10 @@ from vlm_doctor.sources.child import Child, Outcome
 pytestmark = pytest.mark.usefixtures("no_children_left")
 
 
-def run(folder: Path, body: str, *, deadline_s: float = 20.0, **arguments: Any) -> Outcome:
+def run(folder: Path, body: str, *, deadline_s: float = 20.0, idle_s: float | None = None, **arguments: Any) -> Outcome:
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     (folder / "program.py").write_text(f"import os, signal, sys, time\n\ndef main(say, **arguments):\n{lines}\n")
-    child = Child("program", arguments, environment=os.environ, deadline_s=deadline_s, folder=folder)
+    child = Child("program", arguments, environment=os.environ, deadline_s=deadline_s, idle_s=idle_s, folder=folder)
     return child.outcome()
 
 
@@ -263,3 +263,18 @@ def test_child_ends_itself_when_its_parent_is_gone(tmp_path: Path) -> None:
     os.close(reader)
     os.close(writer)
     assert done.returncode == -signal.SIGALRM
+
+
+def test_a_child_that_does_nothing_is_not_waited_for(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "time.sleep(3600)", deadline_s=60.0, idle_s=0.5)
+
+    assert (outcome.state, outcome.message) == ("timed_out", "no answer, and nothing done for 0.5 s")
+    assert outcome.seconds < 30
+
+
+def test_a_child_that_works_or_has_begun_to_answer_has_until_the_deadline(tmp_path: Path) -> None:
+    busy = "\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end:\n    pass\nsay('all', {}, is_final=True)"
+    waiting = "say('begun', {})\ntime.sleep(1.5)\nsay('all', {}, is_final=True)"
+
+    assert run(tmp_path, busy, idle_s=0.5).state == "ok"
+    assert run(tmp_path, waiting, idle_s=0.5).state == "ok"
