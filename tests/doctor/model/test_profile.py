@@ -381,7 +381,7 @@ def test_any_name_gives_a_profile_or_a_model_error(name: str) -> None:
 
 
 def test_more_parts_than_any_model_has_are_refused() -> None:
-    shapes = {f"model.layers.{number}.mlp.up_proj.weight": (1, 1) for number in range(2_001)}
+    shapes: dict[str, tuple[int, ...]] = {f"model.layers.{number}.mlp.up_proj.weight": (1, 1) for number in range(2_001)}
 
     with pytest.raises(ModelError, match="its tensors are named like 2,003 parts of a model"):
         profile({"text_config": TEXT}, shapes)
