@@ -19,6 +19,8 @@ NAMES = sorted(path.stem for path in (ROOT / "tests" / "machines").glob("*.json"
 EXPECTED = {
     # Name of the machine to every finding above info.
     "2xa10-half-taken": ["warning VLM501"],
+    "2xh200-recorded-12-and-23gib-free": ["warning VLM501", "warning VLM501"],
+    "2xh200-recorded-23gib-free": ["warning VLM501", "warning VLM501"],
     "8xh100-fabric-down": ["error VLM403"],
     "a100-mig": ["warning VLM110"],
     "badly-joined": ["warning VLM405"],
