@@ -24,6 +24,9 @@ class Model(NamedTuple):
 
 META = "shapes from {} of transformers 5.23 on the meta device, under the checkpoint's names"
 CARD = "parameter count of the safetensors files on the model's page"
+RECALLED = (
+    "parameter count of the safetensors files, as known for this model; its page could not be opened when this was written"
+)
 
 LLAVA_NAMES = (
     ("model.vision_tower.", "vision_tower.vision_model."),
@@ -236,7 +239,7 @@ def qwen2_5_vl(size: str, text: dict[str, Any], tower_mlp: int, parameters: int)
             },
         },
         dtype="BF16",
-        published={"parameters": parameters, "source": CARD},
+        published={"parameters": parameters, "source": RECALLED if "72B" in name else CARD},
         source=f"config.json of Qwen/{name}; {META.format('Qwen2_5_VLForConditionalGeneration')}",
         names=QWEN_NAMES,
     )
@@ -463,7 +466,7 @@ MODELS = [
             },
         },
         dtype="BF16",
-        published={"parameters": 7_944_373_760, "source": CARD},
+        published={"parameters": 7_944_373_760, "source": RECALLED},
         source="names and shapes from modeling_internvl_chat.py and modeling_intern_vit.py of OpenGVLab/InternVL; the sum "
         "equals that of the native class, built on the meta device",
         tensors=internvl_chat(),
@@ -502,7 +505,7 @@ MODELS = [
             },
         },
         dtype="BF16",
-        published={"parameters": 7_944_373_760, "source": CARD},
+        published={"parameters": 7_944_373_760, "source": RECALLED},
         source=f"config.json; {META.format('InternVLForConditionalGeneration')}",
         names=INTERNVL_NAMES,
     ),

@@ -94,11 +94,12 @@ _ROTARY_IN_FLOAT32 = VisionCoefficient(0, 18.2, False, _COUNTED)
 _KEEPS_ALL = VisionCoefficient(2, 6, True, f"{_COUNTED}; it keeps the hidden states of all layers")
 
 _FORGETS = VisionCoefficient(2, 6, False, _COUNTED)
+_TAKEN_TO_FORGET = VisionCoefficient(2, 6, False, "taken from PaliGemma, whose tower is of the same make; not counted")
 
 VISION: dict[str, VisionCoefficient] = {
     "gemma3": VisionCoefficient(2, 4, False, _COUNTED),
     "glm4v": VisionCoefficient(0, 18.2, False, f"{_COUNTED}, and measured on an H200"),
-    "idefics3": _FORGETS,
+    "idefics3": _TAKEN_TO_FORGET,
     "internvl": VisionCoefficient(2, 5.5, False, _COUNTED),
     "llava": _KEEPS_ALL,
     "llava_next": _KEEPS_ALL,
@@ -108,7 +109,7 @@ VISION: dict[str, VisionCoefficient] = {
     "qwen2_5_vl": _ROTARY_IN_FLOAT32,
     "qwen2_vl": _ROTARY_IN_FLOAT32,
     "qwen3_vl": VisionCoefficient(0, 23.4, False, f"{_COUNTED}; three of its layers feed features to the text", 9),
-    "smolvlm": _FORGETS,
+    "smolvlm": _TAKEN_TO_FORGET,
 }
 """By ``model_type`` of config.json."""
 

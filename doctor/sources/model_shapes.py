@@ -51,6 +51,10 @@ class Fields:
         value = self._values.get(key)
         return self._defaults.get(key) if value is None else value
 
+    def says_none(self, key: str) -> bool:
+        """True when the file itself holds ``null`` under this key, whatever the default of the class."""
+        return key in self._values and self._values[key] is None
+
     def get(self, word: str) -> int | None:
         """A positive integer, or ``None`` when neither the file nor the class gives one.
 
@@ -149,7 +153,7 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
             (fields.get("qk_nope_head_dim") or 0) + (fields.get("qk_rope_head_dim") or 0) + (fields.get("v_head_dim") or 0)
         )
         kv_heads, head_dim = heads, max(1, (expanded + 1) // 2)
-    window = fields.get("sliding_window") if fields.raw("use_sliding_window") is not False else None
+    has_no_window = fields.raw("use_sliding_window") is False or fields.says_none("sliding_window")
     return TextShape(
         layers=fields.need("layers"),
         hidden=hidden,
@@ -158,7 +162,7 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocabulary=fields.need("vocabulary"),
-        sliding_window=window,
+        sliding_window=None if has_no_window else fields.get("sliding_window"),
         max_positions=fields.get("max_positions"),
     )
 

@@ -143,7 +143,10 @@ def test_a_sliding_window_counts_only_when_it_is_used() -> None:
     assert text(sliding_window=1024).sliding_window == 1024
     assert text(sliding_window=1024, use_sliding_window=True).sliding_window == 1024
     assert text(sliding_window=1024, use_sliding_window=False).sliding_window is None
-    assert text(sliding_window=None).sliding_window is None
+    assert text(model_type="mistral").sliding_window == 4096
+    assert text(model_type="mistral", sliding_window=None).sliding_window is None
+    assert text(model_type="mistral").sliding_window == 4096
+    assert text(model_type="mistral", sliding_window=None).sliding_window is None
 
 
 def test_a_mixture_of_experts_is_as_wide_as_what_a_token_passes() -> None:
