@@ -79,6 +79,9 @@ def write_file(path: Path, text: str) -> None:
             _write_as_it_stands(path, text)
             return
         target = path.resolve()
+        if target.is_symlink():
+            # A loop of links, from Python 3.13 on; before, resolve() raises RuntimeError.
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with draft.open("x", encoding="utf-8") as file:
@@ -86,7 +89,7 @@ def write_file(path: Path, text: str) -> None:
             draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except (OSError, RuntimeError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(f"--output {path}: cannot be written: {why}.") from error
 
