@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from vlm_doctor.sources.catalogue import find_entry
-from vlm_doctor.sources.hub_cache import parse_hub_id
+from vlm_doctor.errors import ModelNotFoundError
+from vlm_doctor.sources.model_files import find_model
 
 from .failures import LoadFailure
 
@@ -21,7 +21,7 @@ class Source(NamedTuple):
 
 
 def find_source(name: str) -> Source:
-    """Read a name as :func:`vlm_doctor.sources.model_files.load_profile` does, so that what was planned is loaded.
+    """Read a name with the doctor's own rule, so that what was planned is loaded.
 
     Args:
         name: Folder, catalogue name (``glm-4v-9b``), hub id, or ``org/name@revision``.
@@ -30,18 +30,14 @@ def find_source(name: str) -> Source:
         LoadFailure: VLM713, when it is none of these.
     """
     try:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            return Source(str(folder))
-        is_path = folder.exists() or name.startswith((".", "/", "~")) or name.endswith("/")
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise LoadFailure("VLM713", f"{name[:200]!r} cannot be looked up ({reason}): write a folder or a hub id.") from None
-    if is_path:
+        place = find_model(name)
+    except ModelNotFoundError as error:
+        # With a cause, it was the file system that refused: the sentence has its reason.
+        nothing = f"{name[:200]!r} is no folder, catalogue name or hub id (org/name): check the name."
+        raise LoadFailure("VLM713", str(error) if error.__cause__ else nothing) from None
+    if not isinstance(place, Path):
+        return Source(*place)
+    if not place.is_dir():
         # What can only be a folder is not looked for on a hub.
-        raise LoadFailure("VLM713", f"there is no folder {folder}: check the path of the checkpoint.")
-    entry = find_entry(name)
-    model = parse_hub_id(entry.name if entry is not None else name)
-    if model is None:
-        raise LoadFailure("VLM713", f"{name[:200]!r} is no folder, catalogue name or hub id (org/name): check the name.")
-    return Source(*model)
+        raise LoadFailure("VLM713", f"there is no folder {place}: check the path of the checkpoint.")
+    return Source(str(place))
