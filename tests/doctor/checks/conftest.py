@@ -13,10 +13,9 @@ from vlm_doctor.findings import Outcome
 from vlm_doctor.machine import Machine
 from vlm_doctor.placement import Plan
 
-MACHINES = Path(__file__).parents[2] / "machines"
+from .asking import Ask, Load
 
-Load = Callable[..., Machine]
-Ask = Callable[..., Outcome]
+MACHINES = Path(__file__).parents[2] / "machines"
 
 
 @pytest.fixture(scope="session")

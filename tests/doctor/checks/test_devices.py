@@ -1,16 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from msgspec.structs import replace
 
-from vlm_doctor.findings import Outcome
-from vlm_doctor.machine import Machine, PciDevice
+from vlm_doctor.machine import PciDevice
 
-Ask = Callable[..., Outcome]
-Said = Callable[[Outcome], list[tuple[str, str]]]
-Load = Callable[..., Machine]
+from .asking import Ask, Load, Said
 
 
 def test_gpu_lost_between_bus_and_driver(ask: Ask, said: Said) -> None:

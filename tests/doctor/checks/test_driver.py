@@ -1,23 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from vlm_doctor.findings import Outcome
-from vlm_doctor.machine import Driver, Gap, Machine, PciDevice, TorchView
+from vlm_doctor.machine import Driver, Gap, PciDevice, TorchView
 
-Ask = Callable[..., Outcome]
-Said = Callable[[Outcome], list[tuple[str, str]]]
-Load = Callable[..., Machine]
-
-
-def commands(outcome: Outcome) -> tuple[str, ...]:
-    fix = outcome.findings[0].fix
-    assert fix is not None
-    return fix.commands
+from .asking import Ask, Load, Said, commands
 
 
 def test_no_gpu(ask: Ask, said: Said) -> None:

@@ -1,30 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from vlm_doctor.findings import Outcome
-from vlm_doctor.machine import Machine
 from vlm_doctor.units import GIB, MIB
 
-Ask = Callable[..., Outcome]
-Said = Callable[[Outcome], list[tuple[str, str]]]
-Load = Callable[..., Machine]
+from .asking import Ask, Load, Said, commands
 
 
 def host(load: Load, name: str = "2xl4-idle", **fields: Any) -> dict[str, Any]:
     found = load(name).host
     assert found is not None
     return {"host": replace(found, **fields)}
-
-
-def commands(outcome: Outcome) -> tuple[str, ...]:
-    fix = outcome.findings[0].fix
-    assert fix is not None
-    return fix.commands
 
 
 def test_small_shm(ask: Ask, said: Said) -> None:

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from vlm_doctor.findings import Outcome
-from vlm_doctor.machine import Libraries, Machine, Package, TorchView, VersionRule
+from vlm_doctor.machine import Libraries, Package, TorchView, VersionRule
 
-Ask = Callable[..., Outcome]
-Said = Callable[[Outcome], list[tuple[str, str]]]
-Load = Callable[..., Machine]
+from .asking import Ask, Load, Said, commands
 
 
 @pytest.fixture
@@ -19,12 +15,6 @@ def libraries(load: Load) -> Libraries:
     found = load("2xl4-idle").libraries
     assert found is not None
     return found
-
-
-def commands(outcome: Outcome) -> tuple[str, ...]:
-    fix = outcome.findings[0].fix
-    assert fix is not None
-    return fix.commands
 
 
 def test_torch_missing(ask: Ask, said: Said) -> None:

@@ -1,22 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from msgspec.structs import replace
 
-from vlm_doctor.findings import Outcome
 from vlm_doctor.machine import Fabric, Gpu, Link, Machine
 
-Ask = Callable[..., Outcome]
-Said = Callable[[Outcome], list[tuple[str, str]]]
-Load = Callable[..., Machine]
-
-
-def commands(outcome: Outcome) -> tuple[str, ...]:
-    fix = outcome.findings[0].fix
-    assert fix is not None
-    return fix.commands
+from .asking import Ask, Load, Said, commands
 
 
 def test_what_links_mean(ask: Ask, said: Said) -> None:

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from vlm_doctor.findings import Outcome
-from vlm_doctor.machine import Gap, GpuProcess, Machine
+from vlm_doctor.machine import Gap, GpuProcess
 from vlm_doctor.units import GIB, MIB
 
-Ask = Callable[..., Outcome]
-Said = Callable[[Outcome], list[tuple[str, str]]]
-Load = Callable[..., Machine]
+from .asking import Ask, Load, Said
 
 
 def process(pid: int, used: int | None, **changes: Any) -> GpuProcess:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,8 +9,7 @@ from vlm_doctor.placement import Lever, Plan, Shortage
 from vlm_doctor.units import GIB
 from vlm_doctor.workload import Workload
 
-Ask = Callable[..., Outcome]
-Said = Callable[[Outcome], list[tuple[str, str]]]
+from .asking import Ask, Said
 
 
 def plan(**changes: Any) -> Plan:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,11 +7,9 @@ from msgspec.structs import replace
 
 from vlm_doctor.checks import diagnose
 from vlm_doctor.findings import Outcome
-from vlm_doctor.machine import Machine, TorchBuild, TorchView
+from vlm_doctor.machine import TorchBuild, TorchView
 
-Ask = Callable[..., Outcome]
-Said = Callable[[Outcome], list[tuple[str, str]]]
-Load = Callable[..., Machine]
+from .asking import Ask, Load, Said
 
 INDEX = "python -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl"
 

@@ -1,27 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from vlm_doctor.findings import Outcome
-from vlm_doctor.machine import Driver, Machine, TorchDevice, TorchView
+from vlm_doctor.machine import Driver, TorchDevice, TorchView
 
-Ask = Callable[..., Outcome]
-Said = Callable[[Outcome], list[tuple[str, str]]]
-Load = Callable[..., Machine]
+from .asking import Ask, Load, Said, commands
 
 
 def visible(value: str, **more: str) -> dict[str, Any]:
     return {"environment": {"CUDA_VISIBLE_DEVICES": value, **more}}
-
-
-def commands(outcome: Outcome) -> tuple[str, ...]:
-    fix = outcome.findings[0].fix
-    assert fix is not None
-    return fix.commands
 
 
 def test_every_gpu_hidden(ask: Ask, said: Said) -> None:
