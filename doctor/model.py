@@ -26,7 +26,11 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     quantizable_elements: int = 0
     """Elements of the linear weights that bitsandbytes would quantize."""
     layer: int | None = None
-    """Number of the text layer."""
+    """Number of the text layer; in a part of a tower, of its block."""
+    parts: tuple[Unit, ...] = ()
+    """What the unit may be broken into where it fits on no GPU as a whole, in execution order: what is before the blocks
+    of a vision tower, the blocks, what is behind them (bare parameters such as ``boi`` included: no hook moves them to the
+    output they are joined with). Their bytes add up to the unit's. Empty for a unit that no cut may part."""
 
     @property
     def elements(self) -> int:

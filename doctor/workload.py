@@ -10,6 +10,20 @@ from .units import MIB
 
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4"]
+Attention = Literal["sdpa", "eager", "flash"]
+"""transformers' ``attn_implementation``; ``flash`` is ``flash_attention_2``."""
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "sgd"]
+Preference = Literal["balanced", "speed", "context"]
+
+
+class Training(msgspec.Struct, frozen=True, kw_only=True):
+    """One optimizer step instead of a call of the model."""
+
+    method: Literal["full", "lora"] = "lora"
+    optimizer: Optimizer = "adamw"
+    lora_rank: int = 16
+    """Of adapters on every linear layer of the text body; means nothing for ``full``."""
+    gradient_checkpointing: bool = True
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,9 +42,13 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Type the weights are loaded in; ``None`` is the checkpoint's own."""
     quantization: Quantization | None = None
     """bitsandbytes at load time: ``int8`` (LLM.int8) or ``nf4`` (4 bit)."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Attention = "sdpa"
     logits: Literal["generate", "forward"] = "generate"
     """``generate`` keeps the logits of the last token only; a plain forward keeps those of every token."""
+    training: Training | None = None
+    """``None`` is inference."""
+    allocator: Literal["native", "expandable"] = "native"
+    """torch's caching allocator as it is, or with ``expandable_segments:True``."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,8 +59,19 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     headroom_min_bytes: int = 256 * MIB
     context_bytes: int | None = None
     """CUDA context of one process on one GPU; ``None`` takes the measured default of ``planner/budget.py``."""
+    prefer: Preference = "balanced"
+    """What counts among the placements that fit. ``balanced``: fewest GPUs, then longest prompt, then fastest links;
+    ``speed``: fewest GPUs, then fastest links, then longest prompt; ``context``: longest prompt, then fewest GPUs."""
     gpus: tuple[int, ...] | None = None
     """GPU indices that may be used; ``None`` is every visible one."""
+    exclude: tuple[int, ...] = ()
+    """GPU indices that must not be used."""
+    pins: tuple[tuple[str, int], ...] = ()
+    """Module path and the GPU index it must be on; a path covers every unit in it."""
+    max_memory: tuple[tuple[int, int], ...] = ()
+    """GPU index and the bytes that this process may take there, CUDA context included."""
+    offload: bool = False
+    """Allow the last layers on the CPU when the GPUs do not suffice."""
     max_gpus: int | None = None
     min_gpus: int = 1
     """Spread over at least this many GPUs, for tests that must see a sharded model."""

@@ -71,6 +71,18 @@ class StageNeed(msgspec.Struct, frozen=True):
         return self.weights_bytes + self.kv_cache_bytes + self.activations_bytes + self.fragmentation_bytes
 
 
+class Holding(msgspec.Struct, frozen=True):
+    """What a device holds of a model, as far as its memory goes; of any map, not of contiguous stages alone."""
+
+    weights_bytes: int
+    layers: int
+    has_tower: bool
+    """Any part of the vision tower: its work, and the pixels, are here."""
+    has_embedding: bool
+    """The prompt is embedded here and joined with the image features."""
+    has_head: bool
+
+
 class Work(msgspec.Struct, frozen=True):
     """Bytes that the work on one prompt of a given length needs, wherever it runs."""
 
@@ -251,24 +263,32 @@ class Footprint:
 
     def detail(self, first: int, end: int, text_tokens: int) -> StageNeed:
         """What the atoms from ``first`` up to, not including, ``end`` need, item by item."""
+        holding = Holding(
+            weights_bytes=self._weights[end] - self._weights[first],
+            layers=self._layers[end] - self._layers[first],
+            has_tower=not first,
+            has_embedding=not first,
+            has_head=self._heads[end] > self._heads[first],
+        )
+        peak = self.need_of(holding, text_tokens)
+        total = self.needs(text_tokens)(first, end)
+        return msgspec.structs.replace(peak, fragmentation_bytes=total - peak.total_bytes)
+
+    def need_of(self, holding: Holding, text_tokens: int) -> StageNeed:
+        """What a device needs for its part of a model, item by item, without fragmentation."""
         work = self.work(text_tokens)
-        layers = self._layers[end] - self._layers[first]
-        kv = layers * work.kv_layer
-        moments = {"a layer reads the prompt": work.layer} if layers else {"the prompt is embedded": 0}
-        if self._heads[end] > self._heads[first]:
+        kv = holding.layers * work.kv_layer
+        moments = {"a layer reads the prompt": work.layer} if holding.layers else {"the prompt is embedded": 0}
+        if holding.has_head:
             moments["the head computes logits"] = work.head
-        prefill = max(moments.values())
         moment = max(moments, key=lambda name: moments[name])
-        encode = 0
-        if not first:
-            prefill += work.held
-            encode = work.encode
+        prefill = moments[moment] + (work.held if holding.has_embedding else 0)
+        encode = work.encode if holding.has_tower else 0
         peak = max(kv + prefill, encode)
-        weights = self._weights[end] - self._weights[first]
         return StageNeed(
-            weights_bytes=weights,
+            weights_bytes=holding.weights_bytes,
             kv_cache_bytes=kv,
             activations_bytes=peak - kv,
-            fragmentation_bytes=self.needs(text_tokens)(first, end) - weights - peak,
+            fragmentation_bytes=0,
             moment="the vision tower runs" if encode > kv + prefill else moment,
         )
