@@ -51,6 +51,14 @@ class TextShape(msgspec.Struct, frozen=True, kw_only=True):
     vocabulary: int
     sliding_window: int | None = None
     max_positions: int | None = None
+    body: str = ""
+    """``model_type`` of the text body, such as ``qwen2`` in a LLaVA-OneVision."""
+    experts: int = 0
+    """Of a mixture; 0 where there is none."""
+    active_experts: int = 0
+    """Experts that one token passes."""
+    expert_width: int = 0
+    """Width of one expert's MLP."""
 
 
 class VisionShape(msgspec.Struct, frozen=True, kw_only=True):
