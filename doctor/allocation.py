@@ -15,6 +15,8 @@ INPUT = -1
 KEYS = -2
 VALUES = -3
 """Stand for the keys and values that a layer has kept so far."""
+ENTRY = -32
+"""Stands for the first tensor of a tower's entry, ``ENTRY - 1`` for the second, and so on."""
 
 
 class Made(msgspec.Struct, frozen=True, array_like=True):
@@ -22,8 +24,7 @@ class Made(msgspec.Struct, frozen=True, array_like=True):
 
     elements: float
     symbols: str
-    """Names of the dimensions that multiply ``elements``, such as ``hidden tokens``: those of :class:`TextShape`, and
-    ``tokens`` for those of the prompt."""
+    """Names of the dimensions that multiply ``elements``, such as ``hidden tokens``: those of ``planner/replay.py``."""
     item_bytes: int = 0
     """Of one element; 0 is that of the type the weights are loaded in."""
     kind: Literal["", "statistic"] = ""
@@ -51,3 +52,13 @@ class AllocationScript(msgspec.Struct, frozen=True, kw_only=True):
     layers: dict[str, LayerScript]
     """By kind of layer, in the words of ``layer_types`` of config.json."""
     behind: tuple[Event, ...]
+
+
+class TowerScript(msgspec.Struct, frozen=True, kw_only=True):
+    """A vision tower with its projector, from the pixels to the embeddings that hold image features; it stands in for
+    ``before`` of the text body where a prompt has images.
+    """
+
+    entry: tuple[Event, ...]
+    block: tuple[Event, ...]
+    exit: tuple[Event, ...]

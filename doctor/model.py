@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from .allocation import AllocationScript, TowerScript
+
 Role = Literal["vision", "projector", "embedding", "layer", "norm", "head", "other"]
 """Part of the model: vision tower, projector (anything between tower and text), token embedding, one repeated text layer,
 final norm, output head, or something that fits none of these."""
@@ -137,6 +139,9 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     runs_inner_generate: bool = False
     """True when the class calls ``self.language_model.generate`` (InternVL-Chat and others), so that the logits must end
     on the device of the inputs."""
+    body_script: AllocationScript | None = None
+    """Which tensors come and go in the text body, where that is known."""
+    tower_script: TowerScript | None = None
     files: tuple[str, ...] = ()
     """Checkpoint files the headers were read from."""
     notes: tuple[str, ...] = ()

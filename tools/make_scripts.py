@@ -131,9 +131,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2_vl_text": (
         "qwen2_vl",
-        {"text_config": text_config(rope_parameters={**_ROTARY, "mrope_section": [6, 7, 7]}), "vision_config": {"hidden_size": HIDDEN}},
+        {
+            "text_config": text_config(rope_parameters={**_ROTARY, "mrope_section": [6, 7, 7]}),
+            "vision_config": {"hidden_size": HIDDEN},
+        },
     ),
-    "qwen2_5_vl_text": ("qwen2_5_vl", {"text_config": text_config(rope_parameters={**_ROTARY, "mrope_section": [6, 7, 7]}), **_MERGED}),
+    "qwen2_5_vl_text": (
+        "qwen2_5_vl",
+        {"text_config": text_config(rope_parameters={**_ROTARY, "mrope_section": [6, 7, 7]}), **_MERGED},
+    ),
     "qwen3_vl_text": (
         "qwen3_vl",
         {"text_config": text_config(head_dim=HEAD_DIM, rope_parameters={**_ROTARY, "mrope_section": [4, 6, 6]}), **_MERGED},
@@ -164,20 +170,121 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {**_SIGLIP, "image_size": 896},
         },
     ),
-    "gemma": ("paligemma", {"text_config": text_config(model_type="gemma", head_dim=HEAD_DIM), "vision_config": {**_SIGLIP, "projection_dim": HIDDEN}, "projection_dim": HIDDEN}),
-    "mllama_text_model": ("mllama", {"text_config": text_config(cross_attention_layers=list(CROSS), rope_parameters=_ROTARY), "vision_config": {"image_size": 560, "max_num_tiles": 4}}),
+    "gemma": (
+        "paligemma",
+        {
+            "text_config": text_config(model_type="gemma", head_dim=HEAD_DIM),
+            "vision_config": {**_SIGLIP, "projection_dim": HIDDEN},
+            "projection_dim": HIDDEN,
+        },
+    ),
+    "mllama_text_model": (
+        "mllama",
+        {
+            "text_config": text_config(cross_attention_layers=list(CROSS), rope_parameters=_ROTARY),
+            "vision_config": {"image_size": 560, "max_num_tiles": 4},
+        },
+    ),
 }
 """Text body, by its ``model_type``, to a model that has it and the fields of its config."""
 
 
+BLOCKS = 3
+VISION_HEADS, VISION_HIDDEN, VISION_WIDTH, MERGE = 13, 468, 1312, 4
+_TOWER = {
+    "num_attention_heads": VISION_HEADS,
+    "hidden_size": VISION_HIDDEN,
+    "intermediate_size": VISION_WIDTH,
+    "num_hidden_layers": BLOCKS,
+}
+_QWEN_TOWER = {"depth": BLOCKS, "num_heads": VISION_HEADS, "intermediate_size": VISION_WIDTH}
+
+
+class Tower(NamedTuple):
+    """How a tower is traced."""
+
+    family: str
+    fields: dict[str, Any]
+    blocks: str
+    """Module path of the list of blocks."""
+    grid: tuple[int, int] = (12, 14)
+    """Patches along height and width, where any size goes."""
+    sequences: int = 1
+    """Squares of the tower's own size, where only that goes."""
+
+
+def _squares(name: str, blocks: str, *, sequences: int = 3, **changes: Any) -> Tower:
+    family, fields = MODELS[name]
+    vision = {**fields["vision_config"], **_TOWER, **changes}
+    return Tower(family, {**fields, "vision_config": vision}, blocks, sequences=sequences)
+
+
+TOWERS: dict[str, Tower] = {
+    "glm4v": Tower(
+        "glm4v",
+        {
+            **MODELS["glm4v_text"][1],
+            "vision_config": {
+                **_QWEN_TOWER,
+                "hidden_size": VISION_HIDDEN,
+                "out_hidden_size": HIDDEN,
+                "intermediate_size": WIDTH,
+            },
+            # The published models have a merger as wide as the text's MLP.
+        },
+        "model.visual.blocks",
+    ),
+    "qwen2_vl": Tower(
+        "qwen2_vl",
+        {
+            **MODELS["qwen2_vl_text"][1],
+            "vision_config": {
+                "depth": BLOCKS,
+                "num_heads": VISION_HEADS,
+                "embed_dim": VISION_HIDDEN,
+                "hidden_size": HIDDEN,
+                "mlp_ratio": 4,
+            },
+        },
+        "model.visual.blocks",
+    ),
+    # One window of attention: its output is one tensor, as all windows together make.
+    "qwen2_5_vl": Tower(
+        "qwen2_5_vl",
+        {
+            **MODELS["qwen2_5_vl_text"][1],
+            "vision_config": {
+                **_QWEN_TOWER,
+                "hidden_size": VISION_HIDDEN,
+                "out_hidden_size": HIDDEN,
+                "fullatt_block_indexes": [],
+            },
+        },
+        "model.visual.blocks",
+        grid=(8, 8),
+    ),
+    "llava": _squares("llama", "model.vision_tower.encoder.layers", sequences=1),
+    "gemma3": _squares("gemma3_text", "model.vision_tower.encoder.layers", sequences=1),
+    "paligemma": _squares("gemma", "model.vision_tower.encoder.layers", sequences=1),
+}
+"""``model_type`` to its tower."""
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
-    wanted = sys.argv[1:] or MODELS
-    known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {"bodies": {}}
+    wanted = sys.argv[1:] or [*MODELS, *TOWERS]
+    known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {"bodies": {}, "towers": {}}
+    known.setdefault("towers", {})
     for body in wanted:
+        if body in TOWERS:
+            known["towers"][body] = tower_script(TOWERS[body])
+            print(body, {name: len(events) for name, events in known["towers"][body].items()})
+            continue
         known["bodies"][body] = script(body)
         print(body, {kind: len(parts["prefill"]) for kind, parts in known["bodies"][body]["layers"].items()})
-    known["source"] = f"tools/make_scripts.py, transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+    known["source"] = (
+        f"tools/make_scripts.py, transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+    )
     OUTPUT.write_text(_pretty(known))
 
 
@@ -191,7 +298,8 @@ def _pretty(known: dict[str, Any]) -> str:
             f'  {json.dumps(body)}: {{\n   "before": {json.dumps(parts["before"])},\n   "layers": {{\n{layers}\n   }},\n'
             f'   "behind": {json.dumps(parts["behind"])}\n  }}'
         )
-    return "\n".join([*lines, ",\n".join(bodies), " }", "}"]) + "\n"
+    towers = [f"  {json.dumps(name)}: {_layer(parts)}" for name, parts in sorted(known["towers"].items())]
+    return "\n".join([*lines, ",\n".join(bodies), " },", ' "towers": {', ",\n".join(towers), " }", "}"]) + "\n"
 
 
 def _layer(parts: dict[str, Any]) -> str:
@@ -228,7 +336,8 @@ def script(body: str) -> dict[str, Any]:
 
 def record(config: Any) -> tuple[list[Shape | int], list[Shape | int], dict[int, list[Shape]]]:
     """All tensors of a text prompt, then of one more token, logits of the last token alone; and what each layer is given
-    beside the hidden states, which accelerate's hooks copy to a layer's GPU when it is another one."""
+    beside the hidden states, which accelerate's hooks copy to a layer's GPU when it is another one.
+    """
     model = trace_memory.build(config, "sdpa")
     inputs = traced_models.text_inputs(config, TOKENS, 1)
     path = next(path for path in ("model.language_model", "model.text_model") if path in trace_memory._names(model))
@@ -240,7 +349,9 @@ def record(config: Any) -> tuple[list[Shape | int], list[Shape | int], dict[int,
         def hook(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
             recorder.place = number
             given = {name: value for name, value in options.items() if name not in ("past_key_values", "hidden_states")}
-            arrivals.setdefault(number, [_shape_of(value) for value in tree_flatten(given)[0] if isinstance(value, torch.Tensor)])
+            arrivals.setdefault(
+                number, [_shape_of(value) for value in tree_flatten(given)[0] if isinstance(value, torch.Tensor)]
+            )
 
         return hook
 
@@ -268,10 +379,109 @@ def _shape_of(tensor: torch.Tensor) -> Shape:
     return Shape(0, 0, tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.dtype.itemsize, is_statistic=False)
 
 
+def tower_script(tower: Tower) -> dict[str, Any]:
+    """Trace a vision tower, from the pixels to the embeddings with image features in them."""
+    config = transformers.AutoConfig.for_model(tower.family, **tower.fields)
+    model = trace_memory.build(config, "sdpa")
+    blocks = model.get_submodule(tower.blocks)
+    layers = model.get_submodule("model.language_model").layers
+    inputs, features, patches = _images(config, tower)
+    recorder = Recorder(model)
+
+    def arrive(place: int) -> Any:
+        def hook(*_: Any) -> None:
+            recorder.place = place
+
+        return hook
+
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(arrive(number))
+    blocks[-1].register_forward_hook(arrive(BLOCKS))
+    layers[0].register_forward_pre_hook(arrive(BLOCKS + 1))
+    with torch.no_grad(), recorder, AsOnGpu():
+        for value in inputs.values():
+            recorder.note(value)
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+    events = list(recorder.events)
+    del output
+    text_dim = getattr(config.get_text_config(), "head_dim", None) or HIDDEN // HEADS
+    dim = VISION_HIDDEN // VISION_HEADS
+    width = blocks_width(blocks[0])
+    pixels = math.prod(inputs["pixel_values"].shape)
+    symbols: dict[int, tuple[Fraction, str]] = {}
+    for length, factor, symbol in (
+        (TOKENS, 1, "tokens"),
+        (patches, 1, "patches"),
+        (features, 1, "features"),
+        (HIDDEN, 1, "hidden"),
+        (WIDTH, 1, "width"),
+        (VISION_HIDDEN, 1, "vision_hidden"),
+        (MERGE * VISION_HIDDEN, MERGE, "vision_hidden"),
+        (3 * VISION_HIDDEN, 3, "vision_hidden"),
+        (width, 1, "vision_width"),
+        (2 * width, 2, "vision_width"),
+        (VISION_HEADS, 1, "vision_heads"),
+        (text_dim, 1, "head_dim"),
+        (text_dim // 2, Fraction(1, 2), "head_dim"),
+        (dim, 1, "vision_head_dim"),
+        (dim // 2, Fraction(1, 2), "vision_head_dim"),
+        (dim // 4, Fraction(1, 4), "vision_head_dim"),
+        (pixels, Fraction(pixels, patches), "patches"),
+    ):
+        symbols.setdefault(length, (Fraction(factor), symbol))
+    entry = {
+        event.number: ENTRY - at for at, event in enumerate(e for e in events if isinstance(e, Shape) and e.place == BEFORE)
+    }
+    return {
+        "entry": events_of(events, BEFORE, symbols),
+        "block": events_of(events, 1, symbols, entry),
+        "exit": events_of(events, BLOCKS, symbols, entry),
+    }
+
+
+ENTRY = -32
+"""Codes of the tensors of the entry begin here and fall."""
+
+
+def blocks_width(block: Any) -> int:
+    """Width of the MLP of a block."""
+    return max(
+        module.out_features for name, module in block.named_modules() if hasattr(module, "out_features") and "mlp" in name
+    )
+
+
+def _images(config: Any, tower: Tower) -> tuple[dict[str, Any], int, int]:
+    """Inputs, image features in all, and patches in each sequence."""
+    vision = config.vision_config
+    if hasattr(vision, "spatial_merge_size"):
+        rows, columns = tower.grid
+        patches = rows * columns
+        features = patches // vision.spatial_merge_size**2
+        ids = torch.cat([torch.full((1, features), config.image_token_id), torch.full((1, TOKENS - features), 5)], 1)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == config.image_token_id).int(),
+        }
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        inputs["pixel_values"] = torch.empty(patches, width, dtype=torch.bfloat16)
+        inputs["image_grid_thw"] = torch.tensor([[1, rows, columns]])
+        return inputs, features, patches
+    per_edge = vision.image_size // vision.patch_size
+    patches = per_edge**2 + (1 if config.model_type == "llava" else 0)
+    features = (getattr(config, "mm_tokens_per_image", None) or per_edge**2) * tower.sequences
+    inputs = traced_models.image_inputs(
+        config, features, TOKENS - features, 1, edge=vision.image_size, sequences=tower.sequences
+    )
+    return inputs, features, patches
+
+
 def kept_caches(events: list[Shape | int], place: int) -> dict[int, int]:
     """Numbers of the keys and values that a layer leaves, to -2 and -3."""
     gone = {event for event in events if isinstance(event, int)}
-    kept = [event.number for event in events if isinstance(event, Shape) and event.place == place and event.number not in gone]
+    kept = [
+        event.number for event in events if isinstance(event, Shape) and event.place == place and event.number not in gone
+    ]
     return dict(zip(kept, (-2, -3)))
 
 
@@ -342,7 +552,7 @@ def made(event: Shape, symbols: dict[int, tuple[Fraction, str]]) -> list[Any]:
     """A tensor as a product of symbols."""
     item = event.dtype.itemsize
     shape = event.shape
-    if math.prod(shape) * item != event.size_bytes:
+    if math.prod(shape) * item != event.size_bytes or math.prod(shape) in symbols:
         shape = (event.size_bytes // item,)  # a view was the first that was seen of it
     elements, names = Fraction(1), []
     for length in shape:

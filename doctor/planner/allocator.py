@@ -40,7 +40,7 @@ class OutOfMemoryError(Exception):
 class Block:
     """A piece of a segment, in use or free."""
 
-    __slots__ = ("address", "behind", "before", "is_free", "is_small", "size")
+    __slots__ = ("address", "before", "behind", "is_free", "is_small", "size")
 
     def __init__(self, size: int, address: int, before: Block | None, behind: Block | None, *, is_small: bool) -> None:
         self.size = size
