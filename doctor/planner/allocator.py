@@ -7,8 +7,8 @@ things, not on a share of anything. The rules, for one stream and the default se
 
 - Sizes are rounded up to 512 bytes. Up to 1 MiB they come from segments of 2 MiB, below 10 MiB from segments of 20 MiB, and
   others from a segment of their own, rounded up to 2 MiB. The two pools do not share.
-- The smallest free block that is large enough serves, the lowest address among equals; what is left of it stays free, unless
-  it is at most 1 MiB (in the pool of small ones, 0).
+- The smallest free block that is large enough serves, the lowest address among equals; what is left of it stays free, unless it
+  is at most 1 MiB (in the pool of small ones, 0).
 - A freed block is joined with free neighbors in its segment.
 - Where no block serves and the driver has nothing left, all segments that are free as a whole are given back; then the
   driver is asked once more.

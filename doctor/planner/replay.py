@@ -1,7 +1,7 @@
 """Whether a stage really runs in the memory it has: its allocation script, replayed through torch's allocator.
 
-What lives at once tells when a stage cannot run; it does not tell when it can. The replay does, and it also knows that memory
-fails in gaps: a prompt of 11,496 tokens may run where one of 11,054 does not.
+What lives at once tells when a stage cannot run; it does not tell when it can. The replay does, and it also knows that
+memory fails in gaps: a prompt of 11,496 tokens may run where one of 11,054 does not.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .allocator import SMALL_BYTES, Allocator, Block, OutOfMemoryError
 from .image_tokens import ImageLoad
 
 CUDNN_SINCE = (9, 0)
-"""From this compute capability torch prefers cuDNN's fused attention, which keeps no row statistics and leaves its output in
-an order that is copied at once; before, flash attention keeps them and needs no copy. Source: ``sdp_utils.cpp`` of torch 2.6
-and later (check_prefer_cudnn_attention); seen in memory histories of H100 cards."""
+"""From this compute capability torch prefers cuDNN's fused attention, which keeps no row statistics and leaves its output
+in an order that is copied at once; before, flash attention keeps them and needs no copy. Source: ``sdp_utils.cpp`` of torch
+2.6 and later (check_prefer_cudnn_attention); seen in memory histories of H100 cards."""
 WORKSPACE_SEGMENTS_BYTES = 34 * MIB
 """Reserved after the first matrix product: cuBLAS's workspace in a segment of its own and one small segment. Measured on
 H100 and H200 (32 MiB of workspace; it is less on older GPUs)."""
@@ -167,8 +167,8 @@ class Program:
         return [block for block in blocks if block is not None]
 
     def _sizes(self, events: Sequence[Event], more: int) -> list[int]:
-        """Events as numbers: bytes of a tensor that comes; the code of one of elsewhere that goes; ``_GOES`` less the number
-        of one of this list that goes. Small tensors that do not outlive the list are left out: they share one segment.
+        """Events as numbers: bytes of a tensor that comes; the code of one of elsewhere that goes; ``_GOES`` less the number of
+        one of this list that goes. Small tensors that do not outlive the list are left out: they share one segment.
         """
         key = id(events), more
         if key not in self._sized:
