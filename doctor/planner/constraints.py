@@ -12,6 +12,10 @@ class Atom(msgspec.Struct, frozen=True):
     """Units that no cut may part."""
 
     units: tuple[Unit, ...]
+    has_tower: bool = False
+    """Holds the vision tower, or a part of it: pixels are encoded where it is."""
+    has_embedding: bool = False
+    """The prompt is embedded here, and the image features are written into it."""
 
     @property
     def layers(self) -> int:
@@ -73,4 +77,5 @@ def chain(profile: ModelProfile) -> Chain:
     atoms = [Atom(tuple(unit for unit in profile.units if place[unit.key] == position)) for position in range(tail + 1)]
     if not atoms[tail].has_head:
         atoms[tail - 1 :] = [Atom(atoms[tail - 1].units + atoms[tail].units)]
-    return Chain(tuple(atom for atom in atoms if atom.units), tuple(constraints))
+    first, *rest = (atom for atom in atoms if atom.units)
+    return Chain((msgspec.structs.replace(first, has_tower=True, has_embedding=True), *rest), tuple(constraints))
