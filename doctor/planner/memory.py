@@ -63,7 +63,8 @@ class StageNeed(msgspec.Struct, frozen=True):
     weights_bytes: int
     kv_cache_bytes: int
     activations_bytes: int
-    """On top of the KV cache. The vision tower runs before the cache exists, so only what exceeds the cache counts."""
+    """On top of the KV cache, the copy of an offloaded module included. The vision tower runs before the cache exists, so
+    only what exceeds the cache counts."""
     fragmentation_bytes: int
     moment: str
     """What happens when the activations are largest."""
@@ -94,7 +95,7 @@ class Work(msgspec.Struct, frozen=True):
     """Prefill of one layer; layers run one after another, so a stage pays it once."""
     head: int
     held: int
-    """Where the prompt is embedded, through all of the prefill: embeddings, pixels, the tower's output and image features."""
+    """Where the prompt is embedded, all through prefill: embeddings, pixels, the tower's output and image features."""
     encode: int
     """The vision tower with its input."""
 
@@ -169,7 +170,8 @@ class Footprint:
         self.images = images
         self.atoms = atoms
         self.offloaded = offloaded
-        self.copy_bytes = max((copied_bytes(unit, profile, workload) for atom in offloaded for unit in atom.units), default=0)
+        guests = [unit for atom in offloaded for unit in atom.units]
+        self.copy_bytes = max((copied_bytes(unit, profile, workload) for unit in guests), default=0)
         """Of weights of an offloaded module, on the first stage while it is in use."""
         self._guest_layers = sum(atom.layers for atom in offloaded)
         self._has_guest_head = any(atom.has_head for atom in offloaded)
@@ -187,6 +189,12 @@ class Footprint:
             self._towers.append(self._towers[-1] + atom.has_tower)
         self._embedding = next((number for number, atom in enumerate(atoms) if atom.has_embedding), -1)
         """Number of the atom where the prompt is embedded; negative where none is."""
+
+    @property
+    def least_bytes(self) -> int:
+        """Weights and KV cache of everything that GPUs hold or execute: what no split can avoid."""
+        layers = self._layers[-1] + self._guest_layers
+        return self._weights[-1] + self.copy_bytes + layers * self.work(self.workload.text_tokens).kv_layer
 
     @property
     def source(self) -> str:
@@ -318,13 +326,15 @@ class Footprint:
         """What the atoms from ``first`` up to, not including, ``end`` need, item by item."""
         executes_guests = not first
         holding = Holding(
-            weights_bytes=self._weights[end] - self._weights[first] + executes_guests * self.copy_bytes,
+            weights_bytes=self._weights[end] - self._weights[first],
             layers=self._layers[end] - self._layers[first] + executes_guests * self._guest_layers,
             has_tower=self._towers[end] > self._towers[first],
             has_embedding=first <= self._embedding < end,
             has_head=self._heads[end] > self._heads[first] or (executes_guests and self._has_guest_head),
         )
         peak = self.need_of(holding, text_tokens)
+        if executes_guests:
+            peak = msgspec.structs.replace(peak, activations_bytes=peak.activations_bytes + self.copy_bytes)
         total = self.needs(text_tokens)(first, end)
         return msgspec.structs.replace(peak, fragmentation_bytes=total - peak.total_bytes)
 

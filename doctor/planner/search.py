@@ -1,19 +1,27 @@
 """Choose a split by the planner's objective, step by step; each step keeps what the earlier ones reached.
 
-1. It fits the workload. 2. Fewest GPUs, at least the policy's. 3. The longest prompt. 4. The largest margin in the tightest
-GPU. 5. The fastest links. 6. The lowest indices.
+1. It fits the workload. 2. What the policy prefers:
+
+- ``balanced``: fewest GPUs, at least the policy's; then the longest prompt; then the largest margin in the tightest GPU;
+  then the fastest links.
+- ``speed``: fewest GPUs; then the fastest links; then the longest prompt; then the largest margin.
+- ``context``: the longest prompt; then fewest GPUs; then the largest margin; then the fastest links.
+
+3. The lowest indices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from ..units import MIB
+from ..workload import Preference
+from .fleet import Fleet, Room
 from .memory import Footprint
-from .order import Rank, Split, even_out, fastest_split
-from .place import Need, largest, rounded, smallest_count
+from .order import Split, even_out, fastest_split
+from .place import Need, largest, smallest_count
 
 MARGIN_STEP = MIB
 """Resolution of the margin: finer than any of the figures it is made of."""
@@ -32,58 +40,77 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 def choose(
-    footprint: Footprint, capacities: Sequence[int], counts: range, most_text_tokens: int, rank: Rank
+    footprint: Footprint, fleet: Fleet, counts: range, most_text_tokens: int, prefer: Preference = "balanced"
 ) -> Choice | None:
     """The best split that fits, or ``None``.
 
     Args:
         footprint: The model and its workload.
-        capacities: Bytes that each GPU can give to it.
+        fleet: The GPUs.
         counts: Numbers of GPUs allowed.
         most_text_tokens: Text tokens beyond which a longer prompt is of no use.
-        rank: Rank of the link between two positions among the capacities.
+        prefer: What counts among the splits that fit.
     """
     atoms = len(footprint.atoms)
     text_tokens = footprint.workload.text_tokens
-    caps = rounded(capacities)
+    coarse = fleet.rounded()
     wanted = footprint.needs(text_tokens)
-    count = smallest_count(atoms, wanted, caps, counts)
+    count = smallest_count(atoms, wanted, coarse, counts)
     if count is None:
         return None
+
+    def holds_on(allowed: range, need: Need) -> bool:
+        return smallest_count(atoms, need, coarse, allowed) is not None
+
+    def longest_prompt(holds: Callable[[Need], bool]) -> int:
+        most = max(text_tokens, most_text_tokens)
+        return largest(text_tokens, most, lambda tokens: holds(footprint.needs(tokens)))
+
+    if prefer == "context":
+        longest = longest_prompt(lambda need: holds_on(counts, need))
+        count = smallest_count(atoms, footprint.needs(longest), coarse, counts)
+        assert count is not None
     exactly = range(count, count + 1)
 
-    def holds_prompt(tokens: int) -> bool:
-        return smallest_count(atoms, footprint.needs(tokens), caps, exactly) is not None
+    total = None
+    if prefer == "speed" and coarse.has_preference:
+        total = _fastest(atoms, wanted, coarse, count)
 
-    longest = largest(text_tokens, max(text_tokens, most_text_tokens), holds_prompt)
+    def holds(need: Need) -> bool:
+        return holds_on(exactly, need) and (total is None or _fastest(atoms, need, coarse, count) <= total)
+
+    if prefer != "context":
+        longest = longest_prompt(holds)
     at_longest = footprint.needs(longest)
 
     def with_margin(steps: int) -> Need:
         return lambda first, end: max(at_longest(first, end), wanted(first, end) + steps * MARGIN_STEP)
 
-    def holds_margin(steps: int) -> bool:
-        return smallest_count(atoms, with_margin(steps), caps, exactly) is not None
-
-    margin = largest(0, _WORST_MARGIN, holds_margin)
-    split = fastest_split(atoms, with_margin(margin), caps, count, rank)
-    split = even_out(split, wanted, caps, lambda candidate: candidate.margin(at_longest, caps) >= 0)
-    return Choice(split, longest, is_rounded=list(capacities) != caps)
+    margin = largest(0, _WORST_MARGIN, lambda steps: holds(with_margin(steps)))
+    split = fastest_split(atoms, with_margin(margin), coarse, count)
+    split = even_out(split, wanted, coarse.rooms, lambda candidate: candidate.margin(at_longest, coarse.rooms) >= 0)
+    return Choice(split, longest, is_rounded=coarse.rooms != fleet.rooms)
 
 
-def closest(footprint: Footprint, capacities: Sequence[int], counts: range, rank: Rank) -> tuple[int, Split] | None:
+def _fastest(atoms: int, need: Need, fleet: Fleet, count: int) -> int:
+    """Sum of the link ranks of the fastest split."""
+    return fleet.total(fastest_split(atoms, need, fleet, count).gpus)
+
+
+def closest(footprint: Footprint, fleet: Fleet, counts: range) -> tuple[int, Split] | None:
     """The largest margin in the tightest GPU that any split has, in bytes, and such a split over the fewest GPUs.
 
     The margin is negative when nothing fits, and exact to :data:`MARGIN_STEP`. ``None`` when no split has as many stages.
     """
     atoms = len(footprint.atoms)
     wanted = footprint.needs(footprint.workload.text_tokens)
-    caps = rounded(capacities)
+    coarse = fleet.rounded()
 
     def with_margin(steps: int) -> Need:
         return lambda first, end: wanted(first, end) + steps * MARGIN_STEP
 
     def count(steps: int) -> int | None:
-        return smallest_count(atoms, with_margin(steps), caps, counts)
+        return smallest_count(atoms, with_margin(steps), coarse, counts)
 
     if count(-_WORST_MARGIN) is None:
         return None
@@ -93,14 +120,14 @@ def closest(footprint: Footprint, capacities: Sequence[int], counts: range, rank
         margin = largest(0, _WORST_MARGIN, lambda steps: count(steps) is not None)
     needed = count(margin)
     assert needed is not None
-    return margin * MARGIN_STEP, fastest_split(atoms, with_margin(margin), caps, needed, rank)
+    return margin * MARGIN_STEP, fastest_split(atoms, with_margin(margin), coarse, needed)
 
 
-def longest_text_tokens(footprint: Footprint, capacities: Sequence[int], split: Split, most_text_tokens: int) -> int | None:
+def longest_text_tokens(footprint: Footprint, rooms: Sequence[Room], split: Split, most_text_tokens: int) -> int | None:
     """Most text tokens of one prompt that a given split can take; ``None`` when the workload itself does not fit."""
     low = footprint.workload.text_tokens
 
     def holds(tokens: int) -> bool:
-        return split.margin(footprint.needs(tokens), capacities) >= 0
+        return split.margin(footprint.needs(tokens), rooms) >= 0
 
     return largest(low, max(low, most_text_tokens), holds) if holds(low) else None

@@ -9,9 +9,9 @@ from ..workload import Policy, Workload
 
 MAX_TOKENS = 10_000_000
 """Longest prompt that is planned for; the longest context of a published model is 10 million tokens (Llama 4 Scout)."""
-_MAX_BATCH = 4_096
-_MAX_IMAGES = 4_096
-_MAX_EDGE = 65_536
+MAX_BATCH = 4_096
+MAX_IMAGES = 4_096
+MAX_EDGE = 65_536
 
 
 def validate_workload(workload: Workload, profile: ModelProfile | None = None) -> None:
@@ -26,11 +26,11 @@ def validate_workload(workload: Workload, profile: ModelProfile | None = None) -
     """
     _between("text_tokens", workload.text_tokens, 0, MAX_TOKENS)
     _between("new_tokens", workload.new_tokens, 0, MAX_TOKENS)
-    _between("batch", workload.batch, 1, _MAX_BATCH)
-    _between("images", workload.images, 0, _MAX_IMAGES)
+    _between("batch", workload.batch, 1, MAX_BATCH)
+    _between("images", workload.images, 0, MAX_IMAGES)
     for name, edge in (("image_height", workload.image_height), ("image_width", workload.image_width)):
         if edge is not None:
-            _between(name, edge, 1, _MAX_EDGE)
+            _between(name, edge, 1, MAX_EDGE)
     if workload.text_tokens + workload.images == 0:
         raise UsageError("The workload has neither text nor images: ask for at least 1 text token or 1 image.")
     if workload.quantization and profile is not None and profile.quantization:
