@@ -28,7 +28,7 @@ _OUTSIDE_NVLINK = 1_000
 """More than any chain of NVLinks adds up to: one hop outside an NVLink island is worse than all hops inside it."""
 _THROUGH_HOST = len(_PATHS)
 """Two copies instead of one, where the driver grants no peer access: worse than the longest direct path."""
-_ASKED_IN_VAIN = (
+_NO_PEER_ACCESS = (
     "chipset_not_supported",
     "gpu_not_supported",
     "topology_not_supported",
@@ -53,7 +53,7 @@ def hop_rank(machine: Machine, a: int, b: int) -> int | None:
     if fault_of_link(machine, a, b) is not None:
         return None
     link = machine.link(a, b)
-    if link is not None and (link.p2p_read in _ASKED_IN_VAIN or link.p2p_write in _ASKED_IN_VAIN):
+    if link is not None and (link.p2p_read in _NO_PEER_ACCESS or link.p2p_write in _NO_PEER_ACCESS):
         return _OUTSIDE_NVLINK + link_rank(Link(a=a, b=b, path=link.path)) + _THROUGH_HOST
     return link_rank(link) + (0 if link is not None and link.nvlinks else _OUTSIDE_NVLINK)
 

@@ -194,9 +194,7 @@ def reasons(problem: Problem, choice: Choice, excluded: Sequence[Exclusion]) -> 
 def _why_so_many(problem: Problem, count: int) -> str:
     policy = problem.policy
     if problem.offloaded:
-        return (
-            f"{_gpus(count)} {'take' if count > 1 else 'takes'} as much of the model as fits; the rest is in host memory."
-        )
+        return f"{_gpus(count)} {'take' if count > 1 else 'takes'} as much of the model as fits; host memory has the rest."
     if count == 1:
         return "One GPU is enough, and a model on one GPU answers fastest."
     if count == policy.min_gpus:

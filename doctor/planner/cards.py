@@ -13,15 +13,15 @@ from .budget import budgets
 from .constraints import can_break_tower, chain
 from .memory import loaded_dtype
 from .place import smallest_count
-from .problem import Problem, ask
+from .problem import Problem
 
 MOST_CARDS = 16
 """Of one kind: two of the largest machines that are sold with eight."""
 MOST_SETS = 5
 """Sets that are named."""
 _BFLOAT16_FROM = (8, 0)
-"""Compute capability with bfloat16, and with flash attention 2. Source: CUDA C++ programming guide, throughput of arithmetic
-instructions; README of flash-attention."""
+"""Compute capability with bfloat16, and with flash attention 2. Source: CUDA C++ programming guide, arithmetic throughput;
+README of flash-attention."""
 
 
 def suggest_gpus(profile: ModelProfile, workload: Workload, policy: Policy, *, most: int = MOST_SETS) -> tuple[GpuSet, ...]:
@@ -47,11 +47,10 @@ def suggest_gpus(profile: ModelProfile, workload: Workload, policy: Policy, *, m
     for spec, card in GPUS.items():
         if not _computes(card, profile, workload):
             continue
-        cards = tuple(_gpu(card, index) for index in range(MOST_CARDS))
-        machine = Machine(origin="synthetic", description=spec, gpus=cards)
-        here = budgets(machine, elsewhere)
-        counts = (_fewest(ask(profile, workload, elsewhere, machine, chain=made, found=here)) for made in chains)
-        count = next((count for count in counts if count is not None), None)
+        machine = Machine(origin="synthetic", description=spec, gpus=(_gpu(card),))
+        cards = budgets(machine, elsewhere).usable * MOST_CARDS
+        alike = (Problem(profile, made, workload, elsewhere, machine, {}, cards) for made in chains)
+        count = next((count for count in map(_fewest, alike) if count is not None), None)
         if count is not None:
             total_bytes = count * card.memory_total_bytes
             name = f"{count}x{spec}" if count > 1 else spec
@@ -70,10 +69,10 @@ def _computes(card: GpuModel, profile: ModelProfile, workload: Workload) -> bool
     return not needs_ampere or card.compute_capability >= _BFLOAT16_FROM
 
 
-def _gpu(card: GpuModel, index: int) -> Gpu:
+def _gpu(card: GpuModel) -> Gpu:
     return Gpu(
-        index=index,
-        uuid=str(index),
+        index=0,
+        uuid="0",
         name=card.name,
         memory_total_bytes=card.memory_total_bytes,
         memory_free_bytes=card.memory_total_bytes - card.memory_reserved_bytes,

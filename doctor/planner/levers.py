@@ -90,9 +90,10 @@ def _proof(problem: Problem) -> str:
     if all(fixed_bytes + work_bytes(count) > sum(roomiest[:count]) for count in problem.counts):
         count = problem.counts[-1]
         together = "this GPU" if len(rooms) == 1 else f"the roomiest {count}" if count < len(rooms) else together
+        work, given = format_gib(work_bytes(count)), format_gib(sum(roomiest[:count]))
         return (
-            f"Weights and KV cache take {format_gib(fixed_bytes)}, the work on them at least "
-            f"{format_gib(work_bytes(count))} on {_gpus(count)}, and {together} can give {format_gib(sum(roomiest[:count]))}."
+            f"Weights and KV cache take {format_gib(fixed_bytes)}, the work on them at least {work} on {_gpus(count)}, "
+            f"and {together} can give {given}."
         )
     largest_bytes = max(need(atom, atom + 1) for atom in atoms)
     if largest_bytes > roomiest[0]:
@@ -142,7 +143,7 @@ def _levers(problem: Problem, empty: Problem, margin_bytes: int) -> Iterator[Lev
     """Single changes that save memory, smallest first; what saves nothing is left out."""
     offers = (
         *_freedoms(problem), *_switches(problem), *_training(problem), *_reductions(problem), *_formats(problem),
-        *_machines(problem, empty),
+        *_host(problem), *_machines(problem, empty),
     )  # fmt: skip
     return _found(offers, margin_bytes)
 
@@ -182,7 +183,7 @@ def levers_that_save(problem: Problem, split: Split) -> tuple[Lever, ...]:
 
 
 def _freedoms(problem: Problem) -> Iterator[_Offer]:
-    """Fewer demands of the user, and host memory where it was not allowed."""
+    """Fewer demands of the user."""
     policy = problem.policy
     for pin in policy.pins:
         rest = tuple(other for other in policy.pins if other != pin)
@@ -194,7 +195,11 @@ def _freedoms(problem: Problem) -> Iterator[_Offer]:
         rest_caps = tuple(cap for cap in policy.max_memory if cap[0] != gpu)
         change = f"allow more than {format_gib(size)} on GPU {gpu} (drop --max-memory {gpu}=...)"
         yield _Offer(change, problem.with_policy(max_memory=rest_caps))
-    if not policy.offload and obstacle(problem) is None:
+
+
+def _host(problem: Problem) -> Iterator[_Offer]:
+    """Host memory where it was not allowed."""
+    if not problem.policy.offload and obstacle(problem) is None:
         candidate = with_offload(problem)
         if candidate is not None:
             yield _Offer("allow the last layers in host memory, much slower (--offload)", candidate)
@@ -221,9 +226,8 @@ def _training(problem: Problem) -> Iterator[_Offer]:
         yield _Offer("gradient checkpointing", problem.changed(training=checkpointed))
     if training.method == "full":
         adapters = msgspec.structs.replace(training, method="lora")
-        yield _Offer(
-            f"train LoRA adapters of rank {training.lora_rank} instead of all weights", problem.changed(training=adapters)
-        )
+        change = f"train LoRA adapters of rank {training.lora_rank} instead of all weights"
+        yield _Offer(change, problem.changed(training=adapters))
     if training.optimizer == "adamw":
         small = msgspec.structs.replace(training, optimizer="adamw_8bit")
         yield _Offer("an optimizer with 8-bit states (adamw_8bit)", problem.changed(training=small))

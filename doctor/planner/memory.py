@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import msgspec
 
@@ -189,6 +190,15 @@ class Footprint:
             self._towers.append(self._towers[-1] + atom.has_tower)
         self._embedding = next((number for number, atom in enumerate(atoms) if atom.has_embedding), -1)
         """Number of the atom where the prompt is embedded; negative where none is."""
+
+    def changed(self, workload: Workload, images: ImageLoad) -> Footprint:
+        """The same parts for another workload; their weights are summed up again only where they change."""
+        same = ("dtype", "quantization", "training")
+        if any(getattr(workload, field) != getattr(self.workload, field) for field in same):
+            return Footprint(self.profile, workload, images, self.atoms, self.offloaded)
+        result = copy(self)
+        result.workload, result.images = workload, images
+        return result
 
     @property
     def least_bytes(self) -> int:

@@ -8,8 +8,6 @@ and their work besides its own, and the host has their weights.
 
 from __future__ import annotations
 
-import msgspec
-
 from ..machine import Gpu
 from ..placement import Offload
 from ..units import GIB, format_gib
@@ -49,7 +47,7 @@ def with_offload(problem: Problem) -> Problem | None:
         return None
     gpus_bytes = sum(max(0, budget.available_bytes) for budget in problem.budgets)
     for count in range(1, _most(problem) + 1):
-        candidate = msgspec.structs.replace(problem, offloaded=count)
+        candidate = problem.with_offloaded(count)
         if room_bytes is not None and _weights_bytes(candidate) > room_bytes:
             return None
         if candidate.footprint.least_bytes <= gpus_bytes and candidate.fits():
@@ -92,7 +90,7 @@ def offloaded(problem: Problem, executing: Gpu) -> Offload | None:
         return None
     weights_bytes, room_bytes = _weights_bytes(problem), _host_room_bytes(problem)
     layers = sum(atom.layers for atom in problem.offloaded_atoms)
-    less = msgspec.structs.replace(problem, offloaded=problem.offloaded - 1).margin_bytes()
+    less = problem.with_offloaded(problem.offloaded - 1).margin_bytes()
     lacking = "" if less is None else f": with one part less in host memory a GPU would lack {format_gib(-less)}"
     head = " and the head" if any(atom.has_head for atom in problem.offloaded_atoms) else ""
     parts = f"the last {layers} layers{head}" if layers > 1 else f"the last layer{head}" if layers else "the head"

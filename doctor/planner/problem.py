@@ -41,6 +41,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     """GPUs that can be used."""
     offloaded: int = 0
     """Atoms at the end of the chain that stay in host memory."""
+    alike: Footprint | None = None
+    """Prices of the same parts for another workload."""
 
     @property
     def atoms(self) -> tuple[Atom, ...]:
@@ -56,6 +58,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     def footprint(self) -> Footprint:
         """Prices of the model for the workload."""
         images = image_load(self.profile, self.workload)
+        if self.alike is not None:
+            return self.alike.changed(self.workload, images)
         return Footprint(self.profile, self.workload, images, self.atoms, self.offloaded_atoms)
 
     @cached_property
@@ -90,7 +94,12 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     def changed(self, **fields: Any) -> Problem:
         """The same question with other fields of the workload."""
-        return msgspec.structs.replace(self, workload=msgspec.structs.replace(self.workload, **fields))
+        workload = msgspec.structs.replace(self.workload, **fields)
+        return msgspec.structs.replace(self, workload=workload, alike=self.footprint)
+
+    def with_offloaded(self, count: int) -> Problem:
+        """The same question with so many atoms in host memory."""
+        return msgspec.structs.replace(self, offloaded=count, alike=None)
 
     def with_policy(self, **fields: Any) -> Problem:
         """The same question with other fields of the policy."""
