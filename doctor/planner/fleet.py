@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -133,6 +133,11 @@ class Fleet:
             fleet = fleet.with_rooms(coarse)
         return fleet
 
+    def only(self, gpus: Collection[int]) -> Fleet:
+        """The same with no room on the other GPUs."""
+        rooms = [room if position in gpus else Room(-1) for position, room in enumerate(self.rooms)]
+        return Fleet(rooms, lambda a, b: self.ranks[a][b] if a in gpus and b in gpus else 0)
+
     def with_rooms(self, rooms: Sequence[Room | int]) -> Fleet:
         """The same links between GPUs with other rooms."""
         return Fleet(rooms, lambda a, b: self.ranks[a][b])
@@ -147,5 +152,4 @@ class Fleet:
         """Make the GPU with the most broken links unusable, and its links of no interest."""
         broken = [sum(rank is None for rank in row) for row in self.ranks]
         worst = broken.index(max(broken))
-        rooms = [Room(-1) if position == worst else room for position, room in enumerate(self.rooms)]
-        return Fleet(rooms, lambda a, b: 0 if worst in (a, b) else self.ranks[a][b])
+        return self.only([position for position in range(len(self.rooms)) if position != worst])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from .fleet import Fleet, Room
-from .place import Need, extend, extents
+from .place import Extents, Need, extend, extents
 
 BEAM_WIDTH = 700
 """Most states kept for each number of stages. Nine GPUs without any symmetry have at most 630 and never meet it."""
@@ -70,6 +70,42 @@ def fastest_split(atoms: int, need: Need, fleet: Fleet, count: int, *, width: in
         # The states that were kept are all dead ends: give up the links rather than the split.
         split = fastest_split(atoms, need, fleet.without_preference, count, width=2**63)
     return msgspec.structs.replace(split, is_exact=is_exact)
+
+
+def any_split(atoms: int, need: Need, fleet: Fleet, count: int) -> Split:
+    """A split over exactly ``count`` GPUs that holds; the same arguments as :func:`fastest_split`, links not compared."""
+    kinds = fleet.kinds_for_room
+    if fleet.has_broken:
+        return fastest_split(atoms, need, fleet.without_preference, count, width=2**63)
+    stages = [extents(atoms, need, fleet.rooms[kind[0]]) for kind in kinds]
+    levels: list[dict[tuple[int, ...], int]] = [{(0,) * len(kinds): 1}]
+    for _ in range(count):
+        grown: dict[tuple[int, ...], int] = {}
+        for used, prefixes in levels[-1].items():
+            for kind, stage in enumerate(stages):
+                if used[kind] < len(kinds[kind]) and (reached := extend(prefixes, stage)):
+                    larger = _changed(used, kind, 1)
+                    grown[larger] = grown.get(larger, 0) | reached
+        levels.append(grown)
+    end = atoms
+    used = next(used for used, prefixes in levels.pop().items() if prefixes >> atoms & 1)
+    gpus: list[int] = []
+    ends: list[int] = []
+    for level in reversed(levels):
+        kind, begins = next(
+            (kind, begins)
+            for kind, members in enumerate(used)
+            if members and (begins := _begins(level.get(_changed(used, kind, -1), 0), stages[kind], end))
+        )
+        gpus.insert(0, kinds[kind][used[kind] - 1])
+        ends.insert(0, end)
+        used, end = _changed(used, kind, -1), begins.bit_length() - 1
+    return Split(tuple(gpus), tuple(ends))
+
+
+def _begins(prefixes: int, stage: Extents, end: int) -> int:
+    """Prefixes from which one more stage reaches ``end``, as bits."""
+    return prefixes & sum(1 << first for first in range(end) if stage.ends[first] >= end)
 
 
 class _Search:
@@ -162,7 +198,9 @@ def _changed(used: tuple[int, ...], kind: int, by: int) -> tuple[int, ...]:
     return (*used[:kind], used[kind] + by, *used[kind + 1 :])
 
 
-def even_out(split: Split, need: Need, rooms: Sequence[Room], is_allowed: Callable[[Split], bool]) -> Split:
+def even_out(
+    split: Split, need: Need, rooms: Sequence[Room], is_allowed: Callable[[Split], bool] = lambda _: True
+) -> Split:
     """Move borders by single atoms while that leaves more in the tighter of the two stages that they part.
 
     The search settles only the tightest GPU of all; this settles the others.

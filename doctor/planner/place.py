@@ -9,7 +9,7 @@ GPU. Nothing here knows about models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .fleet import Fleet, Room
@@ -27,13 +27,14 @@ class Extents(NamedTuple):
     """Atoms that fit on their own, as bits."""
 
 
-def extents(atoms: int, need: Need, room: Room) -> Extents:
+def extents(atoms: int, need: Need, room: Room, slack_bytes: int = 0) -> Extents:
     """How far stages on a GPU reach, in one sweep: an end never falls when the first atom moves on."""
     ends = []
+    barred, capacity_bytes = room.barred, room.capacity_bytes - slack_bytes
     begins = end = 0
     for first in range(atoms):
         end = max(end, first)
-        while end < atoms and not room.barred >> end & 1 and need(first, end + 1) <= room.capacity_bytes:
+        while end < atoms and not barred >> end & 1 and need(first, end + 1) <= capacity_bytes:
             end += 1
         ends.append(end)
         if end > first:
@@ -57,14 +58,56 @@ def extend(prefixes: int, stage: Extents) -> int:
     return reached
 
 
-def smallest_count(atoms: int, need: Need, fleet: Fleet, counts: range) -> int | None:
-    """Fewest GPUs, among the counts allowed, that can hold all atoms with each of them in use; ``None`` when none can."""
+def smallest_count(atoms: int, need: Need, fleet: Fleet, counts: range, *, slack_bytes: int = 0) -> int | None:
+    """Fewest GPUs, among the counts allowed, that can hold all atoms with each of them in use; ``None`` when none can.
+
+    Args:
+        atoms: Length of the chain.
+        need: Bytes of a run of atoms.
+        fleet: The GPUs.
+        counts: Numbers of GPUs allowed.
+        slack_bytes: What each GPU has to keep beside; negative gives it more than it has.
+    """
     kinds = fleet.kinds_for_room
-    tables = [extents(atoms, need, fleet.rooms[kind[0]]) for kind in kinds]
-    followers = fleet.followers
+    tables = [extents(atoms, need, fleet.rooms[kind[0]], slack_bytes) for kind in kinds]
+    useful = [number for number, table in enumerate(tables) if table.begins]
+    everything = (1 << atoms) - 1
     radix = [1]
     for members in kinds:
         radix.append(radix[-1] * (len(members) + 1))
+    if not fleet.has_broken and all(tables[number].begins == everything for number in useful):
+        ends = [(radix[number], len(kinds[number]) + 1, tables[number].ends) for number in useful]
+        return _count_by_longest(atoms, ends, counts)
+    return _count_by_prefixes(atoms, fleet, tables, radix, counts)
+
+
+def _count_by_longest(atoms: int, kinds: Sequence[tuple[int, int, list[int]]], counts: range) -> int | None:
+    """The same where every atom fits on every GPU, so that a set holds all prefixes up to its longest.
+
+    Args:
+        atoms: Length of the chain.
+        kinds: Radix, members and one, and ends of each kind of GPU.
+        counts: Numbers of GPUs allowed.
+    """
+    sets = {0: 0}
+    for count in range(1, min(counts.stop, atoms + 1)):
+        grown: dict[int, int] = {}
+        for used, longest in sets.items():
+            first = min(longest, atoms - 1)
+            for radix, base, ends in kinds:
+                if used // radix % base < base - 1 and grown.get(used + radix, 0) < ends[first]:
+                    grown[used + radix] = ends[first]
+        if count in counts and atoms in grown.values():
+            return count
+        sets = grown
+    return None
+
+
+def _count_by_prefixes(
+    atoms: int, fleet: Fleet, tables: Sequence[Extents], radix: Sequence[int], counts: range
+) -> int | None:
+    """The same with all prefixes of each set, and with its last GPU where some GPUs must not be neighbors."""
+    kinds, followers, has_broken = fleet.kinds_for_room, fleet.followers, fleet.has_broken
     states = {(0, -1): 1}
     for count in range(1, counts.stop):
         grown: dict[tuple[int, int], int] = {}
@@ -73,7 +116,7 @@ def smallest_count(atoms: int, need: Need, fleet: Fleet, counts: range) -> int |
                 if used // radix[kind] % (len(kinds[kind]) + 1) < len(kinds[kind]):
                     reached = extend(prefixes, tables[kind])
                     if reached:
-                        larger = used + radix[kind], kind if fleet.has_broken else -1
+                        larger = used + radix[kind], kind if has_broken else -1
                         grown[larger] = grown.get(larger, 0) | reached
         if count in counts and any(prefixes >> atoms & 1 for prefixes in grown.values()):
             return count

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -20,7 +20,7 @@ from ..units import MIB
 from ..workload import Preference
 from .fleet import Fleet, Room
 from .memory import Footprint
-from .order import Split, even_out, fastest_split
+from .order import Split, any_split, even_out, fastest_split
 from .place import Need, largest, smallest_count
 
 MARGIN_STEP = MIB
@@ -53,48 +53,55 @@ def choose(
     """
     atoms = len(footprint.atoms)
     text_tokens = footprint.workload.text_tokens
+    most = max(text_tokens, most_text_tokens)
     coarse = fleet.rounded()
+    rooms = coarse.rooms
     wanted = footprint.needs(text_tokens)
     count = smallest_count(atoms, wanted, coarse, counts)
     if count is None:
         return None
-
-    def holds_on(allowed: range, need: Need) -> bool:
-        return smallest_count(atoms, need, coarse, allowed) is not None
-
-    def longest_prompt(holds: Callable[[Need], bool]) -> int:
-        most = max(text_tokens, most_text_tokens)
-        return largest(text_tokens, most, lambda tokens: holds(footprint.needs(tokens)))
-
-    if prefer == "context":
-        longest = longest_prompt(lambda need: holds_on(counts, need))
-        count = smallest_count(atoms, footprint.needs(longest), coarse, counts)
-        assert count is not None
-    exactly = range(count, count + 1)
-
+    # A good split to begin with makes both searches short: they start from what it reaches.
+    start = _evened(atoms, wanted, wanted, coarse, count)
     total = None
     if prefer == "speed" and coarse.has_preference:
-        total = _fastest(atoms, wanted, coarse, count)
+        start = even_out(fastest_split(atoms, wanted, coarse, count), wanted, rooms)
+        if not start.is_exact:
+            coarse = coarse.only(start.gpus)
+            start = even_out(fastest_split(atoms, wanted, coarse, count), wanted, rooms)
+        total = coarse.total(start.gpus) if start.is_exact else None
+    reached = longest_text_tokens(footprint, rooms, start, most)
+    assert reached is not None
+    if prefer == "context":
+        longest = largest(
+            reached, most, lambda tokens: smallest_count(atoms, footprint.needs(tokens), coarse, counts) is not None
+        )
+        count = smallest_count(atoms, footprint.needs(longest), coarse, counts)
+        assert count is not None
 
     def holds(need: Need) -> bool:
-        return holds_on(exactly, need) and (total is None or _fastest(atoms, need, coarse, count) <= total)
+        if smallest_count(atoms, need, coarse, range(count, count + 1)) is None:
+            return False
+        return total is None or coarse.total(fastest_split(atoms, need, coarse, count).gpus) <= total
 
     if prefer != "context":
-        longest = longest_prompt(holds)
+        longest = largest(reached, most, lambda tokens: holds(footprint.needs(tokens)))
     at_longest = footprint.needs(longest)
 
     def with_margin(steps: int) -> Need:
         return lambda first, end: max(at_longest(first, end), wanted(first, end) + steps * MARGIN_STEP)
 
-    margin = largest(0, _WORST_MARGIN, lambda steps: holds(with_margin(steps)))
+    if longest > reached:
+        start = _evened(atoms, at_longest, wanted, coarse, count)
+    margin = largest(start.margin(wanted, rooms) // MARGIN_STEP, _WORST_MARGIN, lambda steps: holds(with_margin(steps)))
     split = fastest_split(atoms, with_margin(margin), coarse, count)
-    split = even_out(split, wanted, coarse.rooms, lambda candidate: candidate.margin(at_longest, coarse.rooms) >= 0)
-    return Choice(split, longest, is_rounded=coarse.rooms != fleet.rooms)
+    split = even_out(split, wanted, rooms, lambda candidate: candidate.margin(at_longest, rooms) >= 0)
+    return Choice(split, longest, is_rounded=rooms != fleet.rooms)
 
 
-def _fastest(atoms: int, need: Need, fleet: Fleet, count: int) -> int:
-    """Sum of the link ranks of the fastest split."""
-    return fleet.total(fastest_split(atoms, need, fleet, count).gpus)
+def _evened(atoms: int, need: Need, wanted: Need, fleet: Fleet, count: int) -> Split:
+    """A split that holds ``need``, its borders moved to where its stages have the most room for ``wanted``."""
+    split = any_split(atoms, need, fleet, count)
+    return even_out(split, wanted, fleet.rooms, lambda candidate: candidate.margin(need, fleet.rooms) >= 0)
 
 
 def closest(footprint: Footprint, fleet: Fleet, counts: range) -> tuple[int, Split] | None:
@@ -109,15 +116,16 @@ def closest(footprint: Footprint, fleet: Fleet, counts: range) -> tuple[int, Spl
     def with_margin(steps: int) -> Need:
         return lambda first, end: wanted(first, end) + steps * MARGIN_STEP
 
-    def count(steps: int) -> int | None:
-        return smallest_count(atoms, with_margin(steps), coarse, counts)
+    def count(steps: int, allowed: range = counts) -> int | None:
+        return smallest_count(atoms, wanted, coarse, allowed, slack_bytes=steps * MARGIN_STEP)
 
-    if count(-_WORST_MARGIN) is None:
+    possible = next((n for n in reversed(counts) if count(-_WORST_MARGIN, range(n, n + 1)) is not None), None)
+    if possible is None:
         return None
-    if count(0) is None:
-        margin = -1 - largest(0, _WORST_MARGIN, lambda steps: count(-steps) is None)
-    else:
-        margin = largest(0, _WORST_MARGIN, lambda steps: count(steps) is not None)
+    start = _evened(atoms, with_margin(-_WORST_MARGIN), wanted, coarse, possible)
+    margin = largest(
+        start.margin(wanted, coarse.rooms) // MARGIN_STEP, _WORST_MARGIN, lambda steps: count(steps) is not None
+    )
     needed = count(margin)
     assert needed is not None
     return margin * MARGIN_STEP, fastest_split(atoms, with_margin(margin), coarse, needed)
