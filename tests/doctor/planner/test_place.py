@@ -28,7 +28,9 @@ def priced(weights: Sequence[int], anchor: int, peak: int) -> Need:
 
 
 def best_by_force(atoms: int, need: Need, capacities: Sequence[int], count: int) -> list[Split]:
-    return [split for split in all_splits(atoms, len(capacities), count) if split.margin(need, Fleet(capacities).rooms) >= 0]
+    return [
+        split for split in all_splits(atoms, len(capacities), count) if split.margin(need, Fleet(capacities).rooms) >= 0
+    ]
 
 
 instances = st.tuples(
@@ -88,7 +90,7 @@ def test_evening_out_keeps_a_split_valid_and_never_lowers_its_margin(
     for count in range(1, len(capacities) + 1):
         rooms = Fleet(capacities).rooms
         for split in best_by_force(atoms, need, capacities, count)[:3]:
-            evened = even_out(split, need, rooms, lambda candidate: candidate.margin(need, rooms) >= 0)
+            evened = even_out(split, need, rooms)
             assert evened.gpus == split.gpus
             assert evened.margin(need, rooms) >= split.margin(need, rooms)
 
