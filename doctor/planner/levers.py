@@ -287,8 +287,11 @@ def _machines(problem: Problem, empty: Problem) -> Iterator[_Offer]:
         roomiest = max(empty.budgets, key=lambda budget: budget.available_bytes)
         policy = msgspec.structs.replace(problem.policy, max_gpus=None)
 
+        # A number of its own: what is pinned to the roomiest GPU is not pinned to others of its kind.
+        another = msgspec.structs.replace(roomiest, gpu=msgspec.structs.replace(roomiest.gpu, index=-1))
+
         def grown(count: int) -> Problem:
-            return msgspec.structs.replace(problem, budgets=(*problem.budgets, *[roomiest] * count), policy=policy)
+            return msgspec.structs.replace(problem, budgets=(*problem.budgets, *[another] * count), policy=policy)
 
         count = next((count for count in range(1, MOST_MORE_GPUS + 1) if grown(count).fits()), 1)
         more = "one more GPU" if count == 1 else f"{count} more GPUs"

@@ -195,7 +195,7 @@ class Footprint:
         """The same parts for another workload; their weights are summed up again only where they change."""
         same = ("dtype", "quantization", "training")
         if any(getattr(workload, field) != getattr(self.workload, field) for field in same):
-            return Footprint(self.profile, workload, images, self.atoms, self.offloaded)
+            return type(self)(self.profile, workload, images, self.atoms, self.offloaded)
         result = copy(self)
         result.workload, result.images = workload, images
         return result
