@@ -204,7 +204,7 @@ def _why_so_many(problem: Problem, count: int) -> str:
     if margin_bytes is None:
         return f"{count} GPUs are needed: {fewer} cannot follow the pins or avoid the broken links."
     if margin_bytes >= 0:
-        return f"{count} GPUs because the policy prefers context: {fewer} would do for this workload, but no longer prompt."
+        return f"{count} GPUs because the policy prefers context: {fewer} would do, but not for so long a prompt."
     return f"{count} GPUs are needed: {fewer} would lack {format_gib(-margin_bytes)}."
 
 

@@ -197,6 +197,13 @@ def test_a_fault_of_one_gpu_is_no_permanent_fact_of_the_machine() -> None:
     assert shortage(plan(glm41v_9b(), machine([16]))).is_permanent
 
 
+def test_an_allocator_that_expands_already_is_not_offered() -> None:
+    for allocator in ("native", "expandable"):
+        short = shortage(plan(glm41v_9b(), machine([16]), Workload(allocator=allocator)))
+        offered = [lever for lever in short.levers if "expandable_segments" in lever.change]
+        assert not (offered and allocator == "expandable")
+
+
 def test_the_most_absurd_workload_still_gets_an_answer() -> None:
     absurd = Workload(text_tokens=10_000_000, new_tokens=10_000_000, batch=4096, images=4096, attention="eager")
     short = shortage(plan(glm41v_9b(), machine([24, 24]), absurd))
@@ -242,6 +249,18 @@ def test_what_the_user_forbids_is_offered_to_be_allowed() -> None:
     ]
     assert plan(glm41v_9b(), there, policy=msgspec.structs.replace(policy, max_memory=())).fits
     assert plan(glm41v_9b(), there, policy=msgspec.structs.replace(policy, exclude=(2,))).fits
+
+
+def test_a_machine_whose_every_gpu_is_forbidden_or_lost_offers_the_forbidden() -> None:
+    there = machine([24, 24, 2])
+    lost = (msgspec.structs.replace(there.gpus[0], error="GPU is lost"), *there.gpus[1:])
+    short = shortage(plan(glm41v_9b(), msgspec.structs.replace(there, gpus=lost), policy=Policy(exclude=(1, 2))))
+    # GPU 2 is too small on its own, so only GPU 1 is worth a word.
+    assert [lever.change for lever in short.levers] == ["use GPU 1 too (drop it from --exclude)"]
+    short = shortage(
+        plan(glm41v_9b(), machine([24, 24]), Workload(allocator="expandable"), Policy(min_gpus=3, exclude=(1,)))
+    )
+    assert short.levers == ()
 
 
 def test_host_memory_is_offered_last_of_what_the_machine_has() -> None:
