@@ -247,7 +247,7 @@ def _training(options: argparse.Namespace) -> Training | None:
             ("--lora-rank", options.lora_rank),
             ("--no-gradient-checkpointing", options.no_gradient_checkpointing),
         ):
-            if value not in (None, False):
+            if value is not None and value is not False:
                 raise UsageError(f"{name} is about training: add --training lora or --training full.")
         return None
     if options.training == "full" and options.lora_rank is not None:

@@ -214,7 +214,7 @@ def _why_so_many(problem: Problem, count: int) -> str:
     if margin_bytes is None:
         return f"{count} GPUs are needed: {fewer} cannot follow the pins or avoid the broken links."
     if margin_bytes >= 0:
-        return f"{count} GPUs because the policy prefers context: {fewer} would do for this workload, but no longer prompt."
+        return f"{count} GPUs because the policy prefers context: {fewer} would do, but not for so long a prompt."
     return f"{count} GPUs are needed: {fewer} would lack {format_gib(-margin_bytes)}."
 
 
@@ -251,6 +251,10 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
             result.append(f"Prompt and answer take {needed:,} tokens, more than the {positions:,} positions of the model.")
         elif choice and choice.text_tokens >= problem.most_text_tokens:
             result.append(f"The longest prompt is set by the model's {positions:,} positions, not by memory.")
+    if choice and problem.offloaded and not problem.knows_host_memory:
+        result.append(
+            "How much host memory is available is not known, so whether the offloaded layers fit there is not either."
+        )
     if choice and choice.is_rounded:
         result.append("So many GPUs differ in free memory that it was rounded down to make the search quick.")
     if choice and not choice.split.is_exact:

@@ -84,6 +84,11 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         return Fleet(rooms, lambda a, b: self.hops.get((indices[a], indices[b]), _UNKNOWN_HOP))
 
     @property
+    def knows_host_memory(self) -> bool:
+        """Whether it is known what the host can take."""
+        return self.machine.host is not None and self.machine.host.memory_available_bytes is not None
+
+    @property
     def counts(self) -> range:
         """Numbers of stages that are allowed and possible; empty when the policy asks for more than there can be."""
         most = min(len(self.budgets), len(self.atoms), self.policy.max_gpus or len(self.budgets))
