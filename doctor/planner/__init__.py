@@ -10,11 +10,24 @@
 - ``place``, ``order``, ``search``: the split.
 - ``account``: its ledger, cuts and reasons.
 - ``levers``: what would help when nothing fits.
+
+``map_check`` asks the other way round: what becomes of a map that somebody wrote.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from .planning import plan
 from .validate import validate_policy, validate_workload
 
-__all__ = ["plan", "validate_policy", "validate_workload"]
+__all__ = ["check_map", "plan", "validate_policy", "validate_workload"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late: a plan has no use for it.
+    if name != "check_map":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .map_check import check_map
+
+    return check_map

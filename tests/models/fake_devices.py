@@ -15,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 _MOVES = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
+_LOOKS_ONLY = (torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as)
+"""They take the shape of their second tensor, wherever it is."""
 _NO_RESULT = (torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__, torch.Tensor.__repr__, torch.Tensor.data_ptr)
 
 
@@ -60,7 +62,8 @@ class FakeDevices(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             if func in _MOVES:
                 return self._move(func, args, kwargs)
-            places = {place_of(tensor) for tensor in tree_iter((args, kwargs)) if _counts(tensor)}
+            tensors = args[:1] if func in _LOOKS_ONLY else (args, kwargs)
+            places = {place_of(tensor) for tensor in tree_iter(tensors) if _counts(tensor)}
             if len(places) > 1 and func not in (torch.Tensor.copy_, torch.Tensor.data.__set__):
                 found = ", ".join(sorted(map(str, places)))
                 raise RuntimeError(
