@@ -14,8 +14,8 @@ from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
 from .finding_text import write_findings, write_tally, write_unknowns
 from .look import Look
 from .machine_text import write_machine, write_torch
-from .page import Page
 from .map_text import write_map_check
+from .page import Page
 from .plan_text import write_levers, write_plan, write_snippet, write_suggestion
 
 EXAMPLE_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
