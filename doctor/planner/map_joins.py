@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from ..data.joins import JOINS, LOGITS_MOVED, Join
+from ..data.joins import JOINS, LOGITS_MOVED, TOWER_ENTRY, TOWER_TABLES, Join
 from ..findings import Finding, Severity
 from .map_devices import shown
 from .map_layout import Device, Layout
@@ -16,6 +16,7 @@ def about_joins(question: Question, layout: Layout) -> Iterator[Finding]:
     """VLM615, VLM616, VLM621 and VLM623."""
     yield from parted_joins(question, layout)
     yield from parted_parameters(question, layout)
+    yield from parted_positions(question, layout)
     yield from parted_ties(question, layout)
     yield from parted_logits(question, layout)
     yield from hops(question, layout)
@@ -75,6 +76,39 @@ def parted_parameters(question: Question, layout: Layout) -> Iterator[Finding]:
                     seen=[(name, layout.device_map[name])] if name in layout.device_map else (),
                     devices=there | around,
                 )
+
+
+def entry_of_broken_tower(question: Question, layout: Layout) -> tuple[str, str] | None:
+    """The tower that takes positions and has no key of its own, and its part that meets them."""
+    entry = TOWER_ENTRY.get(question.profile.model_type)
+    for unit in question.profile.units:
+        if entry and unit.role == "vision" and layout.dispatches and not layout.is_hooked(unit.key):
+            return unit.key, f"{unit.key}.{entry}"
+    return None
+
+
+def parted_positions(question: Question, layout: Layout) -> Iterator[Finding]:
+    """A tower in parts whose first are not where the inputs are."""
+    broken = entry_of_broken_tower(question, layout)
+    if broken is None:
+        return
+    tower, entry = broken
+    table = f"{tower}.{TOWER_TABLES.get(question.profile.model_type, '')}"
+    if layout.runs_on(entry) == {layout.main} and not layout.is_hooked(table):
+        entry = table
+    there = layout.runs_on(entry)
+    if there and there != {layout.main}:
+        yield finding(
+            question,
+            "VLM615",
+            "error",
+            f"{tower} is in parts, and {entry} is on {listed(sorted(map(shown, there)))} while the positions of the "
+            f"patches stay with the inputs on {shown(layout.main)}: the first image says {mismatch(there | {layout.main})}",
+            cause="Only a tower with a key of its own has a hook that moves all its inputs.",
+            fix=f"Put {entry} on {shown(layout.main)}, or give the tower one key.",
+            seen=[(entry, layout.device_map[entry])] if entry in layout.device_map else (),
+            devices=there | {layout.main},
+        )
 
 
 def parted_ties(question: Question, layout: Layout) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..data.families import ROTARY
-from ..data.joins import ROTARY_NOT_MOVED
+from ..data.joins import ROTARY_NOT_MOVED, TOWER_ENTRY, TOWER_ROTARY
 from ..findings import Finding, Severity
 from ..units import format_gib
 from .map_devices import shown
@@ -23,6 +23,7 @@ def about_keys(question: Question, layout: Layout) -> Iterator[Finding]:
     """All findings about keys."""
     yield from unknown_modules(question, layout)
     yield from missing_modules(question, layout)
+    yield from missing_tower_rotary(question, layout)
     yield from nested_keys(question, layout)
     yield from prefix_traps(question, layout)
 
@@ -86,6 +87,25 @@ def missing_modules(question: Question, layout: Layout) -> Iterator[Finding]:
                 f"The map gives no device to {key}, whose buffers then stay on the CPU.",
                 cause=cause,
                 fix=f"Add {key!r}, with the device of the embedding.",
+            )
+
+
+def missing_tower_rotary(question: Question, layout: Layout) -> Iterator[Finding]:
+    """VLM611 for the positions of a tower in parts, which hold no weights and are easily forgotten."""
+    release = question.release
+    if question.profile.model_type not in TOWER_ENTRY or not layout.dispatches or (release and release >= _FIRST_5):
+        return
+    for unit in question.profile.units:
+        key = f"{unit.key}.{TOWER_ROTARY}"
+        if unit.role == "vision" and not layout.is_hooked(unit.key) and key not in layout.device_map:
+            yield finding(
+                question,
+                "VLM611",
+                "warning" if release is None else "error",
+                f"{unit.key} is in parts, and the map gives no device to {key}, whose buffer then stays on the CPU.",
+                cause='transformers 4.57 uses it where it is: "Expected all tensors to be on the same device, but found at '
+                'least two devices, cpu and cuda:0!"; 5.x moves it.',
+                fix=f"Add {key!r}, with the device of the inputs.",
             )
 
 

@@ -25,12 +25,16 @@ class Piece(msgspec.Struct, frozen=True):
     """True for one of a list of repeated blocks, which add what goes in to what comes out."""
 
 
+_EARLY = ("embed", "patch", "pre_", "post_conv")
+"""Parts of names of what runs before the blocks of a tower: CLIP's ``pre_layrnorm``, GLM-4.1V's ``post_conv_layernorm``."""
+
+
 def _when(piece: Piece) -> tuple[int, int]:
     """When a piece of a tower runs, as far as names tell: embeddings, blocks by number, the rest."""
     last = piece.key.rpartition(".")[2]
     if piece.is_block:
         return 1, int(last)
-    return (0 if "embed" in last or "patch" in last else 2), 0
+    return (0 if any(word in last for word in _EARLY) else 2), 0
 
 
 class Anatomy:

@@ -17,6 +17,10 @@ from torch.utils._pytree import tree_iter, tree_map
 _MOVES = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
 _LOOKS_ONLY = (torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as)
 """They take the shape of their second tensor, wherever it is."""
+_INDEXED = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+"""Their indices may be on the CPU."""
+_BETWEEN = (torch.Tensor.copy_, torch.Tensor.data.__set__, torch._has_compatible_shallow_copy_type)
+"""They may have tensors of two devices."""
 _NO_RESULT = (torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__, torch.Tensor.__repr__, torch.Tensor.data_ptr)
 
 
@@ -59,12 +63,16 @@ class FakeDevices(TorchFunctionMode):
             return place_of(args[0])
         if func == torch.Tensor.is_cuda.__get__:
             return place_of(args[0]).type == "cuda"
+        if func == torch.Tensor.data.__set__:
+            args[0].place = place_of(args[1])
         with torch._C.DisableTorchFunction():
             if func in _MOVES:
                 return self._move(func, args, kwargs)
             tensors = args[:1] if func in _LOOKS_ONLY else (args, kwargs)
             places = {place_of(tensor) for tensor in tree_iter(tensors) if _counts(tensor)}
-            if len(places) > 1 and func not in (torch.Tensor.copy_, torch.Tensor.data.__set__):
+            if func in _INDEXED:
+                places -= {torch.device("cpu")} - {place_of(args[0])}
+            if len(places) > 1 and func not in _BETWEEN:
                 found = ", ".join(sorted(map(str, places)))
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but found at least two devices, {found}!"
