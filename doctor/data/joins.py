@@ -76,7 +76,7 @@ TOWER_ENTRY: Mapping[str, str] = {
     "glm4v_moe": "post_conv_layernorm",
 }
 """Families whose tower takes positions beside pixels: the part whose result they are combined with. Once the tower has no
-key of its own, nothing moves the positions from the device of the inputs. Found by running tiny models part by part on two
+key of its own, only a key of its rotary module brings the two together. Found by running tiny models part by part on two
 devices with 4.57.6 and 5.23 (``tests/models/test_map_truth.py``)."""
 
 TOWER_TABLES: Mapping[str, str] = {"glm4v": "embeddings", "glm4v_moe": "embeddings"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from ..data.joins import JOINS, LOGITS_MOVED, TOWER_ENTRY, TOWER_TABLES, Join
+from ..data.joins import JOINS, LOGITS_MOVED, TOWER_ENTRY, TOWER_ROTARY, TOWER_TABLES, Join
 from ..findings import Finding, Severity
 from .map_devices import shown
 from .map_layout import Device, Layout
@@ -93,9 +93,12 @@ def parted_positions(question: Question, layout: Layout) -> Iterator[Finding]:
     if broken is None:
         return
     tower, entry = broken
-    table = f"{tower}.{TOWER_TABLES.get(question.profile.model_type, '')}"
-    if layout.runs_on(entry) == {layout.main} and not layout.is_hooked(table):
+    table = f"{tower}.{TOWER_TABLES.get(question.profile.model_type, 'no table')}"
+    if layout.is_hooked(f"{tower}.{TOWER_ROTARY}") or layout.runs_on(entry) == {layout.main}:
+        # The hook of the rotary module brings hidden states and positions together.
         entry = table
+    if entry == table and layout.is_hooked(table):
+        return
     there = layout.runs_on(entry)
     if there and there != {layout.main}:
         yield finding(
@@ -105,7 +108,7 @@ def parted_positions(question: Question, layout: Layout) -> Iterator[Finding]:
             f"{tower} is in parts, and {entry} is on {listed(sorted(map(shown, there)))} while the positions of the "
             f"patches stay with the inputs on {shown(layout.main)}: the first image says {mismatch(there | {layout.main})}",
             cause="Only a tower with a key of its own has a hook that moves all its inputs.",
-            fix=f"Put {entry} on {shown(layout.main)}, or give the tower one key.",
+            fix=f"Add '{tower}.{TOWER_ROTARY}' to the map, give the tower one key, or put {entry} on {shown(layout.main)}.",
             seen=[(entry, layout.device_map[entry])] if entry in layout.device_map else (),
             devices=there | {layout.main},
         )

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import msgspec
 
+from ..data.joins import TOWER_ENTRY, TOWER_ROTARY
 from ..model import ModelProfile, Unit
 from ..workload import Workload
 from .map_names import ROOT, Names, prefixes
@@ -48,7 +49,9 @@ class Anatomy:
         self.elements = {name: elements for name, (_, elements) in profile.tensors.items()}
         if not self.elements:
             self.elements = {leaf.key: leaf.elements for leaf in leaves if leaf.elements}
-        self.names = Names(self.elements, [leaf.key for leaf in (*profile.units, *leaves)])
+        towers = [unit.key for unit in profile.units if unit.role == "vision" and profile.model_type in TOWER_ENTRY]
+        known = [leaf.key for leaf in (*profile.units, *leaves)] + [f"{tower}.{TOWER_ROTARY}" for tower in towers]
+        self.names = Names(self.elements, known)
         self.units = {unit.key: unit for unit in profile.units}
         self._bytes = {unit.key: unit_bytes(unit, profile, workload) for unit in profile.units}
 

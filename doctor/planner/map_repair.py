@@ -9,7 +9,7 @@ from ..placement import Plan
 from .constraints import chain
 from .image_tokens import image_load
 from .map_devices import OFF_GPU, main_device, shown
-from .map_joins import broken_joins, entry_of_broken_tower
+from .map_joins import broken_joins
 from .map_layout import Device, Layout
 from .map_pieces import Anatomy, Piece
 from .map_question import Question, listed
@@ -82,10 +82,6 @@ def _join(question: Question, layout: Layout, place: Place) -> None:
         together.append((first, *ends, *layers[-1:]))
     for group in together:
         place.update(dict.fromkeys(group, place[group[0]]))
-    broken = entry_of_broken_tower(question, layout)
-    if broken is not None:
-        # It goes where the inputs are, which the positions never leave.
-        place[broken[1]] = main_device(place.values())
     if first is not None:
         weightless = [unit.key for unit in profile.units if not unit.elements and unit.role == "other"]
         place.update({key: place[first] for key in weightless if key not in layout.device_of})

@@ -91,9 +91,10 @@ class FakeDevices(TorchFunctionMode):
 
     def _move(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
         tensor, *rest = args
-        device, dtype, _, _ = torch._C._nn._parse_to(*[item for item in rest if not isinstance(item, torch.Tensor)], **{
-            key: value for key, value in kwargs.items() if key in ("device", "dtype")
-        })
+        device, dtype, _, _ = torch._C._nn._parse_to(
+            *[item for item in rest if not isinstance(item, torch.Tensor)],
+            **{key: value for key, value in kwargs.items() if key in ("device", "dtype")},
+        )
         other = next((item for item in rest if isinstance(item, torch.Tensor)), None)
         if other is not None:
             device, dtype = place_of(other), other.dtype

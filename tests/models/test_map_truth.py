@@ -1,32 +1,38 @@
-"""What check_map says of a map against what happens: tiny models under accelerate's real hooks, on GPUs that are not there."""
+"""What check_map says of a map against what happens: tiny models under accelerate's hooks, on GPUs that are not there."""
 
 from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 
-from vlm_doctor import Workload, load_machine, load_profile
+from vlm_doctor import Policy, Workload, load_machine, load_profile, plan
 from vlm_doctor.device_map import MapCheck
 from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.planner.map_check import check_map
 from vlm_doctor.planner.map_devices import main_device
+from vlm_doctor.planner.map_names import loaded_by
 
 if TYPE_CHECKING:
     from vlm_doctor.model import ModelProfile
 
-pytestmark = pytest.mark.models
+pytestmark = [
+    pytest.mark.models,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
 import transformers  # noqa: E402
-from accelerate import dispatch_model  # noqa: E402
+from accelerate import dispatch_model, infer_auto_device_map  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
 from pytest_vlmgpu.processors import load_processor, prompt_text  # noqa: E402
@@ -35,6 +41,12 @@ from pytest_vlmgpu.testing import TINY_FAMILIES, tiny_image  # noqa: E402
 
 from .fake_devices import FakeDevices  # noqa: E402
 
+try:
+    from transformers.integrations.accelerate import expand_device_map
+except ImportError:
+    from transformers.modeling_utils import expand_device_map
+
+IS_OLD = transformers.__version__.startswith("4.")
 Map = dict[str, int | str]
 DEVICES = 3
 
@@ -59,10 +71,8 @@ class Subject:
             with FakeDevices():
                 places = {key: torch.device("cuda", device) for key, device in device_map.items()}
                 first = torch.device("cuda", main_device(device_map.values()))
-                if len(set(places.values())) > 1:
-                    dispatch_model(model, places, main_device=first, skip_keys=model._skip_keys_device_placement)
-                else:
-                    model.to(first)
+                skip = model._skip_keys_device_placement
+                dispatch_model(model, places, main_device=first, skip_keys=skip, force_hooks=True)
                 inputs = {name: tensor.to(first) for name, tensor in self.inputs.items()}
                 return model(**inputs).logits.as_subclass(torch.Tensor)
 
@@ -96,9 +106,7 @@ def unit_map(subject: Subject, choose: Callable[[str], int]) -> Map:
 def random_map(subject: Subject, dice: random.Random) -> Map:
     """A map with the faults that people make: blocks in parts, keys in keys, bits of towers."""
     borders = sorted(dice.choices(range(len(subject.profile.units) + 1), k=DEVICES - 1))
-    device_map: Map = {
-        unit.key: sum(at >= border for border in borders) for at, unit in enumerate(subject.profile.units)
-    }
+    device_map: Map = {unit.key: sum(at >= border for border in borders) for at, unit in enumerate(subject.profile.units)}
     modules = dict(subject.model.named_modules())
     for group in subject.profile.tied:
         if dice.random() < 0.8:
@@ -121,3 +129,66 @@ def random_map(subject: Subject, dice: random.Random) -> Map:
             if fault == "parts elsewhere":
                 device_map[dice.choice(children)] = dice.randrange(DEVICES)
     return device_map
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_map_without_errors_runs_and_one_with_errors_does_not(family: str, subjects: dict[str, Subject]) -> None:
+    subject = subjects[family]
+    seen = set()
+    for seed in range(25):
+        device_map = random_map(subject, random.Random(seed))
+        if len(set(device_map.values())) == 1:
+            continue
+        checked = subject.check(device_map)
+        said = runs(subject, device_map)
+        assert checked.is_clean is not bool(said), (device_map, said, checked.findings)
+        if said:
+            assert checked.corrected is not None
+            assert runs(subject, checked.corrected) == ""
+        seen.add(bool(said))
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_maps_of_the_planner_run_and_are_clean(family: str, subjects: dict[str, Subject]) -> None:
+    subject = subjects[family]
+    planned = plan(subject.profile, load_machine("80GiB,80GiB,80GiB"), Workload(), Policy(min_gpus=3))
+
+    assert planned.fits
+    assert [finding.code for finding in subject.check(planned.device_map).findings] == ["VLM625"]
+    assert runs(subject, planned.device_map) == ""
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_maps_of_accelerate_that_run_raise_no_alarm(family: str, subjects: dict[str, Subject]) -> None:
+    subject = subjects[family]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in subject.model.parameters())
+    blocks = list(getattr(subject.model, "_no_split_modules", None) or ())
+    for share in (0.5, 0.7, 0.9):
+        caps = {0: int(size * share), 1: int(size * share), 2: size}
+        device_map = infer_auto_device_map(subject.model, max_memory=caps, no_split_module_classes=blocks)
+        if len(set(device_map.values())) > 1:
+            assert subject.check(device_map).is_clean is not bool(runs(subject, device_map)), device_map
+
+
+def test_the_loader_takes_prefixes_as_the_doctor_says(subjects: dict[str, Subject]) -> None:
+    names = list(subjects["llava"].profile.tensors)
+    maps: list[Map] = [
+        {"": 0, "model.language_model.layers.1": 1},
+        {"model": 0, "model.language_model": 1, "model.vision_tower": 2, "lm_head": 0},
+        {"model.language_model.layers": 0, "model.language_model.layers.1.mlp": 1, "": 2},
+        {unit.key: at % 3 for at, unit in enumerate(subjects["llava"].profile.units)},
+    ]
+    # More layers than the tiny model has, so that one number begins another.
+    names += [f"model.language_model.layers.1{n}.mlp.up_proj.weight" for n in range(3)]
+    for device_map in maps:
+        expanded = expand_device_map(device_map, names)
+        for name in names:
+            key = loaded_by(device_map, name, is_old=IS_OLD)
+            if IS_OLD:
+                pattern = "|".join(re.escape(k) for k in sorted(device_map, reverse=True))
+                match = re.search(pattern, name)
+                assert match is not None
+                assert device_map[match.group()] == device_map[key or ""]
+            else:
+                assert expanded[name] == (device_map[key] if key is not None else device_map.get("", "cpu"))
