@@ -178,7 +178,7 @@ def _nested(layout: Layout, above: str, key: str) -> tuple[Severity, str]:
 
 def has_inner_conflict(layout: Layout, key: str) -> bool:
     """True for a key inside another key of another device that has modules with tensors below it."""
-    if not layout.dispatches or key not in layout.module_keys or key == ROOT:
+    if key not in layout.module_keys or key == ROOT:
         return False
     above = outermost([k for k in _around(key) if k in layout.module_keys], key)
     if above is None or layout.runs(layout.device_map[above]) == layout.runs(layout.device_map[key]):

@@ -60,9 +60,8 @@ class Anatomy:
         """Unit to its tensors; a unit without any (rotary tables, a tied head) stands for itself."""
         found: dict[str, list[str]] = {key: [] for key in self.units}
         for name in self.elements:
-            unit = next((prefix for prefix in prefixes(name) if prefix in self.units), None)
-            if unit is not None:
-                found[unit].append(name)
+            # Every tensor of a checkpoint is in a unit.
+            found[next(prefix for prefix in prefixes(name) if prefix in self.units)].append(name)
         return {key: names or [key] for key, names in found.items()}
 
     @cached_property
@@ -111,9 +110,8 @@ class Anatomy:
         """Bytes of some tensors once they are loaded."""
         total = 0.0
         for name in names:
-            unit = next((prefix for prefix in prefixes(name) if prefix in self.units), None)
-            if unit is not None and self.units[unit].elements:
-                total += self._bytes[unit] * self.elements[name] / self.units[unit].elements
+            unit = next(prefix for prefix in prefixes(name) if prefix in self.units)
+            total += self._bytes[unit] * self.elements[name] / self.units[unit].elements
         return math.ceil(total)
 
     def weights(self, device_of: dict[str, int | str]) -> Counter[int | str]:

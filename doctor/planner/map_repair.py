@@ -71,9 +71,8 @@ def _join(question: Question, layout: Layout, place: Place) -> None:
     """Bring together what the family's code joins, what is tied, and what an inner ``generate`` wants at the inputs."""
     profile, anatomy = question.profile, layout.anatomy
     for join, _ in broken_joins(question, layout):
-        target = next((place[piece.key] for piece in anatomy.pieces if _touches(piece, join.meets)), None)
-        if target is not None:
-            place.update({piece.key: target for piece in anatomy.pieces if _touches(piece, join.moves)})
+        target = next(place[piece.key] for piece in anatomy.pieces if _touches(piece, join.meets))
+        place.update({piece.key: target for piece in anatomy.pieces if _touches(piece, join.moves)})
     first = next((unit.key for unit in profile.units if unit.role == "embedding"), None)
     together = list(profile.tied)
     if profile.runs_inner_generate and first is not None:

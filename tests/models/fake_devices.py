@@ -51,7 +51,11 @@ def _device(device: Any) -> torch.device:
 
 def place_of(tensor: torch.Tensor) -> torch.device:
     """Where a tensor says it is."""
-    return getattr(tensor, "place", torch.device("cpu"))
+    place = getattr(tensor, "place", None)
+    if place is None:
+        with torch._C.DisableTorchFunction():
+            place = tensor.device
+    return place
 
 
 class FakeDevices(TorchFunctionMode):
@@ -63,6 +67,8 @@ class FakeDevices(TorchFunctionMode):
             return place_of(args[0])
         if func == torch.Tensor.is_cuda.__get__:
             return place_of(args[0]).type == "cuda"
+        if func is torch.device and type(args[0]) is int:
+            return torch.device("cuda", args[0])
         if func == torch.Tensor.data.__set__:
             args[0].place = place_of(args[1])
         with torch._C.DisableTorchFunction():
@@ -90,7 +96,7 @@ class FakeDevices(TorchFunctionMode):
         return tree_map(lambda item: put(item, device) if isinstance(item, torch.Tensor) else item, result)
 
     def _move(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        tensor, *rest = args
+        tensor, *rest = (torch.device("cuda", item) if type(item) is int else item for item in args)
         device, dtype, _, _ = torch._C._nn._parse_to(
             *[item for item in rest if not isinstance(item, torch.Tensor)],
             **{key: value for key, value in kwargs.items() if key in ("device", "dtype")},
@@ -101,6 +107,8 @@ class FakeDevices(TorchFunctionMode):
         if func is torch.Tensor.cpu:
             device = torch.device("cpu")
         target = device or place_of(tensor)
+        if target == place_of(tensor) and dtype in (None, tensor.dtype) and not kwargs.get("copy"):
+            return tensor  # itself, as in torch: a parameter stays one
         moved = tensor if dtype is None else torch.Tensor.to(tensor, dtype)
         if target.type == "meta":
             return torch.Tensor.to(tensor, "meta")
