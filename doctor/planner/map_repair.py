@@ -81,9 +81,8 @@ def _join(question: Question, layout: Layout, place: Place) -> None:
         together.append((first, *ends, *layers[-1:]))
     for group in together:
         place.update(dict.fromkeys(group, place[group[0]]))
-    if first is not None:
-        weightless = [unit.key for unit in profile.units if not unit.elements and unit.role == "other"]
-        place.update({key: place[first] for key in weightless if key not in layout.device_of})
+    weightless = [unit.key for unit in profile.units if not unit.elements and unit.role == "other"]
+    place.update({key: place[first] for key in weightless if first is not None and key not in layout.device_of})
 
 
 def _touches(piece: Piece, key: str) -> bool:
