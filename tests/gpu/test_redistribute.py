@@ -1,4 +1,4 @@
-"""A tiny model moved between two real GPUs answers as before. Run by hand: ``pytest -m gpu tests/gpu/test_redistribute.py``."""
+"""A tiny model moved between two real GPUs answers as before. Run by hand: ``pytest -m gpu tests/gpu``."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ _BETWEEN = (torch.Tensor.copy_, torch.Tensor.data.__set__, torch._has_compatible
 _NO_RESULT = (torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__, torch.Tensor.__repr__, torch.Tensor.data_ptr)
 
 
-class Placed(torch.Tensor):
+class Placed(torch.Tensor):  # type: ignore[misc]
     """A tensor with a device of its own choosing."""
 
     place: torch.device
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> Placed:
-        made = torch.Tensor._make_subclass(cls, data.detach().as_subclass(torch.Tensor), requires_grad)
+        made: Placed = torch.Tensor._make_subclass(cls, data.detach().as_subclass(torch.Tensor), requires_grad)
         made.place = getattr(data, "place", torch.device("cpu"))
         return made
 
@@ -58,7 +58,7 @@ def place_of(tensor: torch.Tensor) -> torch.device:
     return place
 
 
-class FakeDevices(TorchFunctionMode):
+class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
     """While it is entered, tensors keep to their devices."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

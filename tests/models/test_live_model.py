@@ -13,6 +13,7 @@ import pytest
 from vlm_doctor import Policy, Workload, load_machine, load_profile, plan
 from vlm_doctor.errors import MapError
 from vlm_doctor.placement import Plan
+from vlm_doctor.planner.budget import CONTEXT_BYTES
 
 pytestmark = [
     pytest.mark.models,
@@ -49,7 +50,8 @@ def llava(subjects: dict[str, Subject]) -> Any:
 
 
 def plan_for(subject: Subject, gpus: int) -> Plan:
-    return plan(subject.profile, MACHINE, Workload(), Policy(min_gpus=gpus, max_gpus=gpus))
+    planned: Plan = plan(subject.profile, MACHINE, Workload(), Policy(min_gpus=gpus, max_gpus=gpus))
+    return planned
 
 
 def answer(model: Any, inputs: Mapping[str, Any], device: Any) -> Any:
@@ -166,7 +168,7 @@ def test_what_this_process_holds_does_not_count_against_its_model(monkeypatch: p
 
     freed = [gpu.memory_free_bytes for gpu in live_model._without_this_process(full).gpus]
 
-    assert freed == [4 * 2**30 + live_model.CONTEXT_BYTES, 2**30]
+    assert freed == [4 * 2**30 + CONTEXT_BYTES, 2**30]
 
 
 def test_what_cannot_be_moved_is_refused_before_anything_moves(llava: Any) -> None:
@@ -234,7 +236,7 @@ def test_what_is_no_model_is_one_sentence() -> None:
     with pytest.raises(MapError, match="Linear is no transformers model: it has no config"):
         check_model(torch.nn.Linear(1, 1))
     empty = torch.nn.Module()
-    empty.config = type("C", (), {"to_dict": lambda self: {}})()  # type: ignore[assignment]
+    empty.config = type("C", (), {"to_dict": lambda self: {}})()
     with pytest.raises(MapError, match="Module has no tensors"):
         check_model(empty)
 

@@ -62,7 +62,7 @@ class Subject:
         self.inputs = dict(processor(images=[tiny_image()], text=text, return_tensors="pt"))
         self.profile: ModelProfile = load_profile(str(folder))
 
-    def logits(self, device_map: Mapping[str, int | str] | None) -> torch.Tensor:
+    def logits(self, device_map: Mapping[str, int | str] | None) -> Any:
         """Run the model; with a map on fake GPUs, dispatched by accelerate."""
         model = copy.deepcopy(self.model)
         with torch.no_grad():

@@ -14,9 +14,9 @@ from vlm_doctor.device_map import MapCheck
 from vlm_doctor.errors import MapError, UsageError
 from vlm_doctor.machine import Libraries, Link, Machine, Package
 from vlm_doctor.model import ModelProfile
-from vlm_doctor.planner import check_map, plan
+from vlm_doctor.planner import plan
 from vlm_doctor.planner import map_names as names_module
-from vlm_doctor.planner.map_check import MAX_KEYS
+from vlm_doctor.planner.map_check import MAX_KEYS, check_map
 from vlm_doctor.planner.map_devices import main_device, spelled
 from vlm_doctor.planner.map_names import Names, loaded_by, outermost, owner, trapped
 from vlm_doctor.planner.map_repair import fewest_moves
@@ -551,7 +551,7 @@ def test_layers_back_and_forth_are_a_warning_and_features_that_come_back_an_info
     assert said(judged(zigzag), "VLM621").startswith("The prompt goes cuda:0 -> cuda:1 -> cuda:0 -> cuda:1: 2 changes of")
     assert "VLM621" in codes(judged(zigzag), "warning")
     assert "VLM621" in codes(judged(behind), "info")
-    rounds = {key: number % 2 for number, key in enumerate(split(LLAVA, 16))}
+    rounds: Map = {key: number % 2 for number, key in enumerate(split(LLAVA, 16))}
     assert " ...: " in said(judged(rounds), "VLM621")
 
 
@@ -559,7 +559,8 @@ def test_the_order_of_the_gpus_may_follow_the_links() -> None:
     fast = [Link(a=a, b=b, nvlinks=18) for a, b in ((0, 1), (2, 3), (1, 2))]
     slow = [Link(a=a, b=b, nvlinks=0, path="SYS") for a, b in ((0, 2), (0, 3), (1, 3))]
     where = machine([48] * 4, links=[*fast, *slow])
-    straight, crossed = split(LLAVA, 8, 16, 24), {k: (0, 2, 1, 3)[int(v)] for k, v in split(LLAVA, 8, 16, 24).items()}
+    straight = split(LLAVA, 8, 16, 24)
+    crossed: Map = {key: (0, 2, 1, 3)[int(device)] for key, device in straight.items()}
 
     assert "VLM622" not in codes(judged(straight, where=where))
     assert said(judged(crossed, where=where), "VLM622") == (
