@@ -79,6 +79,10 @@ TOWER_ENTRY: Mapping[str, str] = {
 key of its own, only a key of its rotary module brings the two together. Found by running tiny models part by part on two
 devices with 4.57.6 and 5.23 (``tests/models/test_map_truth.py``)."""
 
+TOWER_WINDOWED = frozenset({"qwen2_5_vl"})
+"""Families whose tower sorts its patches into windows and back, in 4.57 by an index that stays with the inputs: there the
+first part and the merger must be at the inputs in any case."""
+
 TOWER_TABLES: Mapping[str, str] = {"glm4v": "embeddings", "glm4v_moe": "embeddings"}
 """Part of such a tower that uses the weight of a module in it without calling the module, so that only a key of the part
 itself brings its inputs there."""

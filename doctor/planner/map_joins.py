@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from ..data.joins import JOINS, LOGITS_MOVED, TOWER_ENTRY, TOWER_ROTARY, TOWER_TABLES, Join
+from ..data.joins import JOINS, LOGITS_MOVED, TOWER_ENTRY, TOWER_ROTARY, TOWER_TABLES, TOWER_WINDOWED, Join
 from ..findings import Finding, Severity
 from .map_devices import shown
 from .map_layout import Device, Layout
@@ -87,31 +87,41 @@ def entry_of_broken_tower(question: Question, layout: Layout) -> tuple[str, str]
     return None
 
 
+def parts_at_inputs(question: Question, layout: Layout, tower: str, entry: str) -> dict[str, Severity]:
+    """Parts of a broken tower that must be where the inputs are, and how bad it is when they are not."""
+    family, release = question.profile.model_type, question.release
+    table = f"{tower}.{TOWER_TABLES.get(family, 'no table')}"
+    parts: dict[str, Severity] = {} if layout.is_hooked(table) else {table: "error"}
+    if not layout.is_hooked(f"{tower}.{TOWER_ROTARY}"):
+        # Its hook would bring hidden states and positions together.
+        parts[entry] = "error"
+    if family in TOWER_WINDOWED and (release is None or release < (5, 0)):
+        severity: Severity = "warning" if release is None else "error"
+        parts = {entry: severity, f"{tower}.merger": severity, **parts}
+    return parts
+
+
 def parted_positions(question: Question, layout: Layout) -> Iterator[Finding]:
-    """A tower in parts whose first are not where the inputs are."""
+    """A tower in parts some of which are not where the inputs are."""
     broken = entry_of_broken_tower(question, layout)
     if broken is None:
         return
-    tower, entry = broken
-    table = f"{tower}.{TOWER_TABLES.get(question.profile.model_type, 'no table')}"
-    if layout.is_hooked(f"{tower}.{TOWER_ROTARY}") or layout.runs_on(entry) == {layout.main}:
-        # The hook of the rotary module brings hidden states and positions together.
-        entry = table
-    if entry == table and layout.is_hooked(table):
-        return
-    there = layout.runs_on(entry)
-    if there and there != {layout.main}:
-        yield finding(
-            question,
-            "VLM615",
-            "error",
-            f"{tower} is in parts, and {entry} is on {listed(sorted(map(shown, there)))} while the positions of the "
-            f"patches stay with the inputs on {shown(layout.main)}: the first image says {mismatch(there | {layout.main})}",
-            cause="Only a tower with a key of its own has a hook that moves all its inputs.",
-            fix=f"Add '{tower}.{TOWER_ROTARY}' to the map, give the tower one key, or put {entry} on {shown(layout.main)}.",
-            seen=[(entry, layout.device_map[entry])] if entry in layout.device_map else (),
-            devices=there | {layout.main},
-        )
+    for part, severity in parts_at_inputs(question, layout, *broken).items():
+        there = layout.runs_on(part)
+        if there and there != {layout.main}:
+            says = mismatch(there | {layout.main})
+            yield finding(
+                question,
+                "VLM615",
+                severity,
+                f"{broken[0]} is in parts, and {part} is on {listed(sorted(map(shown, there)))} while the positions of the "
+                f"patches stay with the inputs on {shown(layout.main)}: "
+                + (f"the first image says {says}" if severity == "error" else f"transformers 4.57 says {says}"),
+                cause="Only a tower with a key of its own has a hook that moves all its inputs.",
+                fix=f"Put {part} on {shown(layout.main)}, or give the tower one key.",
+                seen=[(part, layout.device_map[part])] if part in layout.device_map else (),
+                devices=there | {layout.main},
+            )
 
 
 def parted_ties(question: Question, layout: Layout) -> Iterator[Finding]:

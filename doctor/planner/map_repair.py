@@ -9,7 +9,7 @@ from ..placement import Plan
 from .constraints import chain
 from .image_tokens import image_load
 from .map_devices import OFF_GPU, main_device, shown
-from .map_joins import broken_joins
+from .map_joins import broken_joins, entry_of_broken_tower, parts_at_inputs
 from .map_layout import Device, Layout
 from .map_pieces import Anatomy, Piece
 from .map_question import Question, listed
@@ -81,6 +81,11 @@ def _join(question: Question, layout: Layout, place: Place) -> None:
         together.append((first, *ends, *layers[-1:]))
     for group in together:
         place.update(dict.fromkeys(group, place[group[0]]))
+    broken = entry_of_broken_tower(question, layout)
+    if broken is not None:
+        # The positions of the patches stay at the inputs.
+        parts = {broken[1], *parts_at_inputs(question, layout, *broken)} & place.keys()
+        place.update(dict.fromkeys(parts, main_device(place.values())))
     weightless = [unit.key for unit in profile.units if not unit.elements and unit.role == "other"]
     place.update({key: place[first] for key in weightless if first is not None and key not in layout.device_of})
 

@@ -14,8 +14,8 @@ from vlm_doctor.device_map import MapCheck
 from vlm_doctor.errors import MapError, UsageError
 from vlm_doctor.machine import Libraries, Link, Machine, Package
 from vlm_doctor.model import ModelProfile
-from vlm_doctor.planner import plan
 from vlm_doctor.planner import map_names as names_module
+from vlm_doctor.planner import plan
 from vlm_doctor.planner.map_check import MAX_KEYS, check_map
 from vlm_doctor.planner.map_devices import main_device, spelled
 from vlm_doctor.planner.map_names import Names, loaded_by, outermost, owner, trapped
@@ -409,6 +409,9 @@ def test_a_tower_that_takes_positions_must_begin_at_the_inputs_or_name_its_rotar
     assert codes(named, "error") == []
     assert codes(old, "error") == ["VLM611"]
     assert codes(new, "error") == []
+    windows: Map = {**base, **dict.fromkeys(pieces, 0), "model.visual.rotary_pos_emb": 0, "model.visual.merger": 1}
+    for where, count in ((installed("4.57.6"), 1), (installed("5.23.0"), 0), (ROOM, 0)):
+        assert codes(judged(windows, QWEN, where), "error") == ["VLM615"] * count
 
 
 def test_a_tower_that_uses_a_table_directly_needs_it_at_the_inputs() -> None:
