@@ -10,7 +10,7 @@ from ..findings import Finding, Severity
 from ..units import format_gib
 from .map_devices import shown
 from .map_layout import Layout
-from .map_names import ROOT, outermost, trapped
+from .map_names import outermost, trapped
 from .map_question import Question, finding, listed
 
 _WEIGHTLESS = ("rotary", "rope", "pos_emb", "act", "drop", "pool", "loss", "position_ids", "inv_freq", "identity")
@@ -177,9 +177,7 @@ def _nested(layout: Layout, above: str, key: str) -> tuple[Severity, str]:
 
 
 def has_inner_conflict(layout: Layout, key: str) -> bool:
-    """True for a key inside another key of another device that has modules with tensors below it."""
-    if key not in layout.module_keys or key == ROOT:
-        return False
+    """True for a module inside a key of another device that has modules with tensors below it."""
     above = outermost([k for k in _around(key) if k in layout.module_keys], key)
     if above is None or layout.runs(layout.device_map[above]) == layout.runs(layout.device_map[key]):
         return False
