@@ -19,6 +19,7 @@ from .model import ModelProfile
 from .planner.budget import CONTEXT_BYTES
 from .planner.map_check import check_map
 from .planner.map_names import owner
+from .planner.map_question import TITLES
 from .sources import Collection
 from .sources.checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
 from .sources.model_profile import build_profile
@@ -161,7 +162,7 @@ def _no_hooks(device_map: Mapping[str, int | str]) -> Finding:
     return Finding(
         code=_NO_HOOKS,
         severity="error",
-        title="a loaded model is on several devices without hooks",
+        title=TITLES[_NO_HOOKS],
         message=f"The model is on {' and '.join(places)}, and no hook moves what goes from one to the other: the first "
         'call says "Expected all tensors to be on the same device".',
         cause="Its parts were moved by hand, or its hooks were removed.",

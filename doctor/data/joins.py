@@ -69,6 +69,27 @@ ROTARY_NOT_MOVED = frozenset(
 """Families whose ``rotary_emb`` uses its buffer where it is in transformers 4.57; in 5.x all move it to the hidden states.
 Source: ``inv_freq_expanded`` in the modeling files of 4.57.6 and 5.23."""
 
+TOWER_ENTRY: Mapping[str, str] = {
+    "qwen2_vl": "patch_embed",
+    "qwen2_5_vl": "patch_embed",
+    "glm4v": "post_conv_layernorm",
+    "glm4v_moe": "post_conv_layernorm",
+}
+"""Families whose tower takes positions beside pixels: the part whose result they are combined with. Once the tower has no
+key of its own, only a key of its rotary module brings the two together. Found by running tiny models part by part on two
+devices with 4.57.6 and 5.23 (``tests/models/test_map_truth.py``)."""
+
+TOWER_WINDOWED = frozenset({"qwen2_5_vl"})
+"""Families whose tower sorts its patches into windows and back, in 4.57 by an index that stays with the inputs: there the
+first part and the merger must be at the inputs in any case."""
+
+TOWER_TABLES: Mapping[str, str] = {"glm4v": "embeddings", "glm4v_moe": "embeddings"}
+"""Part of such a tower that uses the weight of a module in it without calling the module, so that only a key of the part
+itself brings its inputs there."""
+
+TOWER_ROTARY = "rotary_pos_emb"
+"""Module of those towers that holds no weights and whose buffer 4.57 uses where it is: on the CPU, unless it has a key."""
+
 LOGITS_MOVED = (4, 46)
 """First transformers whose ``generate`` copies the last token's logits to the device of ``input_ids``, so that an inner
 ``generate`` no longer fails. Source: ``_sample`` of generation/utils.py, transformers#34076."""

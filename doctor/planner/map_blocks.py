@@ -13,6 +13,9 @@ from .map_pieces import Piece
 from .map_question import Question, finding, listed, mismatch
 
 _MAX_BLOCKS = 6
+_NORMS_BEHIND = frozenset({"cogvlm", "chatglm"})
+"""Families whose vision blocks (EVA2-CLIP) have their norms behind attention and MLP. Source: their visual.py. Text bodies
+that have some there (Gemma 2 and 3, GLM-4 and 4.1V) name them ``post_..._layernorm``."""
 
 
 def about_blocks(question: Question, layout: Layout) -> Iterator[Finding]:
@@ -69,17 +72,51 @@ def _walk(question: Question, layout: Layout, blocks: Sequence[Piece], stream: D
             stream = layout.hook_device(block.key)
         if stream is None:
             stream = Counter(device for devices in parts.values() for device in devices).most_common(1)[0][0]
-        work = {name: devices for name, devices in parts.items() if "norm" not in name.lower()}
-        strays = {name: devices for name, devices in work.items() if devices - {stream}}
         devices = set().union(*parts.values())
-        if strays and (len(devices) > 1 or layout.is_hooked(block.key)):
-            yield _cut(question, layout, block, parts, stream)
-        elif strays:
-            yield _unhooked(question, layout, block, parts, stream)
+        if _strays(question, parts, block, stream):
+            is_cut = len(devices) > 1 or layout.is_hooked(block.key)
+            yield (_cut if is_cut else _unhooked)(question, layout, block, parts, stream)
+            work = [found for name, found in parts.items() if "norm" not in name.lower()]
+            stream = stream if layout.is_hooked(block.key) or not work else _only(work[-1]) or stream
+        elif _loses_positions(layout, block, parts, stream):
+            yield _unhooked(question, layout, block, parts, layout.role_device("embedding") or stream)
         elif devices - {stream}:
-            yield _cut_norms(question, layout, block, parts, stream)
-        if strays and not layout.is_hooked(block.key):
-            stream = _only(list(work.values())[-1]) or stream
+            yield _needless(question, layout, block, parts, stream)
+
+
+def _strays(question: Question, parts: dict[str, set[Device]], block: Piece, stream: Device) -> bool:
+    """True when a result that is added to the input is not where the input is.
+
+    Norms before attention or MLP may be anywhere, since what follows moves their result on; where a norm comes behind, it
+    decides where the result is.
+    """
+    behind = _norms_behind(question, block, parts)
+    for name, devices in parts.items():
+        if "norm" in name.lower():
+            continue
+        norm = behind[0] if "att" in name.lower() else behind[1]
+        if len(devices) > 1 or parts.get(norm, devices) != {stream}:
+            return True
+    return False
+
+
+def _loses_positions(layout: Layout, block: Piece, parts: dict[str, set[Device]], stream: Device) -> bool:
+    """True for a text layer whose attention has keys only inside it, so that nothing moves mask and positions there."""
+    attention = next(
+        (f"{block.key}.{name}" for name in parts if "att" in name.lower() and "norm" not in name.lower()), None
+    )
+    is_text = block.unit == block.key
+    return (
+        is_text and attention is not None and not layout.is_hooked(attention) and stream != layout.role_device("embedding")
+    )
+
+
+def _norms_behind(question: Question, block: Piece, parts: dict[str, set[Device]]) -> tuple[str, str]:
+    """The norms that come behind attention and behind the MLP; names that are not there mean none."""
+    if question.profile.model_type in _NORMS_BEHIND and block.unit != block.key:
+        return "input_layernorm", "post_attention_layernorm"
+    attention = "post_attention_layernorm" if "pre_feedforward_layernorm" in parts else "post_self_attn_layernorm"
+    return attention, "post_feedforward_layernorm" if "post_feedforward_layernorm" in parts else "post_mlp_layernorm"
 
 
 def _parts(layout: Layout, block: str) -> dict[str, set[Device]]:
@@ -126,14 +163,14 @@ def _cut(question: Question, layout: Layout, block: Piece, parts: dict[str, set[
     )
 
 
-def _cut_norms(question: Question, layout: Layout, block: Piece, parts: dict[str, set[Device]], stream: Device) -> Finding:
+def _needless(question: Question, layout: Layout, block: Piece, parts: dict[str, set[Device]], stream: Device) -> Finding:
     return finding(
         question,
         "VLM614",
         "warning",
-        f"The norms of block {block.key} are elsewhere than the rest: it is on {_by_device(parts)}.",
-        cause="Each token goes there and back; and where a norm comes behind attention or MLP, the first call says "
-        f"{mismatch(set().union({stream}, *parts.values()))}",
+        f"Block {block.key} is cut: it is on {_by_device(parts)}. It runs, since its norms bring the results back to "
+        f"{shown(stream)}.",
+        cause="At each new token the hidden states go there and back.",
         fix=_fix(layout, block.key),
         seen=_seen(layout, block.key),
         devices=set().union(*parts.values()),
@@ -146,10 +183,9 @@ def _unhooked(question: Question, layout: Layout, block: Piece, parts: dict[str,
         question,
         "VLM624",
         "error",
-        f"The parts of block {block.key} have keys, on {_by_device(parts)}, and the block itself has none: its input "
+        f"The parts of block {block.key} have keys, on {_by_device(parts)}, and the block itself has none: what goes in "
         f"stays on {shown(stream)}, and the first call says {mismatch(devices)}",
-        cause="Only a module with a key (or inside one) has a hook that moves its input, and a block adds its input to its "
-        "result.",
+        cause="Only a module with a key (or inside one) has a hook that moves what goes in.",
         fix=_fix(layout, block.key),
         seen=_seen(layout, block.key),
         devices=devices,

@@ -28,7 +28,7 @@ from .validate import validate_policy, validate_workload
 
 MAX_KEYS = 20_000
 """A map with one key a tensor of the largest published mixture of experts stays below it."""
-_WORTH_A_MAP = frozenset({"VLM610", "VLM612", "VLM613", "VLM614", "VLM615", "VLM618", "VLM620"})
+_WORTH_A_MAP = frozenset({"VLM610", "VLM612", "VLM613", "VLM614", "VLM615", "VLM618"})
 """Codes whose warnings are answered with a corrected map as well."""
 _DEFAULT_WORKLOAD = Workload()
 _DEFAULT_POLICY = Policy()
@@ -136,7 +136,8 @@ def _correct(question: Question, judged: Judged, best: Plan) -> tuple[dict[str, 
             place, corrected = spread, keys_of(anatomy, spread)
             again = judge(question, anatomy, corrected)
     if not again.has_errors:
-        return corrected, (*renames, *changes_between(layout, place))
+        changes = (*renames, *changes_between(layout, place))
+        return corrected, changes or ("Every device stays: units have one key each, and devices are numbers.",)
     planned = in_numbers_of(question, best)
     if planned is None:
         return None, ("No map would do for this workload on these GPUs; 'vlm-doctor plan' says what is missing.",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from ..data.joins import JOINS, LOGITS_MOVED, Join
+from ..data.joins import JOINS, LOGITS_MOVED, TOWER_ENTRY, TOWER_ROTARY, TOWER_TABLES, TOWER_WINDOWED, Join
 from ..findings import Finding, Severity
 from .map_devices import shown
 from .map_layout import Device, Layout
@@ -16,6 +16,7 @@ def about_joins(question: Question, layout: Layout) -> Iterator[Finding]:
     """VLM615, VLM616, VLM621 and VLM623."""
     yield from parted_joins(question, layout)
     yield from parted_parameters(question, layout)
+    yield from parted_positions(question, layout)
     yield from parted_ties(question, layout)
     yield from parted_logits(question, layout)
     yield from hops(question, layout)
@@ -75,6 +76,52 @@ def parted_parameters(question: Question, layout: Layout) -> Iterator[Finding]:
                     seen=[(name, layout.device_map[name])] if name in layout.device_map else (),
                     devices=there | around,
                 )
+
+
+def entry_of_broken_tower(question: Question, layout: Layout) -> tuple[str, str] | None:
+    """The tower that takes positions and has no key of its own, and its part that meets them."""
+    entry = TOWER_ENTRY.get(question.profile.model_type)
+    for unit in question.profile.units:
+        if entry and unit.role == "vision" and layout.dispatches and not layout.is_hooked(unit.key):
+            return unit.key, f"{unit.key}.{entry}"
+    return None
+
+
+def parts_at_inputs(question: Question, layout: Layout, tower: str, entry: str) -> dict[str, Severity]:
+    """Parts of a broken tower that must be where the inputs are, and how bad it is when they are not."""
+    family, release = question.profile.model_type, question.release
+    table = f"{tower}.{TOWER_TABLES.get(family, 'no table')}"
+    parts: dict[str, Severity] = {} if layout.is_hooked(table) else {table: "error"}
+    if not layout.is_hooked(f"{tower}.{TOWER_ROTARY}"):
+        # Its hook would bring hidden states and positions together.
+        parts[entry] = "error"
+    if family in TOWER_WINDOWED and (release is None or release < (5, 0)):
+        severity: Severity = "warning" if release is None else "error"
+        parts = {entry: severity, f"{tower}.merger": severity, **parts}
+    return parts
+
+
+def parted_positions(question: Question, layout: Layout) -> Iterator[Finding]:
+    """A tower in parts some of which are not where the inputs are."""
+    broken = entry_of_broken_tower(question, layout)
+    if broken is None:
+        return
+    for part, severity in parts_at_inputs(question, layout, *broken).items():
+        there = layout.runs_on(part)
+        if there and there != {layout.main}:
+            says = mismatch(there | {layout.main})
+            yield finding(
+                question,
+                "VLM615",
+                severity,
+                f"{broken[0]} is in parts, and {part} is on {listed(sorted(map(shown, there)))} while the positions of the "
+                f"patches stay with the inputs on {shown(layout.main)}: "
+                + (f"the first image says {says}" if severity == "error" else f"transformers 4.57 says {says}"),
+                cause="Only a tower with a key of its own has a hook that moves all its inputs.",
+                fix=f"Put {part} on {shown(layout.main)}, or give the tower one key.",
+                seen=[(part, layout.device_map[part])] if part in layout.device_map else (),
+                devices=there | {layout.main},
+            )
 
 
 def parted_ties(question: Question, layout: Layout) -> Iterator[Finding]:

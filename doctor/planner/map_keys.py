@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..data.families import ROTARY
-from ..data.joins import ROTARY_NOT_MOVED
+from ..data.joins import ROTARY_NOT_MOVED, TOWER_ENTRY, TOWER_ROTARY
 from ..findings import Finding, Severity
 from ..units import format_gib
 from .map_devices import shown
 from .map_layout import Layout
-from .map_names import ROOT, outermost, trapped
+from .map_names import outermost, trapped
 from .map_question import Question, finding, listed
 
 _WEIGHTLESS = ("rotary", "rope", "pos_emb", "act", "drop", "pool", "loss", "position_ids", "inv_freq", "identity")
@@ -23,6 +23,7 @@ def about_keys(question: Question, layout: Layout) -> Iterator[Finding]:
     """All findings about keys."""
     yield from unknown_modules(question, layout)
     yield from missing_modules(question, layout)
+    yield from missing_tower_rotary(question, layout)
     yield from nested_keys(question, layout)
     yield from prefix_traps(question, layout)
 
@@ -86,6 +87,25 @@ def missing_modules(question: Question, layout: Layout) -> Iterator[Finding]:
                 f"The map gives no device to {key}, whose buffers then stay on the CPU.",
                 cause=cause,
                 fix=f"Add {key!r}, with the device of the embedding.",
+            )
+
+
+def missing_tower_rotary(question: Question, layout: Layout) -> Iterator[Finding]:
+    """VLM611 for the positions of a tower in parts, which hold no weights and are easily forgotten."""
+    release = question.release
+    if question.profile.model_type not in TOWER_ENTRY or not layout.dispatches or (release and release >= _FIRST_5):
+        return
+    for unit in question.profile.units:
+        key = f"{unit.key}.{TOWER_ROTARY}"
+        if unit.role == "vision" and not layout.is_hooked(unit.key) and key not in layout.device_map:
+            yield finding(
+                question,
+                "VLM611",
+                "warning" if release is None else "error",
+                f"{unit.key} is in parts, and the map gives no device to {key}, whose buffer then stays on the CPU.",
+                cause='transformers 4.57 uses it where it is: "Expected all tensors to be on the same device, but found at '
+                'least two devices, cpu and cuda:0!"; 5.x moves it.',
+                fix=f"Add {key!r}, with the device of the inputs.",
             )
 
 
@@ -157,9 +177,7 @@ def _nested(layout: Layout, above: str, key: str) -> tuple[Severity, str]:
 
 
 def has_inner_conflict(layout: Layout, key: str) -> bool:
-    """True for a key inside another key of another device that has modules with tensors below it."""
-    if not layout.dispatches or key not in layout.module_keys or key == ROOT:
-        return False
+    """True for a module inside a key of another device that has modules with tensors below it."""
     above = outermost([k for k in _around(key) if k in layout.module_keys], key)
     if above is None or layout.runs(layout.device_map[above]) == layout.runs(layout.device_map[key]):
         return False

@@ -59,13 +59,24 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
                 gpu=gpu,
                 name=budget.gpu.name if budget else "",
                 layers=roles.count("layer"),
-                parts=tuple(dict.fromkeys(_WORDS[role] for role in roles if role in _WORDS)),
+                parts=_parts(layout, device),
                 weights_bytes=weights[device],
                 need_bytes=_need(footprint, holding, question.workload.text_tokens) if budget else None,
                 available_bytes=budget.available_bytes if budget else None,
             )
         )
     return tuple(uses)
+
+
+def _parts(layout: Layout, device: Device) -> tuple[str, ...]:
+    """What a device holds beside layers, in words."""
+    found: dict[str, None] = {}
+    for unit in layout.anatomy.profile.units:
+        names = layout.anatomy.tensors_of[unit.key]
+        here = [name for name in names if layout.device_of.get(name) == device]
+        if here and unit.role in _WORDS:
+            found[_WORDS[unit.role] if len(here) == len(names) else f"part of the {_WORDS[unit.role]}"] = None
+    return tuple(found)
 
 
 def _need(footprint: Footprint, holding: Holding, text_tokens: int) -> int:

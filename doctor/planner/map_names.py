@@ -91,11 +91,10 @@ class Names:
         self.tensors = dict.fromkeys(tensors)
         self._children: dict[str, dict[str, None]] = {}
         for name in (*self.tensors, *modules):
-            for path in prefixes(name):
-                above = self._children.setdefault(path.rpartition(".")[0], {})
-                if not path or path in above:
-                    break
+            path = name
+            while path and path not in (above := self._children.setdefault(path.rpartition(".")[0], {})):
                 above[path] = None
+                path = path.rpartition(".")[0]
         self._modules = {name for name in self._children if name} | set(modules)
 
     def is_known(self, key: str) -> bool:

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import msgspec
 
+from ..data.joins import TOWER_ENTRY, TOWER_ROTARY
 from ..model import ModelProfile, Unit
 from ..workload import Workload
 from .map_names import ROOT, Names, prefixes
@@ -25,12 +26,16 @@ class Piece(msgspec.Struct, frozen=True):
     """True for one of a list of repeated blocks, which add what goes in to what comes out."""
 
 
+_EARLY = ("embed", "patch", "pre_", "post_conv")
+"""Parts of names of what runs before the blocks of a tower: CLIP's ``pre_layrnorm``, GLM-4.1V's ``post_conv_layernorm``."""
+
+
 def _when(piece: Piece) -> tuple[int, int]:
     """When a piece of a tower runs, as far as names tell: embeddings, blocks by number, the rest."""
     last = piece.key.rpartition(".")[2]
     if piece.is_block:
         return 1, int(last)
-    return (0 if "embed" in last or "patch" in last else 2), 0
+    return (0 if any(word in last for word in _EARLY) else 2), 0
 
 
 class Anatomy:
@@ -44,7 +49,9 @@ class Anatomy:
         self.elements = {name: elements for name, (_, elements) in profile.tensors.items()}
         if not self.elements:
             self.elements = {leaf.key: leaf.elements for leaf in leaves if leaf.elements}
-        self.names = Names(self.elements, [leaf.key for leaf in (*profile.units, *leaves)])
+        towers = [unit.key for unit in profile.units if unit.role == "vision" and profile.model_type in TOWER_ENTRY]
+        known = [leaf.key for leaf in (*profile.units, *leaves)] + [f"{tower}.{TOWER_ROTARY}" for tower in towers]
+        self.names = Names(self.elements, known)
         self.units = {unit.key: unit for unit in profile.units}
         self._bytes = {unit.key: unit_bytes(unit, profile, workload) for unit in profile.units}
 
@@ -53,9 +60,8 @@ class Anatomy:
         """Unit to its tensors; a unit without any (rotary tables, a tied head) stands for itself."""
         found: dict[str, list[str]] = {key: [] for key in self.units}
         for name in self.elements:
-            unit = next((prefix for prefix in prefixes(name) if prefix in self.units), None)
-            if unit is not None:
-                found[unit].append(name)
+            # Every tensor of a checkpoint is in a unit.
+            found[next(prefix for prefix in prefixes(name) if prefix in self.units)].append(name)
         return {key: names or [key] for key, names in found.items()}
 
     @cached_property
@@ -104,9 +110,8 @@ class Anatomy:
         """Bytes of some tensors once they are loaded."""
         total = 0.0
         for name in names:
-            unit = next((prefix for prefix in prefixes(name) if prefix in self.units), None)
-            if unit is not None and self.units[unit].elements:
-                total += self._bytes[unit] * self.elements[name] / self.units[unit].elements
+            unit = next(prefix for prefix in prefixes(name) if prefix in self.units)
+            total += self._bytes[unit] * self.elements[name] / self.units[unit].elements
         return math.ceil(total)
 
     def weights(self, device_of: dict[str, int | str]) -> Counter[int | str]:

@@ -32,6 +32,7 @@ TITLES = {
     "VLM623": "logits end on another device than the inputs",
     "VLM624": "a block has no key of its own where the device changes",
     "VLM625": "fewer GPUs would do",
+    "VLM626": "a loaded model is on several devices without hooks",
 }
 """Codes of findings about a map; the page of each is in ``data/pages``."""
 _MANY = 4

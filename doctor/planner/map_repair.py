@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from ..data.joins import TOWER_ENTRY, TOWER_ROTARY
 from ..placement import Plan
 from .constraints import chain
 from .image_tokens import image_load
-from .map_devices import OFF_GPU, shown
-from .map_joins import broken_joins
+from .map_devices import OFF_GPU, main_device, shown
+from .map_joins import broken_joins, entry_of_broken_tower, parts_at_inputs
 from .map_layout import Device, Layout
 from .map_pieces import Anatomy, Piece
 from .map_question import Question, listed
@@ -70,9 +71,8 @@ def _join(question: Question, layout: Layout, place: Place) -> None:
     """Bring together what the family's code joins, what is tied, and what an inner ``generate`` wants at the inputs."""
     profile, anatomy = question.profile, layout.anatomy
     for join, _ in broken_joins(question, layout):
-        target = next((place[piece.key] for piece in anatomy.pieces if _touches(piece, join.meets)), None)
-        if target is not None:
-            place.update({piece.key: target for piece in anatomy.pieces if _touches(piece, join.moves)})
+        target = next(place[piece.key] for piece in anatomy.pieces if _touches(piece, join.meets))
+        place.update({piece.key: target for piece in anatomy.pieces if _touches(piece, join.moves)})
     first = next((unit.key for unit in profile.units if unit.role == "embedding"), None)
     together = list(profile.tied)
     if profile.runs_inner_generate and first is not None:
@@ -81,9 +81,13 @@ def _join(question: Question, layout: Layout, place: Place) -> None:
         together.append((first, *ends, *layers[-1:]))
     for group in together:
         place.update(dict.fromkeys(group, place[group[0]]))
-    if first is not None:
-        weightless = [unit.key for unit in profile.units if not unit.elements and unit.role == "other"]
-        place.update({key: place[first] for key in weightless if key not in layout.device_of})
+    broken = entry_of_broken_tower(question, layout)
+    if broken is not None:
+        # The positions of the patches stay at the inputs.
+        parts = {broken[1], *parts_at_inputs(question, layout, *broken)} & place.keys()
+        place.update(dict.fromkeys(parts, main_device(place.values())))
+    weightless = [unit.key for unit in profile.units if not unit.elements and unit.role == "other"]
+    place.update({key: place[first] for key in weightless if first is not None and key not in layout.device_of})
 
 
 def _touches(piece: Piece, key: str) -> bool:
@@ -93,6 +97,7 @@ def _touches(piece: Piece, key: str) -> bool:
 
 def keys_of(anatomy: Anatomy, place: Place) -> dict[str, Device]:
     """A map of the fewest keys: the whole model, a unit, or where a tower is broken its pieces."""
+    takes_positions = anatomy.profile.model_type in TOWER_ENTRY
     if len(set(place.values())) == 1:
         return {"": next(iter(place.values()))}
     result: dict[str, Device] = {}
@@ -103,6 +108,8 @@ def keys_of(anatomy: Anatomy, place: Place) -> dict[str, Device]:
             result[unit] = devices.pop()
         else:
             result.update({piece.key: place[piece.key] for piece in pieces})
+            if takes_positions and anatomy.units[unit].role == "vision":
+                result[f"{unit}.{TOWER_ROTARY}"] = main_device(place.values())
     return result
 
 

@@ -17,16 +17,20 @@ from torch.utils._pytree import tree_iter, tree_map
 _MOVES = (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu)
 _LOOKS_ONLY = (torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as)
 """They take the shape of their second tensor, wherever it is."""
+_INDEXED = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+"""Their indices may be on the CPU."""
+_BETWEEN = (torch.Tensor.copy_, torch.Tensor.data.__set__, torch._has_compatible_shallow_copy_type)
+"""They may have tensors of two devices."""
 _NO_RESULT = (torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__, torch.Tensor.__repr__, torch.Tensor.data_ptr)
 
 
-class Placed(torch.Tensor):
+class Placed(torch.Tensor):  # type: ignore[misc]
     """A tensor with a device of its own choosing."""
 
     place: torch.device
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False) -> Placed:
-        made = torch.Tensor._make_subclass(cls, data.detach().as_subclass(torch.Tensor), requires_grad)
+        made: Placed = torch.Tensor._make_subclass(cls, data.detach().as_subclass(torch.Tensor), requires_grad)
         made.place = getattr(data, "place", torch.device("cpu"))
         return made
 
@@ -47,10 +51,14 @@ def _device(device: Any) -> torch.device:
 
 def place_of(tensor: torch.Tensor) -> torch.device:
     """Where a tensor says it is."""
-    return getattr(tensor, "place", torch.device("cpu"))
+    place = getattr(tensor, "place", None)
+    if place is None:
+        with torch._C.DisableTorchFunction():
+            place = tensor.device
+    return place
 
 
-class FakeDevices(TorchFunctionMode):
+class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
     """While it is entered, tensors keep to their devices."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,12 +67,18 @@ class FakeDevices(TorchFunctionMode):
             return place_of(args[0])
         if func == torch.Tensor.is_cuda.__get__:
             return place_of(args[0]).type == "cuda"
+        if func is torch.device and type(args[0]) is int:
+            return torch.device("cuda", args[0])
+        if func == torch.Tensor.data.__set__:
+            args[0].place = place_of(args[1])
         with torch._C.DisableTorchFunction():
             if func in _MOVES:
                 return self._move(func, args, kwargs)
             tensors = args[:1] if func in _LOOKS_ONLY else (args, kwargs)
             places = {place_of(tensor) for tensor in tree_iter(tensors) if _counts(tensor)}
-            if len(places) > 1 and func not in (torch.Tensor.copy_, torch.Tensor.data.__set__):
+            if func in _INDEXED:
+                places -= {torch.device("cpu")} - {place_of(args[0])}
+            if len(places) > 1 and func not in _BETWEEN:
                 found = ", ".join(sorted(map(str, places)))
                 raise RuntimeError(
                     f"Expected all tensors to be on the same device, but found at least two devices, {found}!"
@@ -82,16 +96,19 @@ class FakeDevices(TorchFunctionMode):
         return tree_map(lambda item: put(item, device) if isinstance(item, torch.Tensor) else item, result)
 
     def _move(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        tensor, *rest = args
-        device, dtype, _, _ = torch._C._nn._parse_to(*[item for item in rest if not isinstance(item, torch.Tensor)], **{
-            key: value for key, value in kwargs.items() if key in ("device", "dtype")
-        })
+        tensor, *rest = (torch.device("cuda", item) if type(item) is int else item for item in args)
+        device, dtype, _, _ = torch._C._nn._parse_to(
+            *[item for item in rest if not isinstance(item, torch.Tensor)],
+            **{key: value for key, value in kwargs.items() if key in ("device", "dtype")},
+        )
         other = next((item for item in rest if isinstance(item, torch.Tensor)), None)
         if other is not None:
             device, dtype = place_of(other), other.dtype
         if func is torch.Tensor.cpu:
             device = torch.device("cpu")
         target = device or place_of(tensor)
+        if target == place_of(tensor) and dtype in (None, tensor.dtype) and not kwargs.get("copy"):
+            return tensor  # itself, as in torch: a parameter stays one
         moved = tensor if dtype is None else torch.Tensor.to(tensor, dtype)
         if target.type == "meta":
             return torch.Tensor.to(tensor, "meta")
