@@ -16,6 +16,7 @@ from .image_rule import image_rule
 from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
 from .model_units import Cut, cut_into_units
 from .module_names import by_module_name
+from .registration import registered
 from .shapes_from_tensors import FLOATS
 from .weightless_units import complete_units
 
@@ -72,6 +73,7 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
         quantization=_quantization(config),
         runs_inner_generate=architecture.startswith(INNER_GENERATE),
         files=checkpoint.files,
+        registered=registered(tensors, units, config, model_type=model_type, is_remote_code=is_remote_code),
         notes=tuple(notes),
     )
 
