@@ -1,8 +1,9 @@
 """What accelerate and transformers do for ``device_map="auto"``, step by step, on a tree of sizes instead of modules.
 
-Two routes. transformers 4 calls accelerate (``get_balanced_memory``, ``infer_auto_device_map``); transformers 5 has its own
-copies in ``integrations/accelerate.py``, with another margin and other ties. Read in accelerate 1.15, transformers 4.57.6
-and 5.23; ``tests/doctor/planner/test_auto_exact.py`` holds the replay against the installed ones. Names follow theirs.
+Three routes. transformers 4 calls accelerate (``get_balanced_memory``, ``infer_auto_device_map``); transformers 5 has its own
+copies in ``integrations/accelerate.py``, with other ties, and from 5.18 on another margin. Read in accelerate 1.15,
+transformers 4.57.6, 5.0, 5.8, 5.17, 5.18, 5.20 and 5.23; ``tests/doctor/planner/test_auto_exact.py`` holds the replay against
+the installed ones. Names follow theirs.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from .auto_tree import Node, block_sizes, largest_layer, leaf_module_sizes, with
 
 Mode = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Device = int | Literal["cpu", "disk"]
-Route = Literal["4", "5"]
-"""Major version of transformers."""
+Route = Literal["4", "5", "5.18"]
+"""The version of transformers since which it is so."""
 MARGIN = 1.25
 """On top of an equal share: so many of the largest blocks (or leaves). Source: both ``get_balanced_memory``."""
 SINGLE_GPU_SHARE = 0.9
@@ -39,24 +40,38 @@ class Placed(msgspec.Struct, frozen=True):
     """The same with modules whose parts are all on one device as one key, as ``clean_device_map`` leaves it."""
 
 
-def replay(root: Node, memory: dict[Device, float], ties: Sequence[Sequence[str]], *, route: Route, mode: Mode) -> Placed:
+def replay(
+    root: Node,
+    memory: dict[Device, float],
+    ties: Sequence[Sequence[str]],
+    *,
+    route: Route,
+    mode: Mode = "auto",
+    cached_bytes: int = 0,
+) -> Placed:
     """Place a model as ``from_pretrained(device_map=mode)`` does.
 
     Args:
         root: The model.
-        memory: Free bytes of each device; GPUs by ordinal in rising order, then ``cpu``.
+        memory: Free bytes of each device, as the driver tells them; GPUs by ordinal in rising order, then ``cpu``.
         ties: Groups of names of parameters that are one tensor.
         route: Whose code.
         mode: ``auto`` is ``balanced``.
+        cached_bytes: On each GPU, what torch holds of it without using it: transformers counts that as free, 5 before it
+            shares the model out, 4 afterwards.
 
     Raises:
         AutoError: The libraries would raise.
     """
     memory = dict(memory)
-    if route == "5" and "cpu" in memory:
-        memory["cpu"] *= CPU_SHARE
+    if route != "4":
+        memory = _with_cached(memory, cached_bytes)
+        if "cpu" in memory:
+            memory["cpu"] *= CPU_SHARE
     if mode != "sequential":
         memory = balanced_memory(root, memory, route=route, is_low_zero=mode == "balanced_low_0")
+    if route == "4":
+        memory = _with_cached(memory, cached_bytes)
     chosen = _Walk(root, memory, ties, route).run()
     devices: dict[str, Device] = {}
     for node in root.nodes():
@@ -64,6 +79,10 @@ def replay(root: Node, memory: dict[Device, float], ties: Sequence[Sequence[str]
         if device is not None:
             devices.update((leaf.name, device) for leaf in node.leaves())
     return Placed(devices, _cleaned(root, devices))
+
+
+def _with_cached(memory: dict[Device, float], cached_bytes: int) -> dict[Device, float]:
+    return {device: size + cached_bytes if isinstance(device, int) else size for device, size in memory.items()}
 
 
 def balanced_memory(root: Node, memory: dict[Device, float], *, route: Route, is_low_zero: bool) -> dict[Device, float]:
@@ -86,17 +105,17 @@ def balanced_memory(root: Node, memory: dict[Device, float], *, route: Route, is
 
 
 def _margin(root: Node, route: Route) -> int:
-    """transformers 5: the largest block or leaf. accelerate: the first block of each class, or the mean of the leaves."""
+    """The largest of: 5.18 any block or leaf; 5 any block, or the mean leaf; 4 the first block of each class, or that mean."""
     blocks = block_sizes(root)
     leaves = leaf_module_sizes(root)
-    if route == "5":
-        largest_block = max((max(sizes) for sizes in blocks.values()), default=0)
+    largest_block = max((max(sizes) for sizes in blocks.values()), default=0)
+    if route == "5.18":
         return int(MARGIN * max(largest_block, max(leaves, default=0)))
     # A name that stands for several classes hides which of them each block is: the largest stands for all.
     first = max((max(sizes) if "|" in name else sizes[0] for name, sizes in blocks.items()), default=0)
-    # The mean counts the leaves inside of blocks as well, so that where there are blocks it is always below theirs.
+    # The mean counts the leaves inside of blocks as well, so that where there are blocks it is below theirs.
     mean = 0 if blocks else int(sum(leaves) / max(len(leaves), 1))
-    return int(MARGIN * max(first, mean))
+    return int(MARGIN * max(first if route == "4" else largest_block, mean))
 
 
 class _Walk:
@@ -140,7 +159,7 @@ class _Walk:
             if self._split_tied(node, tied):
                 return
             # accelerate does not part a module that fits on its own; transformers 5 does.
-            may_split = self._route == "5" or used + node.size_bytes >= room
+            may_split = self._route != "4" or used + node.size_bytes >= room
         else:
             may_split = True
         if may_split and node.item is None:

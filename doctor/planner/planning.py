@@ -8,6 +8,7 @@ from ..placement import Plan, Stage
 from ..topology import link_rank
 from ..workload import Policy, Workload
 from . import account
+from .auto import auto_placement
 from .budget import budgets
 from .constraints import chain
 from .levers import shortage
@@ -52,6 +53,8 @@ def plan(
     choice = choose(footprint, problem.capacities, problem.counts, problem.most_text_tokens, rank)
     split = choice.split if choice else _closest_split(problem, rank)
     stages = account.stages(footprint, split, found.usable) if split else ()
+    longest = choice.text_tokens + footprint.images.tokens if choice else None
+    placed = [(stage.gpu, stage.keys) for stage in stages] if choice else []
     return Plan(
         model=profile.name,
         revision=profile.revision,
@@ -67,7 +70,8 @@ def plan(
         stages=stages,
         cuts=account.cuts(problem, split, machine) if split else (),
         reasons=account.reasons(problem, split, found.excluded) if choice and split else (),
-        longest_prompt_tokens=choice.text_tokens + footprint.images.tokens if choice else None,
+        longest_prompt_tokens=longest,
+        auto=auto_placement(problem, machine, plan_stages=placed, plan_longest=longest),
         shortage=None if choice else shortage(problem, stages, found.excluded),
         notes=account.notes(problem, choice),
         is_remote_code=profile.is_remote_code,

@@ -105,16 +105,16 @@ def _expanded(lines: Iterable[str], config: Mapping[str, Any], bodies: Mapping[s
 
 
 class _Order:
-    """The order of one class."""
+    """The order of one class. What depends on a name's pattern alone is worked out once a pattern."""
 
     def __init__(self, entries: Sequence[_Entry]) -> None:
         self._kinds = dict(entries)
         self._loose = [entry.pattern for entry in entries if entry.kind.startswith("~")]
         self._ranks: dict[str, int] = {}
+        self._depths: dict[str, int] = {}
         for rank, entry in enumerate(entries):
-            parts = entry.pattern.split(".")
-            for count in range(1, len(parts) + 1):
-                self._ranks.setdefault(".".join(parts[:count]), rank)
+            for prefix in _prefixes(entry.pattern):
+                self._ranks.setdefault(prefix, rank)
 
     def arrange(self, tensors: Mapping[str, StoredTensor], units: Sequence[Unit]) -> tuple[Registered, ...] | None:
         """Give every tensor to what ``auto`` places as a whole; ``None`` when one has no place."""
@@ -122,16 +122,16 @@ class _Order:
         found = [self._registered(unit, unit.key) for unit in whole]
         # Nearly all tensors are in the text layers, which are placed whole: they need no look of their own.
         done = tuple({f"{_list_of(unit.key)}." for unit in whole})
-        keys = {unit.key: unit for unit in units}
         members: dict[str, list[StoredTensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith(done):
                 continue
-            key = self._place(name)
+            key = self._place(name) or self._place(name.replace(f".{_WRAPPER}", ".", 1))
             if key is not None:
                 members.setdefault(key, []).append(tensor)
             elif name.rpartition(".")[2] not in _BUFFERS:
                 return None
+        keys = {unit.key: unit for unit in units}
         for key, contents in members.items():
             owner = next((keys[prefix] for prefix in _prefixes(key) if prefix in keys), None)
             if owner is None:
@@ -154,22 +154,22 @@ class _Order:
 
     def _place(self, name: str) -> str | None:
         """Name of the module or bare parameter that is placed with this tensor in it."""
-        for candidate in (name, name.replace(f".{_WRAPPER}", ".", 1)):
-            for prefix in _prefixes(candidate):
-                if _pattern(prefix) in self._kinds:
-                    return prefix
-        return None
+        pattern = _pattern(name)
+        depth = self._depths.get(pattern)
+        if depth is None:
+            found = (count for count, prefix in enumerate(_prefixes(pattern), start=1) if prefix in self._kinds)
+            depth = self._depths[pattern] = next(found, 0)
+        return ".".join(name.split(".")[:depth]) if depth else None
 
-    def _position(self, key: str) -> tuple[int, ...]:
+    def _position(self, key: str) -> list[tuple[int, int]]:
         """Sort key: at each level the rank among the siblings, and the number in a list."""
-        position: list[int] = []
-        for prefix in _prefixes(key):
-            last = prefix.rpartition(".")[2]
-            position += (self._ranks[_pattern(prefix)], int(last) if last.isdecimal() else 0)
-        return tuple(position)
+        ranks = (self._ranks[prefix] for prefix in _prefixes(_pattern(key)))
+        return [(rank, int(part) if part.isdecimal() else 0) for rank, part in zip(ranks, key.split("."), strict=True)]
 
 
+@functools.lru_cache(maxsize=4096)
 def _pattern(name: str) -> str:
+    """The name with its numbers as ``*``."""
     return _NUMBER.sub("*", name)
 
 

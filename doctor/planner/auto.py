@@ -1,0 +1,137 @@
+"""What ``device_map="auto"`` would have done on this machine, and whether that is worse than the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..machine import Libraries, Machine
+from ..model import Registered
+from ..placement import AutoPlacement, AutoShare
+from ..units import MIB
+from ..visibility import visible_gpus
+from .auto_faults import cut_blocks, parted_parameters
+from .auto_need import Share, longest_text_tokens, shares_of
+from .auto_replay import AutoError, Device, Placed, Route, replay
+from .auto_tree import tree
+from .auto_verdict import verdict
+from .budget import Budget
+from .memory import item_bytes, loaded_dtype
+from .problem import Problem
+
+START_CONTEXT_BYTES = 618 * MIB
+"""CUDA context when ``auto`` asks for free memory, before any kernel is loaded. Measured: H200 (planner/budget.py)."""
+CACHED_BYTES = 2 * MIB
+"""Segment that torch takes for the one number that ``get_max_memory`` puts on each GPU first. Source: accelerate,
+``get_max_memory``; torch, CUDACachingAllocator, kSmallBuffer."""
+_UNLIMITED = 2**60
+NEWEST = "transformers 5"
+"""What is meant where none is installed."""
+
+
+def auto_placement(
+    problem: Problem, machine: Machine, *, plan_stages: Sequence[tuple[int, tuple[str, ...]]], plan_longest: int | None
+) -> AutoPlacement:
+    """Replay ``device_map="auto"`` on the GPUs that the plan could use, and compare.
+
+    Args:
+        problem: What was planned.
+        machine: Its libraries decide whose ``auto``; its environment the order of the GPUs.
+        plan_stages: GPU index and keys of each stage of the plan; empty when nothing fits.
+        plan_longest: Longest prompt that the plan takes, in tokens; ``None`` when nothing fits.
+
+    Returns:
+        The placement; ``unknown`` says why where it cannot be known.
+    """
+    library, route = _library(machine.libraries)
+    unknown = _why_unknown(problem, route)
+    if unknown:
+        return AutoPlacement(library=library, unknown=unknown, verdict=f"Not known: {unknown}.")
+    budgets = _in_torch_order(problem, machine)
+    items = problem.profile.registered[_major(route)]
+    try:
+        placed = _replayed(problem, items, budgets, machine, route)
+    except AutoError as error:
+        return AutoPlacement(library=library, verdict=f"device_map=\"auto\" {error}.")
+    footprint = problem.footprint
+    shares = shares_of(problem, footprint, items, placed, budgets)
+    cuts = cut_blocks(items, placed, [budget.gpu.index for budget in budgets])
+    parted = parted_parameters(problem.profile, items, placed)
+    offloaded = {device: _weights_on(items, placed, device) for device in ("cpu", "disk")}
+    runs = not parted and not any(cut.fails for cut in cuts)
+    longest = None if any(offloaded.values()) or not runs else longest_text_tokens(problem, shares)
+    answer = AutoPlacement(
+        library=library,
+        shares=tuple(_written(problem, share, placed) for share in shares),
+        cpu_bytes=offloaded["cpu"],
+        disk_bytes=offloaded["disk"],
+        cut_blocks=cuts,
+        parted=parted,
+        fits=longest is not None,
+        longest_prompt_tokens=None if longest is None else longest + footprint.images.tokens,
+        verdict="",
+    )
+    return verdict(answer, plan_stages=plan_stages, plan_longest=plan_longest)
+
+
+def _library(libraries: Libraries | None) -> tuple[str, Route]:
+    """Name and version of what decides, and whose code that is."""
+    version = libraries.version("transformers") if libraries else None
+    if version is None:
+        return NEWEST, "5.18"
+    numbers = [int(part) if part.isdecimal() else 0 for part in version.split(".")[:2]]
+    routes: tuple[tuple[list[int], Route], ...] = (([5], "4"), ([5, 18], "5"))
+    return f"transformers {version}", next((route for since, route in routes if numbers < since), "5.18")
+
+
+def _major(route: Route) -> str:
+    """Which table of registration holds for a route."""
+    return route[0]
+
+
+def _why_unknown(problem: Problem, route: Route) -> str | None:
+    profile = problem.profile
+    if problem.workload.quantization:
+        return f"loading in {problem.workload.quantization} replaces modules before auto counts them"
+    if profile.quantization:
+        return f"the sizes that auto counts in a checkpoint quantized with {profile.quantization} are not in its headers"
+    if _major(route) not in profile.registered:
+        return f"in which order {profile.architecture} registers its modules is not known for transformers {_major(route)}"
+    return None if problem.budgets else "no GPU can be used"
+
+
+def _in_torch_order(problem: Problem, machine: Machine) -> list[Budget]:
+    """Budgets of the GPUs that the plan could use, as torch numbers them."""
+    order = visible_gpus(machine).gpus
+    return sorted(problem.budgets, key=lambda budget: order.index(budget.gpu.index))
+
+
+def _replayed(
+    problem: Problem, items: Sequence[Registered], budgets: Sequence[Budget], machine: Machine, route: Route
+) -> Placed:
+    size = item_bytes(loaded_dtype(problem.profile, problem.workload))
+    root = tree(items, lambda item: item.unit.elements * size + item.buffer_bytes)
+    memory: dict[Device, float] = {}
+    for ordinal, budget in enumerate(budgets):
+        context_bytes = min(START_CONTEXT_BYTES, budget.context_bytes)
+        memory[ordinal] = max(0, budget.free_bytes - context_bytes - CACHED_BYTES)
+    if not any(budget.gpu.has_unified_memory for budget in budgets):
+        host_bytes = machine.host.memory_available_bytes if machine.host else None
+        memory["cpu"] = _UNLIMITED if host_bytes is None else host_bytes
+    ties = [[f"{key}.weight" for key in group] for group in problem.profile.tied]
+    return replay(root, memory, ties, route=route, cached_bytes=CACHED_BYTES)
+
+
+def _weights_on(items: Sequence[Registered], placed: Placed, device: Device) -> int:
+    return sum(item.unit.stored_bytes for item in items if placed.devices[item.unit.key] == device)
+
+
+def _written(problem: Problem, share: Share, placed: Placed) -> AutoShare:
+    need_bytes = share.need_bytes(problem.workload.text_tokens)
+    return AutoShare(
+        gpu=share.budget.gpu.index,
+        keys=tuple(key for key, device in placed.device_map.items() if device == share.ordinal),
+        layers=share.holding.layers,
+        weights_bytes=share.holding.weights_bytes,
+        need_bytes=need_bytes,
+        left_bytes=share.budget.available_bytes - need_bytes,
+    )
