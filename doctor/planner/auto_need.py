@@ -1,4 +1,8 @@
-"""What each GPU of an ``auto`` map needs, by the plan's own formulas."""
+"""What each GPU of an ``auto`` map needs, and the longest prompt it takes: judged as the plan is, wherever that can be.
+
+Where a map gives every GPU a run of the chain, as a plan does, the plan's own judge decides. Otherwise each GPU is priced by
+the formulas for what it holds.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,13 @@ from ..model import Registered
 from .auto_replay import Device, Placed
 from .budget import Budget
 from .memory import Footprint, Holding, unit_bytes
+from .order import Split
 from .place import largest
 from .problem import Problem
+
+
+QUESTIONS = 3
+"""Times the allocator is asked: each halves what is not known."""
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,11 +104,44 @@ def _share(
     return Share(ordinal=ordinal, budget=budget, footprint=footprint, holding=holding, run=run, is_stage=is_stage)
 
 
-def longest_text_tokens(problem: Problem, shares: Sequence[Share]) -> int | None:
-    """Most text tokens of one prompt that all of them can take; ``None`` when the workload itself does not fit."""
-    low = problem.workload.text_tokens
+def as_split(problem: Problem, shares: Sequence[Share]) -> Split | None:
+    """The map as a split of the chain, where it is one; ``None`` otherwise, or where pins would forbid it."""
+    used = sorted((share for share in shares if share.holding.weights_bytes), key=lambda share: share.run)
+    ends = [share.run[1] for share in used]
+    is_chain = [share.run[0] for share in used] == [0, *ends[:-1]] and ends[-1:] == [len(problem.atoms)]
+    if not is_chain or not all(share.is_stage for share in used) or problem.policy.pins:
+        return None
+    positions = {budget.gpu.index: position for position, budget in enumerate(problem.budgets)}
+    return Split(tuple(positions[share.budget.gpu.index] for share in used), tuple(ends))
+
+
+def longest_text_tokens(problem: Problem, shares: Sequence[Share], split: Split | None) -> int | None:
+    """Most text tokens of one prompt that all of them can take; ``None`` when the workload itself does not fit.
+
+    Where the map is a split and the allocator can be asked, it is asked a few times, between what the formulas promise and
+    what lives at once: a side remark must not take longer than the plan.
+    """
+    low, most = problem.workload.text_tokens, max(problem.workload.text_tokens, problem.most_text_tokens)
 
     def holds(text_tokens: int) -> bool:
         return all(share.need_bytes(text_tokens) <= share.budget.available_bytes for share in shares)
 
-    return largest(low, max(low, problem.most_text_tokens), holds) if holds(low) else None
+    sure = largest(low, most, holds) if holds(low) else None
+    if split is None or problem.replay is None or sure == most:
+        return sure
+    bound = problem.bare.longest_text_tokens(split)
+    if bound is None:
+        return sure
+    if sure is None:
+        if not problem.takes(split, low):
+            return None
+        sure = low
+    for _ in range(QUESTIONS):
+        middle = (sure + bound + 1) // 2
+        if middle <= sure:
+            break
+        if problem.takes(split, middle):
+            sure = middle
+        else:
+            bound = middle - 1
+    return sure

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 
 from ..placement import AutoPlacement
 from ..units import format_gib
 
+CLEARLY = 1.05
+"""From which factor on a longer prompt is more than the uncertainty of ``auto``'s."""
 _ERROR = "Expected all tensors to be on the same device"
 
 
-def verdict(
-    auto: AutoPlacement, *, plan_stages: Sequence[tuple[int, tuple[str, ...]]], plan_longest: int | None
-) -> AutoPlacement:
-    """Give a placement its sentence; what stops it counts before what it wastes."""
-    sentence = _fault(auto) or _offload(auto, has_plan=plan_longest is not None) or _overflow(auto)
-    if sentence is None:
-        sentence = _compared(auto, plan_stages, plan_longest)
-    return msgspec.structs.replace(auto, verdict=sentence)
+def compared(auto: AutoPlacement, *, plan_gpus: int, plan_longest: int | None, offloads: bool) -> AutoPlacement:
+    """Give a placement its sentence; what stops it counts before what it wastes.
+
+    Args:
+        auto: The placement.
+        plan_gpus: GPUs that the plan uses.
+        plan_longest: Longest prompt that the plan takes; ``None`` when nothing fits.
+        offloads: The plan itself keeps layers in host memory.
+    """
+    suffice = plan_longest is not None and not offloads
+    sentence = _fault(auto) or _offload(auto, suffice=suffice) or _overflow(auto)
+    return msgspec.structs.replace(auto, verdict=sentence or _side_by_side(auto, plan_gpus, plan_longest))
 
 
 def _fault(auto: AutoPlacement) -> str | None:
@@ -33,7 +37,7 @@ def _fault(auto: AutoPlacement) -> str | None:
     return None
 
 
-def _offload(auto: AutoPlacement, *, has_plan: bool) -> str | None:
+def _offload(auto: AutoPlacement, *, suffice: bool) -> str | None:
     places = [
         f"{format_gib(size)} {where}"
         for size, where in ((auto.cpu_bytes, "on the CPU"), (auto.disk_bytes, "on disk"))
@@ -41,8 +45,8 @@ def _offload(auto: AutoPlacement, *, has_plan: bool) -> str | None:
     ]
     if not places:
         return None
-    although = ", which slows every token, although the GPUs suffice" if has_plan else ", which slows every token"
-    return f"auto leaves {' and '.join(places)}{although}."
+    although = ", although the GPUs suffice" if suffice else ""
+    return f"auto leaves {' and '.join(places)}, which slows every token{although}."
 
 
 def _overflow(auto: AutoPlacement) -> str | None:
@@ -52,18 +56,18 @@ def _overflow(auto: AutoPlacement) -> str | None:
     return f"auto lacks {format_gib(-tightest.left_bytes)} on GPU {tightest.gpu} for this prompt."
 
 
-def _compared(auto: AutoPlacement, plan_stages: Sequence[tuple[int, tuple[str, ...]]], plan_longest: int | None) -> str:
+def _side_by_side(auto: AutoPlacement, plan_gpus: int, plan_longest: int | None) -> str:
     """Both work, or there is no plan."""
-    used = [share for share in auto.shares if share.weights_bytes]
+    used = sum(bool(share.weights_bytes) for share in auto.shares)
     longest = auto.longest_prompt_tokens
     if plan_longest is None or longest is None:
-        return f"auto would put it on {_gpus(len(used))}."
-    takes = f"auto takes a longest prompt of {longest:,} tokens on {_gpus(len(used))}; this plan {plan_longest:,}"
-    if plan_longest > longest:
-        return f"{takes} ({plan_longest / longest:.1f} x) on {len(plan_stages)}."
-    if len(plan_stages) < len(used):
-        return f"{takes} on {len(plan_stages)}, with {len(used) - len(plan_stages)} fewer to pass through for each token."
-    return f"{takes}: no difference worth a map of your own."
+        return f"auto would put it on {_gpus(used)}."
+    takes = f"auto takes a longest prompt of about {longest:,} tokens on {_gpus(used)}; this plan {plan_longest:,} on"
+    if plan_longest > CLEARLY * longest:
+        return f"{takes} {plan_gpus} ({plan_longest / longest:.1f} x)."
+    if plan_gpus < used:
+        return f"{takes} {plan_gpus}, and each token passes {_gpus(used - plan_gpus)} fewer."
+    return f"{takes} {plan_gpus}: no worse."
 
 
 def _gpus(count: int) -> str:
