@@ -129,7 +129,6 @@ class _Walk:
         self._ties = [sorted(group) for group in ties]
         self._route = route
         self._waiting = list(root.children)
-        self._sizes = {node.name: node.size_bytes for node in root.nodes()}
         self._used: dict[Device, float] = dict.fromkeys(self._devices, 0)
         self._current = 0
         self._largest, self._largest_names = largest_layer(self._waiting)
@@ -181,7 +180,10 @@ class _Walk:
             self._chosen[other.name] = device
 
     def _with_ties(self, node: Node) -> tuple[list[Node], float]:
-        """Modules still waiting that hold tensors of this one, and the size of all together."""
+        """Modules still waiting that hold tensors of this one, and the size of all together.
+
+        A tensor counts where it is registered first, so that its other names add nothing.
+        """
         size = node.size_bytes
         found: list[Node] = []
         for name in self._tied_parameters(node):
@@ -191,8 +193,6 @@ class _Walk:
             if module not in found:
                 found.append(module)
                 size += module.size_bytes
-                if self._route == "4":
-                    size -= self._sizes.get(name.rpartition(".")[0], 0)
         return found, size
 
     def _tied_parameters(self, node: Node) -> list[str]:
