@@ -138,8 +138,6 @@ def longest_text_tokens(problem: Problem, shares: Sequence[Share], split: Split 
         sure = low
     for _ in range(QUESTIONS):
         middle = (sure + bound + 1) // 2
-        if middle <= sure:
-            break
         if problem.takes(split, middle):
             sure = middle
         else:

@@ -40,7 +40,8 @@ def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-def _vision(hidden: int, width: int, positions: int) -> nn.Module:
+def _vision(hidden: int, width: int, positions: int, *, pooled: int) -> nn.Module:
+    """``pooled``: channels behind the convolution."""
     vision = 1792
     blocks = [
         TransformerLayer(
@@ -59,13 +60,13 @@ def _vision(hidden: int, width: int, positions: int) -> nn.Module:
             patch_embedding=patches,
             transformer=_Named(layers=nn.ModuleList(blocks)),
             linear_proj=_Named(
-                linear_proj=_linear(hidden, hidden),
+                linear_proj=_linear(pooled, hidden),
                 norm1=nn.LayerNorm(hidden),
                 dense_h_to_4h=_linear(hidden, width),
                 gate_proj=_linear(hidden, width),
                 dense_4h_to_h=_linear(width, hidden),
             ),
-            conv=nn.Conv2d(vision, hidden, 2, 2),
+            conv=nn.Conv2d(vision, pooled, 2, 2),
         ),
         hidden,
     )
@@ -93,7 +94,7 @@ def glm_4v_9b() -> nn.Module:
             embedding=_Named(word_embeddings=nn.Embedding(vocabulary, hidden)),
             encoder=_Named(layers=nn.ModuleList(blocks), final_layernorm=_Norm(hidden)),
             output_layer=_linear(hidden, vocabulary),
-            vision=_vision(hidden, width, 6401),
+            vision=_vision(hidden, width, 6401, pooled=hidden),
         )
     )
 
@@ -125,7 +126,7 @@ def cogvlm2_19b() -> nn.Module:
             embed_tokens=nn.Embedding(vocabulary, hidden),
             layers=nn.ModuleList(blocks),
             norm=_Norm(hidden),
-            vision=_vision(hidden, width, 9217),
+            vision=_vision(hidden, width, 9217, pooled=1792),
         ),
         lm_head=_linear(hidden, vocabulary),
     )

@@ -142,6 +142,14 @@ def test_tied_to_what_cannot_be_split_transformers_5_splits_what_fits_alone() ->
     assert replay(root, memory, ties, route="5.18", mode="sequential").devices["model.first"] == 0
 
 
+def test_a_module_tied_twice_counts_once() -> None:
+    root = of(item("a", 10), item("b", 20), item("c", 1))
+    ties = [["a.weight", "b.weight"], ["a.bias", "b.bias"]]
+
+    assert replay(root, {0: 30, 1: 100}, ties, route="5.18", mode="sequential").devices == {"a": 1, "b": 1, "c": 1}
+    assert replay(root, {0: 50, 1: 100}, ties, route="5.18", mode="sequential").devices == {"a": 0, "b": 0, "c": 0}
+
+
 def test_where_the_libraries_raise_so_does_the_replay() -> None:
     """They look for the module of a tied parameter, and find none when the parameter stands alone."""
     root = of(item("a", 5), item("b.bare", 5, is_parameter=True), item("b.x", 100))
