@@ -107,7 +107,7 @@ def _is_text(numbers: list[int], labels: Iterable[str]) -> bool:
 
 
 def _ranges(noun: str, numbers: list[int]) -> str:
-    found = [run.label for run in runs((f"n.{number}" for number in numbers), shortest=2)]
+    found = [run.label for run in runs((f"n.{number}" for number in sorted(numbers)), shortest=2)]
     return f"{noun}{'' if len(numbers) == 1 else 's'} {' and '.join(label.removeprefix('n.') for label in found)}"
 
 

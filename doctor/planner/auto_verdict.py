@@ -22,7 +22,7 @@ def compared(auto: AutoPlacement, *, plan_gpus: int, plan_longest: int | None, o
         offloads: The plan itself keeps layers in host memory.
     """
     suffice = plan_longest is not None and not offloads
-    sentence = _fault(auto) or _offload(auto, suffice=suffice) or _overflow(auto)
+    sentence = _fault(auto) or _shortage(auto, suffice=suffice)
     return msgspec.structs.replace(auto, verdict=sentence or _side_by_side(auto, plan_gpus, plan_longest))
 
 
@@ -37,23 +37,17 @@ def _fault(auto: AutoPlacement) -> str | None:
     return None
 
 
-def _offload(auto: AutoPlacement, *, suffice: bool) -> str | None:
-    places = [
-        f"{format_gib(size)} {where}"
-        for size, where in ((auto.cpu_bytes, "on the CPU"), (auto.disk_bytes, "on disk"))
-        if size
-    ]
-    if not places:
-        return None
-    although = ", although the GPUs suffice" if suffice else ""
-    return f"auto leaves {' and '.join(places)}, which slows every token{although}."
-
-
-def _overflow(auto: AutoPlacement) -> str | None:
+def _shortage(auto: AutoPlacement, *, suffice: bool) -> str | None:
+    """A GPU that overflows, weights that are elsewhere, or both."""
+    told = []
     tightest = min(auto.shares, key=lambda share: share.left_bytes)
-    if tightest.left_bytes >= 0:
-        return None
-    return f"auto lacks {format_gib(-tightest.left_bytes)} on GPU {tightest.gpu} for this prompt."
+    if tightest.left_bytes < 0:
+        told.append(f"lacks {format_gib(-tightest.left_bytes)} on GPU {tightest.gpu} for this prompt")
+    sizes = ((auto.cpu_bytes, "on the CPU"), (auto.disk_bytes, "on disk"))
+    places = [f"{format_gib(size)} {where}" for size, where in sizes if size]
+    if places:
+        told.append(f"leaves {' and '.join(places)}, which slows every token{', although the GPUs suffice' * suffice}")
+    return f"auto {' and '.join(told)}." if told else None
 
 
 def _side_by_side(auto: AutoPlacement, plan_gpus: int, plan_longest: int | None) -> str:

@@ -10,9 +10,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.auto_replay import Device, Mode, Route
-from vlm_doctor.sources.checkpoint import StoredTensor
+from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
+from vlm_doctor.sources.model_profile import build_profile
 
 MAJOR = transformers.__version__.partition(".")[0]
 ROUTE: Route = "4" if MAJOR == "4" else "5.18"
@@ -30,6 +33,23 @@ def on_meta(config: Any, kind: Any) -> Any:
         torch.set_default_dtype(before)
     model.tie_weights()
     return model
+
+
+def of_family(family: str) -> tuple[Any, ModelProfile]:
+    """A model by the default config of its family, and what the doctor makes of its checkpoint; skips where there is none."""
+    if family not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    config = transformers.AutoConfig.for_model(family)
+    try:
+        model = on_meta(config, getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family]))
+    except (TypeError, AttributeError, ValueError, AssertionError) as error:
+        pytest.skip(f"the default config of {family} builds no model: {error}")
+    fields = {**config.to_dict(), "architectures": [type(model).__name__]}
+    if MAJOR == "4":
+        # The default of a composite config says True, and transformers 4 heeds the text part alone.
+        fields["tie_word_embeddings"] = getattr(config.get_text_config(decoder=True), "tie_word_embeddings", True)
+    profile = build_profile(Checkpoint(fields, stored_tensors(model)), name=family, origin="checkpoint")
+    return model, profile
 
 
 def installed_map(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,21 +12,15 @@ from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.auto_replay import AutoError, Device, Mode, replay
 from vlm_doctor.planner.auto_tree import tree
 from vlm_doctor.sources.catalogue import catalogue
-from vlm_doctor.sources.checkpoint import Checkpoint
 from vlm_doctor.sources.model_profile import build_profile
+
+from .families import FAMILIES
 
 if TYPE_CHECKING:
     from torch import nn
 
 pytestmark = pytest.mark.models
 
-FAMILIES = (
-    "aria", "blip-2", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "fuyu", "gemma3", "gemma4",
-    "git", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "got_ocr2", "granite_docling", "idefics", "idefics2", "idefics3",
-    "instructblip", "internvl", "janus", "kimi_k25", "lfm2_vl", "llama4", "llava", "llava_next", "llava_onevision",
-    "minicpmv4_6", "mistral3", "mllama", "molmo2", "ovis2", "paddleocr_vl", "paligemma", "qwen2_5_omni_thinker",
-    "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "step3p7", "video_llama_3", "vipllava",
-)  # fmt: skip
 CATALOGUE = tuple(name for name, entry in catalogue().items() if not entry.config.get("auto_map"))
 MODES: tuple[Mode, ...] = ("auto", "auto", "balanced_low_0", "sequential")
 
@@ -71,28 +65,14 @@ def _class_name(name: str, devices: dict[str, Device]) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_by_its_default_config(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+    from .installed_auto import MAJOR, of_family, stored_tensors
 
-    from .installed_auto import MAJOR, on_meta, stored_tensors
-
-    if family not in CLASSES:
-        pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    config = transformers.AutoConfig.for_model(family)
-    try:
-        model = on_meta(config, getattr(transformers, CLASSES[family]))
-    except (TypeError, AttributeError, ValueError, AssertionError) as error:
-        pytest.skip(f"the default config of {family} builds no model: {error}")
-    fields: dict[str, Any] = {**config.to_dict(), "architectures": [type(model).__name__]}
-    if MAJOR == "4":
-        fields["tie_word_embeddings"] = getattr(config.get_text_config(decoder=True), "tie_word_embeddings", True)
-    tensors = stored_tensors(model)
-    profile = build_profile(Checkpoint(fields, tensors), name=family, origin="checkpoint")
+    model, profile = of_family(family)
 
     if family == "lfm2_vl" and MAJOR == "4":
         assert MAJOR not in profile.registered, "its tower has another patch embedding than SigLIP2 by itself"
         return
-    compare(monkeypatch, model, profile, list(tensors))
+    compare(monkeypatch, model, profile, list(stored_tensors(model)))
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

@@ -124,12 +124,20 @@ def test_what_lands_on_the_cpu_and_on_disk_is_said_with_the_gpus_sufficing() -> 
     small = msgspec.structs.replace(host, memory_available_bytes=GIB // 2)
 
     assert auto_of(LLAVA, machine("24GiB,12GiB", host=host)).verdict == (
-        "auto leaves 1.5 GiB on the CPU, which slows every token, although the GPUs suffice."
+        "auto lacks 1.0 GiB on GPU 1 for this prompt and leaves 1.5 GiB on the CPU, which slows every token, although the "
+        "GPUs suffice."
     )
     on_disk = auto_of(LLAVA, machine("24GiB,12GiB", host=small))
     assert on_disk.disk_bytes > 0
     assert " on disk, which" in on_disk.verdict
     assert "although" not in auto_of(QWEN72B, machine("2x24GiB", host=host)).verdict
+
+
+def test_what_lands_on_the_cpu_though_no_gpu_overflows_is_said() -> None:
+    host = Host(os="Linux", kernel="6", memory_available_bytes=200 * GIB)
+    found = auto_of(QWEN72B, machine("24GiB,12GiB", host=host))
+
+    assert found.verdict.startswith("auto leaves 106.9 GiB on the CPU, which")
 
 
 def test_an_offload_of_the_plans_own_is_no_reproach() -> None:
@@ -167,7 +175,7 @@ def test_a_shorter_prompt_is_put_in_numbers() -> None:
 
 
 def test_a_prompt_beyond_the_longest_does_not_fit() -> None:
-    asked = [auto_of(GLM41V, machine("24GiB,12GiB"), text_tokens=tokens) for tokens in range(5000, 9001, 250)]
+    asked = [auto_of(GLM41V, machine("24GiB,12GiB"), text_tokens=tokens) for tokens in (*range(6000, 9001, 500), 14_000)]
 
     fits = [found.fits for found in asked]
     assert fits == sorted(fits, reverse=True)
