@@ -47,8 +47,10 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Registered(msgspec.Struct, frozen=True, kw_only=True):
-    """The smallest thing that ``device_map="auto"`` places: a block it does not part, a module without children, or a bare
-    parameter."""
+    """The smallest thing that ``device_map="auto"`` places.
+
+    It is a block that ``auto`` does not part, a module without children, or a bare parameter.
+    """
 
     unit: Unit
     """A unit of the profile, or what part of one lies here."""

@@ -147,6 +147,7 @@ def build(factory: Any, config: Any) -> Any:
 
 
 def config_of(model_type: str) -> Any:
+    """The default config of a family, or ``None`` where there is none."""
     try:
         config = AutoConfig.for_model(model_type)
     except Exception as error:  # noqa: BLE001
@@ -156,11 +157,12 @@ def config_of(model_type: str) -> Any:
 
 
 def collect() -> dict[str, dict[str, list[str]]]:
+    """The part of the installed version."""
     models: dict[str, Any] = {}
     for model_type, name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
-        name = name[0] if isinstance(name, (list, tuple)) else name
+        first = name[0] if isinstance(name, (list, tuple)) else name
         config = config_of(model_type)
-        model = None if config is None else build(getattr(transformers, name), config)
+        model = None if config is None else build(getattr(transformers, first), config)
         if model is not None:
             models[model_type] = model
     wanted = {slot.partition("=")[2] for model in models.values() for slot in slots(model).values()}
@@ -195,6 +197,7 @@ def collect() -> dict[str, dict[str, list[str]]]:
 
 
 def written(entries: dict[str, list[ENTRY]]) -> dict[str, list[str]]:
+    """Entries as lines."""
     return {
         key: [f"{pattern} {kind}".removesuffix(" .") for pattern, kind in value] for key, value in sorted(entries.items())
     }

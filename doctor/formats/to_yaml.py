@@ -57,7 +57,7 @@ def _loading(plan: Plan, *, is_live: bool) -> list[str]:
     lines += _mapping("environment", environment_of(plan))
     lines += _mapping("device_map", plan.device_map)
     lines.append("# Bytes of weights for each GPU of the map; with device_map: auto, what comes nearest to it.")
-    limits: dict[int | str, int] = {**plan.max_memory}
+    limits: dict[int | str, int] = dict(plan.max_memory.items())
     if plan.offloaded is not None:
         limits["cpu"] = plan.offloaded.weights_bytes
     return lines + _mapping("max_memory", limits)

@@ -53,7 +53,9 @@ def auto_placement(problem: Problem, *, split: Split | None, longest_prompt_toke
     except AutoError as error:
         return AutoPlacement(library=library, verdict=f"auto {error}.")
     answer = _judged(problem, items, placed, budgets, library)
-    return compared(answer, plan_gpus=len(split.gpus) if split else 0, plan_longest=longest_prompt_tokens, offloads=has_offload)
+    return compared(
+        answer, plan_gpus=len(split.gpus) if split else 0, plan_longest=longest_prompt_tokens, offloads=has_offload
+    )
 
 
 def _judged(
@@ -61,7 +63,7 @@ def _judged(
 ) -> AutoPlacement:
     """The placement with all but its sentence."""
     footprint = problem.footprint
-    shares = shares_of(problem, footprint, items, placed, budgets)
+    shares = shares_of(problem, items, placed, budgets)
     cuts = cut_blocks(items, placed, [budget.gpu.index for budget in budgets])
     parted = parted_parameters(problem.profile, items, placed)
     elsewhere = {device: _weights_on(problem, items, placed, device) for device in ("cpu", "disk")}

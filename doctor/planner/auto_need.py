@@ -1,7 +1,7 @@
 """What each GPU of an ``auto`` map needs, and the longest prompt it takes: judged as the plan is, wherever that can be.
 
-Where a map gives every GPU a run of the chain, as a plan does, the plan's own judge decides. Otherwise each GPU is priced by
-the formulas for what it holds.
+Where a map gives every GPU a run of the chain, as a plan does, the plan's own judge decides. Otherwise each GPU is priced
+by the formulas for what it holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from .memory import Footprint, Holding, unit_bytes
 from .order import Split
 from .place import largest
 from .problem import Problem
-
 
 QUESTIONS = 3
 """Times the allocator is asked: each halves what is not known."""
@@ -50,9 +49,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.holding.layers or self.holding.has_tower or self.holding.has_embedding)
 
 
-def shares_of(
-    problem: Problem, footprint: Footprint, items: Sequence[Registered], placed: Placed, budgets: Sequence[Budget]
-) -> list[Share]:
+def shares_of(problem: Problem, items: Sequence[Registered], placed: Placed, budgets: Sequence[Budget]) -> list[Share]:
     """Add up what a map puts on each GPU, in the order of torch's ordinals."""
     own: list[list[Registered]] = [[] for _ in budgets]
     layers: list[set[str]] = [set() for _ in budgets]
@@ -69,16 +66,15 @@ def shares_of(
             if is_new_layer:
                 layers[device].add(item.owner)
     # Where the units of each atom are that have weights.
-    atoms = [set[Device]().union(*(holders.get(unit.key, ()) for unit in atom.units)) for atom in footprint.atoms]
+    atoms = [set[Device]().union(*(holders.get(unit.key, ()) for unit in atom.units)) for atom in problem.atoms]
     return [
-        _share(problem, footprint, own[ordinal], len(layers[ordinal]), (ordinal, budget), atoms)
+        _share(problem, own[ordinal], len(layers[ordinal]), (ordinal, budget), atoms)
         for ordinal, budget in enumerate(budgets)
     ]
 
 
 def _share(
     problem: Problem,
-    footprint: Footprint,
     own: Sequence[Registered],
     layers: int,
     place: tuple[int, Budget],
@@ -101,7 +97,7 @@ def _share(
         is_stage = False
         first = 0 if holding.has_tower or holding.has_embedding else min(1, len(atoms) - 1)
         run = (first, min(max(first + 1, first + layers), len(atoms)))
-    return Share(ordinal=ordinal, budget=budget, footprint=footprint, holding=holding, run=run, is_stage=is_stage)
+    return Share(ordinal=ordinal, budget=budget, footprint=problem.footprint, holding=holding, run=run, is_stage=is_stage)
 
 
 def as_split(problem: Problem, shares: Sequence[Share]) -> Split | None:

@@ -1,9 +1,9 @@
 """What accelerate and transformers do for ``device_map="auto"``, step by step, on a tree of sizes instead of modules.
 
-Three routes. transformers 4 calls accelerate (``get_balanced_memory``, ``infer_auto_device_map``); transformers 5 has its own
-copies in ``integrations/accelerate.py``, with other ties, and from 5.18 on another margin. Read in accelerate 1.15,
-transformers 4.57.6, 5.0, 5.8, 5.17, 5.18, 5.20 and 5.23; ``tests/doctor/planner/test_auto_exact.py`` holds the replay against
-the installed ones. Names follow theirs.
+Three routes. transformers 4 calls accelerate (``get_balanced_memory``, ``infer_auto_device_map``); transformers 5 has its
+own copies in ``integrations/accelerate.py``, with other ties, and from 5.18 on another margin. Read in accelerate 1.15,
+transformers 4.57.6, 5.0, 5.8, 5.17, 5.18, 5.20 and 5.23; ``tests/models/test_auto_exact.py`` holds the replay against the
+installed ones. Before 5.17 a class whose blocks differ in size counts by its first one; here by its largest.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def balanced_memory(root: Node, memory: dict[Device, float], *, route: Route, is
 
 
 def _margin(root: Node, route: Route) -> int:
-    """The largest of: 5.18 any block or leaf; 5 any block, or the mean leaf; 4 the first block of each class, or that mean."""
+    """The largest of: 5.18 any block or leaf; 5 any block, or the mean leaf; 4 the first of each class, or that mean."""
     blocks = block_sizes(root)
     leaves = leaf_module_sizes(root)
     largest_block = max((max(sizes) for sizes in blocks.values()), default=0)

@@ -73,7 +73,9 @@ def _sum(node: Node) -> None:
         _sum(child)
     node.size_bytes = sum(child.size_bytes for child in node.children)
     node.own_bytes = sum(child.size_bytes for child in node.children if child.is_parameter)
-    node.largest_leaf_bytes = max((child.largest_leaf_bytes for child in node.children if not child.is_parameter), default=0)
+    node.largest_leaf_bytes = max(
+        (child.largest_leaf_bytes for child in node.children if not child.is_parameter), default=0
+    )
 
 
 def largest_layer(nodes: Sequence[Node]) -> tuple[float, set[str]]:

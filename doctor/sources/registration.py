@@ -2,8 +2,8 @@
 
 An entry of the tables is a pattern of a module's name, numbers as ``*``, and a word: nothing or ``.`` for a module without
 children, ``=Class`` for a block that ``auto`` does not part, ``-`` for a bare parameter, ``~`` for a module with buffers
-alone, ``@part=type`` for what the family named by that part of the config registers there (``type`` where the config does not
-say; ``/lm`` with its head). ``+bytes`` are its buffers, which no checkpoint stores, at their size by default.
+alone, ``@part=type`` for what the family named by that part of the config registers there (``type`` where the config does
+not say; ``/lm`` with its head). ``+bytes`` are its buffers, which no checkpoint stores, at their size by default.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def registered(
     return found
 
 
-def _expanded(lines: Iterable[str], config: Mapping[str, Any], bodies: Mapping[str, Sequence[str]]) -> tuple[_Entry, ...] | None:
+def _expanded(
+    lines: Iterable[str], config: Mapping[str, Any], bodies: Mapping[str, Sequence[str]]
+) -> tuple[_Entry, ...] | None:
     """Entries with the references resolved; ``None`` where a part's family is not in the tables."""
     entries: list[_Entry] = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""The installed libraries' own ``device_map="auto"``, asked about models on the meta device and machines that are not there."""
+"""The installed libraries' own ``device_map="auto"``, asked about models on the meta device and made-up machines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def on_meta(config: Any, kind: Any) -> Any:
 
 
 def of_family(family: str) -> tuple[Any, ModelProfile]:
-    """A model by the default config of its family, and what the doctor makes of its checkpoint; skips where there is none."""
+    """A model by the default config of its family, and what the doctor makes of its checkpoint; skips where it cannot."""
     if family not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     config = transformers.AutoConfig.for_model(family)

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 
-class _Norm(nn.Module):
+class _Norm(nn.Module):  # type: ignore[misc] # torch is not seen by the checker
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
 
-class _Named(nn.Module):
+class _Named(nn.Module):  # type: ignore[misc]
     """A module with children of these names, in this order."""
 
     def __init__(self, **children: nn.Module) -> None:
@@ -46,7 +46,9 @@ def _vision(hidden: int, width: int, positions: int, *, pooled: int) -> nn.Modul
     blocks = [
         TransformerLayer(
             input_layernorm=nn.LayerNorm(vision),
-            attention=_Named(query_key_value=_linear(vision, 3 * vision, bias=True), dense=_linear(vision, vision, bias=True)),
+            attention=_Named(
+                query_key_value=_linear(vision, 3 * vision, bias=True), dense=_linear(vision, vision, bias=True)
+            ),
             mlp=_Named(fc1=_linear(vision, 15360, bias=True), fc2=_linear(15360, vision, bias=True)),
             post_attention_layernorm=nn.LayerNorm(vision),
         )
@@ -103,9 +105,7 @@ def cogvlm2_19b() -> nn.Module:
     hidden, width, vocabulary, keys = 4096, 14336, 128256, 1024
 
     def mlp() -> nn.Module:
-        return _Named(
-            gate_proj=_linear(hidden, width), up_proj=_linear(hidden, width), down_proj=_linear(width, hidden)
-        )
+        return _Named(gate_proj=_linear(hidden, width), up_proj=_linear(hidden, width), down_proj=_linear(width, hidden))
 
     blocks = [
         CogVLMDecoderLayer(

@@ -118,9 +118,7 @@ def test_remote_code(name: str, builder: str, block: str, monkeypatch: pytest.Mo
 
 def test_a_reported_cut_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """CogVLM2#10: four GPUs of 12 GiB with the multi-GPU demo, and an error where the vision MLP is added."""
-    profile = build_profile(
-        catalogue()["THUDM/cogvlm2-llama3-chat-19B"].checkpoint(), name="cogvlm2", origin="catalogue"
-    )
+    profile = build_profile(catalogue()["THUDM/cogvlm2-llama3-chat-19B"].checkpoint(), name="cogvlm2", origin="catalogue")
     root = tree(profile.registered["4"], lambda item: 2 * item.unit.elements + item.buffer_bytes)
     try:
         devices = replay(root, dict.fromkeys(range(4), 12 * 2**30), [], route="4", mode="sequential").devices
@@ -130,5 +128,3 @@ def test_a_reported_cut_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     block = {name: device for name, device in devices.items() if ".transformer.layers.56." in name}
     assert {device for name, device in block.items() if name.endswith(".input_layernorm")} == {2}
     assert {device for name, device in block.items() if not name.endswith(".input_layernorm")} == {3}
-
-

@@ -80,9 +80,7 @@ def test_the_snippet_loads_a_model_that_answers(
     assert answer.shape[1] == inputs["input_ids"].shape[1] + 2
 
 
-def test_offload_and_the_allocator_are_part_of_it(
-    tiny_vlms: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offload_and_the_allocator_are_part_of_it(tiny_vlms: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     made = planned(tiny_vlms[TINY_FAMILIES[0]], 2)

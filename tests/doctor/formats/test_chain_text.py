@@ -1,4 +1,4 @@
-"""The chain of stages as a picture, and what ``auto`` would have done: whole texts of real plans, and what each must obey."""
+"""The chain of stages as a picture, and what ``auto`` would have done: texts of real plans, and what each must obey."""
 
 from __future__ import annotations
 

@@ -66,9 +66,7 @@ def test_offload_revision_quantization_and_allocator_are_written(plan_report: Re
     workload = msgspec.structs.replace(
         plan_report.plan.workload, quantization="nf4", attention="flash", allocator="expandable"
     )
-    offloaded = Offload(
-        keys=("lm_head",), weights_bytes=123, copy_bytes=1, host_left_bytes=None, reason="", cost=""
-    )
+    offloaded = Offload(keys=("lm_head",), weights_bytes=123, copy_bytes=1, host_left_bytes=None, reason="", cost="")
     data = read(
         render(
             with_plan(
@@ -93,7 +91,9 @@ def test_offload_revision_quantization_and_allocator_are_written(plan_report: Re
         st.booleans(),
         st.integers(-(10**12), 10**12),
         st.text(),
-        st.sampled_from(["no", "Off", "1e3", "0x1F", "1_000", "~", "12:30:45", ".inf", "a: b", "- a", "#", "null", "2024-01-01"]),
+        st.sampled_from(
+            ["no", "Off", "1e3", "0x1F", "1_000", "~", "12:30:45", ".inf", "a: b", "- a", "#", "null", "2024-01-01"]
+        ),
     )
 )
 def test_pyyaml_reads_every_scalar_back(value: Any) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from vlm_doctor import Plan, Policy, Workload, load_machine, load_profile, plan
+from vlm_doctor import Policy, Workload
 from vlm_doctor.machine import Host, Libraries, Machine, Package
 from vlm_doctor.model import ModelProfile, Registered
-from vlm_doctor.placement import AutoPlacement
+from vlm_doctor.placement import AutoPlacement, Plan
 from vlm_doctor.planner import auto as auto_module
+from vlm_doctor.planner import plan
 from vlm_doctor.planner.auto_replay import AutoError
+from vlm_doctor.sources import load_machine
+from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.units import GIB
 
 MACHINES = Path(__file__).parents[2] / "machines"
@@ -75,7 +78,7 @@ def test_each_version_shares_out_in_its_own_way(version: str | None, weights: li
 
     assert found.library == f"transformers {version or '5'}"
     assert [round(share.weights_bytes / GIB, 2) for share in found.shares] == weights
-    assert [share.layers for share in found.shares][0] == 8
+    assert found.shares[0].layers == 8
 
 
 def test_keys_and_bytes_of_all_shares_are_the_model() -> None:
@@ -108,7 +111,7 @@ def test_more_than_one_cut_is_counted() -> None:
 
 
 def test_a_bare_parameter_parted_from_what_it_is_joined_with_is_predicted_to_fail() -> None:
-    """The border falls between two blocks, and the module behind the blocks is on another GPU than boi and eoi (GLM-4#350)."""
+    """The border falls between two blocks; what is behind the blocks is on another GPU than boi and eoi (GLM-4#350)."""
     found = auto_of(GLM4V, machine("10GiB,10GiB,10GiB"))
 
     assert found.cut_blocks == ()

@@ -1,4 +1,4 @@
-"""The replay of ``device_map="auto"`` on trees made by hand; tests/models/test_auto_exact.py holds it against the libraries."""
+"""The replay of ``device_map="auto"`` on trees made by hand; tests/models/test_auto_exact.py asks the libraries."""
 
 from __future__ import annotations
 
