@@ -46,6 +46,23 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.parameters.values())
 
 
+class Registered(msgspec.Struct, frozen=True, kw_only=True):
+    """The smallest thing that ``device_map="auto"`` places.
+
+    It is a block that ``auto`` does not part, a module without children, or a bare parameter.
+    """
+
+    unit: Unit
+    """A unit of the profile, or what part of one lies here."""
+    owner: str
+    """Key of the profile's unit that it is, or is part of."""
+    block: str = ""
+    """Class of a block that is listed in ``_no_split_modules`` (several joined by ``|``)."""
+    is_parameter: bool = False
+    buffer_bytes: int = 0
+    """Buffers that the class makes itself, such as rotary tables, at the size of its default config."""
+
+
 class TextShape(msgspec.Struct, frozen=True, kw_only=True):
     """Dimensions of the text body. Source: ``text_config`` (or the root) of config.json."""
 
@@ -147,6 +164,9 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     tower_script: TowerScript | None = None
     files: tuple[str, ...] = ()
     """Checkpoint files the headers were read from."""
+    registered: dict[str, tuple[Registered, ...]] = {}
+    """By major version of transformers the model in the order in which its class registers it; a version is missing where
+    that order is not known."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user to read."""
 

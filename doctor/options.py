@@ -174,7 +174,7 @@ def _add_plan(parser: Parser) -> None:
     parser.add_argument(
         "--suggest-gpus", action="store_true", help="name cards on which the workload would fit, also when it fits here"
     )
-    _add_output(parser, ("terminal", "json", "python"))
+    _add_output(parser, ("terminal", "json", "python", "yaml"))
 
 
 def _add_training(parser: Parser) -> None:

@@ -90,6 +90,55 @@ class Shortage(msgspec.Struct, frozen=True, kw_only=True):
     """Smallest change first among those that fit, then the rest."""
 
 
+class AutoShare(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``device_map="auto"`` would put on one GPU."""
+
+    gpu: int
+    """GPU index (NVML order)."""
+    keys: tuple[str, ...]
+    """Keys of its map on this GPU, in the order in which the class registers them; empty when it gets nothing."""
+    layers: int
+    """Text layers; one that is cut counts where it begins."""
+    weights_bytes: int
+    need_bytes: int
+    """Weights, KV cache, activations and fragmentation for the workload, by the formulas."""
+    left_bytes: int
+    """What remains after headroom; negative when the workload does not fit."""
+
+
+class CutBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """A repeated block whose parts ``auto`` would put on several devices."""
+
+    key: str
+    devices: tuple[str, ...]
+    """Such as ``GPU 2`` and ``CPU``, in the order of its parts."""
+    fails: bool
+    """True when the block adds its input to its output, so that the call raises."""
+
+
+class AutoPlacement(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``device_map="auto"`` would do with the same model, on the same GPUs."""
+
+    library: str
+    """Whose ``auto``, such as ``transformers 5.23.0``."""
+    unknown: str | None = None
+    """Why it is not known; all that follows is then empty."""
+    shares: tuple[AutoShare, ...] = ()
+    """In the order of torch's ordinals."""
+    cpu_bytes: int = 0
+    """Weights that it would leave in the host's memory."""
+    disk_bytes: int = 0
+    cut_blocks: tuple[CutBlock, ...] = ()
+    parted: tuple[str, ...] = ()
+    """Bare parameters on another GPU than the output that they are joined with."""
+    fits: bool = False
+    """True when the call runs, the workload fits every GPU and nothing is offloaded."""
+    longest_prompt_tokens: int | None = None
+    """Longest prompt (text and image tokens) that it could take, at least; what it takes is within a few percent."""
+    verdict: str
+    """One sentence: why it is worse than the plan, or equal."""
+
+
 class Offload(msgspec.Struct, frozen=True, kw_only=True):
     """The last layers, kept in host memory because the GPUs do not suffice.
 
@@ -178,6 +227,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     gpu_sets: tuple[GpuSet, ...] = ()
     """Cards on which the workload would fit, least total memory first: when nothing fits here, or when asked for."""
     shortage: Shortage | None = None
+    auto: AutoPlacement | None = None
+    """What ``device_map="auto"`` would do on the same GPUs."""
     notes: tuple[str, ...] = ()
     """What was assumed."""
     is_remote_code: bool = False

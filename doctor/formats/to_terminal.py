@@ -16,7 +16,7 @@ from .look import Look
 from .machine_text import write_machine, write_torch
 from .map_text import write_map_check
 from .page import Page
-from .plan_text import write_levers, write_plan, write_snippet, write_suggestion
+from .plan_text import write_gpu_sets, write_levers, write_plan, write_snippet, write_suggestion
 
 EXAMPLE_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
 MISFITS = ("VLM601", "VLM602")
@@ -103,6 +103,7 @@ def _plan(report: Report, look: Look) -> str:
         code = next((finding.code for finding in findings if finding.code in MISFITS and not plan.fits), "")
         write_plan(page, plan, gpu_count=len(report.machine.gpus), code=code, verbose=look.verbose)
         write_levers(page, plan)
+        write_gpu_sets(page, plan)
         if plan.fits:
             write_snippet(page, plan, report.machine.libraries, is_live=report.machine.origin == "live")
         if not report.machine.gpus:

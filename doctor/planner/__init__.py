@@ -11,6 +11,7 @@
 - ``fleet``, ``place``, ``order``, ``search``: the split; ``near``: others that are nearly as good.
 - ``offload``: the last layers in host memory, where that is allowed.
 - ``account``: ledger, cuts and reasons; ``limits``: how far the workload can grow.
+- ``auto``: what ``device_map="auto"`` would have done.
 - ``levers``, ``cards``: what would help when nothing fits.
 
 ``map_check`` asks the other way round: what becomes of a map that somebody wrote.

@@ -11,6 +11,7 @@ from ..model import ModelProfile
 from ..placement import Plan, Stage
 from ..workload import Policy, Workload
 from . import account
+from .auto import auto_placement
 from .budget import Budgets, Exclusion, budgets
 from .cards import suggest_gpus
 from .constraints import can_break_tower, chain
@@ -66,6 +67,7 @@ def plan(
     footprint = problem.footprint
     split = choice.split if choice else problem.closest_split()
     stages = account.stages(problem, split) if split else ()
+    longest = choice.text_tokens + footprint.images.tokens if choice else None
     return Plan(
         model=profile.name,
         revision=profile.revision,
@@ -81,7 +83,8 @@ def plan(
         stages=stages,
         cuts=account.cuts(problem, split, choice.text_tokens if choice else None) if split else (),
         reasons=account.reasons(problem, choice, answer.excluded) if choice else (),
-        longest_prompt_tokens=choice.text_tokens + footprint.images.tokens if choice else None,
+        longest_prompt_tokens=longest,
+        auto=auto_placement(problem, split=choice.split if choice else None, longest_prompt_tokens=longest),
         limits=limits(problem, choice.split, choice.text_tokens) if choice else None,
         offloaded=offloaded(problem, problem.budgets[choice.split.gpus[0]].gpu) if choice else None,
         levers=levers_that_save(problem, choice.split) if choice and workload.training else (),

@@ -17,6 +17,7 @@ from .image_rule import image_rule
 from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
 from .model_units import Cut, cut_into_units
 from .module_names import by_module_name
+from .registration import registered
 from .shapes_from_tensors import FLOATS
 from .weightless_units import complete_units
 
@@ -76,6 +77,7 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
         body_script=None if is_remote_code else body_script(text.body),
         tower_script=None if is_remote_code else tower_script(model_type),
         files=checkpoint.files,
+        registered=registered(tensors, units, config, model_type=model_type, is_remote_code=is_remote_code),
         notes=tuple(notes),
     )
 
