@@ -1,0 +1,69 @@
+"""Child program: runs a true-size model of the installed transformers without GPU, weights and arithmetic.
+
+It builds the class from its config, runs ``generate`` (prompt and decode steps) or one plain forward pass on tensors that
+have no data, and answers with every allocation and every end of one, in the order of the program, beside the module at
+work. Reads no weights, creates no CUDA context, runs no code of a checkpoint, and asks no network.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+NO_MODULE = 0
+
+
+def main(
+    say: Callable[..., None],
+    *,
+    config: dict[str, Any],
+    architecture: str,
+    dtype: str,
+    attention: str,
+    layers: list[str],
+    tower: list[str],
+    runs: list[dict[str, Any]],
+    folder: str | None = None,
+) -> None:
+    """Trace some runs of one model.
+
+    Args:
+        say: Answers.
+        config: What config.json holds.
+        architecture: Name of the class.
+        dtype: torch's word for the type of the weights.
+        attention: transformers' ``attn_implementation``.
+        layers: Module paths of the text layers, in order.
+        tower: Module paths of what reads images.
+        runs: What to trace: ``tokens`` (of the whole prompt), ``batch``, ``steps`` (tokens to generate; 0: one plain
+            forward pass), ``images``, ``height``, ``width``, ``sequences``, ``marked`` (places for image features; None:
+            as many as the tower gives).
+        folder: The checkpoint, for its image processor.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    sys.setrecursionlimit(10_000)
+    warnings.simplefilter("ignore")
+    import torch
+    import transformers
+
+    from .trace_model import Tracer
+
+    transformers.utils.logging.set_verbosity_error()
+    answer: dict[str, Any] = {"torch": str(torch.__version__), "transformers": str(transformers.__version__)}
+    say("import transformers", answer)
+    # A cycle that is collected some time later would end a tensor at a place of chance.
+    gc.disable()
+    tracer = Tracer(config, architecture, dtype=dtype, attention=attention, layers=layers, tower=tower, folder=folder)
+    answer["modules"] = tracer.module_names
+    answer["weights_bytes"] = tracer.weights_bytes
+    answer["runs"] = []
+    say("build", {**answer, "runs": []})
+    for run in runs:
+        answer["runs"].append(tracer.trace(**run))
+        gc.collect()
+    say("trace", answer, is_final=True)

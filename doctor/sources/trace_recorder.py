@@ -1,0 +1,381 @@
+"""Tensors without data on a GPU that is not there, and the mode that notes which of them live when.
+
+Used by the child program :mod:`.trace_child` only. A :class:`Ghost` says that it is on ``cuda:0``, so that torch's own
+code and a model's take the branches they take on a GPU (fused half-to-float softmax, addmm with bias, fused norms), but
+every operation on it is only shaped, on the meta device. What a model may read back (token numbers, grids, cumulative
+lengths, position tables) is small and computed for real on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+CUDA = torch.device("cuda", 0)
+META = torch.device("meta")
+CPU = torch.device("cpu")
+MAX_REAL_ELEMENTS = 2**20
+"""Results of more elements have no data. A model reads back what describes its input, never the input itself."""
+_aten = torch.ops.aten
+
+
+class Ghost(torch.Tensor):
+    """A tensor that claims to be on a device and keeps only what ``inner`` keeps: nothing (meta), or small data (CPU)."""
+
+    inner: torch.Tensor
+    claimed: torch.device
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, device: torch.device = CUDA) -> Ghost:
+        ghost: Ghost = torch.Tensor._make_subclass(
+            cls, inner, require_grad=False, dispatch_device=True, device_for_backend_keys=device
+        )
+        ghost.inner = inner
+        ghost.claimed = device
+        return ghost
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Ghost({tuple(self.inner.shape)}, {self.inner.dtype}, {self.claimed}, {self.inner.device.type})"
+
+    @property
+    def is_real(self) -> bool:
+        """Whether there is data."""
+        return self.inner.device.type == "cpu"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].claimed
+        return run(func, args, kwargs or {}, Silent())
+
+
+class Silent:
+    """Hears of new tensors, and notes nothing."""
+
+    def born(self, tensor: torch.Tensor) -> None:
+        """A tensor was made."""
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """A tensor is an operand."""
+
+    def temporary(self, *sizes_bytes: int) -> None:
+        """A kernel holds scratch memory while it runs."""
+
+
+class Recorder(TorchDispatchMode, Silent):
+    """Runs operations on ghosts and writes down every storage that comes and goes.
+
+    ``events`` holds ``[number, size_bytes, place, module]``: a size above 0 is an allocation, 0 the end of that number; a
+    negative size says that so many bytes of it are read, for the first time, at a place other than its own.
+    """
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.events: list[list[int]] = []
+        self.place = 0
+        self.module = 0
+        self._numbers: dict[int, int] = {}
+        self._places: dict[int, set[int]] = {}
+        self._next = 1
+        self._is_listening = False
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Do not count these: weights."""
+        for tensor in tensors:
+            self._numbers[_storage(tensor)._cdata] = 0
+
+    def listen(self) -> None:
+        """Count from now on."""
+        self._is_listening = True
+
+    def born(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, unless it is known or empty."""
+        storage = _storage(tensor)
+        key = storage._cdata
+        if not self._is_listening or key in self._numbers or not storage.nbytes():
+            return
+        number = self._allocate(storage.nbytes())
+        self._numbers[key] = number
+        self._places[number] = {self.place}
+        weakref.finalize(storage, self._end, key, number)
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """Note the first use of a storage at a place other than its own: on another GPU it would be a copy."""
+        number = self._numbers.get(_storage(tensor)._cdata, 0)
+        if number and self.place not in self._places[number]:
+            self._places[number].add(self.place)
+            self.events.append([number, -tensor.numel() * tensor.element_size(), self.place, self.module])
+
+    def temporary(self, *sizes_bytes: int) -> None:
+        """Scratch memory that a kernel allocates, all of it at once, and gives back when it has run."""
+        if self._is_listening:
+            numbers = [self._allocate(size) for size in sizes_bytes if size]
+            self.events.extend([number, 0, self.place, self.module] for number in reversed(numbers))
+
+    def _allocate(self, size_bytes: int) -> int:
+        number, self._next = self._next, self._next + 1
+        self.events.append([number, size_bytes, self.place, self.module])
+        return number
+
+    def _end(self, key: int, number: int) -> None:
+        self._numbers.pop(key, None)
+        self._places.pop(number, None)
+        self.events.append([number, 0, self.place, self.module])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].claimed
+        return run(func, args, kwargs or {}, self)
+
+
+def _storage(tensor: torch.Tensor) -> Any:
+    inner = tensor.inner if isinstance(tensor, Ghost) else tensor
+    return inner.untyped_storage()
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any], notes: Silent) -> Any:
+    """Run one operation of ATen: shaped only, or for real where all operands are real and the result is small."""
+    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+    ghosts = [tensor for tensor in tensors if isinstance(tensor, Ghost)]
+    device = _device(ghosts, kwargs)
+    if not ghosts and device.type != "cuda":
+        return func(*args, **kwargs)
+    on_gpu = device.type == "cuda"
+    for ghost in ghosts:
+        if ghost.claimed.type == "cuda":
+            notes.read(ghost)
+    special = _SPECIAL.get(func.overloadpacket)
+    result = special(func, args, kwargs, notes) if special else NotImplemented
+    if result is NotImplemented:
+        result = _plain(func, args, kwargs, tensors)
+    if any(result is tensor for tensor in tensors):
+        return result
+
+    def wrap(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, Ghost):
+            return value
+        if on_gpu:
+            notes.born(value)
+        elif value.device.type == "cpu":
+            return value
+        return Ghost(value, device)
+
+    return tree_map(wrap, result)
+
+
+def _device(ghosts: list[Ghost], kwargs: dict[str, Any]) -> torch.device:
+    asked = kwargs.get("device")
+    if asked is not None:
+        device = torch.device(asked)
+        return CUDA if device.type in ("cuda", "meta") else device
+    claimed = [ghost.claimed for ghost in ghosts]
+    return next((device for device in claimed if device.type == "cuda"), claimed[0] if claimed else CPU)
+
+
+def _plain(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+    """Run an operation that needs no care, and give tensors that are no ghosts yet, or one of the operands."""
+    written = [
+        value
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor)
+    ]
+    is_real = all(not isinstance(tensor, Ghost) or tensor.is_real for tensor in tensors)
+    if written:
+        if is_real:
+            func(*tree_map(_real, args), **tree_map(_real, kwargs))
+        return written[0]
+    if is_real:
+        is_view = any(argument.alias_info is not None for argument in func._schema.arguments)
+        if is_view or _is_small(func, args, kwargs):
+            return func(*tree_map(_real, args), **tree_map(_real, kwargs))
+    return _shaped(func, args, kwargs)
+
+
+def _is_small(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a result is small enough to be computed; what cannot be shaped depends on data, and is."""
+    try:
+        shapes = _shaped(func, args, kwargs)
+    except (RuntimeError, NotImplementedError):
+        return True
+    values = [value for value in tree_flatten(shapes)[0] if isinstance(value, torch.Tensor)]
+    return all(value.numel() <= MAX_REAL_ELEMENTS for value in values)
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return CPU
+    return value.inner if isinstance(value, Ghost) else value
+
+
+def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the meta device. Views keep the storage of their meta operand."""
+
+    def shape(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return META
+        if not isinstance(value, torch.Tensor):
+            return value
+        inner = value.inner if isinstance(value, Ghost) else value
+        if inner.device.type == "meta" or (not isinstance(value, Ghost) and inner.dim() == 0):
+            return inner
+        return torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device=META)
+
+    return func(*tree_map(shape, args), **tree_map(shape, kwargs))
+
+
+def _scalar(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    """``item()``: of what is unknown, zero."""
+    inner = args[0].inner
+    if args[0].is_real:
+        return func(inner)
+    return torch.zeros((), dtype=inner.dtype).item()
+
+
+def _indices(indices: Iterable[Any], notes: Silent) -> list[Any]:
+    """Boolean masks as the numbers of what they choose, which the CUDA kernel allocates; unknown masks choose all."""
+    result: list[Any] = []
+    for index in indices:
+        if not isinstance(index, torch.Tensor) or index.dtype not in (torch.bool, torch.uint8):
+            result.append(index)
+            continue
+        inner = index.inner if isinstance(index, Ghost) else index
+        if inner.device.type == "cpu":
+            found = inner.nonzero()
+        else:
+            found = torch.empty(inner.numel(), inner.dim(), dtype=torch.int64, device=META)
+        notes.born(found)
+        result.extend(found.select(1, column) for column in range(inner.dim()))
+    return result
+
+
+def _index(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    tensors = [args[0], *(index for index in args[1] if index is not None)]
+    if all(not isinstance(tensor, Ghost) or tensor.is_real for tensor in tensors):
+        return NotImplemented
+    return _shaped(func, (args[0], _indices(args[1], notes), *args[2:]), kwargs)
+
+
+def _index_put_(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    """In place; masks become numbers first. Source: aten/native/TensorAdvancedIndexing.cpp."""
+    held = _indices(args[1], notes)
+    del held
+    return NotImplemented
+
+
+def _index_put(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    held = _indices(args[1], notes)
+    del held
+    return _copy(args[0])
+
+
+def _nonzero(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    if args[0].is_real:
+        return NotImplemented
+    inner = args[0].inner
+    return torch.empty(inner.numel(), inner.dim(), dtype=torch.int64, device=META)
+
+
+def _masked_select(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    tensor, mask = args[0], args[1]
+    if not isinstance(mask, Ghost) or (tensor.is_real and mask.is_real):
+        return NotImplemented
+    chosen = int(mask.inner.sum()) if mask.is_real else mask.numel()
+    return torch.empty(chosen * (tensor.numel() // max(1, mask.numel())), dtype=tensor.dtype, device=META)
+
+
+def _masked_scatter_(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    """The running count of the mask, and the mask in full where it is expanded.
+
+    Source: masked_scatter__cuda of aten/native/cuda/IndexKernel.cu (``maskPrefixSum``, int64) and
+    launch_masked_scatter_kernel (``mask.contiguous()``).
+    """
+    mask = args[1]
+    count = args[0].numel()
+    is_whole = mask.numel() == count and mask.inner.is_contiguous() if isinstance(mask, Ghost) else False
+    notes.temporary(8 * count, 0 if is_whole else count)
+    return args[0]
+
+
+def _masked_scatter(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    result = _copy(args[0])
+    notes.born(result)
+    _masked_scatter_(func, args, kwargs, notes)
+    return result
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=META)
+
+
+def _routing(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    """Choices among values that are not known: ``topk`` takes turns, so that work is spread as a trained router does."""
+    result = _shaped(func, args, kwargs) if not args[0].is_real else NotImplemented
+    if result is NotImplemented or result[1].numel() > MAX_REAL_ELEMENTS:
+        return result
+    choices = args[0].shape[-1] if args[0].dim() else 1
+    numbers = torch.arange(result[1].numel(), dtype=torch.int64).remainder_(max(1, choices))
+    return type(result)((result[0], numbers.reshape(result[1].shape)))
+
+
+def _argmax(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    """The next token is not known: number 5."""
+    if args[0].is_real:
+        return NotImplemented
+    result = _shaped(func, args, kwargs)
+    return torch.full(result.shape, 5, dtype=torch.int64) if result.numel() <= MAX_REAL_ELEMENTS else result
+
+
+def _comparison(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
+    """Tests of values that are not known: false, as far as anybody may look."""
+    if args[0].is_real and (len(args) < 2 or not isinstance(args[1], Ghost) or args[1].is_real):
+        return NotImplemented
+    result = _shaped(func, args, kwargs)
+    return torch.zeros(result.shape, dtype=torch.bool) if result.numel() <= MAX_REAL_ELEMENTS else result
+
+
+_SPECIAL: dict[Any, Callable[..., Any]] = {
+    _aten._local_scalar_dense: _scalar,
+    _aten.index: _index,
+    _aten.index_put_: _index_put_,
+    _aten._index_put_impl_: _index_put_,
+    _aten.index_put: _index_put,
+    _aten.nonzero: _nonzero,
+    _aten.masked_select: _masked_select,
+    _aten.masked_scatter_: _masked_scatter_,
+    _aten.masked_scatter: _masked_scatter,
+    _aten.topk: _routing,
+    _aten.argmax: _argmax,
+    _aten.isnan: _comparison,
+    _aten.isinf: _comparison,
+    _aten.any: _comparison,
+    _aten.all: _comparison,
+    _aten.eq: _comparison,
+    _aten.ne: _comparison,
+}
+
+
+def pretend_cuda() -> None:
+    """Let tensors say that they are on a GPU in a process that must not touch one.
+
+    Torch starts CUDA where a GPU is named, before a mode can answer, and selects that GPU around many operations. The
+    selector of a torch built with CUDA is replaced by torch itself when it finds no GPU; a torch built without CUDA has none,
+    and gets the one of the meta device, which does nothing. Source: c10/core/impl/DeviceGuardImplInterface.h.
+    """
+    torch.cuda._lazy_init = lambda: None  # type: ignore[assignment]
+    # torch.tensor(...) makes its tensor on the CPU and moves it where a mode can see that.
+    torch._C._set_only_lift_cpu_tensors(True)
+    torch._C._ensureCUDADeviceGuardSet()
+    if torch.version.cuda is None:
+        kinds = torch._C._autograd.DeviceType
+        cuda, meta = int(kinds.CUDA.value), int(kinds.Meta.value)  # type: ignore[attr-defined]
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        selectors = (ctypes.c_void_p * (max(cuda, meta) + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+        selectors[cuda] = selectors[cuda] or selectors[meta]
