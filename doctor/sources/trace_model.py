@@ -86,7 +86,7 @@ class Tracer:
         finally:
             torch.set_default_dtype(before)
         if images and marked is None:
-            marked = self._features(pictures) // batch
+            marked = self._features(pictures) // batch if hasattr(self.model, "get_image_features") else images
         inputs = prompt_inputs(config, tokens, batch, pictures, marked or 0)
         events, passes = self._run(inputs, steps)
         return {"tokens": tokens, "events": events, "passes": passes, "marked": marked or 0}

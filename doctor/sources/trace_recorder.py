@@ -334,11 +334,13 @@ def _argmax(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
 
 
 def _comparison(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
-    """Tests of values that are not known: false, as far as anybody may look."""
+    """Tests of values that are not known: different from anything, and no more than that."""
     if args[0].is_real and (len(args) < 2 or not isinstance(args[1], Ghost) or args[1].is_real):
         return NotImplemented
     result = _shaped(func, args, kwargs)
-    return torch.zeros(result.shape, dtype=torch.bool) if result.numel() <= MAX_REAL_ELEMENTS else result
+    if result.numel() > MAX_REAL_ELEMENTS:
+        return result
+    return torch.full(result.shape, func.overloadpacket is _aten.ne)
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
