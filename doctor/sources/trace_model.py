@@ -87,6 +87,8 @@ class Tracer:
             torch.set_default_dtype(before)
         if images and marked is None:
             marked = self._features(pictures) // batch if hasattr(self.model, "get_image_features") else images
+        if marked and marked >= tokens:
+            raise ValueError(f"a prompt of {tokens} tokens has no room for {marked} image features and text")
         inputs = prompt_inputs(config, tokens, batch, pictures, marked or 0)
         events, passes = self._run(inputs, steps)
         return {"tokens": tokens, "events": events, "passes": passes, "marked": marked or 0}
