@@ -21,6 +21,7 @@ _WHERE = {
     "Report": "report",
     "VlmDoctorError": "errors",
     "Workload": "workload",
+    "Training": "workload",
     "collect": "sources",
     "diagnose": "checks",
     "explain": "codes",
@@ -28,6 +29,7 @@ _WHERE = {
     "load_profile": "sources.model_files",
     "plan": "planner",
     "render": "formats",
+    "suggest_gpus": "planner",
 }
 
 __all__ = sorted([*_WHERE, "__version__"])  # noqa: PLE0605 - built from the table above, so that the two cannot differ

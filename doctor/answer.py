@@ -53,16 +53,27 @@ def with_suggestion(report: Report, profile: ModelProfile, *, gpus: tuple[int, .
     return msgspec.structs.replace(report, plan=plan(profile, report.machine, Workload(), Policy(gpus=gpus)))
 
 
-def plan_report(profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy) -> Report:
+def plan_report(
+    profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, *, suggest_gpus: bool = False
+) -> Report:
     """Place a model on a machine. Of the machine's faults, those of the GPUs that the plan uses count.
+
+    Args:
+        profile: The model.
+        machine: What was seen.
+        workload: What the model is to do.
+        policy: How to choose.
+        suggest_gpus: Name cards on which the workload would fit, also when it fits here.
 
     Raises:
         UsageError: Workload or policy make no sense for this model and machine.
         ModelFileError: The model cannot be placed.
     """
-    from .planner import plan
+    from . import planner
 
-    answer = plan(profile, machine, workload, policy)
+    answer = planner.plan(profile, machine, workload, policy)
+    if suggest_gpus and answer.fits:
+        answer = msgspec.structs.replace(answer, gpu_sets=planner.suggest_gpus(profile, workload, policy))
     diagnosis = focus(diagnose(machine, plan=answer), _gpus_of(answer))
     return Report(
         version=__version__,

@@ -103,7 +103,7 @@ def plan(options: Namespace) -> int:
         profile = load_profile(options.model, allow_network=not options.offline)
     from .answer import plan_report
 
-    report = plan_report(profile, machine, workload(options), policy(options))
+    report = plan_report(profile, machine, workload(options), policy(options), suggest_gpus=options.suggest_gpus)
     return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
 
 

@@ -6,9 +6,17 @@ from typing import Literal
 
 import msgspec
 
+from .allocation import AllocationScript, TowerScript
+
 Role = Literal["vision", "projector", "embedding", "layer", "norm", "head", "other"]
 """Part of the model: vision tower, projector (anything between tower and text), token embedding, one repeated text layer,
 final norm, output head, or something that fits none of these."""
+
+
+LayerCache = Literal["full", "sliding", "chunked", "linear", "cross", "none"]
+"""What a text layer keeps between tokens: keys and values of all tokens, of the last ``sliding_window``, of the current
+``attention_chunk``; a state whose size does not grow (linear attention, Mamba, convolutions); keys and values of the image
+tokens (cross-attention); or nothing (it reads what another layer keeps, or has no attention)."""
 
 
 class Unit(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +58,25 @@ class TextShape(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     vocabulary: int
     sliding_window: int | None = None
+    attention_chunk: int | None = None
+    """Tokens that a ``chunked`` layer sees at most (Llama 4)."""
     max_positions: int | None = None
+    body: str = ""
+    """``model_type`` of the text body, such as ``qwen2`` in a LLaVA-OneVision."""
+    experts: int = 0
+    """Of a mixture; 0 where there is none."""
+    active_experts: int = 0
+    """Experts that one token passes."""
+    expert_width: int = 0
+    """Width of one expert's MLP."""
+    kv_lora_rank: int | None = None
+    """Width of the compressed keys and values of multi-head latent attention (DeepSeek, Kimi). ``kv_heads`` and
+    ``head_dim`` then describe the expanded cache: 2 x kv_heads x head_dim elements a token."""
+    qk_rope_head_dim: int | None = None
+    qk_nope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    cached_layers: tuple[LayerCache, ...] = ()
+    """What each layer keeps, in order; empty when all are ``full``, or, with a ``sliding_window``, all ``sliding``."""
 
 
 class VisionShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +139,9 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     runs_inner_generate: bool = False
     """True when the class calls ``self.language_model.generate`` (InternVL-Chat and others), so that the logits must end
     on the device of the inputs."""
+    body_script: AllocationScript | None = None
+    """Which tensors come and go in the text body, where that is known."""
+    tower_script: TowerScript | None = None
     files: tuple[str, ...] = ()
     """Checkpoint files the headers were read from."""
     notes: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ import msgspec
 from . import arguments
 from .delivery import write_stdout
 from .errors import UsageError
-from .workload import DType, Policy, Quantization, Workload
+from .workload import Attention, DType, Optimizer, Policy, Preference, Quantization, Training, Workload
 
 _DESCRIPTION = "Examine a machine with NVIDIA GPUs, say what is wrong, and place a vision-language model on it."
 _EPILOG = (
@@ -127,13 +127,62 @@ def _add_plan(parser: Parser) -> None:
     )
     work.add_argument("--dtype", choices=get_args(DType), help="of the weights (default: the checkpoint's)")
     work.add_argument("--quantization", choices=get_args(Quantization), help="load with bitsandbytes")
-    work.add_argument("--attention", choices=("sdpa", "eager"), default=default.attention)
+    work.add_argument("--attention", choices=get_args(Attention), default=default.attention)
     work.add_argument("--logits", choices=("generate", "forward"), default=default.logits, help="forward keeps all of them")
+    work.add_argument(
+        "--allocator",
+        choices=("native", "expandable"),
+        default=default.allocator,
+        help="torch's, or expandable_segments:True",
+    )
+    _add_training(parser)
     policy = parser.add_argument_group("policy")
+    policy.add_argument(
+        "--prefer",
+        choices=get_args(Preference),
+        default=careful.prefer,
+        help="fewest GPUs, then longest prompt (balanced) or fastest links (speed); or longest prompt first (context)",
+    )
     policy.add_argument("--max-gpus", metavar="N", type=int, help="use at most so many GPUs")
     policy.add_argument("--min-gpus", metavar="N", type=int, default=careful.min_gpus, help="spread over at least so many")
+    policy.add_argument(
+        "--exclude", metavar="0,1", type=arguments.excluded_gpus, default=(), help="GPUs that must not be used"
+    )
+    policy.add_argument(
+        "--pin",
+        metavar="MODULE=GPU",
+        type=arguments.pin,
+        action="append",
+        default=[],
+        help="module that must be on a GPU, such as model.visual=0; repeatable",
+    )
+    policy.add_argument(
+        "--max-memory",
+        metavar="GPU=SIZE",
+        type=arguments.max_memory,
+        action="append",
+        default=[],
+        help="most that this process may take there, such as 0=20GiB; repeatable",
+    )
+    policy.add_argument(
+        "--offload", action="store_true", help="allow the last layers in host memory when the GPUs do not suffice: slow"
+    )
     policy.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
+    parser.add_argument(
+        "--suggest-gpus", action="store_true", help="name cards on which the workload would fit, also when it fits here"
+    )
     _add_output(parser, ("terminal", "json", "python"))
+
+
+def _add_training(parser: Parser) -> None:
+    usual = Training()
+    group = parser.add_argument_group("training: one optimizer step instead of a call")
+    group.add_argument("--training", choices=("lora", "full"), help="adapters on the text body, or all weights")
+    group.add_argument("--optimizer", choices=get_args(Optimizer), help=f"default: {usual.optimizer}")
+    group.add_argument("--lora-rank", metavar="N", type=int, help=f"rank of the adapters (default: {usual.lora_rank})")
+    group.add_argument(
+        "--no-gradient-checkpointing", action="store_true", help="keep all activations for the backward pass"
+    )
 
 
 def _add_collect(parser: Parser) -> None:
@@ -184,12 +233,45 @@ def workload(options: argparse.Namespace) -> Workload:
         quantization=options.quantization,
         attention=options.attention,
         logits=options.logits,
+        training=_training(options),
+        allocator=options.allocator,
+    )
+
+
+def _training(options: argparse.Namespace) -> Training | None:
+    """The training step that was asked for; its details make no sense without it."""
+    usual = Training()
+    if options.training is None:
+        for name, value in (
+            ("--optimizer", options.optimizer),
+            ("--lora-rank", options.lora_rank),
+            ("--no-gradient-checkpointing", options.no_gradient_checkpointing),
+        ):
+            if value not in (None, False):
+                raise UsageError(f"{name} is about training: add --training lora or --training full.")
+        return None
+    if options.training == "full" and options.lora_rank is not None:
+        raise UsageError("--lora-rank is about adapters: use it with --training lora, or leave it out.")
+    return Training(
+        method=options.training,
+        optimizer=options.optimizer or usual.optimizer,
+        lora_rank=usual.lora_rank if options.lora_rank is None else options.lora_rank,
+        gradient_checkpointing=not options.no_gradient_checkpointing,
     )
 
 
 def policy(options: argparse.Namespace) -> Policy:
     """Put the policy of ``plan`` together. A headroom that was asked for replaces both parts of the default one."""
-    chosen = Policy(gpus=options.gpus, max_gpus=options.max_gpus, min_gpus=options.min_gpus)
+    chosen = Policy(
+        gpus=options.gpus,
+        max_gpus=options.max_gpus,
+        min_gpus=options.min_gpus,
+        prefer=options.prefer,
+        exclude=options.exclude,
+        pins=tuple(options.pin),
+        max_memory=tuple(limit for limits in options.max_memory for limit in limits),
+        offload=options.offload,
+    )
     if options.headroom is None:
         return chosen
     return msgspec.structs.replace(chosen, headroom_fraction=0.0, headroom_min_bytes=options.headroom)

@@ -85,6 +85,56 @@ class Shortage(msgspec.Struct, frozen=True, kw_only=True):
     """Smallest change first among those that fit, then the rest."""
 
 
+class Offload(msgspec.Struct, frozen=True, kw_only=True):
+    """The last layers, kept in host memory because the GPUs do not suffice.
+
+    accelerate copies each of their modules to the first GPU of the plan whenever it is called, and computes there: the KV
+    cache of these layers, their work, and a copy of the largest module are part of that GPU's ledger.
+    """
+
+    keys: tuple[str, ...]
+    """Keys of the ``device_map`` with the value ``cpu``, in execution order."""
+    weights_bytes: int
+    """Host memory that they take."""
+    copy_bytes: int
+    """On the GPU that executes them: a copy of the largest module."""
+    host_left_bytes: int | None
+    """Host memory available after loading, less what Python and torch take; ``None`` when it is not known."""
+    reason: str
+    """Why so much is offloaded, one sentence."""
+    cost: str
+    """What it costs in speed, one sentence."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """The largest workloads that the placement can take: each changes one quantity and keeps the others."""
+
+    prompt_tokens: int
+    """Longest prompt, text and image tokens."""
+    new_tokens: int
+    """Most new tokens; bounded by the model's positions."""
+    batch: int
+    """Most prompts at once."""
+    images: int | None = None
+    """Most images in each prompt, of the workload's size; ``None`` for a model that takes none."""
+    image_edge: int | None = None
+    """Edge in pixels of the largest square image, for as many images as the workload has, where the model takes any size;
+    where its processor scales larger images down, at most the size it scales them to."""
+
+
+class GpuSet(msgspec.Struct, frozen=True, kw_only=True):
+    """Cards that would do: as many of one kind, with nobody else on them."""
+
+    spec: str
+    """For ``--machine``, such as ``2xL4``."""
+    name: str
+    """Of the card, as NVML reports it."""
+    count: int
+    """Fewest that fit the workload."""
+    total_bytes: int
+    """Memory of all of them."""
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The answer for one model, machine, workload and policy."""
 
@@ -101,8 +151,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Text and image tokens of one prompt."""
     image_tokens: int
     """Of all its images together."""
-    device_map: dict[str, int]
-    """Module path to position in ``cuda_visible_devices``; empty when nothing fits."""
+    device_map: dict[str, int | str]
+    """Module path to position in ``cuda_visible_devices``, or ``cpu`` for what is offloaded; empty when nothing fits."""
     max_memory: dict[int, int]
     """Position in ``cuda_visible_devices`` to bytes that weights may take there; for accelerate."""
     cuda_visible_devices: str
@@ -114,6 +164,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Why so many GPUs, why these, what constraints acted."""
     longest_prompt_tokens: int | None = None
     """Longest prompt (text and image tokens) that this placement can take."""
+    limits: Limits | None = None
+    """What this placement can take; ``None`` when nothing fits."""
+    offloaded: Offload | None = None
+    """What is kept in host memory, where the policy allows that and the GPUs do not suffice."""
+    levers: tuple[Lever, ...] = ()
+    """Of a training step that fits: what each change would save on the tightest GPU."""
+    gpu_sets: tuple[GpuSet, ...] = ()
+    """Cards on which the workload would fit, least total memory first: when nothing fits here, or when asked for."""
     shortage: Shortage | None = None
     notes: tuple[str, ...] = ()
     """What was assumed."""

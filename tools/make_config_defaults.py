@@ -54,6 +54,10 @@ KEYS = [
     "downsample_ratio",
     "scale_factor",
     "max_num_tiles",
+    "attention_chunk_size",
+    "full_attention_interval",
+    "max_window_layers",
+    "num_kv_shared_layers",
     "mm_tokens_per_image",
     "tie_word_embeddings",
 ]
@@ -79,6 +83,10 @@ PARTS: Mapping[str, Mapping[str, str]] = {parts}
 
 SHAPES: Mapping[str, Mapping[str, float]] = {shapes}
 """``model_type`` of a model or part to the default dimensions of its class."""
+
+LAYER_PATTERNS: Mapping[str, tuple[str, ...]] = {patterns}
+"""``model_type`` of a text body to the kinds of its layers, repeated over all of them, where a config.json names none.
+Bodies whose layers are all alike are left out."""
 '''
 
 
@@ -96,6 +104,15 @@ def shape(config: Any) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def pattern(config: Any) -> list[str]:
+    """The shortest run of ``layer_types`` that repeats over the default config; nothing when all are the same."""
+    kinds = list(getattr(config, "layer_types", None) or [])
+    for period in range(1, len(kinds) // 2 + 1):
+        if all(kind == kinds[at % period] for at, kind in enumerate(kinds)):
+            return kinds[:period] if period > 1 else []
+    return []
+
+
 def table(rows: dict[str, Any]) -> str:
     """A dictionary as Python, one row a line."""
     return (
@@ -103,6 +120,8 @@ def table(rows: dict[str, Any]) -> str:
         + "".join(f"    {json.dumps(key)}: {json.dumps(row)},\n" for key, row in rows.items())
         .replace("true", "True")
         .replace("false", "False")
+        .replace("[", "(")
+        .replace("]", ")")
         + "}"
     )
 
@@ -112,6 +131,7 @@ def main() -> None:
     architectures: dict[str, str] = {}
     parts: dict[str, dict[str, str]] = {}
     shapes: dict[str, dict[str, Any]] = {}
+    patterns: dict[str, list[str]] = {}
     for model_type, architecture in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()):
         architectures[model_type] = architecture if isinstance(architecture, str) else architecture[0]
         try:
@@ -124,6 +144,7 @@ def main() -> None:
             if nested is not None and getattr(nested, "model_type", ""):
                 parts.setdefault(model_type, {})[part] = nested.model_type
                 shapes.setdefault(nested.model_type, shape(type(nested)()))
+                patterns.setdefault(nested.model_type, pattern(type(nested)()))
         shapes.setdefault(model_type, shape(config) if model_type not in parts else {})
     for body in (
         "llama",
@@ -139,10 +160,16 @@ def main() -> None:
         "pixtral",
     ):
         if body in CONFIG_MAPPING_NAMES:
-            shapes.setdefault(body, shape(getattr(transformers, CONFIG_MAPPING_NAMES[body])()))
+            config = getattr(transformers, CONFIG_MAPPING_NAMES[body])()
+            shapes.setdefault(body, shape(config))
+            patterns.setdefault(body, pattern(config))
     shapes = {model_type: found for model_type, found in sorted(shapes.items()) if found}
     text = HEAD.format(
-        version=transformers.__version__, architectures=table(architectures), parts=table(parts), shapes=table(shapes)
+        version=transformers.__version__,
+        architectures=table(architectures),
+        parts=table(parts),
+        shapes=table(shapes),
+        patterns=table({body: found for body, found in sorted(patterns.items()) if found}),
     )
     TARGET.write_text(text, encoding="utf-8")
 

@@ -84,7 +84,8 @@ def device_map_source(plan: Plan) -> str:
     return "\n".join(["device_map = {", *(f"    {entry}," for entry in entries), "}"])
 
 
-def _entry(run: KeyRun, position: int) -> str:
+def _entry(run: KeyRun, device: int | str) -> str:
+    position = device if isinstance(device, int) else literal(device)
     if run.first is None or run.last is None:
         return f"{literal(run.prefix)}: {position}"
     numbers = f"range({run.first}, {run.last + 1})" if run.first else f"range({run.last + 1})"

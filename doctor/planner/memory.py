@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import msgspec
 
@@ -35,6 +36,9 @@ _NF4_BITS = 4.5
 """4 bits and one float32 scale for 64 weights. Source: bitsandbytes, quantize_4bit with its default block of 64."""
 _PIXEL_ELEMENTS = 3 * 2
 """Channels of a pixel, and the two frames that Qwen2-VL and GLM-4.1V stack even for a still image; others have one."""
+_TENSORS_OF_MODULE = 1.5
+"""Bytes of the largest module in multiples of its largest tensor: ``gate_up_proj`` and ``down_proj`` of joined experts.
+Source: modeling_qwen3_vl_moe.py, modeling_glm4v_moe.py and modeling_gpt_oss.py of transformers 5.23."""
 _NORM_STATES = 6
 """Hidden states that a norm over the whole prompt holds at once: input, output and two in float32."""
 
@@ -60,7 +64,8 @@ class StageNeed(msgspec.Struct, frozen=True):
     weights_bytes: int
     kv_cache_bytes: int
     activations_bytes: int
-    """On top of the KV cache. The vision tower runs before the cache exists, so only what exceeds the cache counts."""
+    """On top of the KV cache, the copy of an offloaded module included. The vision tower runs before the cache exists, so
+    only what exceeds the cache counts."""
     fragmentation_bytes: int
     moment: str
     """What happens when the activations are largest."""
@@ -91,7 +96,7 @@ class Work(msgspec.Struct, frozen=True):
     """Prefill of one layer; layers run one after another, so a stage pays it once."""
     head: int
     held: int
-    """On the first stage through all of the prefill: embeddings, pixels, the tower's output and image features."""
+    """Where the prompt is embedded, all through prefill: embeddings, pixels, the tower's output and image features."""
     encode: int
     """The vision tower with its input."""
 
@@ -127,24 +132,79 @@ def unit_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
     return (converted - quantized) * size + math.ceil((quantized_bits + kept_bits) / 8)
 
 
+def copied_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
+    """Most bytes of weights that are on the executing GPU at once while an offloaded unit runs.
+
+    accelerate copies each module that has tensors of its own when it is called, and lets the copy go when it returns
+    (``attach_align_device_hook``, ``AlignDevicesHook.pre_forward`` and ``post_forward`` of accelerate 1.15): a linear layer
+    has its weight, the joined experts of a mixture have two, the larger of twice the other's size.
+    """
+    size = item_bytes(loaded_dtype(profile, workload))
+    of_module = math.ceil(_TENSORS_OF_MODULE * size * unit.largest_tensor_elements)
+    whole = unit_bytes(unit, profile, workload)
+    return min(whole, of_module) if of_module else whole
+
+
 class Footprint:
     """Prices any run of atoms for one model and workload, as a function of the text tokens."""
 
-    def __init__(self, profile: ModelProfile, workload: Workload, images: ImageLoad, atoms: Sequence[Atom]) -> None:
+    def __init__(
+        self,
+        profile: ModelProfile,
+        workload: Workload,
+        images: ImageLoad,
+        atoms: Sequence[Atom],
+        offloaded: Sequence[Atom] = (),
+    ) -> None:
+        """Sum up the parts.
+
+        Args:
+            profile: The model.
+            workload: What it is to do.
+            images: Its images, counted.
+            atoms: Those placed on GPUs, in the order of execution.
+            offloaded: Those behind them whose weights stay in host memory. The first stage executes them, so it has their
+                KV cache and their work, and room for a copy of the module in use.
+        """
         self.profile = profile
         self.workload = workload
         self.images = images
         self.atoms = atoms
+        self.offloaded = offloaded
+        guests = [unit for atom in offloaded for unit in atom.units]
+        self.copy_bytes = max((copied_bytes(unit, profile, workload) for unit in guests), default=0)
+        """Of weights of an offloaded module, on the first stage while it is in use."""
+        self._guest_layers = sum(atom.layers for atom in offloaded)
+        self._has_guest_head = any(atom.has_head for atom in offloaded)
         self._item = item_bytes(loaded_dtype(profile, workload))
         if profile.quantization or workload.quantization:
             self._item = min(self._item, 2)
         self._weights = [0]
         self._layers = [0]
         self._heads = [0]
+        self._towers = [0]
         for atom in atoms:
             self._weights.append(self._weights[-1] + sum(unit_bytes(unit, profile, workload) for unit in atom.units))
             self._layers.append(self._layers[-1] + atom.layers)
             self._heads.append(self._heads[-1] + atom.has_head)
+            self._towers.append(self._towers[-1] + atom.has_tower)
+        self._embedding = next((number for number, atom in enumerate(atoms) if atom.has_embedding), -1)
+        """Number of the atom where the prompt is embedded; negative where none is."""
+
+    def changed(self, workload: Workload, images: ImageLoad) -> Footprint:
+        """The same parts for another workload; their weights are summed up again only where they change."""
+        same = ("dtype", "quantization", "training")
+        if any(getattr(workload, field) != getattr(self.workload, field) for field in same):
+            return type(self)(self.profile, workload, images, self.atoms, self.offloaded)
+        result = copy(self)
+        result.workload, result.images = workload, images
+        return result
+
+    @property
+    def least_bytes(self) -> int:
+        """Weights and KV cache of everything that GPUs hold or execute: what no split can avoid."""
+        layers = self._layers[-1] + self._guest_layers
+        return self._weights[-1] + self.copy_bytes + layers * self.work(self.workload.text_tokens).kv_layer
 
     @property
     def source(self) -> str:
@@ -243,34 +303,48 @@ class Footprint:
             for share in (coefficient.lost_first, coefficient.lost_later)
         )
 
+        embedding, towers = self._embedding, self._towers
+        guest_layers, guest_heads, copy_bytes = self._guest_layers, int(self._has_guest_head), self.copy_bytes
+        lost_with_guests = max(lost_first, lost_later)
+
         def need(first: int, end: int) -> int:
-            own_layers = layers[end] - layers[first]
-            prefill = own_layers * kv_layer
+            run_layers, run_heads, held_weights = layers[end] - layers[first], heads[end] - heads[first], weights[end]
+            embeds = first <= embedding < end
+            lost = lost_first if embeds else lost_later
+            if first:
+                held_weights -= weights[first]
+            elif guest_layers or guest_heads:
+                run_layers, run_heads, lost = run_layers + guest_layers, run_heads + guest_heads, lost_with_guests
+                held_weights += copy_bytes
+            prefill = run_layers * kv_layer
             busy = 0
-            if own_layers:
+            if run_layers:
                 busy = work.layer
-                prefill += lost_later if first else lost_first
-            if heads[end] > heads[first]:
+                prefill += lost
+            if run_heads:
                 busy = max(busy, work.head)
             prefill += busy
-            if first:
-                return weights[end] - weights[first] + prefill
-            total = weights[end] + max(encode, prefill + work.held)
+            if embeds:
+                prefill += work.held
+            total = held_weights + (max(encode, prefill) if towers[end] > towers[first] else prefill)
             # A stage must not become cheaper by the anchor, where less is lost on the first GPU.
-            return max(total, need(1, end)) if end > 1 else total
+            return max(total, need(embedding + 1, end)) if embeds and end > embedding + 1 else total
 
         return need
 
     def detail(self, first: int, end: int, text_tokens: int) -> StageNeed:
         """What the atoms from ``first`` up to, not including, ``end`` need, item by item."""
+        executes_guests = not first
         holding = Holding(
             weights_bytes=self._weights[end] - self._weights[first],
-            layers=self._layers[end] - self._layers[first],
-            has_tower=not first,
-            has_embedding=not first,
-            has_head=self._heads[end] > self._heads[first],
+            layers=self._layers[end] - self._layers[first] + executes_guests * self._guest_layers,
+            has_tower=self._towers[end] > self._towers[first],
+            has_embedding=first <= self._embedding < end,
+            has_head=self._heads[end] > self._heads[first] or (executes_guests and self._has_guest_head),
         )
         peak = self.need_of(holding, text_tokens)
+        if executes_guests:
+            peak = msgspec.structs.replace(peak, activations_bytes=peak.activations_bytes + self.copy_bytes)
         total = self.needs(text_tokens)(first, end)
         return msgspec.structs.replace(peak, fragmentation_bytes=total - peak.total_bytes)
 

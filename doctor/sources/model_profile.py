@@ -11,6 +11,7 @@ from ..data.families import INNER_GENERATE, REMOTE_TYPES
 from ..data.image_rules import IMAGE_RULES
 from ..errors import ModelFileError
 from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
+from .allocation_scripts import body_script, tower_script
 from .checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
 from .image_rule import image_rule
 from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
@@ -71,6 +72,8 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
         image=image,
         quantization=_quantization(config),
         runs_inner_generate=architecture.startswith(INNER_GENERATE),
+        body_script=None if is_remote_code else body_script(text.body),
+        tower_script=None if is_remote_code else tower_script(model_type),
         files=checkpoint.files,
         notes=tuple(notes),
     )

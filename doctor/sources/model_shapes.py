@@ -9,6 +9,7 @@ from ..data.config_defaults import PARTS, SHAPES
 from ..errors import ModelFileError
 from ..model import TextShape, VisionShape
 from .checkpoint import StoredTensor
+from .layer_caches import layer_caches
 from .shapes_from_tensors import kv_heads as kv_heads_of
 from .shapes_from_tensors import mlp_width
 
@@ -147,29 +148,45 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
     head_dim = fields.get("head_dim") or max(1, hidden // heads)
     kv_heads = heads if fields.raw("multi_query_attention") is False else fields.get("kv_heads")
     kv_heads = kv_heads or kv_heads_of(tensors, layer, heads, head_dim) or heads
-    if fields.get("kv_lora_rank"):
+    layers, latent = fields.need("layers"), fields.get("kv_lora_rank")
+    if latent:
         # Multi-head latent attention: transformers 4.57 caches the expanded keys (nope + rope) and values of every head.
         expanded = (
             (fields.get("qk_nope_head_dim") or 0) + (fields.get("qk_rope_head_dim") or 0) + (fields.get("v_head_dim") or 0)
         )
         kv_heads, head_dim = heads, max(1, (expanded + 1) // 2)
     has_no_window = fields.raw("use_sliding_window") is False or fields.says_none("sliding_window")
+    window = None if has_no_window else fields.get("sliding_window")
     return TextShape(
-        layers=fields.need("layers"),
+        layers=layers,
         hidden=hidden,
         intermediate=_active_width(fields),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocabulary=fields.need("vocabulary"),
-        sliding_window=None if has_no_window else fields.get("sliding_window"),
+        sliding_window=window,
+        attention_chunk=fields.get("attention_chunk_size"),
         max_positions=fields.get("max_positions"),
+        body=fields.model_type,
+        experts=fields.get("num_experts") or fields.get("num_local_experts") or fields.get("n_routed_experts") or 0,
+        active_experts=_active_experts(fields),
+        expert_width=fields.get("moe_intermediate_size") or 0,
+        kv_lora_rank=latent,
+        qk_rope_head_dim=fields.get("qk_rope_head_dim") if latent else None,
+        qk_nope_head_dim=fields.get("qk_nope_head_dim") if latent else None,
+        v_head_dim=fields.get("v_head_dim") if latent else None,
+        cached_layers=layer_caches(fields, layers, window),
     )
+
+
+def _active_experts(fields: Fields) -> int:
+    return fields.get("num_experts_per_tok") or fields.get("moe_topk") or 0
 
 
 def _active_width(fields: Fields) -> int:
     """MLP width that one token passes: the whole MLP, or its share of a mixture of experts."""
-    experts_per_token = fields.get("num_experts_per_tok") or fields.get("moe_topk")
+    experts_per_token = _active_experts(fields)
     if not experts_per_token:
         return fields.need("intermediate")
     expert = fields.get("moe_intermediate_size") or fields.need("intermediate")

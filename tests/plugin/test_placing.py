@@ -6,13 +6,13 @@ import pytest
 
 from pytest_vlmgpu.failures import LoadFailure
 from pytest_vlmgpu.placing import Placed, check_placement, device_map_for
-from vlm_doctor.placement import Plan, Stage
+from vlm_doctor.placement import Offload, Plan, Stage
 from vlm_doctor.workload import Workload
 
 MAP = {"model.visual": 0, "model.language_model.layers.1": 0, "model.language_model.layers.10": 1, "lm_head": 1}
 
 
-def _plan(*uuids: str, device_map: dict[str, int]) -> Plan:
+def _plan(*uuids: str, device_map: dict[str, int | str], offloaded: Offload | None = None) -> Plan:
     stages = tuple(
         Stage(gpu=index + 4, uuid=uuid, name="L4", keys=(), ledger=(), total_bytes=0) for index, uuid in enumerate(uuids)
     )
@@ -28,6 +28,7 @@ def _plan(*uuids: str, device_map: dict[str, int]) -> Plan:
         max_memory={},
         cuda_visible_devices=",".join(uuids),
         stages=stages,
+        offloaded=offloaded,
     )
 
 

@@ -180,7 +180,7 @@ def plan() -> Plan:
         dtype="bfloat16",
         prompt_tokens=1808,
         image_tokens=1296,
-        device_map=dict.fromkeys(first, 0) | dict.fromkeys(second, 1),
+        device_map={**dict.fromkeys(first, 0), **dict.fromkeys(second, 1)},
         max_memory={0: 8 * GIB, 1: 14 * GIB},
         cuda_visible_devices=",".join(UUIDS),
         stages=(

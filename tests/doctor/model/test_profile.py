@@ -25,6 +25,7 @@ from vlm_doctor.sources.model_profile import build_profile
 PURE = (
     "checkpoint",
     "image_rule",
+    "layer_caches",
     "model_profile",
     "model_shapes",
     "model_units",
@@ -160,6 +161,16 @@ def test_a_mixture_of_experts_is_as_wide_as_what_a_token_passes() -> None:
 def test_latent_attention_is_counted_expanded() -> None:
     found = text(kv_lora_rank=4, qk_nope_head_dim=6, qk_rope_head_dim=2, v_head_dim=6)
     assert (found.kv_heads, found.head_dim) == (2, 7)
+    parts = (found.kv_lora_rank, found.qk_nope_head_dim, found.qk_rope_head_dim, found.v_head_dim)
+    assert parts == (4, 6, 2, 6)
+    assert text(v_head_dim=6).v_head_dim is None
+
+
+def test_kinds_of_layers_are_read() -> None:
+    kinds = ["linear_attention"]
+    assert text(layer_types=kinds).cached_layers == ("linear",)
+    assert text(attention_chunk_size=64).attention_chunk == 64
+    assert text().cached_layers == ()
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,12 @@ def test_image_size_keeps_its_shape() -> None:
 def test_smaller_weights_come_after_smaller_work_and_before_more_machine() -> None:
     short = shortage(plan(glm41v_9b(), machine([18, 1]), Workload(images=0, text_tokens=600)))
     changes = [lever.change for lever in short.levers]
-    assert changes == ["load in 8 bit (int8)", "load in 4 bit (nf4)", "one more GPU like GPU 0 (NVIDIA Test), empty"]
+    assert changes == [
+        "load in 8 bit (int8)",
+        "load in 4 bit (nf4)",
+        "allow the last layers in host memory, much slower (--offload)",
+        "one more GPU like GPU 0 (NVIDIA Test), empty",
+    ]
     assert all(lever.fits for lever in short.levers)
     saved = [lever.saves_bytes for lever in short.levers]
     assert saved[0] < saved[1]

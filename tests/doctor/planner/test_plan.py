@@ -15,6 +15,7 @@ from vlm_doctor.placement import Plan
 from vlm_doctor.planner import plan
 from vlm_doctor.planner.budget import WORKSPACE_BYTES
 from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.fleet import Room
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.memory import Footprint
 from vlm_doctor.planner.search import MARGIN_STEP, longest_text_tokens
@@ -294,7 +295,7 @@ def test_plans_are_as_good_as_brute_force(question: tuple[list[int], list[int], 
     atoms = chain(profile).atoms
     prices = Footprint(profile, workload, image_load(profile, workload), atoms)
     need = prices.needs(workload.text_tokens)
-    capacities = [round(size / 1024 * GIB) - WORKSPACE_BYTES - 8 * MIB for size in question[1]]
+    capacities = [Room(round(size / 1024 * GIB) - WORKSPACE_BYTES - 8 * MIB) for size in question[1]]
     for count in range(policy.min_gpus, len(capacities) + 1):
         fitting = [split for split in all_splits(len(atoms), len(capacities), count) if split.margin(need, capacities) >= 0]
         if fitting:
