@@ -79,17 +79,27 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     def of_device(self, places: frozenset[int]) -> Iterator[tuple[int, int, int]]:
         """What the allocator of a device with these places sees: ``(tensor, size_bytes, event)``, a size of 0 for an end.
 
-        A tensor made elsewhere is copied when it is first read here, and the copy lives as long as the tensor.
+        A tensor made elsewhere is copied when it is first read at a place here, as accelerate's hooks do for a layer, and the
+        copy goes when that place has done its work. Copies have negative tensor numbers.
         """
         mine: set[int] = set()
+        copies: list[int] = []
+        last = BEFORE
         for index, event in enumerate(self.events):
+            if event.place != last:
+                yield from ((copy, 0, index) for copy in copies)
+                copies, last = [], event.place
             if event.size_bytes == 0:
                 if event.tensor in mine:
                     mine.remove(event.tensor)
                     yield event.tensor, 0, index
-            elif event.place in places and event.tensor not in mine:
-                mine.add(event.tensor)
-                yield event.tensor, abs(event.size_bytes), index
+            elif event.place in places:
+                if event.size_bytes > 0:
+                    mine.add(event.tensor)
+                    yield event.tensor, event.size_bytes, index
+                elif event.tensor not in mine:
+                    copies.append(-event.tensor)
+                    yield -event.tensor, -event.size_bytes, index
 
     def peak(
         self, places: frozenset[int] | None = None, *, begin: int = 0, stop: int | None = None, count: int = 10
@@ -163,3 +173,31 @@ class Traces(msgspec.Struct, frozen=True, kw_only=True):
 def rounded_bytes(size_bytes: int) -> int:
     """What the allocator takes for a request."""
     return -(-size_bytes // ROUNDING_BYTES) * ROUNDING_BYTES
+
+
+class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be traced; made by the planner, run by ``sources/trace.py``."""
+
+    architecture: str
+    """Name of the class in transformers."""
+    dtype: str
+    """torch's word for the type of the weights."""
+    attention: str
+    """transformers' ``attn_implementation``."""
+    has_cudnn: bool
+    """Whether fused attention is cuDNN's, as it is from compute capability 9.0."""
+    layers: tuple[str, ...]
+    """Module paths of the text layers, in order."""
+    tower: tuple[str, ...]
+    """Module paths of what reads images."""
+    lengths: tuple[int, ...]
+    """Tokens of the prompts to trace, image tokens included."""
+    steps: int
+    """Tokens to generate, the first of them by the prompt itself; 0 is one plain forward pass."""
+    batch: int = 1
+    images: int = 0
+    """In each prompt."""
+    height: int = 0
+    width: int = 0
+    sequences: int = 0
+    """Squares that the tower reads for one prompt."""

@@ -14,8 +14,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-NO_MODULE = 0
-
 
 def main(
     say: Callable[..., None],
@@ -28,6 +26,7 @@ def main(
     tower: list[str],
     runs: list[dict[str, Any]],
     folder: str | None = None,
+    has_cudnn: bool = False,
 ) -> None:
     """Trace some runs of one model.
 
@@ -43,6 +42,7 @@ def main(
             forward pass), ``images``, ``height``, ``width``, ``sequences``, ``marked`` (places for image features; None:
             as many as the tower gives).
         folder: The checkpoint, for its image processor.
+        has_cudnn: Whether attention is cuDNN's, as it is from compute capability 9.0.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -58,12 +58,32 @@ def main(
     say("import transformers", answer)
     # A cycle that is collected some time later would end a tensor at a place of chance.
     gc.disable()
-    tracer = Tracer(config, architecture, dtype=dtype, attention=attention, layers=layers, tower=tower, folder=folder)
+    tracer = Tracer(
+        config,
+        architecture,
+        dtype=dtype,
+        attention=attention,
+        layers=layers,
+        tower=tower,
+        folder=folder,
+        has_cudnn=has_cudnn,
+    )
     answer["modules"] = tracer.module_names
     answer["weights_bytes"] = tracer.weights_bytes
     answer["runs"] = []
     say("build", {**answer, "runs": []})
     for run in runs:
-        answer["runs"].append(tracer.trace(**run))
-        gc.collect()
+        answer["runs"].append(_brief(tracer.trace(**run), answer["runs"]))
     say("trace", answer, is_final=True)
+
+
+def _brief(run: dict[str, Any], earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    """A run whose events differ from an earlier one's in sizes alone is told by its sizes."""
+    events = run["events"]
+    for number, other in enumerate(earlier):
+        if len(other.get("events", ())) == len(events) and all(
+            one[0] == two[0] and one[2:] == two[2:] and (one[1] > 0) - (one[1] < 0) == (two[1] > 0) - (two[1] < 0)
+            for one, two in zip(events, other["events"], strict=True)
+        ):
+            return {**run, "events": [], "same_as": number, "sizes": [event[1] for event in events if event[1]]}
+    return run

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import torch
 import transformers
+from torch.utils._pytree import tree_flatten
 
 from .trace_attention import OnGpu
 from .trace_inputs import image_inputs, prompt_inputs
@@ -31,9 +33,11 @@ class Tracer:
         layers: list[str],
         tower: list[str],
         folder: str | None,
+        has_cudnn: bool,
     ) -> None:
         pretend_cuda()
         self._folder = folder
+        self._has_cudnn = has_cudnn
         self._dtype = _HALF[dtype]
         self.model = _build(config, architecture, self._dtype, attention)
         self.module_names = [""]
@@ -45,7 +49,7 @@ class Tracer:
         self._places = {id(self._module(name)): TOWER for name in tower}
         self._places.update({id(self._module(name)): place for place, name in enumerate(layers)})
         self._behind = len(layers)
-        self._last = id(self._module(layers[-1]))
+        self._layers = [self._module(name) for name in layers]
         seen = {parameter.inner.untyped_storage()._cdata: parameter for parameter in self._weights()}
         self.weights_bytes = sum(
             -(-parameter.inner.untyped_storage().nbytes() // ROUNDING_BYTES) * ROUNDING_BYTES for parameter in seen.values()
@@ -95,7 +99,7 @@ class Tracer:
 
     def _features(self, pictures: dict[str, Any]) -> int:
         """Image features that the tower gives: as many places the prompt has to have."""
-        with torch.no_grad(), OnGpu(), Recorder():
+        with torch.no_grad(), OnGpu(has_cudnn=self._has_cudnn), Recorder():
             ghosts = {name: _to_gpu(value) for name, value in pictures.items()}
             found = self.model.get_image_features(**ghosts)
         found = getattr(found, "pooler_output", found)
@@ -108,9 +112,8 @@ class Tracer:
         recorder.place = BEFORE
         passes: list[int] = []
         handles = self._watch(recorder, passes)
-        state = {name: tensor for name, tensor in self.model.named_buffers()}
         try:
-            with torch.no_grad(), OnGpu(), recorder:
+            with torch.no_grad(), OnGpu(has_cudnn=self._has_cudnn), recorder:
                 recorder.listen()
                 ghosts = {name: _to_gpu(value) for name, value in inputs.items()}
                 if steps:
@@ -123,7 +126,8 @@ class Tracer:
         finally:
             for handle in handles:
                 handle.remove()
-        del state
+        # What only a collection of cycles frees is freed here, before anybody counts the events.
+        gc.collect()
         return recorder.events, passes
 
     def _watch(self, recorder: Recorder, passes: list[int]) -> list[Any]:
@@ -138,18 +142,23 @@ class Tracer:
             recorder.place = self._places.get(id(module), recorder.place)
             recorder.module = self._numbers.get(id(module), recorder.module)
 
+        def arrive(_: Any, args: Any, kwargs: Any) -> None:
+            # Hooks of accelerate copy whatever a layer is given before it runs, whether it reads it or not.
+            for value in tree_flatten((args, kwargs))[0]:
+                if isinstance(value, Ghost):
+                    recorder.read(value)
+
         def leave(module: Any, _: Any, __: Any) -> None:
             place, recorder.module = stack.pop()
             if self._places.get(id(module)) == TOWER:
                 recorder.place = place
-            elif id(module) == self._last:
+            elif module is self._layers[-1]:
                 recorder.place = self._behind
 
         modules = torch.nn.modules.module
-        return [
-            modules.register_module_forward_pre_hook(enter),
-            modules.register_module_forward_hook(leave),
-        ]
+        handles = [modules.register_module_forward_pre_hook(enter), modules.register_module_forward_hook(leave)]
+        handles.extend(layer.register_forward_pre_hook(arrive, with_kwargs=True) for layer in self._layers)
+        return handles
 
 
 def _build(config: dict[str, Any], architecture: str, dtype: torch.dtype, attention: str) -> Any:

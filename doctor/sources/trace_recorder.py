@@ -9,14 +9,15 @@ lengths, position tables) is small and computed for real on the CPU.
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
 META = torch.device("meta")
@@ -87,6 +88,11 @@ class Recorder(TorchDispatchMode, Silent):
         self._next = 1
         self._is_listening = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare the import of torch's compiler, a second of time."""
+        return False
+
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Do not count these: weights."""
         for tensor in tensors:
@@ -112,7 +118,7 @@ class Recorder(TorchDispatchMode, Silent):
         number = self._numbers.get(_storage(tensor)._cdata, 0)
         if number and self.place not in self._places[number]:
             self._places[number].add(self.place)
-            self.events.append([number, -tensor.numel() * tensor.element_size(), self.place, self.module])
+            self.events.append([number, -tensor.numel() * tensor.element_size() or -1, self.place, self.module])
 
     def temporary(self, *sizes_bytes: int) -> None:
         """Scratch memory that a kernel allocates, all of it at once, and gives back when it has run."""
@@ -141,9 +147,48 @@ def _storage(tensor: torch.Tensor) -> Any:
     return inner.untyped_storage()
 
 
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to whatever is in lists, tuples and dicts; torch's own is several times slower."""
+    kind = type(value)
+    if kind is list or kind is tuple:
+        return kind([_map(change, one) for one in value])
+    if kind is dict:
+        return {key: _map(change, one) for key, one in value.items()}
+    if isinstance(value, tuple):  # named ones
+        return kind([_map(change, one) for one in value])
+    return change(value)
+
+
+def _tensors(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            _tensors(one, found)
+    elif isinstance(value, dict):
+        for one in value.values():
+            _tensors(one, found)
+    return found
+
+
+class _Schema(NamedTuple):
+    """What matters of an operation's signature."""
+
+    written: tuple[int, ...]
+    """Positions of operands that are written to."""
+    is_view: bool
+
+
+@functools.cache
+def _schema(func: Any) -> _Schema:
+    arguments = [argument.alias_info for argument in func._schema.arguments]
+    written = tuple(place for place, alias in enumerate(arguments) if alias is not None and alias.is_write)
+    return _Schema(written, any(alias is not None and not alias.is_write for alias in arguments))
+
+
 def run(func: Any, args: Any, kwargs: dict[str, Any], notes: Silent) -> Any:
     """Run one operation of ATen: shaped only, or for real where all operands are real and the result is small."""
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+    tensors = _tensors(kwargs, _tensors(args, []))
     ghosts = [tensor for tensor in tensors if isinstance(tensor, Ghost)]
     device = _device(ghosts, kwargs)
     if not ghosts and device.type != "cuda":
@@ -168,7 +213,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], notes: Silent) -> Any:
             return value
         return Ghost(value, device)
 
-    return tree_map(wrap, result)
+    return _map(wrap, result)
 
 
 def _device(ghosts: list[Ghost], kwargs: dict[str, Any]) -> torch.device:
@@ -176,37 +221,37 @@ def _device(ghosts: list[Ghost], kwargs: dict[str, Any]) -> torch.device:
     if asked is not None:
         device = torch.device(asked)
         return CUDA if device.type in ("cuda", "meta") else device
-    claimed = [ghost.claimed for ghost in ghosts]
-    return next((device for device in claimed if device.type == "cuda"), claimed[0] if claimed else CPU)
+    first = CPU
+    for ghost in ghosts:
+        if ghost.claimed.type == "cuda":
+            return ghost.claimed
+        first = ghost.claimed
+    return first
 
 
 def _plain(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
     """Run an operation that needs no care, and give tensors that are no ghosts yet, or one of the operands."""
-    written = [
-        value
-        for argument, value in zip(func._schema.arguments, args, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor)
-    ]
+    schema = _schema(func)
     is_real = all(not isinstance(tensor, Ghost) or tensor.is_real for tensor in tensors)
-    if written:
-        if is_real:
-            func(*tree_map(_real, args), **tree_map(_real, kwargs))
-        return written[0]
-    if is_real:
-        is_view = any(argument.alias_info is not None for argument in func._schema.arguments)
-        if is_view or _is_small(func, args, kwargs):
-            return func(*tree_map(_real, args), **tree_map(_real, kwargs))
+    for place in schema.written:
+        if place < len(args) and isinstance(args[place], torch.Tensor):
+            if is_real:
+                func(*_map(_real, args), **_map(_real, kwargs))
+            return args[place]
+    if is_real and (schema.is_view or _is_small(func, args, kwargs, tensors)):
+        return func(*_map(_real, args), **_map(_real, kwargs))
     return _shaped(func, args, kwargs)
 
 
-def _is_small(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+def _is_small(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> bool:
     """Whether a result is small enough to be computed; what cannot be shaped depends on data, and is."""
+    if tensors and math.prod(max(1, tensor.numel()) for tensor in tensors) <= MAX_REAL_ELEMENTS:
+        return True
     try:
         shapes = _shaped(func, args, kwargs)
     except (RuntimeError, NotImplementedError):
         return True
-    values = [value for value in tree_flatten(shapes)[0] if isinstance(value, torch.Tensor)]
-    return all(value.numel() <= MAX_REAL_ELEMENTS for value in values)
+    return all(value.numel() <= MAX_REAL_ELEMENTS for value in _tensors(shapes, []))
 
 
 def _real(value: Any) -> Any:
@@ -215,20 +260,20 @@ def _real(value: Any) -> Any:
     return value.inner if isinstance(value, Ghost) else value
 
 
+def _shape(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return META
+    if not isinstance(value, torch.Tensor):
+        return value
+    inner = value.inner if isinstance(value, Ghost) else value
+    if inner.device.type == "meta" or (not isinstance(value, Ghost) and inner.dim() == 0):
+        return inner
+    return torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device=META)
+
+
 def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on the meta device. Views keep the storage of their meta operand."""
-
-    def shape(value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return META
-        if not isinstance(value, torch.Tensor):
-            return value
-        inner = value.inner if isinstance(value, Ghost) else value
-        if inner.device.type == "meta" or (not isinstance(value, Ghost) and inner.dim() == 0):
-            return inner
-        return torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device=META)
-
-    return func(*tree_map(shape, args), **tree_map(shape, kwargs))
+    return func(*_map(_shape, args), **_map(_shape, kwargs))
 
 
 def _scalar(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
