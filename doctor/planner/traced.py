@@ -77,7 +77,12 @@ class Growth:
 
     def sizes(self, tokens: int) -> list[int]:
         """For each event, its size in bytes at that length; the sign and 0 mean what they mean in an event."""
-        values = [_value(curve, self._lengths, tokens) for curve in self._curves]
+        # No tensor comes or goes with the length, however short the prompt.
+        values = [
+            max(1, value) if curve[0] > 0 else min(-1, value) if curve[0] else 0
+            for curve in self._curves
+            for value in [_value(curve, self._lengths, tokens)]
+        ]
         return [values[kind] for kind in self._kind]
 
     def at(self, tokens: int, *, new_tokens: int = 0) -> Trace:

@@ -128,7 +128,8 @@ class Tracer:
                 handle.remove()
         # What only a collection of cycles frees is freed here, before anybody counts the events.
         gc.collect()
-        return recorder.events, passes
+        # The module may keep a tensor until the next run, which is none of this one's events.
+        return list(recorder.events), passes
 
     def _watch(self, recorder: Recorder, passes: list[int]) -> list[Any]:
         """Keep the recorder's place and module up to date while modules run."""

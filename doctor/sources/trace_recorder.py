@@ -271,9 +271,60 @@ def _shape(value: Any) -> Any:
     return torch.empty_strided(inner.size(), inner.stride(), dtype=inner.dtype, device=META)
 
 
+_shapes: dict[Any, Any] = {}
+"""What became of operations on such operands before: most layers of a model do the same, and torch shapes slowly."""
+_aliasing: set[Any] = set()
+"""Operations whose results may share memory with their operands, whether they say so or not."""
+
+
+class _Shape(NamedTuple):
+    """All of a tensor but its memory."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _key(value: Any) -> Any:
+    kind = type(value)
+    if kind is list or kind is tuple:
+        return tuple([_key(one) for one in value])
+    if kind is dict:
+        return tuple([(name, _key(one)) for name, one in value.items()])
+    if isinstance(value, torch.Tensor):
+        inner = value.inner if isinstance(value, Ghost) else value
+        return tuple(inner.size()), inner.stride(), inner.dtype, inner.dim() == 0 and not isinstance(value, Ghost)
+    return kind, value
+
+
 def _shaped(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on the meta device. Views keep the storage of their meta operand."""
-    return func(*_map(_shape, args), **_map(_shape, kwargs))
+    if _schema(func).is_view or func in _aliasing:
+        return func(*_map(_shape, args), **_map(_shape, kwargs))
+    key = (func, _key(args), _key(kwargs))
+    known = _shapes.get(key)
+    if known is not None:
+        return _rebuilt(known)
+    operands = _map(_shape, args), _map(_shape, kwargs)
+    result = func(*operands[0], **operands[1])
+    storages = {tensor.untyped_storage()._cdata for tensor in _tensors(operands, [])}
+    if any(tensor.untyped_storage()._cdata in storages for tensor in _tensors(result, [])):
+        _aliasing.add(func)
+    else:
+        _shapes[key] = _map(_noted, result)
+    return result
+
+
+def _noted(value: Any) -> Any:
+    return _Shape(tuple(value.size()), value.stride(), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _rebuilt(value: Any) -> Any:
+    if isinstance(value, _Shape):
+        return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=META)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_rebuilt(one) for one in value])
+    return value
 
 
 def _scalar(func: Any, args: Any, kwargs: Any, notes: Silent) -> Any:
