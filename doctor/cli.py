@@ -103,7 +103,16 @@ def plan(options: Namespace) -> int:
         profile = load_profile(options.model, allow_network=not options.offline)
     from .answer import plan_report
 
-    report = plan_report(profile, machine, workload(options), policy(options), suggest_gpus=options.suggest_gpus)
+    wanted = workload(options)
+    traces = untraced = None
+    if options.trace:
+        from .tracing import trace_model
+
+        tracing = trace_model(options.model, profile, machine, wanted, allow_network=not options.offline)
+        traces, untraced = tracing.traces, tracing.reason
+    report = plan_report(
+        profile, machine, wanted, policy(options), suggest_gpus=options.suggest_gpus, traces=traces, untraced=untraced
+    )
     return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
 
 

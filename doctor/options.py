@@ -110,6 +110,11 @@ def _add_plan(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="tell memory by running the model's code without GPU and weights; takes a minute",
+    )
     work = parser.add_argument_group("largest call of the model")
     for name, value, text in (
         ("--images", default.images, "images in each prompt"),

@@ -173,6 +173,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     gpu_sets: tuple[GpuSet, ...] = ()
     """Cards on which the workload would fit, least total memory first: when nothing fits here, or when asked for."""
     shortage: Shortage | None = None
+    tier: Literal["formulas", "traced"] = "formulas"
+    """How memory was told: by formulas, or by the allocations of the model's real code."""
     notes: tuple[str, ...] = ()
     """What was assumed."""
     is_remote_code: bool = False

@@ -79,8 +79,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     def of_device(self, places: frozenset[int]) -> Iterator[tuple[int, int, int]]:
         """What the allocator of a device with these places sees: ``(tensor, size_bytes, event)``, a size of 0 for an end.
 
-        A tensor made elsewhere is copied when it is first read at a place here, as accelerate's hooks do for a layer, and the
-        copy goes when that place has done its work. Copies have negative tensor numbers.
+        A tensor made elsewhere is copied when it is first read at a place here, as accelerate's hooks do for a layer, and
+        the copy goes when that place has done its work. Copies have negative tensor numbers.
         """
         mine: set[int] = set()
         copies: list[int] = []

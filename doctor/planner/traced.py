@@ -6,12 +6,12 @@ tokens), so that three lengths give every other one, and a fourth tells whether 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import msgspec
 
-from ..trace import TOWER, Event, Peak, Trace, TraceRequest, Traces, rounded_bytes
+from ..trace import TOWER, Event, Trace, Traces, rounded_bytes
 
 STEP = 512
 """Tokens from one traced length to the next."""
@@ -99,14 +99,10 @@ class Growth:
 
 
 def _is_alike(run: Trace, other: Trace) -> bool:
-    def kind(event: Event) -> tuple[int, int, bool, bool]:
-        return event.tensor, event.place, event.size_bytes > 0, event.size_bytes < 0
+    def kinds(events: Sequence[Event]) -> list[tuple[int, int, bool, bool]]:
+        return [(event.tensor, event.place, event.size_bytes > 0, event.size_bytes < 0) for event in events]
 
-    return len(run.events) == len(other.events) and all(map(_same, map(kind, run.events), map(kind, other.events)))
-
-
-def _same(one: object, other: object) -> bool:
-    return one == other
+    return len(run.events) == len(other.events) and kinds(run.events) == kinds(other.events)
 
 
 _Curve = tuple[int, Fraction, Fraction]
@@ -152,6 +148,13 @@ class Regimes:
         if self._within is not None and self._window is not None and tokens <= self._window:
             return self._within
         return self._beyond
+
+    def at(self, tokens: int, *, new_tokens: int = 0) -> Trace:
+        """The trace of a prompt of that length, with decode steps so many tokens later.
+
+        Where the prompt is within the window and those steps are beyond it, the program of long prompts stands for both.
+        """
+        return self.growth(tokens + new_tokens).at(tokens, new_tokens=new_tokens)
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
@@ -253,8 +256,3 @@ def _visits(trace: Trace) -> tuple[list[int], dict[int, int], dict[int, int]]:
         elif event.size_bytes == 0:
             ended[event.tensor] = visit
     return visits, born, ended
-
-
-__all__ = [
-    "STEP", "Callable", "Growth", "IrregularError", "Item", "Peak", "Regimes", "Timeline", "TraceRequest", "lengths",
-]  # fmt: skip

@@ -198,9 +198,7 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _cache_path(
-    request: TraceRequest, config: Mapping[str, Any], folder: Path | None, cache: Path | None
-) -> Path | None:
+def _cache_path(request: TraceRequest, config: Mapping[str, Any], folder: Path | None, cache: Path | None) -> Path | None:
     if cache is None:
         return None
     digest = hashlib.sha256()

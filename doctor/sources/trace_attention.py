@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .trace_recorder import Ghost
+from .trace_ghost import Ghost
 
 MAX_FUSED_HEAD_DIM = 256
 MAX_CUDNN_HEAD_DIM = 128
@@ -23,7 +23,7 @@ _ALIGNMENT = 8
 _SCORES = torch.nn.functional.scaled_dot_product_attention
 
 
-class OnGpu(TorchFunctionMode):
+class OnGpu(TorchFunctionMode):  # type: ignore[misc]
     """Replaces fused attention, and reading back what has no data.
 
     Args:
@@ -56,12 +56,12 @@ def _numbers(data: Any) -> Any:
     return data
 
 
-def attention(
+def attention(  # noqa: PLR0917 - torch's signature
     query: Any,
     key: Any,
     value: Any,
     attn_mask: Any = None,
-    dropout_p: float = 0.0,  # noqa: ARG001 - torch's signature
+    dropout_p: float = 0.0,  # noqa: ARG001
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -133,9 +133,7 @@ def _mask(mask: Any, query: Any, *, is_padded: bool) -> list[Any]:
     return held
 
 
-def _math(
-    query: Any, key: Any, value: Any, mask: Any, *, is_causal: bool, scale: float | None, enable_gqa: bool
-) -> Any:
+def _math(query: Any, key: Any, value: Any, mask: Any, *, is_causal: bool, scale: float | None, enable_gqa: bool) -> Any:
     """The plain kernel. Source: _scaled_dot_product_attention_math; 16-bit inputs are computed in float32."""
     dtype = query.dtype
     factor = math.sqrt(scale if scale is not None else 1 / math.sqrt(query.shape[-1]))

@@ -28,7 +28,7 @@ def image_inputs(
 ) -> dict[str, Any]:
     """What the vision tower takes for ``images`` images in each of ``batch`` prompts; pixels in the default dtype."""
     made = _processed(folder, images, height, width, batch) if folder else None
-    return made or _by_family(config, images, height, width, batch, sequences)
+    return made or _by_family(config, images=images, height=height, width=width, batch=batch, sequences=sequences)
 
 
 def _processed(folder: str, images: int, height: int, width: int, batch: int) -> dict[str, Any] | None:
@@ -57,15 +57,15 @@ def _processed(folder: str, images: int, height: int, width: int, batch: int) ->
     }
 
 
-def _by_family(config: Any, images: int, height: int, width: int, batch: int, sequences: int) -> dict[str, Any]:
+def _by_family(config: Any, *, images: int, height: int, width: int, batch: int, sequences: int) -> dict[str, Any]:
     """By model type: stacks of patches with their grid, or squares of the tower's own size."""
     vision, kind = config.vision_config, config.model_type
     count = batch * images
-    merge = getattr(vision, "spatial_merge_size", 0)
-    temporal = getattr(vision, "temporal_patch_size", 0)
+    merge: int = getattr(vision, "spatial_merge_size", 0)
+    temporal: int = getattr(vision, "temporal_patch_size", 0)
     if merge and temporal:
         rows, columns = (max(1, round(edge / vision.patch_size / merge)) * merge for edge in (height, width))
-        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
+        channels: int = getattr(vision, "in_channels", 0) or getattr(vision, "in_chans", 3)
         elements = channels * temporal * vision.patch_size**2
         grid = torch.tensor([[1, rows, columns]] * count)
         return {"pixel_values": torch.empty(count * rows * columns, elements), "image_grid_thw": grid}
@@ -96,9 +96,7 @@ def prompt_inputs(config: Any, tokens: int, batch: int, images: dict[str, Any], 
     inputs = text_inputs(config, tokens, batch)
     if not images:
         return inputs
-    marker = next(
-        (number for name in _MARKERS if (number := getattr(config, name, None)) is not None), WORD
-    )
+    marker = next((number for name in _MARKERS if (number := getattr(config, name, None)) is not None), WORD)
     inputs["input_ids"][:, :marked] = marker
     kinds = (inputs["input_ids"] == marker).long()
     if "image_grid_thw" in images:

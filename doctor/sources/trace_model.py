@@ -11,8 +11,9 @@ import transformers
 from torch.utils._pytree import tree_flatten
 
 from .trace_attention import OnGpu
+from .trace_ghost import CUDA, META, Ghost, pretend_cuda
 from .trace_inputs import image_inputs, prompt_inputs
-from .trace_recorder import CUDA, META, Ghost, Recorder, pretend_cuda
+from .trace_recorder import Recorder
 
 TOWER = -2
 BEFORE = -1
@@ -46,7 +47,8 @@ class Tracer:
             if name:
                 self._numbers.setdefault(id(module), len(self.module_names))
                 self.module_names.append(name)
-        self._places = {id(self._module(name)): TOWER for name in tower}
+        parameters = {name for name, _ in self.model.named_parameters()}
+        self._places = {id(self._module(name)): TOWER for name in tower if name not in parameters}
         self._places.update({id(self._module(name)): place for place, name in enumerate(layers)})
         self._behind = len(layers)
         self._layers = [self._module(name) for name in layers]
