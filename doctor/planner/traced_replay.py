@@ -1,0 +1,84 @@
+"""A trace, replayed through torch's allocator: what ``replay.Program`` is for scripts, for any model that can be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..trace import BEFORE, TOWER, Trace
+from .allocator import SMALL_BYTES, Allocator, Block, OutOfMemoryError
+from .replay import Held, reserved_at_start
+from .traced import Regimes
+
+
+class TracedProgram:
+    """The events of a model's real code, at any length of the prompt.
+
+    Args:
+        regimes: Traces, fitted.
+        layer_kinds: Kind of each layer of the model, in order, in the words of ``Held.kinds``; empty where they are alike.
+        new_tokens: Tokens that are made.
+    """
+
+    def __init__(self, regimes: Regimes, layer_kinds: Sequence[str] = (), *, new_tokens: int = 0) -> None:
+        self._regimes = regimes
+        self._kinds = tuple(layer_kinds)
+        self._later = max(0, new_tokens - 2)
+        self._tokens = -1
+        self._trace: Trace | None = None
+
+    def runs(self, held: Held, tokens: int, capacity_bytes: int) -> bool:
+        """Whether a stage survives a prompt of so many tokens, image tokens counted, in so much memory."""
+        return self.runs_places(self.places_of(held, tokens), held.weights_bytes, tokens, capacity_bytes)
+
+    def runs_places(self, places: frozenset[int], weights_bytes: int, tokens: int, capacity_bytes: int) -> bool:
+        """The same of any device's part, told by its places (see ``Trace.held``)."""
+        try:
+            self._play(places, tokens, Allocator(capacity_bytes, reserved_at_start(weights_bytes)))
+        except OutOfMemoryError:
+            return False
+        return True
+
+    def peaks(self, held: Held, tokens: int) -> tuple[int, int]:
+        """Most bytes allocated, without weights and workspace, and most bytes reserved, where memory has no end."""
+        return self.peaks_places(self.places_of(held, tokens), held.weights_bytes, tokens)
+
+    def peaks_places(self, places: frozenset[int], weights_bytes: int, tokens: int) -> tuple[int, int]:
+        """The same of any device's part, told by its places."""
+        allocator = Allocator(None, reserved_at_start(weights_bytes))
+        self._play(places, tokens, allocator)
+        return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+
+    def places_of(self, held: Held, tokens: int) -> frozenset[int]:
+        """Places of a stage that is told by its kinds of layers: the first run of layers that has them."""
+        layers = self._at(tokens).layers
+        count = len(held.kinds)
+        first = 0
+        if not held.is_first:
+            first = layers - count if held.has_head else self._find(held.kinds, layers)
+        places = set(range(first, first + count))
+        places.update([TOWER, BEFORE] * held.is_first + [layers] * held.has_head)
+        return frozenset(places)
+
+    def _find(self, kinds: tuple[str, ...], layers: int) -> int:
+        starts = range(1, max(2, layers - len(kinds) + 1))
+        return next((start for start in starts if self._kinds[start : start + len(kinds)] == kinds), 1)
+
+    def _at(self, tokens: int) -> Trace:
+        if self._trace is None or tokens != self._tokens:
+            self._trace, self._tokens = self._regimes.at(tokens, new_tokens=self._later), tokens
+        return self._trace
+
+    def _play(self, places: frozenset[int], tokens: int, allocator: Allocator) -> None:
+        """Small tensors that go again are left out, as in ``replay``: they share one segment."""
+        trace = self._at(tokens)
+        program = [(tensor, size) for tensor, size, _ in trace.of_device(places)]
+        ends = {tensor for tensor, size in program if not size}
+        blocks: dict[int, Block] = {}
+        for tensor, size in program:
+            if not size:
+                block = blocks.pop(tensor, None)
+                if block is not None:
+                    allocator.free(block)
+            elif size > SMALL_BYTES or tensor not in ends:
+                # A copy of one tensor can come at several places, one after another.
+                blocks[tensor] = allocator.make(size)
