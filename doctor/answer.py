@@ -5,7 +5,7 @@ The planner is imported where it is used: a check of a machine without GPUs has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -17,7 +17,7 @@ from .model import ModelProfile
 from .placement import Plan
 from .report import Report
 from .trace import Traces
-from .verdict import exit_status, focus
+from .verdict import PROBLEM, USABLE, exit_status, focus
 from .workload import Policy, Workload
 
 
@@ -92,6 +92,32 @@ def plan_report(
         diagnosis=diagnosis,
         plan=answer,
         exit_status=exit_status(machine, diagnosis, answer),
+    )
+
+
+def map_report(
+    device_map: Mapping[str, int | str], profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy
+) -> Report:
+    """Judge a ``device_map``. Of the machine's faults, those of the GPUs that the map uses count.
+
+    Raises:
+        MapError: The map is empty or too large.
+        UsageError: Workload or policy make no sense for this model and machine.
+        ModelFileError: The model cannot be placed.
+    """
+    from .planner import check_map
+
+    checked = check_map(device_map, profile, machine, workload, policy)
+    used = frozenset(use.gpu for use in checked.devices if use.gpu is not None)
+    diagnosis = focus(diagnose(machine), used)
+    status = exit_status(machine, diagnosis)
+    return Report(
+        version=__version__,
+        command="check-map",
+        machine=machine,
+        diagnosis=diagnosis,
+        map_check=checked,
+        exit_status=PROBLEM if status == USABLE and not checked.is_clean else status,
     )
 
 

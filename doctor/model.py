@@ -136,6 +136,9 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     image: ImageRule | None = None
     quantization: str | None = None
     """``quantization_config.quant_method`` of a checkpoint that is already quantized, such as ``awq``."""
+    tensors: dict[str, tuple[str, int]] = {}
+    """Parameter name in the class to stored dtype and elements, so that a key inside a unit can be judged; empty where only
+    the units are known."""
     runs_inner_generate: bool = False
     """True when the class calls ``self.language_model.generate`` (InternVL-Chat and others), so that the logits must end
     on the device of the inputs."""

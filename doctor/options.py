@@ -26,10 +26,12 @@ _EPILOG = (
 COMMANDS = {
     "check": "Say what is wrong with a machine and how to repair it.",
     "plan": "Place a model on the GPUs of a machine: device_map, memory of each GPU, and why.",
+    "check-map": "Judge a device_map before anything loads: what fails, why, and the map that would do.",
     "collect": "Write a snapshot of this machine as JSON, for --machine elsewhere and for bug reports.",
     "explain": "Explain a code: what it means, why it matters, how to repair it.",
 }
 
+WORKLOAD_TITLE = "largest call of the model"
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python makes of bytes on the command line that are not UTF-8."""
@@ -91,6 +93,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     }
     _add_check(commands["check"])
     _add_plan(commands["plan"])
+    _add_check_map(commands["check-map"], commands["plan"])
     _add_collect(commands["collect"])
     commands["explain"].add_argument("code", metavar="CODE", help="such as VLM501")
     return parser, commands
@@ -115,7 +118,7 @@ def _add_plan(parser: Parser) -> None:
         action="store_true",
         help="tell memory by running the model's code without GPU and weights; takes a minute",
     )
-    work = parser.add_argument_group("largest call of the model")
+    work = parser.add_argument_group(WORKLOAD_TITLE)
     for name, value, text in (
         ("--images", default.images, "images in each prompt"),
         ("--text-tokens", default.text_tokens, "text tokens of each prompt"),
@@ -190,6 +193,20 @@ def _add_training(parser: Parser) -> None:
     )
 
 
+def _add_check_map(parser: Parser, plan: Parser) -> None:
+    parser.add_argument("map", metavar="FILE|-", help="JSON, YAML lines, a Python dict or a plan; - is standard input")
+    parser.add_argument("--model", metavar="MODEL", required=True, help="hub id, or folder of a checkpoint")
+    _add_machine(parser)
+    parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    # The workload is described in the same words as for a plan, so that the two never differ.
+    work = next(group for group in plan._action_groups if group.title == WORKLOAD_TITLE)
+    group = parser.add_argument_group(WORKLOAD_TITLE)
+    for action in work._group_actions:
+        group._add_action(action)
+    parser.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
+    _add_output(parser, ("terminal", "json"))
+
+
 def _add_collect(parser: Parser) -> None:
     _add_torch(parser)
     parser.add_argument(
@@ -252,7 +269,7 @@ def _training(options: argparse.Namespace) -> Training | None:
             ("--lora-rank", options.lora_rank),
             ("--no-gradient-checkpointing", options.no_gradient_checkpointing),
         ):
-            if value not in (None, False):
+            if value is not None and value is not False:
                 raise UsageError(f"{name} is about training: add --training lora or --training full.")
         return None
     if options.training == "full" and options.lora_rank is not None:

@@ -44,6 +44,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         return sum(line.size_bytes for line in self.ledger if line.kind in counted)
 
     @property
+    def reserved_bytes(self) -> int:
+        """Predicted need of torch's allocator: the peak, and what it cannot use beside it."""
+        return self.peak_bytes + sum(line.size_bytes for line in self.ledger if line.kind == "fragmentation")
+
+    @property
     def left_bytes(self) -> int:
         """What remains after headroom; negative when it does not fit."""
         return sum(line.size_bytes for line in self.ledger if line.kind == "left")

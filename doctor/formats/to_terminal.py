@@ -14,6 +14,7 @@ from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
 from .finding_text import write_findings, write_tally, write_unknowns
 from .look import Look
 from .machine_text import write_machine, write_torch
+from .map_text import write_map_check
 from .page import Page
 from .plan_text import write_levers, write_plan, write_snippet, write_suggestion
 
@@ -26,6 +27,8 @@ def render(report: Report, look: Look) -> str:
     """Write a whole report."""
     if report.command == "plan":
         return _plan(report, look)
+    if report.command == "check-map":
+        return _map_check(report, look)
     return head(report, look) + tail(report, look)
 
 
@@ -107,6 +110,17 @@ def _plan(report: Report, look: Look) -> str:
     _write_machine_trouble(page, report, look)
     for note in report.notes:
         page.text(note)
+    _write_time(page, report)
+    return page.render()
+
+
+def _map_check(report: Report, look: Look) -> str:
+    page = _page(look)
+    if report.exit_status == COULD_NOT_LOOK:
+        page.text((verdict(report), "bold yellow"))
+    elif report.map_check is not None:
+        write_map_check(page, report.map_check, verbose=look.verbose)
+    _write_machine_trouble(page, report, look)
     _write_time(page, report)
     return page.render()
 

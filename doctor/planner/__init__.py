@@ -12,12 +12,25 @@
 - ``offload``: the last layers in host memory, where that is allowed.
 - ``account``: ledger, cuts and reasons; ``limits``: how far the workload can grow.
 - ``levers``, ``cards``: what would help when nothing fits.
+
+``map_check`` asks the other way round: what becomes of a map that somebody wrote.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from .cards import suggest_gpus
 from .planning import plan
 from .validate import validate_policy, validate_workload
 
-__all__ = ["plan", "suggest_gpus", "validate_policy", "validate_workload"]
+__all__ = ["check_map", "plan", "suggest_gpus", "validate_policy", "validate_workload"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late: a plan has no use for it.
+    if name != "check_map":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .map_check import check_map
+
+    return check_map

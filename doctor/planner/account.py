@@ -26,12 +26,11 @@ _PARTS: dict[Role, str] = {
 }
 
 
-def stages(footprint: Footprint, split: Split, budgets: Sequence[Budget]) -> tuple[Stage, ...]:
+def stages(problem: Problem, split: Split) -> tuple[Stage, ...]:
     """The stages of a split, each with its ledger."""
-    text_tokens = footprint.workload.text_tokens
     return tuple(
-        _stage(footprint, run, budgets[gpu], footprint.detail(*run, text_tokens))
-        for gpu, run in zip(split.gpus, split.runs, strict=True)
+        _stage(problem, run, problem.budgets[gpu], problem.need(split, stage))
+        for stage, (gpu, run) in enumerate(zip(split.gpus, split.runs, strict=True))
     )
 
 
@@ -40,7 +39,8 @@ def units_of(footprint: Footprint, run: tuple[int, int]) -> list[Unit]:
     return [unit for atom in footprint.atoms[run[0] : run[1]] for unit in atom.units]
 
 
-def _stage(footprint: Footprint, run: tuple[int, int], budget: Budget, need: StageNeed) -> Stage:
+def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNeed) -> Stage:
+    footprint = problem.footprint
     workload, units = footprint.workload, units_of(footprint, run)
     copy_bytes = 0 if run[0] else footprint.copy_bytes
     work_bytes = need.activations_bytes - copy_bytes
@@ -58,13 +58,15 @@ def _stage(footprint: Footprint, run: tuple[int, int], budget: Budget, need: Sta
             need.kv_cache_bytes,
             f"2 x layers x {text.kv_heads} KV heads x {text.head_dim} x bytes x tokens x batch",
         ),
-        _line("activations", f"activations, largest while {need.moment}", work_bytes, footprint.source),
+        _line("activations", f"activations, largest while {need.moment}", work_bytes, activations_source(problem)),
         *_copies(copy_bytes),
         _line(
             "fragmentation",
             "allocator fragmentation",
             need.fragmentation_bytes,
-            "share of the largest temporary and of the KV cache, fitted to measured out-of-memory limits",
+            "torch's allocator, replayed: least memory in which the stage runs"
+            if problem.replay
+            else "share of the largest temporary and of the KV cache, fitted to measured out-of-memory limits",
         ),
         _line("headroom", "headroom", budget.headroom_bytes, budget.headroom_source),
     ]
@@ -78,6 +80,11 @@ def _stage(footprint: Footprint, run: tuple[int, int], budget: Budget, need: Sta
         ledger=tuple(line for line in lines if line.size_bytes or line.kind in ("kv_cache", "activations", "left")),
         total_bytes=budget.total_bytes,
     )
+
+
+def activations_source(problem: Problem) -> str:
+    """Where the figures for activations come from."""
+    return "every tensor of the real code, replayed" if problem.replay else problem.footprint.source
 
 
 def _copies(copy_bytes: int) -> list[LedgerLine]:
@@ -109,8 +116,14 @@ def _line(kind: LedgerKind, label: str, size_bytes: int, source: str) -> LedgerL
     return LedgerLine(kind=kind, label=label, size_bytes=size_bytes, source=source)
 
 
-def cuts(problem: Problem, split: Split) -> tuple[Cut, ...]:
-    """The borders between stages, with the link they cross and why they are where they are."""
+def cuts(problem: Problem, split: Split, longest: int | None) -> tuple[Cut, ...]:
+    """The borders between stages, with the link they cross and why they are where they are.
+
+    Args:
+        problem: The question.
+        split: Its answer, or the split that lacks least.
+        longest: Most text tokens that the answer takes; ``None`` when it does not fit.
+    """
     atoms = problem.atoms
     result = []
     for number, (first, border) in enumerate(split.runs[:-1]):
@@ -123,7 +136,7 @@ def cuts(problem: Problem, split: Split) -> tuple[Cut, ...]:
                 after=atoms[border].units[0].key,
                 link=link.label if link else "?",
                 reason=f"GPU {gpu} has {free} free and takes {_contents(atoms[first:border])}: "
-                f"{_why(problem, split, number)}.",
+                f"{_why(problem, split, number, longest)}.",
             )
         )
     return tuple(result)
@@ -147,10 +160,9 @@ def _contents(atoms: Sequence[Atom]) -> str:
     return _joined(parts or ["what comes before the layers"])
 
 
-def _why(problem: Problem, split: Split, number: int) -> str:
+def _why(problem: Problem, split: Split, number: int, longest: int | None) -> str:
     """Why a border is where it is: what would happen were it one layer further on, or one layer earlier."""
     footprint = problem.footprint
-    longest = problem.longest_text_tokens(split)
     if longest is None:
         return "the split that lacks least"
     border = split.ends[number]
@@ -162,12 +174,10 @@ def _why(problem: Problem, split: Split, number: int) -> str:
         moved = split.moved(number, by)
         if moved is None:
             continue
-        other = problem.longest_text_tokens(moved)
-        if other is None:
+        if not problem.split_fits(moved):
             return f"one {noun} {change} would not fit"
-        if other < longest:
-            here, there = (tokens + footprint.images.tokens for tokens in (longest, other))
-            return f"with one {noun} {change} the longest prompt would fall from {here:,} to {there:,} tokens"
+        if not problem.takes(moved, longest):
+            return f"with one {noun} {change} a prompt of {longest + footprint.images.tokens:,} tokens would not fit"
     return "so the tighter of the two GPUs keeps the most"
 
 
@@ -204,7 +214,7 @@ def _why_so_many(problem: Problem, count: int) -> str:
     if margin_bytes is None:
         return f"{count} GPUs are needed: {fewer} cannot follow the pins or avoid the broken links."
     if margin_bytes >= 0:
-        return f"{count} GPUs because the policy prefers context: {fewer} would do for this workload, but no longer prompt."
+        return f"{count} GPUs because the policy prefers context: {fewer} would do, but not for so long a prompt."
     return f"{count} GPUs are needed: {fewer} would lack {format_gib(-margin_bytes)}."
 
 
@@ -231,7 +241,7 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
     result = [*profile.notes]
     if footprint.images.note:
         result.append(footprint.images.note)
-    result.append(f"Activations: {footprint.source}.")
+    result.append(f"Activations: {activations_source(problem)}.")
     if profile.quantization and workload.dtype:
         result.append(f"The checkpoint is quantized ({profile.quantization}): its weights keep their stored size.")
     positions = profile.text.max_positions
@@ -241,6 +251,10 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
             result.append(f"Prompt and answer take {needed:,} tokens, more than the {positions:,} positions of the model.")
         elif choice and choice.text_tokens >= problem.most_text_tokens:
             result.append(f"The longest prompt is set by the model's {positions:,} positions, not by memory.")
+    if choice and problem.offloaded and not problem.knows_host_memory:
+        result.append(
+            "How much host memory is available is not known, so whether the offloaded layers fit there is not either."
+        )
     if choice and choice.is_rounded:
         result.append("So many GPUs differ in free memory that it was rounded down to make the search quick.")
     if choice and not choice.split.is_exact:

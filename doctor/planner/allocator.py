@@ -7,8 +7,8 @@ things, not on a share of anything. The rules, for one stream and the default se
 
 - Sizes are rounded up to 512 bytes. Up to 1 MiB they come from segments of 2 MiB, below 10 MiB from segments of 20 MiB, and
   others from a segment of their own, rounded up to 2 MiB. The two pools do not share.
-- The smallest free block that is large enough serves, the lowest address among equals; what is left of it stays free, unless it
-  is at most 1 MiB (in the pool of small ones, 0).
+- The smallest free block that is large enough serves, the lowest address among equals; what is left of it stays free,
+  unless it is at most 1 MiB (in the pool of small ones, 0).
 - A freed block is joined with free neighbors in its segment.
 - Where no block serves and the driver has nothing left, all segments that are free as a whole are given back; then the
   driver is asked once more.
@@ -77,7 +77,7 @@ class Allocator:
         Raises:
             OutOfMemoryError: There is none.
         """
-        size = max(ROUND_BYTES, -(-size_bytes // ROUND_BYTES) * ROUND_BYTES)
+        size = -(-size_bytes // ROUND_BYTES) * ROUND_BYTES or ROUND_BYTES
         is_small = size <= SMALL_BYTES
         free = self._small if is_small else self._large
         at = bisect_left(free, (size,))
@@ -93,7 +93,9 @@ class Allocator:
             insort(free, (rest, behind.address, behind))
         block.is_free = False
         self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        # Not max(): this is called a hundred thousand times.
+        if self.allocated_bytes > self.peak_allocated_bytes:  # noqa: PLR1730
+            self.peak_allocated_bytes = self.allocated_bytes
         return block
 
     def free(self, block: Block) -> None:

@@ -107,14 +107,13 @@ def _proof(problem: Problem) -> str:
 def _least_work_bytes(problem: Problem) -> Callable[[int], int]:
     """Bytes of work and fragmentation that any split over so many stages has at least.
 
-    What a stage needs beside weights and KV cache grows with its atoms, so no stage needs less than the least of the atoms,
-    and the stage that embeds the prompt no less than that atom.
+    What a stage needs beside weights and KV cache grows with its atoms. So the stage with the neediest atom needs no less
+    than it, and the others no less than the atoms that need least.
     """
     tokens = problem.workload.text_tokens
     details = [problem.footprint.detail(atom, atom + 1, tokens) for atom in range(len(problem.atoms))]
-    beside = [detail.total_bytes - detail.weights_bytes - detail.kv_cache_bytes for detail in details]
-    embeds = next(number for number, atom in enumerate(problem.atoms) if atom.has_embedding)
-    return lambda count: beside[embeds] + (count - 1) * min(beside)
+    beside = sorted(detail.total_bytes - detail.weights_bytes - detail.kv_cache_bytes for detail in details)
+    return lambda count: beside[-1] + sum(beside[: count - 1])
 
 
 def _tried(problem: Problem) -> str:

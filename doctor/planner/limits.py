@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+
+import msgspec
 
 from ..placement import Limits
 from .image_tokens import image_rule
@@ -12,6 +13,9 @@ from .order import Split
 from .place import largest
 from .problem import Problem
 from .validate import MAX_BATCH, MAX_EDGE, MAX_IMAGES, MAX_TOKENS
+
+ASKED = 8
+"""Parts into which the doubt is cut by asking the allocator: three questions."""
 
 
 def limits(problem: Problem, split: Split, longest_text_tokens: int) -> Limits:
@@ -34,18 +38,32 @@ def limits(problem: Problem, split: Split, longest_text_tokens: int) -> Limits:
 
 
 def _most(problem: Problem, split: Split, field: str, low: int, high: int) -> int:
-    return largest(low, max(low, high), _that_fit(split, lambda number: problem.changed(**{field: number})))
+    return _largest(problem, split, low, max(low, high), lambda asked, number: asked.changed(**{field: number}))
 
 
-def _that_fit(split: Split, changed: Callable[[int], Problem]) -> Callable[[int], bool]:
+def _largest(problem: Problem, split: Split, low: int, high: int, changed: Callable[[Problem, int], Problem]) -> int:
+    """The largest number with which the split takes the workload; ``low`` is taken to do.
+
+    Between what the formulas promise and what even a perfect allocator could not do, the allocator is asked.
+    """
+    priced = msgspec.structs.replace(problem, is_replayed=False)
+    safe = largest(low, high, lambda number: _holds(changed(priced, number), split))
+    if problem.replay is None:
+        return safe
+    ideal = largest(safe, high, lambda number: _holds(changed(problem.bare, number), split))
+    least = max(1, (ideal - safe) // ASKED)
+    while ideal - safe >= least:
+        middle = (safe + ideal + 1) // 2
+        if _holds(changed(problem, middle), split):
+            safe = middle
+        else:
+            ideal = middle - 1
+    return safe
+
+
+def _holds(problem: Problem, split: Split) -> bool:
     """Whether the split takes the workload, and the model has positions for it."""
-
-    def holds(number: int) -> bool:
-        problem = changed(number)
-        has_positions = problem.most_text_tokens >= problem.workload.text_tokens
-        return has_positions and problem.split_fits(split)
-
-    return holds
+    return problem.most_text_tokens >= problem.workload.text_tokens and problem.split_fits(split)
 
 
 def _most_new_tokens(problem: Problem) -> int:
@@ -66,11 +84,9 @@ def _largest_edge(problem: Problem, split: Split) -> int | None:
     cell = rule.patch * rule.merge
     most = MAX_EDGE if rule.max_pixels is None else min(MAX_EDGE, math.isqrt(rule.max_pixels))
 
-    def with_cells(count: int) -> Problem:
-        edges: dict[str, Any] = {"image_height": count * cell, "image_width": count * cell}
-        return problem.changed(**edges)
+    def with_cells(asked: Problem, count: int) -> Problem:
+        return asked.changed(image_height=count * cell, image_width=count * cell)
 
-    holds = _that_fit(split, with_cells)
-    if not holds(1):
+    if not _holds(with_cells(problem, 1), split):
         return None
-    return largest(1, max(1, most // cell), holds) * cell
+    return _largest(problem, split, 1, max(1, most // cell), with_cells) * cell

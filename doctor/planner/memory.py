@@ -155,6 +155,8 @@ class Footprint:
         images: ImageLoad,
         atoms: Sequence[Atom],
         offloaded: Sequence[Atom] = (),
+        *,
+        is_bare: bool = False,
     ) -> None:
         """Sum up the parts.
 
@@ -165,20 +167,23 @@ class Footprint:
             atoms: Those placed on GPUs, in the order of execution.
             offloaded: Those behind them whose weights stay in host memory. The first stage executes them, so it has their
                 KV cache and their work, and room for a copy of the module in use.
+            is_bare: Leave out what the allocator wastes, for a bound that no split can beat.
         """
         self.profile = profile
         self.workload = workload
         self.images = images
         self.atoms = atoms
         self.offloaded = offloaded
+        self.is_bare = is_bare
         guests = [unit for atom in offloaded for unit in atom.units]
         self.copy_bytes = max((copied_bytes(unit, profile, workload) for unit in guests), default=0)
         """Of weights of an offloaded module, on the first stage while it is in use."""
         self._guest_layers = sum(atom.layers for atom in offloaded)
         self._has_guest_head = any(atom.has_head for atom in offloaded)
-        self._item = item_bytes(loaded_dtype(profile, workload))
+        self.item_bytes = item_bytes(loaded_dtype(profile, workload))
+        """Of one element of a hidden state."""
         if profile.quantization or workload.quantization:
-            self._item = min(self._item, 2)
+            self.item_bytes = min(self.item_bytes, 2)
         self._weights = [0]
         self._layers = [0]
         self._heads = [0]
@@ -195,10 +200,14 @@ class Footprint:
         """The same parts for another workload; their weights are summed up again only where they change."""
         same = ("dtype", "quantization", "training")
         if any(getattr(workload, field) != getattr(self.workload, field) for field in same):
-            return type(self)(self.profile, workload, images, self.atoms, self.offloaded)
+            return type(self)(self.profile, workload, images, self.atoms, self.offloaded, is_bare=self.is_bare)
         result = copy(self)
         result.workload, result.images = workload, images
         return result
+
+    def weights_of(self, first: int, end: int) -> int:
+        """Bytes of the weights of a run of atoms."""
+        return self._weights[end] - self._weights[first]
 
     @property
     def least_bytes(self) -> int:
@@ -216,7 +225,7 @@ class Footprint:
 
     def work(self, text_tokens: int) -> Work:
         """Bytes of the work on one prompt with ``text_tokens`` tokens of text and the workload's images."""
-        text, batch, item = self.profile.text, self.workload.batch, self._item
+        text, batch, item = self.profile.text, self.workload.batch, self.item_bytes
         tokens = (text_tokens + self.images.tokens) * batch
         coefficient = text_coefficient(self.profile.model_type)
         states = tokens * text.hidden * item
@@ -244,10 +253,10 @@ class Footprint:
         ``generate`` and those classes copy them to float32.
         """
         if self.profile.architecture.startswith(FULL_LOGITS_ARCHITECTURES):
-            return tokens * self.profile.text.vocabulary * (self._item + 4)
+            return tokens * self.profile.text.vocabulary * (self.item_bytes + 4)
         if self.workload.logits == "forward":
-            return tokens * self.profile.text.vocabulary * self._item
-        return self.workload.batch * self.profile.text.vocabulary * (self._item + 4)
+            return tokens * self.profile.text.vocabulary * self.item_bytes
+        return self.workload.batch * self.profile.text.vocabulary * (self.item_bytes + 4)
 
     def _pairs(self, prompt_tokens: int) -> tuple[int, int]:
         """Bytes for pairs of tokens: of masks that all layers share, and of attention at work.
@@ -258,7 +267,7 @@ class Footprint:
         makes an additive copy and another with aligned rows. Source: masking_utils.py of transformers 5;
         convert_boolean_attn_mask and preprocess_mask of torch; counted by ``benchmarks/trace_memory.py``.
         """
-        text, pairs, item = self.profile.text, prompt_tokens**2 * self.workload.batch, self._item
+        text, pairs, item = self.profile.text, prompt_tokens**2 * self.workload.batch, self.item_bytes
         is_windowed = text.sliding_window is not None
         if self.workload.attention == "eager":
             return pairs * item * (2 if is_windowed else 1), text.heads * pairs * (2 * item + 4)
@@ -268,7 +277,7 @@ class Footprint:
 
     def _vision(self, batch: int) -> tuple[int, int, int]:
         """Bytes of the pixels, of the vision tower at work with them, and of what stays of its work until the answer."""
-        vision, images, item = self.profile.vision, self.images, self._item
+        vision, images, item = self.profile.vision, self.images, self.item_bytes
         patches = images.sequences * images.patches * batch
         pixels = patches * _PIXEL_ELEMENTS * images.patch**2 * item
         if vision is None:
@@ -295,14 +304,7 @@ class Footprint:
         """
         work = self.work(text_tokens)
         weights, layers, heads = self._weights, self._layers, self._heads
-        encode = math.ceil((1 + FRAGMENTATION_OF_ENCODING) * work.encode)
-        kv_layer = math.ceil((1 + FRAGMENTATION_OF_KV_CACHE) * work.kv_layer)
-        coefficient = text_coefficient(self.profile.model_type)
-        lost_first, lost_later = (
-            FRAGMENTATION_BYTES + math.ceil(share * work.layer)
-            for share in (coefficient.lost_first, coefficient.lost_later)
-        )
-
+        encode, kv_layer, lost_first, lost_later = self._padded(work)
         embedding, towers = self._embedding, self._towers
         guest_layers, guest_heads, copy_bytes = self._guest_layers, int(self._has_guest_head), self.copy_bytes
         lost_with_guests = max(lost_first, lost_later)
@@ -331,6 +333,20 @@ class Footprint:
             return max(total, need(embedding + 1, end)) if embeds and end > embedding + 1 else total
 
         return need
+
+    def _padded(self, work: Work) -> tuple[int, int, int, int]:
+        """With what the allocator wastes: work of the tower, KV cache of a layer, what a first and a later stage lose."""
+        if self.is_bare:
+            return work.encode, work.kv_layer, 0, 0
+        if self.workload.allocator == "expandable":
+            return work.encode, work.kv_layer, FRAGMENTATION_BYTES, FRAGMENTATION_BYTES
+        coefficient = text_coefficient(self.profile.model_type)
+        lost_first, lost_later = (
+            FRAGMENTATION_BYTES + math.ceil(share * work.layer)
+            for share in (coefficient.lost_first, coefficient.lost_later)
+        )
+        encode = math.ceil((1 + FRAGMENTATION_OF_ENCODING) * work.encode)
+        return encode, math.ceil((1 + FRAGMENTATION_OF_KV_CACHE) * work.kv_layer), lost_first, lost_later
 
     def detail(self, first: int, end: int, text_tokens: int) -> StageNeed:
         """What the atoms from ``first`` up to, not including, ``end`` need, item by item."""

@@ -94,12 +94,13 @@ def offloaded(problem: Problem, executing: Gpu) -> Offload | None:
     lacking = "" if less is None else f": with one part less in host memory a GPU would lack {format_gib(-less)}"
     head = " and the head" if any(atom.has_head for atom in problem.offloaded_atoms) else ""
     parts = f"the last {layers} layers{head}" if layers > 1 else f"the last layer{head}" if layers else "the head"
+    stay = "stay" if layers > 1 or (layers and head) else "stays"
     return Offload(
         keys=tuple(unit.key for atom in problem.offloaded_atoms for unit in atom.units),
         weights_bytes=weights_bytes,
         copy_bytes=problem.footprint.copy_bytes,
         host_left_bytes=None if room_bytes is None else room_bytes - weights_bytes,
-        reason=f"The GPUs do not suffice, so {parts} stay in host memory{lacking}.",
+        reason=f"The GPUs do not suffice, so {parts} {stay} in host memory{lacking}.",
         cost=_cost(weights_bytes, executing),
     )
 

@@ -81,7 +81,7 @@ def plan(
     problem, choice = answer.problem, answer.choice
     footprint = problem.footprint
     split = choice.split if choice else problem.closest_split()
-    stages = account.stages(footprint, split, problem.budgets) if split else ()
+    stages = account.stages(problem, split) if split else ()
     return Plan(
         model=profile.name,
         revision=profile.revision,
@@ -95,7 +95,7 @@ def plan(
         max_memory={position: _weight_room(stage) for position, stage in enumerate(stages)} if choice else {},
         cuda_visible_devices=",".join(str(stage.gpu) if machine.origin == "synthetic" else stage.uuid for stage in stages),
         stages=stages,
-        cuts=account.cuts(problem, split) if split else (),
+        cuts=account.cuts(problem, split, choice.text_tokens if choice else None) if split else (),
         reasons=account.reasons(problem, choice, answer.excluded) if choice else (),
         longest_prompt_tokens=choice.text_tokens + footprint.images.tokens if choice else None,
         limits=limits(problem, choice.split, choice.text_tokens) if choice else None,

@@ -17,11 +17,12 @@ from .budget import Budget, Budgets, budgets
 from .constraints import Atom, Chain
 from .fleet import Fleet, Room
 from .image_tokens import image_load
-from .memory import Footprint
+from .memory import Footprint, StageNeed
 from .order import Split
 from .pins import pinned
 from .place import smallest_count
 from .search import Choice, choose, closest, longest_text_tokens
+from .settle import Replay, longest, replay_of, settle, takes
 from .traced_footprint import TracedFootprint
 from .validate import MAX_TOKENS
 
@@ -47,6 +48,10 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     """Prices of the same parts for another workload."""
     traces: Traces | None = None
     """Allocations that were traced for this workload; ``None`` prices by formulas."""
+    is_replayed: bool = True
+    """Ask the allocator where the model's allocations are known."""
+    is_bare: bool = False
+    """Leave out what the allocator wastes: what even a perfect one could not do."""
 
     @property
     def atoms(self) -> tuple[Atom, ...]:
@@ -66,9 +71,15 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
             return self.alike.changed(self.workload, images)
         if self.traces is not None:
             return TracedFootprint(
-                self.profile, self.workload, images, self.atoms, self.offloaded_atoms, traces=self.traces
+                self.profile,
+                self.workload,
+                images,
+                self.atoms,
+                self.offloaded_atoms,
+                is_bare=self.is_bare,
+                traces=self.traces,
             )
-        return Footprint(self.profile, self.workload, images, self.atoms, self.offloaded_atoms)
+        return Footprint(self.profile, self.workload, images, self.atoms, self.offloaded_atoms, is_bare=self.is_bare)
 
     @cached_property
     def pins(self) -> list[int | None]:
@@ -85,6 +96,11 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
             for budget in self.budgets
         ]
         return Fleet(rooms, lambda a, b: self.hops.get((indices[a], indices[b]), _UNKNOWN_HOP))
+
+    @property
+    def knows_host_memory(self) -> bool:
+        """Whether it is known what the host can take."""
+        return self.machine.host is not None and self.machine.host.memory_available_bytes is not None
 
     @property
     def counts(self) -> range:
@@ -119,9 +135,32 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         """The same question with exactly so many GPUs."""
         return msgspec.structs.replace(self, policy=msgspec.structs.replace(self.policy, min_gpus=count, max_gpus=count))
 
+    @cached_property
+    def bare(self) -> Problem:
+        """The same question to a perfect allocator."""
+        return msgspec.structs.replace(self, is_bare=True, alike=None)
+
+    @cached_property
+    def replay(self) -> Replay | None:
+        """The allocator's own judgement; ``None`` where it is not known what the model allocates."""
+        return replay_of(self.footprint, [budget.gpu for budget in self.budgets]) if self.is_replayed else None
+
     def choose(self) -> Choice | None:
         """The best split by the policy, or ``None`` when nothing fits."""
-        return choose(self.footprint, self.fleet, self.counts, self.most_text_tokens, self.policy.prefer)
+        if self.replay is None:
+            return self.choose_among(self.counts)
+        return settle(self)
+
+    def choose_among(self, counts: range) -> Choice | None:
+        """The best split over one of these numbers of GPUs, by the formulas."""
+        return choose(self.footprint, self.fleet, counts, self.most_text_tokens, self.policy.prefer)
+
+    def need(self, split: Split, stage: int) -> StageNeed:
+        """What one stage of a split needs, item by item."""
+        run, position = split.runs[stage], split.gpus[stage]
+        if self.replay is None:
+            return self.footprint.detail(*run, self.workload.text_tokens)
+        return self.replay.need(run, position, self.fleet.rooms[position].capacity_bytes)
 
     def closest_split(self) -> Split | None:
         """The split that lacks least; ``None`` when there is none with as many stages, pins and links as they are."""
@@ -130,7 +169,15 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     def longest_text_tokens(self, split: Split) -> int | None:
         """Most text tokens of one prompt that a split can take; ``None`` when the workload itself does not fit."""
-        return longest_text_tokens(self.footprint, self.fleet.rooms, split, self.most_text_tokens)
+        if self.replay is None:
+            return longest_text_tokens(self.footprint, self.fleet.rooms, split, self.most_text_tokens)
+        return longest(self, split)
+
+    def takes(self, split: Split, text_tokens: int) -> bool:
+        """Whether a split takes a prompt with so much text."""
+        if self.replay is None:
+            return split.margin(self.footprint.needs(text_tokens), self.fleet.rooms) >= 0
+        return takes(self, split, text_tokens)
 
     def margin_bytes(self) -> int | None:
         """Margin in the tightest GPU of the best split; negative when nothing fits, ``None`` when there is no split."""
@@ -144,7 +191,7 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     def split_fits(self, split: Split) -> bool:
         """Whether one split fits."""
-        return split.margin(self.footprint.needs(self.workload.text_tokens), self.fleet.rooms) >= 0
+        return self.takes(split, self.workload.text_tokens)
 
 
 def ask(

@@ -12,18 +12,13 @@ import msgspec
 
 from ..allocation import ENTRY, INPUT, KEYS, VALUES, AllocationScript, Event, LayerScript, Made, TowerScript
 from ..model import ModelProfile
-from ..units import MIB
-from .allocator import SMALL_BYTES, Allocator, Block, OutOfMemoryError
+from .allocator import SMALL_BYTES, SMALL_SEGMENT_BYTES, Allocator, Block, OutOfMemoryError
 from .image_tokens import ImageLoad
 
 CUDNN_SINCE = (9, 0)
 """From this compute capability torch prefers cuDNN's fused attention, which keeps no row statistics and leaves its output
 in an order that is copied at once; before, flash attention keeps them and needs no copy. Source: ``sdp_utils.cpp`` of torch
 2.6 and later (check_prefer_cudnn_attention); seen in memory histories of H100 cards."""
-WORKSPACE_SEGMENTS_BYTES = 34 * MIB
-"""Reserved after the first matrix product: cuBLAS's workspace in a segment of its own and one small segment. Measured on
-H100 and H200 (32 MiB of workspace; it is less on older GPUs)."""
-
 _GOES = -(2**20)
 """A tensor that goes, in a list of sizes: this less its number."""
 
@@ -167,8 +162,8 @@ class Program:
         return [block for block in blocks if block is not None]
 
     def _sizes(self, events: Sequence[Event], more: int) -> list[int]:
-        """Events as numbers: bytes of a tensor that comes; the code of one of elsewhere that goes; ``_GOES`` less the number of
-        one of this list that goes. Small tensors that do not outlive the list are left out: they share one segment.
+        """Events as numbers: bytes of a tensor that comes; code of one of elsewhere that goes; ``_GOES`` less the number
+        of one of this list that goes. Small tensors that do not outlive the list are left out: they share one segment.
         """
         key = id(events), more
         if key not in self._sized:
@@ -241,5 +236,7 @@ def dimensions(profile: ModelProfile, images: ImageLoad) -> dict[str, int]:
 
 
 def _reserved(held: Held) -> int:
-    """Segments that are there before the prompt: transformers loads weights into one, rounded up to 2 MiB."""
-    return -(-held.weights_bytes // (2 * MIB)) * 2 * MIB + WORKSPACE_SEGMENTS_BYTES
+    """Segments that are there before the prompt: transformers loads weights into one, rounded up to 2 MiB, and one of small
+    tensors. cuBLAS's workspace has a segment of its own, which the budget counts.
+    """
+    return -(-held.weights_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES + SMALL_SEGMENT_BYTES

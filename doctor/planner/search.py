@@ -57,32 +57,36 @@ def choose(
     coarse = fleet.rounded()
     rooms = coarse.rooms
     wanted = footprint.needs(text_tokens)
-    count = smallest_count(atoms, wanted, coarse, counts)
+
+    def count_for(need: Need, allowed: range = counts) -> int | None:
+        return smallest_count(atoms, need, coarse, allowed)
+
+    if prefer == "context" and count_for(wanted) is not None:
+        most = largest(text_tokens, most, lambda tokens: count_for(footprint.needs(tokens)) is not None)
+    count = count_for(footprint.needs(most) if prefer == "context" else wanted)
     if count is None:
         return None
-    # A good split to begin with makes both searches short: they start from what it reaches.
-    start = _evened(atoms, wanted, wanted, coarse, count)
+    exactly = range(count, count + 1)
     total = None
     if prefer == "speed" and coarse.has_preference:
-        start = even_out(fastest_split(atoms, wanted, coarse, count), wanted, rooms)
-        if not start.is_exact:
-            coarse = coarse.only(start.gpus)
-            start = even_out(fastest_split(atoms, wanted, coarse, count), wanted, rooms)
-        total = coarse.total(start.gpus) if start.is_exact else None
-    reached = longest_text_tokens(footprint, rooms, start, most)
-    assert reached is not None
-    if prefer == "context":
-        longest = largest(
-            reached, most, lambda tokens: smallest_count(atoms, footprint.needs(tokens), coarse, counts) is not None
-        )
-        count = smallest_count(atoms, footprint.needs(longest), coarse, counts)
-        assert count is not None
+        coarse, total = _fastest(atoms, wanted, coarse, count)
+
+    def good_split(need: Need) -> Split:
+        split = any_split(atoms, need, coarse, exactly.start)
+        if total is not None:
+            split = fastest_split(atoms, need, coarse, exactly.start)
+        return even_out(split, wanted, rooms, lambda candidate: candidate.margin(need, rooms) >= 0)
 
     def holds(need: Need) -> bool:
-        if smallest_count(atoms, need, coarse, range(count, count + 1)) is None:
+        if count_for(need, exactly) is None:
             return False
-        return total is None or coarse.total(fastest_split(atoms, need, coarse, count).gpus) <= total
+        return total is None or coarse.total(fastest_split(atoms, need, coarse, exactly.start).gpus) <= total
 
+    # Both searches start from what a good split reaches, which makes them short.
+    start = good_split(wanted)
+    reached = longest_text_tokens(footprint, rooms, start, most)
+    assert reached is not None
+    longest = most
     if prefer != "context":
         longest = largest(reached, most, lambda tokens: holds(footprint.needs(tokens)))
     at_longest = footprint.needs(longest)
@@ -91,17 +95,24 @@ def choose(
         return lambda first, end: max(at_longest(first, end), wanted(first, end) + steps * MARGIN_STEP)
 
     if longest > reached:
-        start = _evened(atoms, at_longest, wanted, coarse, count)
+        start = good_split(at_longest)
     margin = largest(start.margin(wanted, rooms) // MARGIN_STEP, _WORST_MARGIN, lambda steps: holds(with_margin(steps)))
     split = fastest_split(atoms, with_margin(margin), coarse, count)
     split = even_out(split, wanted, rooms, lambda candidate: candidate.margin(at_longest, rooms) >= 0)
     return Choice(split, longest, is_rounded=rooms != fleet.rooms)
 
 
-def _evened(atoms: int, need: Need, wanted: Need, fleet: Fleet, count: int) -> Split:
-    """A split that holds ``need``, its borders moved to where its stages have the most room for ``wanted``."""
-    split = any_split(atoms, need, fleet, count)
-    return even_out(split, wanted, fleet.rooms, lambda candidate: candidate.margin(need, fleet.rooms) >= 0)
+def _fastest(atoms: int, need: Need, fleet: Fleet, count: int) -> tuple[Fleet, int | None]:
+    """The GPUs to choose among, and the smallest sum of link ranks that a split over so many has.
+
+    Where not every order can be compared, only the GPUs of the best that was found stay, and when even their orders are too
+    many, the sum is ``None``.
+    """
+    split = fastest_split(atoms, need, fleet, count)
+    if not split.is_exact:
+        fleet = fleet.only(split.gpus)
+        split = fastest_split(atoms, need, fleet, count)
+    return fleet, fleet.total(split.gpus) if split.is_exact else None
 
 
 def closest(footprint: Footprint, fleet: Fleet, counts: range) -> tuple[int, Split] | None:
@@ -122,7 +133,7 @@ def closest(footprint: Footprint, fleet: Fleet, counts: range) -> tuple[int, Spl
     possible = next((n for n in reversed(counts) if count(-_WORST_MARGIN, range(n, n + 1)) is not None), None)
     if possible is None:
         return None
-    start = _evened(atoms, with_margin(-_WORST_MARGIN), wanted, coarse, possible)
+    start = even_out(any_split(atoms, with_margin(-_WORST_MARGIN), coarse, possible), wanted, coarse.rooms)
     margin = largest(
         start.margin(wanted, coarse.rooms) // MARGIN_STEP, _WORST_MARGIN, lambda steps: count(steps) is not None
     )

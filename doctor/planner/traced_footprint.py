@@ -14,6 +14,7 @@ from .constraints import Atom
 from .image_tokens import ImageLoad, image_edges, image_load
 from .memory import Footprint, Holding, StageNeed
 from .traced import Regimes, Timeline, lengths
+from .traced_replay import TracedProgram
 
 _KEPT_TIMELINES = 4
 """The search compares two lengths at a time."""
@@ -73,6 +74,7 @@ class TracedFootprint(Footprint):
         images: Its images, counted.
         atoms: Those placed on GPUs, in the order of execution.
         offloaded: Those behind them whose weights stay in host memory.
+        is_bare: Leave out what the allocator wastes, for a bound that no split can beat.
         traces: What :func:`trace_request` asked for.
 
     Raises:
@@ -87,9 +89,10 @@ class TracedFootprint(Footprint):
         atoms: Sequence[Atom],
         offloaded: Sequence[Atom] = (),
         *,
+        is_bare: bool = False,
         traces: Traces,
     ) -> None:
-        super().__init__(profile, workload, images, atoms, offloaded)
+        super().__init__(profile, workload, images, atoms, offloaded, is_bare=is_bare)
         self._traces = traces
         self._regimes = Regimes(traces, profile.text.sliding_window)
         self._numbers = {
@@ -105,8 +108,16 @@ class TracedFootprint(Footprint):
             self.workload, text_tokens=workload.text_tokens, new_tokens=workload.new_tokens, allocator=workload.allocator
         )
         if before == workload and (workload.new_tokens > 1) == (self.workload.new_tokens > 1):
-            return TracedFootprint(self.profile, workload, images, self.atoms, self.offloaded, traces=self._traces)
-        return Footprint(self.profile, workload, images, self.atoms, self.offloaded)
+            return TracedFootprint(
+                self.profile,
+                workload,
+                images,
+                self.atoms,
+                self.offloaded,
+                is_bare=self.is_bare,
+                traces=self._traces,
+            )
+        return Footprint(self.profile, workload, images, self.atoms, self.offloaded, is_bare=self.is_bare)
 
     @property
     def source(self) -> str:
@@ -114,6 +125,11 @@ class TracedFootprint(Footprint):
         return (
             f"traced: {self._traces.architecture} of transformers {self._traces.transformers}, torch {self._traces.torch}"
         )
+
+    def program(self) -> TracedProgram:
+        """The same traces for torch's allocator."""
+        caches = self.profile.text.cached_layers
+        return TracedProgram(self._regimes, caches, new_tokens=self.workload.new_tokens)
 
     def needs(self, text_tokens: int) -> Callable[[int, int], int]:
         """A function that prices runs of atoms: ``(first, end)`` to total bytes."""
@@ -134,7 +150,7 @@ class TracedFootprint(Footprint):
         holding = self._holding(first, end)
         formula = super().need_of(holding, text_tokens)
         copy_bytes = 0 if first else self.copy_bytes
-        lost = max(0, by_formula(first, end) - formula.total_bytes - copy_bytes)
+        lost = 0 if self.is_bare else max(0, by_formula(first, end) - formula.total_bytes - copy_bytes)
         peak, _, _ = timeline.peak(self._run_places(first, end))
         return holding.weights_bytes + copy_bytes + peak + lost
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..trace import BEFORE, TOWER, Trace
-from .allocator import SMALL_BYTES, Allocator, Block, OutOfMemoryError
-from .replay import Held, reserved_at_start
+from .allocator import SMALL_BYTES, SMALL_SEGMENT_BYTES, Allocator, Block, OutOfMemoryError
+from .replay import Held
 from .traced import Regimes
 
 
@@ -33,7 +33,7 @@ class TracedProgram:
     def runs_places(self, places: frozenset[int], weights_bytes: int, tokens: int, capacity_bytes: int) -> bool:
         """The same of any device's part, told by its places (see ``Trace.held``)."""
         try:
-            self._play(places, tokens, Allocator(capacity_bytes, reserved_at_start(weights_bytes)))
+            self._play(places, tokens, Allocator(capacity_bytes, _reserved(weights_bytes)))
         except OutOfMemoryError:
             return False
         return True
@@ -44,7 +44,7 @@ class TracedProgram:
 
     def peaks_places(self, places: frozenset[int], weights_bytes: int, tokens: int) -> tuple[int, int]:
         """The same of any device's part, told by its places."""
-        allocator = Allocator(None, reserved_at_start(weights_bytes))
+        allocator = Allocator(None, _reserved(weights_bytes))
         self._play(places, tokens, allocator)
         return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
 
@@ -82,3 +82,8 @@ class TracedProgram:
             elif size > SMALL_BYTES or tensor not in ends:
                 # A copy of one tensor can come at several places, one after another.
                 blocks[tensor] = allocator.make(size)
+
+
+def _reserved(weights_bytes: int) -> int:
+    """Segments that are there before the prompt: weights in one, and one of small tensors, as in ``replay``."""
+    return -(-weights_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES + SMALL_SEGMENT_BYTES

@@ -66,6 +66,7 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
         is_remote_code=is_remote_code,
         dtype=_dtype(config, units),
         units=units,
+        tensors={name: (tensor.dtype, tensor.elements) for name, tensor in tensors.items()},
         tied=tied,
         text=text,
         vision=vision,

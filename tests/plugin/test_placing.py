@@ -60,6 +60,19 @@ def test_a_gpu_that_torch_does_not_see_is_named(ordinals: dict[str, int], seen: 
     )
 
 
+def test_a_plan_that_leaves_layers_on_the_cpu_is_no_plan_for_a_test() -> None:
+    off = Offload(
+        keys=("lm_head",), weights_bytes=3 * 2**30, copy_bytes=1, host_left_bytes=None, reason="because", cost="slow"
+    )
+    with pytest.raises(LoadFailure) as caught:
+        device_map_for(_plan("GPU-b", device_map={"model.visual": 0, "lm_head": "cpu"}, offloaded=off), {"GPU-b": 0})
+    assert caught.value.code == "VLM714"
+    assert caught.value.message == (
+        "The plan leaves 3.0 GiB of org/model on the CPU (lm_head and what follows), and a test on GPUs must not run "
+        "there: plan without offload, with more GPUs or a smaller workload."
+    )
+
+
 def test_the_longest_key_decides_where_a_tensor_belongs() -> None:
     parts = [
         Placed("model.visual.blocks.0.weight", "cuda:0"),

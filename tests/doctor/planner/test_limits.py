@@ -76,7 +76,9 @@ def test_no_size_of_an_image_may_have_positions() -> None:
 
 
 def test_the_processor_bounds_images() -> None:
-    rule = msgspec.structs.replace(glm41v_9b().image, max_pixels=1_000_000)
+    usual = glm41v_9b().image
+    assert usual is not None
+    rule = msgspec.structs.replace(usual, max_pixels=1_000_000)
     assert limits(glm41v_9b(image=rule), machine([80]), Workload()).image_edge == 980
 
 
