@@ -75,25 +75,33 @@ class Growth:
                 if _value(curve, self._lengths, run.tokens) != sizes[number]:
                     raise IrregularError(f"a tensor of {sizes[0]} bytes grows in no regular way with the prompt")
 
-    def sizes(self, tokens: int) -> list[int]:
-        """For each event, its size in bytes at that length; the sign and 0 mean what they mean in an event."""
+    def sizes(self, tokens: int, *, new_tokens: int = 0) -> list[int]:
+        """For each event its size in bytes, for a prompt of that length; the sign and 0 mean what they mean in an event.
+
+        Args:
+            tokens: Of the prompt.
+            new_tokens: What is behind the prompt is told for so many tokens later.
+        """
+        sizes = self._at(tokens)
+        if new_tokens:
+            begin = self.shape.decode_begin()
+            sizes[begin:] = self._at(tokens + new_tokens)[begin:]
+        return sizes
+
+    def _at(self, tokens: int) -> list[int]:
+        values = [_value(curve, self._lengths, tokens) for curve in self._curves]
         # No tensor comes or goes with the length, however short the prompt.
         values = [
             max(1, value) if curve[0] > 0 else min(-1, value) if curve[0] else 0
-            for curve in self._curves
-            for value in [_value(curve, self._lengths, tokens)]
+            for curve, value in zip(self._curves, values, strict=True)
         ]
         return [values[kind] for kind in self._kind]
 
     def at(self, tokens: int, *, new_tokens: int = 0) -> Trace:
-        """The trace of a prompt of that length; what is behind the prompt is that of so many tokens later."""
-        sizes = self.sizes(tokens)
-        begin = self.shape.decode_begin()
-        if new_tokens:
-            sizes[begin:] = self.sizes(tokens + new_tokens)[begin:]
+        """The trace of a prompt of that length, with the arguments of :meth:`sizes`."""
         events = tuple(
             Event(event.tensor, size, event.place, event.module)
-            for event, size in zip(self.shape.events, sizes, strict=True)
+            for event, size in zip(self.shape.events, self.sizes(tokens, new_tokens=new_tokens), strict=True)
         )
         return msgspec.structs.replace(self.shape, tokens=tokens, events=events)
 

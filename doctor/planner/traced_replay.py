@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..trace import BEFORE, TOWER, Trace
+from ..trace import BEFORE, TOWER
 from .allocator import SMALL_BYTES, SMALL_SEGMENT_BYTES, Allocator, Block, OutOfMemoryError
 from .replay import Held
-from .traced import Regimes
+from .traced import Growth, Regimes
 
 
 class TracedProgram:
@@ -24,7 +24,8 @@ class TracedProgram:
         self._kinds = tuple(layer_kinds)
         self._later = max(0, new_tokens - 2)
         self._tokens = -1
-        self._trace: Trace | None = None
+        self._sizes: list[int] = []
+        self._programs: dict[tuple[int, frozenset[int]], list[tuple[int, int, bool]]] = {}
 
     def runs(self, held: Held, tokens: int, capacity_bytes: int) -> bool:
         """Whether a stage survives a prompt of so many tokens, image tokens counted, in so much memory."""
@@ -50,7 +51,7 @@ class TracedProgram:
 
     def places_of(self, held: Held, tokens: int) -> frozenset[int]:
         """Places of a stage that is told by its kinds of layers: the first run of layers that has them."""
-        layers = self._at(tokens).layers
+        layers = self._growth(tokens).shape.layers
         count = len(held.kinds)
         first = 0
         if not held.is_first:
@@ -63,24 +64,32 @@ class TracedProgram:
         starts = range(1, max(2, layers - len(kinds) + 1))
         return next((start for start in starts if self._kinds[start : start + len(kinds)] == kinds), 1)
 
-    def _at(self, tokens: int) -> Trace:
-        if self._trace is None or tokens != self._tokens:
-            self._trace, self._tokens = self._regimes.at(tokens, new_tokens=self._later), tokens
-        return self._trace
+    def _growth(self, tokens: int) -> Growth:
+        return self._regimes.growth(tokens + self._later)
+
+    def _program(self, growth: Growth, places: frozenset[int]) -> list[tuple[int, int, bool]]:
+        """What a device with these places does: ``(tensor, event, goes again)``; an event of -1 is the end of a tensor."""
+        key = growth.shape.tokens, places
+        if key not in self._programs:
+            events = [(tensor, index if size else -1) for tensor, size, index in growth.shape.of_device(places)]
+            ends = {tensor for tensor, index in events if index < 0}
+            self._programs[key] = [(tensor, index, tensor in ends) for tensor, index in events]
+        return self._programs[key]
 
     def _play(self, places: frozenset[int], tokens: int, allocator: Allocator) -> None:
         """Small tensors that go again are left out, as in ``replay``: they share one segment."""
-        trace = self._at(tokens)
-        program = [(tensor, size) for tensor, size, _ in trace.of_device(places)]
-        ends = {tensor for tensor, size in program if not size}
+        growth = self._growth(tokens)
+        if tokens != self._tokens:
+            self._tokens, self._sizes = tokens, growth.sizes(tokens, new_tokens=self._later)
         blocks: dict[int, Block] = {}
-        for tensor, size in program:
-            if not size:
+        for tensor, index, goes in self._program(growth, places):
+            if index < 0:
                 block = blocks.pop(tensor, None)
                 if block is not None:
                     allocator.free(block)
-            elif size > SMALL_BYTES or tensor not in ends:
-                # A copy of one tensor can come at several places, one after another.
+                continue
+            size = abs(self._sizes[index])
+            if size > SMALL_BYTES or not goes:
                 blocks[tensor] = allocator.make(size)
 
 
