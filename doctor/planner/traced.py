@@ -236,6 +236,7 @@ def _items(trace: Trace) -> list[Item]:
         is_local = born[event.tensor] == ended.get(event.tensor, -1)
         if event.size_bytes < 0:
             put(index, origin, copy=rounded_bytes(-event.size_bytes))
+            put(index, origin)
         elif is_local:
             now += size if event.size_bytes else -size
             most = max(most, now)
