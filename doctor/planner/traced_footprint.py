@@ -60,11 +60,6 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
     )
 
 
-def is_traced(request: TraceRequest, other: TraceRequest) -> bool:
-    """Whether traces that were asked for by one request answer another: they differ in nothing."""
-    return request == other
-
-
 class TracedFootprint(Footprint):
     """Prices any run of atoms by what was seen to be allocated; fragmentation stays that of the formulas.
 

@@ -131,7 +131,7 @@ def understand(outcome: Outcome, request: TraceRequest) -> Traces:
     try:
         answer = msgspec.convert(outcome.answer, _Answer)
         runs = tuple(_run(run, answer, request) for run in answer.runs)
-    except (msgspec.ValidationError, LookupError, ValueError, StopIteration) as error:
+    except (msgspec.ValidationError, LookupError, ValueError) as error:
         raise TraceError(f"unreadable answer: {error}") from error
     return Traces(
         architecture=request.architecture,
@@ -147,10 +147,12 @@ def understand(outcome: Outcome, request: TraceRequest) -> Traces:
 def _run(run: _Run, answer: _Answer, request: TraceRequest) -> Trace:
     events = run.events
     if run.same_as is not None:
+        events = answer.runs[run.same_as].events
+        if len(run.sizes) != sum(event.size_bytes != 0 for event in events):
+            raise ValueError(f"{len(run.sizes)} sizes do not belong to the events of run {run.same_as}")
         sizes = iter(run.sizes)
         events = [
-            Event(event.tensor, next(sizes) if event.size_bytes else 0, event.place, event.module)
-            for event in answer.runs[run.same_as].events
+            Event(event.tensor, next(sizes) if event.size_bytes else 0, event.place, event.module) for event in events
         ]
     return Trace(
         tokens=run.tokens,
