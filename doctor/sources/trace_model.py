@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 from typing import Any
 
 import torch
@@ -96,6 +97,9 @@ class Tracer:
         if marked and marked >= tokens:
             raise ValueError(f"a prompt of {tokens} tokens has no room for {marked} image features and text")
         inputs = prompt_inputs(config, tokens, batch, pictures, marked or 0)
+        # Kinds of tokens are asked for by some releases of transformers alone.
+        taken = inspect.signature(self.model.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in taken or "token_type" not in name}
         events, passes = self._run(inputs, steps)
         return {"tokens": tokens, "events": events, "passes": passes, "marked": marked or 0}
 

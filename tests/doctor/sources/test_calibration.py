@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def machine(**fields: Any) -> Machine:
     """Two L4 of which one has 20 GiB free."""
-    made = load_machine("2xL4")
+    made: Machine = load_machine("2xL4")
     gpu = msgspec.structs.replace(made.gpus[0], memory_free_bytes=20 * GIB, **fields)
     return msgspec.structs.replace(
         made, gpus=(gpu, made.gpus[1]), driver=Driver(kernel_module_version="580.1", nvml_state="ok")
@@ -105,9 +106,9 @@ def test_what_torch_takes_is_measured_and_kept(
     assert reading.reason is None
     assert reading.calibration is not None
     assert msgspec.structs.replace(reading.calibration, date=READING.date, gpu_name="NVIDIA L4") == READING
-    monkeypatch.setattr(source.metadata, "version", lambda name: "2.13.0")
+    monkeypatch.setattr(metadata, "version", lambda name: "2.13.0")
     assert load_calibrations(tmp_path / "cache") == (reading.calibration,)
-    monkeypatch.setattr(source.metadata, "version", lambda name: "2.14.0")
+    monkeypatch.setattr(metadata, "version", lambda name: "2.14.0")
     assert load_calibrations(tmp_path / "cache") == ()
 
 
@@ -186,7 +187,7 @@ def test_the_child_looks_at_free_memory_itself(
 
 @pytest.mark.parametrize("damage", ["{", "link"])
 def test_a_damaged_cache_is_no_cache(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source.metadata, "version", lambda name: "2.13.0")
+    monkeypatch.setattr(metadata, "version", lambda name: "2.13.0")
     path = tmp_path / "calibration-1.json"
     if damage == "link":
         (tmp_path / "other").write_bytes(msgspec.json.encode(READING))
@@ -198,11 +199,11 @@ def test_a_damaged_cache_is_no_cache(damage: str, tmp_path: Path, monkeypatch: p
 
 def test_without_torch_or_home_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def missing(name: str) -> str:
-        raise source.metadata.PackageNotFoundError(name)
+        raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(source, "default_folder", lambda: None)
     assert load_calibrations() == ()
-    monkeypatch.setattr(source.metadata, "version", missing)
+    monkeypatch.setattr(metadata, "version", missing)
     assert load_calibrations(tmp_path) == ()
 
 
