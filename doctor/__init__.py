@@ -35,6 +35,7 @@ _WHERE = {
     "redistribute": "live_model",
     "render": "formats",
     "suggest_gpus": "planner",
+    "trace_model": "tracing",
 }
 
 __all__ = sorted([*_WHERE, "__version__"])  # noqa: PLE0605 - built from the table above, so that the two cannot differ

@@ -16,6 +16,7 @@ from .machine import Machine
 from .model import ModelProfile
 from .placement import Plan
 from .report import Report
+from .trace import Traces
 from .verdict import PROBLEM, USABLE, exit_status, focus
 from .workload import Policy, Workload
 
@@ -54,7 +55,14 @@ def with_suggestion(report: Report, profile: ModelProfile, *, gpus: tuple[int, .
 
 
 def plan_report(
-    profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, *, suggest_gpus: bool = False
+    profile: ModelProfile,
+    machine: Machine,
+    workload: Workload,
+    policy: Policy,
+    *,
+    suggest_gpus: bool = False,
+    traces: Traces | None = None,
+    untraced: str | None = None,
 ) -> Report:
     """Place a model on a machine. Of the machine's faults, those of the GPUs that the plan uses count.
 
@@ -64,6 +72,8 @@ def plan_report(
         workload: What the model is to do.
         policy: How to choose.
         suggest_gpus: Name cards on which the workload would fit, also when it fits here.
+        traces: Allocations of the model's real code for this workload; ``None`` plans by formulas.
+        untraced: Why there are none although they were asked for.
 
     Raises:
         UsageError: Workload or policy make no sense for this model and machine.
@@ -71,7 +81,7 @@ def plan_report(
     """
     from . import planner
 
-    answer = planner.plan(profile, machine, workload, policy)
+    answer = planner.plan(profile, machine, workload, policy, traces=traces, untraced=untraced)
     if suggest_gpus and answer.fits:
         answer = msgspec.structs.replace(answer, gpu_sets=planner.suggest_gpus(profile, workload, policy))
     diagnosis = focus(diagnose(machine, plan=answer), _gpus_of(answer))

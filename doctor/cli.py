@@ -96,8 +96,25 @@ def plan(options: Namespace) -> int:
     profile, machine = _model_and_machine(options)
     from .answer import plan_report
 
-    report = plan_report(profile, machine, workload(options), policy(options), suggest_gpus=options.suggest_gpus)
+    wanted = workload(options)
+    traces = untraced = None
+    if options.trace:
+        from .tracing import trace_model
+
+        tracing = trace_model(options.model, profile, machine, wanted, allow_network=not options.offline)
+        traces, untraced = tracing.traces, tracing.reason
+    chosen = _calibrated(policy(options)) if machine.origin == "live" else policy(options)
+    report = plan_report(
+        profile, machine, wanted, chosen, suggest_gpus=options.suggest_gpus, traces=traces, untraced=untraced
+    )
     return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+
+
+def _calibrated(chosen: Policy) -> Policy:
+    """A policy that knows what was measured on this machine."""
+    from .sources.calibration import load_calibrations
+
+    return msgspec.structs.replace(chosen, calibrations=load_calibrations())
 
 
 def _model_and_machine(options: Namespace) -> tuple[ModelProfile, Machine]:
@@ -140,6 +157,24 @@ def collect(options: Namespace) -> int:
     return 0
 
 
+def calibrate(options: Namespace) -> int:
+    """Measure what torch takes of each GPU."""
+    from .answer import refuse_missing_gpus
+    from .formats.calibration_text import calibration_text
+    from .sources import collect as collect_machine
+    from .sources.calibration import calibrate as measure
+
+    machine = collect_machine(with_torch=False)
+    refuse_missing_gpus(machine, options.gpus)
+    readings = measure(machine, gpus=options.gpus)
+    if options.json:
+        text = msgspec.json.encode(readings).decode() + "\n"
+    else:
+        text = calibration_text((one.gpu, one.name, one.calibration, one.reason) for one in readings)
+    _write(text, options.output)
+    return 0 if any(reading.calibration for reading in readings) else FAILED
+
+
 def explain(options: Namespace) -> int:
     """Explain a code."""
     from .codes import explain as explain_code
@@ -158,6 +193,7 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "plan": plan,
     "check-map": check_map,
     "collect": collect,
+    "calibrate": calibrate,
     "explain": explain,
 }
 

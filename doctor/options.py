@@ -28,6 +28,7 @@ COMMANDS = {
     "plan": "Place a model on the GPUs of a machine: device_map, memory of each GPU, and why.",
     "check-map": "Judge a device_map before anything loads: what fails, why, and the map that would do.",
     "collect": "Write a snapshot of this machine as JSON, for --machine elsewhere and for bug reports.",
+    "calibrate": "Measure what torch takes of each GPU of this machine, for later plans; makes a CUDA context on each.",
     "explain": "Explain a code: what it means, why it matters, how to repair it.",
 }
 
@@ -95,6 +96,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     _add_plan(commands["plan"])
     _add_check_map(commands["check-map"], commands["plan"])
     _add_collect(commands["collect"])
+    _add_calibrate(commands["calibrate"])
     commands["explain"].add_argument("code", metavar="CODE", help="such as VLM501")
     return parser, commands
 
@@ -113,6 +115,11 @@ def _add_plan(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="tell memory by running the model's code without GPU and weights; takes a minute",
+    )
     work = parser.add_argument_group(WORKLOAD_TITLE)
     for name, value, text in (
         ("--images", default.images, "images in each prompt"),
@@ -207,6 +214,12 @@ def _add_collect(parser: Parser) -> None:
     parser.add_argument(
         "--no-redact", action="store_true", help="keep UUIDs, user names, commands and home folders as they are"
     )
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
+
+
+def _add_calibrate(parser: Parser) -> None:
+    parser.add_argument("--gpus", metavar="0,1", type=arguments.gpu_indices, help="GPUs to measure (default: all)")
+    parser.add_argument("--json", action="store_true", help="the readings as JSON")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
 
 

@@ -229,6 +229,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     shortage: Shortage | None = None
     auto: AutoPlacement | None = None
     """What ``device_map="auto"`` would do on the same GPUs."""
+    tier: Literal["formulas", "traced"] = "formulas"
+    """How memory was told: by formulas, or by the allocations of the model's real code."""
     notes: tuple[str, ...] = ()
     """What was assumed."""
     is_remote_code: bool = False

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from .calibration import Calibration
 from .units import MIB
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -59,6 +60,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     headroom_min_bytes: int = 256 * MIB
     context_bytes: int | None = None
     """CUDA context of one process on one GPU; ``None`` takes the measured default of ``planner/budget.py``."""
+    calibrations: tuple[Calibration, ...] = ()
+    """Readings of ``vlm-doctor calibrate``, which take the place of that default on the same card and driver."""
     prefer: Preference = "balanced"
     """What counts among the placements that fit. ``balanced``: fewest GPUs, then longest prompt, then fastest links;
     ``speed``: fewest GPUs, then fastest links, then longest prompt; ``context``: longest prompt, then fewest GPUs."""

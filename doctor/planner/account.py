@@ -50,7 +50,7 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
         _line("driver", "driver and firmware", budget.driver_bytes, budget.total_source),
         _line("others", "other processes", budget.others_bytes, budget.total_source),
         _line("context", "CUDA context and libraries", budget.context_bytes, budget.context_source),
-        _line("workspace", "cuBLAS workspace", budget.workspace_bytes, "torch's default on Hopper"),
+        _line("workspace", "cuBLAS workspace", budget.workspace_bytes, budget.workspace_source),
         *_weights(footprint, units),
         _line(
             "kv_cache",
@@ -84,7 +84,9 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
 
 def activations_source(problem: Problem) -> str:
     """Where the figures for activations come from."""
-    return "every tensor of the real code, replayed" if problem.replay else problem.footprint.source
+    if problem.replay and problem.traces is None:
+        return "every tensor of the real code, replayed"
+    return problem.footprint.source
 
 
 def _copies(copy_bytes: int) -> list[LedgerLine]:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import msgspec
 
+from ..calibration import calibration_of
 from ..health import fault_of_gpu
 from ..machine import Gpu, Machine
 from ..units import MIB, format_gib
@@ -34,6 +35,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     headroom_min_bytes: int
     total_source: str
     context_source: str
+    workspace_source: str = "torch's default on Hopper"
     cap_bytes: int | None = None
     """Most bytes that our process may take here, CUDA context included; ``None`` is no such limit."""
     fault: str | None = None
@@ -153,17 +155,25 @@ def _budget(gpu: Gpu, machine: Machine, policy: Policy) -> Budget:
     free_bytes = min(free_bytes, total_bytes)
     reserved_bytes = 0 if gpu.has_unified_memory else gpu.memory_reserved_bytes or 0
     driver_bytes = min(reserved_bytes, total_bytes - free_bytes)
+    known = calibration_of(policy.calibrations, gpu.name, machine.driver.kernel_module_version)
+    calibrated = f"calibrated on this machine, {known.date}" if known else ""
+    context_bytes, context_source = CONTEXT_BYTES, "measured on an H200"
+    if policy.context_bytes is not None:
+        context_bytes, context_source = policy.context_bytes, "policy"
+    elif known is not None:
+        context_bytes, context_source = known.context_bytes, calibrated
     return Budget(
         gpu=gpu,
         total_bytes=total_bytes,
         driver_bytes=driver_bytes,
         others_bytes=total_bytes - driver_bytes - free_bytes,
-        context_bytes=CONTEXT_BYTES if policy.context_bytes is None else policy.context_bytes,
-        workspace_bytes=WORKSPACE_BYTES,
+        context_bytes=context_bytes,
+        workspace_bytes=known.workspace_bytes if known else WORKSPACE_BYTES,
         headroom_fraction=policy.headroom_fraction,
         headroom_min_bytes=policy.headroom_min_bytes,
         total_source="host memory (the GPU has none of its own)" if gpu.has_unified_memory else "NVML",
-        context_source="measured on an H200" if policy.context_bytes is None else "policy",
+        context_source=context_source,
+        workspace_source=calibrated if known else "torch's default on Hopper",
         cap_bytes=dict(policy.max_memory).get(gpu.index),
         fault=fault_of_gpu(gpu),
     )

@@ -9,6 +9,7 @@ import msgspec
 from ..machine import Machine
 from ..model import ModelProfile
 from ..placement import Plan, Stage
+from ..trace import Traces
 from ..workload import Policy, Workload
 from . import account
 from .auto import auto_placement
@@ -22,6 +23,7 @@ from .offload import offloaded, with_offload
 from .pins import validate_pins
 from .problem import Problem, ask
 from .search import Choice
+from .traced import IrregularError, Regimes
 from .validate import validate_policy, validate_workload
 
 _DEFAULT_WORKLOAD = Workload()
@@ -37,7 +39,13 @@ class _Answer(msgspec.Struct, frozen=True):
 
 
 def plan(
-    profile: ModelProfile, machine: Machine, workload: Workload = _DEFAULT_WORKLOAD, policy: Policy = _DEFAULT_POLICY
+    profile: ModelProfile,
+    machine: Machine,
+    workload: Workload = _DEFAULT_WORKLOAD,
+    policy: Policy = _DEFAULT_POLICY,
+    *,
+    traces: Traces | None = None,
+    untraced: str | None = None,
 ) -> Plan:
     """Find where each unit of a model goes.
 
@@ -49,6 +57,9 @@ def plan(
         machine: Live, recorded or synthetic.
         workload: One call of the model, at its largest.
         policy: How careful to be, and which GPUs may be used.
+        traces: Allocations of the model's real code for this workload (``vlm_doctor.trace_model``), which take the place
+            of formulas; ``None`` plans by formulas.
+        untraced: Why there are no traces although they were asked for; the plan says so.
 
     Returns:
         A plan. When nothing fits, ``fits`` is false, ``shortage`` says what is missing and what would help, and the
@@ -62,7 +73,12 @@ def plan(
     validate_policy(policy, machine)
     found = budgets(machine, policy)
     validate_pins(policy, profile, chain(profile), found)
-    answer = _answer(profile, machine, workload, policy, found)
+    if traces is not None:
+        try:
+            Regimes(traces, profile.text.sliding_window)
+        except IrregularError as error:
+            traces, untraced = None, str(error)
+    answer = _answer(profile, machine, workload, policy, found=found, traces=traces)
     problem, choice = answer.problem, answer.choice
     footprint = problem.footprint
     split = choice.split if choice else problem.closest_split()
@@ -90,15 +106,24 @@ def plan(
         levers=levers_that_save(problem, choice.split) if choice and workload.training else (),
         gpu_sets=() if choice else suggest_gpus(profile, workload, policy),
         shortage=None if choice else shortage(problem, stages, answer.excluded),
-        notes=account.notes(problem, choice),
+        notes=_notes(account.notes(problem, choice), untraced),
+        tier="formulas" if traces is None else "traced",
         is_remote_code=profile.is_remote_code,
         needs_quantization=profile.quantization or workload.quantization,
     )
 
 
-def _answer(profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, found: Budgets) -> _Answer:
+def _notes(notes: tuple[str, ...], untraced: str | None) -> tuple[str, ...]:
+    if untraced is None:
+        return notes
+    return (*notes, f"The model was not traced, so that memory is told by formulas: {untraced.rstrip('.')}.")
+
+
+def _answer(
+    profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, *, found: Budgets, traces: Traces | None
+) -> _Answer:
     """The first question that has an answer, or the last one, which allows the most."""
-    questions = list(_questions(profile, machine, workload, policy, found))
+    questions = list(_questions(profile, machine, workload, policy, found=found, traces=traces))
     for problem, excluded in questions:
         choice = problem.choose()
         if choice is not None:
@@ -113,7 +138,7 @@ def _answer(profile: ModelProfile, machine: Machine, workload: Workload, policy:
 
 
 def _questions(
-    profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, found: Budgets
+    profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, *, found: Budgets, traces: Traces | None
 ) -> Iterator[tuple[Problem, tuple[Exclusion, ...]]]:
     """The same question with fewer and fewer scruples."""
     chains = [chain(profile)]
@@ -122,7 +147,7 @@ def _questions(
     sparing = found.sparing({gpu for _, gpu in policy.pins})
     for gpus in [sparing, found] if sparing != found else [found]:
         for made in chains:
-            yield ask(profile, workload, policy, machine, chain=made, found=gpus), gpus.excluded
+            yield ask(profile, workload, policy, machine, chain=made, found=gpus, traces=traces), gpus.excluded
 
 
 def _device_map(problem: Problem, stages: tuple[Stage, ...]) -> dict[str, int | str]:

@@ -11,6 +11,7 @@ import msgspec
 from ..machine import Machine
 from ..model import ModelProfile
 from ..topology import hop_rank
+from ..trace import Traces
 from ..workload import Policy, Workload
 from .budget import Budget, Budgets, budgets
 from .constraints import Atom, Chain
@@ -22,6 +23,7 @@ from .pins import pinned
 from .place import smallest_count
 from .search import Choice, choose, closest, longest_text_tokens
 from .settle import Replay, longest, replay_of, settle, takes
+from .traced_footprint import TracedFootprint
 from .validate import MAX_TOKENS
 
 _UNKNOWN_HOP = 2_000
@@ -44,6 +46,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     """Atoms at the end of the chain that stay in host memory."""
     alike: Footprint | None = None
     """Prices of the same parts for another workload."""
+    traces: Traces | None = None
+    """Allocations that were traced for this workload; ``None`` prices by formulas."""
     is_replayed: bool = True
     """Ask the allocator where the model's allocations are known."""
     is_bare: bool = False
@@ -65,6 +69,16 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         images = image_load(self.profile, self.workload)
         if self.alike is not None:
             return self.alike.changed(self.workload, images)
+        if self.traces is not None:
+            return TracedFootprint(
+                self.profile,
+                self.workload,
+                images,
+                self.atoms,
+                self.offloaded_atoms,
+                is_bare=self.is_bare,
+                traces=self.traces,
+            )
         return Footprint(self.profile, self.workload, images, self.atoms, self.offloaded_atoms, is_bare=self.is_bare)
 
     @cached_property
@@ -115,7 +129,7 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         """The same question with other fields of the policy."""
         policy = msgspec.structs.replace(self.policy, **fields)
         found = budgets(self.machine, policy)
-        return ask(self.profile, self.workload, policy, self.machine, chain=self.chain, found=found)
+        return ask(self.profile, self.workload, policy, self.machine, chain=self.chain, found=found, traces=self.traces)
 
     def with_gpus(self, count: int) -> Problem:
         """The same question with exactly so many GPUs."""
@@ -181,9 +195,16 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
 
 def ask(
-    profile: ModelProfile, workload: Workload, policy: Policy, machine: Machine, *, chain: Chain, found: Budgets
+    profile: ModelProfile,
+    workload: Workload,
+    policy: Policy,
+    machine: Machine,
+    *,
+    chain: Chain,
+    found: Budgets,
+    traces: Traces | None = None,
 ) -> Problem:
     """Put a question together; the links are looked at once."""
     indices = [budget.gpu.index for budget in found.usable]
     hops = {(a, b): hop_rank(machine, a, b) for a in indices for b in indices if a != b}
-    return Problem(profile, chain, workload, policy, machine, hops, found.usable)
+    return Problem(profile, chain, workload, policy, machine, hops, found.usable, traces=traces)

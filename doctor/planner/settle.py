@@ -20,6 +20,8 @@ from .near import near_best
 from .order import Split
 from .replay import CUDNN_SINCE, Held, Program, dimensions
 from .search import Choice
+from .traced_footprint import TracedFootprint
+from .traced_replay import TracedProgram
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -105,7 +107,9 @@ def _has_cudnn(gpu: Gpu) -> bool:
     return gpu.compute_capability is not None and gpu.compute_capability >= CUDNN_SINCE
 
 
-def _program(footprint: Footprint, *, is_cudnn: bool) -> Program:
+def _program(footprint: Footprint, *, is_cudnn: bool) -> Program | TracedProgram:
+    if isinstance(footprint, TracedFootprint):
+        return footprint.program()
     profile, workload = footprint.profile, footprint.workload
     assert profile.body_script is not None
     return Program(
@@ -131,6 +135,8 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
         and workload.allocator == "native"
         and profile.quantization is None
     )
+    if isinstance(footprint, TracedFootprint):
+        is_scripted, is_plain = True, workload.allocator == "native"
     has_whole_tower = not any(atom.has_tower and not atom.has_embedding for atom in footprint.atoms)
     if footprint.is_bare or footprint.offloaded or not (is_scripted and is_plain and has_whole_tower):
         return None

@@ -34,8 +34,9 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["plann"], "'plann' is not a command (they are check, plan, check-map, collect, explain); did you mean plan?"),
-        (["\x1b[31m"], "'\\x1b[31m' is not a command (they are check, plan, check-map, collect, explain)."),
+        (["plann"], "'plann' is not a command (they are check, plan, check-map, collect, calibrate, explain); "
+         "did you mean plan?"),
+        (["\x1b[31m"], "'\\x1b[31m' is not a command (they are check, plan, check-map, collect, calibrate, explain)."),
         (["plan", "m", "--imags=2"], "'--imags=2' is no option of vlm-doctor plan; did you mean --images? "
          "Try 'vlm-doctor plan --help'."),
         (["--json", "plan", "m"], "'plan' is no option of vlm-doctor check. Try 'vlm-doctor check --help'."),
