@@ -60,6 +60,8 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
     source: str
     kept_features: int = 2
     """Copies of the image features (as wide as the text body) that the caller holds while the layers read the prompt."""
+    pair_elements: float = 0
+    """For each pair of patches of all images: a mask that keeps them apart, and its copy with aligned rows."""
 
     def elements(self, *, intermediate: int, hidden: int, layers: int) -> float:
         """Elements that live at once for each patch."""
@@ -145,20 +147,31 @@ _KEEPS_ALL = VisionCoefficient(2, 6, True, f"{_COUNTED}; it keeps the hidden sta
 
 _FORGETS = VisionCoefficient(2, 6, False, _COUNTED)
 _TAKEN_TO_FORGET = VisionCoefficient(2, 6, False, "taken from PaliGemma, whose tower is of the same make; not counted")
+_PIXTRAL = VisionCoefficient(3, 5.8, False, _COUNTED, pair_elements=1)
+"""The tower of Pixtral and Mistral 3 joins the patches of all images in one sequence, with a mask that keeps images apart."""
 
 VISION: dict[str, VisionCoefficient] = {
+    "aria": VisionCoefficient(0, 13.9, False, _COUNTED),
+    "aya_vision": VisionCoefficient(2, 4.6, False, _COUNTED),
+    "cohere2_vision": VisionCoefficient(2, 11.3, False, f"{_COUNTED}; its projector is wide"),
     "gemma3": VisionCoefficient(2, 4, False, _COUNTED),
+    **dict.fromkeys(("glm46v", "glm4v_moe"), VisionCoefficient(0, 18.2, False, _COUNTED)),
     "glm4v": VisionCoefficient(0, 18.2, False, f"{_COUNTED}, and measured on an H200"),
-    "idefics3": _TAKEN_TO_FORGET,
+    "idefics2": VisionCoefficient(0, 39, False, f"{_COUNTED}; its connector is as wide as the text body"),
+    "idefics3": VisionCoefficient(2, 4.9, False, _COUNTED),
     "internvl": VisionCoefficient(2, 5.5, False, _COUNTED),
     "llava": _KEEPS_ALL,
     "llava_next": _KEEPS_ALL,
     "llava_onevision": _KEEPS_ALL,
+    "mistral3": _PIXTRAL,
     "mllama": VisionCoefficient(0, 57, False, f"{_COUNTED}; it joins the hidden states of six layers"),
     "paligemma": _FORGETS,
     "qwen2_5_vl": _ROTARY_IN_FLOAT32,
     "qwen2_vl": _ROTARY_IN_FLOAT32,
-    "qwen3_vl": VisionCoefficient(0, 23.4, False, f"{_COUNTED}; three of its layers feed features to the text", 9),
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe"),
+        VisionCoefficient(0, 23.4, False, f"{_COUNTED}; three of its layers feed features to the text", 9),
+    ),
     "smolvlm": _TAKEN_TO_FORGET,
 }
 """By ``model_type`` of config.json."""

@@ -20,6 +20,7 @@ from .memory import Footprint, StageNeed
 from .order import Split
 from .pins import pinned
 from .place import smallest_count
+from .release import release_of
 from .search import Choice, choose, closest, longest_text_tokens
 from .settle import Replay, longest, replay_of, settle, takes
 from .validate import MAX_TOKENS
@@ -65,7 +66,15 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         images = image_load(self.profile, self.workload)
         if self.alike is not None:
             return self.alike.changed(self.workload, images)
-        return Footprint(self.profile, self.workload, images, self.atoms, self.offloaded_atoms, is_bare=self.is_bare)
+        return Footprint(
+            self.profile,
+            self.workload,
+            images,
+            self.atoms,
+            self.offloaded_atoms,
+            is_bare=self.is_bare,
+            release=release_of(self.machine),
+        )
 
     @cached_property
     def pins(self) -> list[int | None]:

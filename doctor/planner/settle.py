@@ -18,6 +18,7 @@ from ..units import MIB
 from .memory import Footprint, StageNeed
 from .near import near_best
 from .order import Split
+from .release import is_before_5
 from .replay import CUDNN_SINCE, Held, Program, dimensions
 from .search import Choice
 
@@ -129,6 +130,8 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
         and workload.training is None
         and workload.quantization is None
         and workload.allocator == "native"
+        and not workload.is_padded
+        and not (profile.text.experts and is_before_5(footprint.release))
         and profile.quantization is None
     )
     has_whole_tower = not any(atom.has_tower and not atom.has_embedding for atom in footprint.atoms)

@@ -23,6 +23,7 @@ def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, i
     coefficient = vision_coefficient(profile.model_type)
     elements = coefficient.elements(intermediate=vision.intermediate, hidden=vision.hidden, layers=vision.layers)
     work = math.ceil(patches * elements * item_bytes)
+    work += math.ceil(coefficient.pair_elements * patches**2 * item_bytes)
     if workload.attention == "eager":
         work += vision.heads * images.sequences * batch * images.patches**2 * (2 * item_bytes + 4)
     features = images.features * batch * profile.text.hidden * item_bytes
