@@ -9,18 +9,9 @@ import msgspec
 from .workload import Workload
 
 LedgerKind = Literal[
-    "driver",
-    "others",
-    "context",
-    "workspace",
-    "weights",
-    "kv_cache",
-    "activations",
-    "training",
-    "fragmentation",
-    "headroom",
-    "left",
-]
+    "driver", "others", "context", "workspace", "weights", "kv_cache", "activations", "training", "fragmentation",
+    "headroom", "left",
+]  # fmt: skip
 
 
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):

@@ -148,7 +148,7 @@ _KEEPS_ALL = VisionCoefficient(2, 6, True, f"{_COUNTED}; it keeps the hidden sta
 _FORGETS = VisionCoefficient(2, 6, False, _COUNTED)
 _TAKEN_TO_FORGET = VisionCoefficient(2, 6, False, "taken from PaliGemma, whose tower is of the same make; not counted")
 _PIXTRAL = VisionCoefficient(3, 5.8, False, _COUNTED, pair_elements=1)
-"""The tower of Pixtral and Mistral 3 joins the patches of all images in one sequence, with a mask that keeps images apart."""
+"""It joins the patches of all images in one sequence, with a mask that keeps images apart."""
 
 VISION: dict[str, VisionCoefficient] = {
     "aria": VisionCoefficient(0, 13.9, False, _COUNTED),
@@ -172,6 +172,7 @@ VISION: dict[str, VisionCoefficient] = {
         ("qwen3_vl", "qwen3_vl_moe"),
         VisionCoefficient(0, 23.4, False, f"{_COUNTED}; three of its layers feed features to the text", 9),
     ),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), VisionCoefficient(0, 20.7, False, _COUNTED)),
     "smolvlm": _TAKEN_TO_FORGET,
 }
 """By ``model_type`` of config.json."""

@@ -51,7 +51,7 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
         _line("driver", "driver and firmware", budget.driver_bytes, budget.total_source),
         _line("others", "other processes", budget.others_bytes, budget.total_source),
         _line("context", "CUDA context and libraries", budget.context_bytes, budget.context_source),
-        _line("workspace", "cuBLAS workspace", budget.workspace_bytes, "torch's default on Hopper"),
+        _line("workspace", "cuBLAS workspace", budget.workspace_bytes, budget.workspace_source),
         *_weights(footprint, units),
         _line(
             "kv_cache",

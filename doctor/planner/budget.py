@@ -7,18 +7,15 @@ from collections.abc import Collection
 
 import msgspec
 
+from ..data.contexts import overhead_of
 from ..health import fault_of_gpu
 from ..machine import Gpu, Machine
-from ..units import MIB, format_gib
+from ..units import format_gib
 from ..visibility import visible_gpus
 from ..workload import Policy
 
-CONTEXT_BYTES = 698 * MIB
-"""What one torch process takes outside torch's allocator: 618 MiB for the CUDA context, the rest for the kernels and
-libraries that the first forward pass loads. Measured: H200, driver 580.159.04, torch 2.11 (benchmarks/README.md)."""
-WORKSPACE_BYTES = 32 * MIB
-"""cuBLAS workspace, which torch allocates at the first matrix product: 32 MiB on Hopper, less on other GPUs.
-Source: torch, CUDABlas, getChosenWorkspaceSize; it is the constant part of the measured peaks."""
+CONTEXT_BYTES, WORKSPACE_BYTES = overhead_of(None).context_bytes, overhead_of(None).workspace_bytes
+"""On a GPU of unknown kind; ``data/contexts.py`` has the others."""
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +31,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     headroom_min_bytes: int
     total_source: str
     context_source: str
+    workspace_source: str = overhead_of(None).workspace_source
     cap_bytes: int | None = None
     """Most bytes that our process may take here, CUDA context included; ``None`` is no such limit."""
     fault: str | None = None
@@ -153,17 +151,19 @@ def _budget(gpu: Gpu, machine: Machine, policy: Policy) -> Budget:
     free_bytes = min(free_bytes, total_bytes)
     reserved_bytes = 0 if gpu.has_unified_memory else gpu.memory_reserved_bytes or 0
     driver_bytes = min(reserved_bytes, total_bytes - free_bytes)
+    overhead = overhead_of(gpu.compute_capability)
     return Budget(
         gpu=gpu,
         total_bytes=total_bytes,
         driver_bytes=driver_bytes,
         others_bytes=total_bytes - driver_bytes - free_bytes,
-        context_bytes=CONTEXT_BYTES if policy.context_bytes is None else policy.context_bytes,
-        workspace_bytes=WORKSPACE_BYTES,
+        context_bytes=overhead.context_bytes if policy.context_bytes is None else policy.context_bytes,
+        workspace_bytes=overhead.workspace_bytes,
         headroom_fraction=policy.headroom_fraction,
         headroom_min_bytes=policy.headroom_min_bytes,
         total_source="host memory (the GPU has none of its own)" if gpu.has_unified_memory else "NVML",
-        context_source="measured on an H200" if policy.context_bytes is None else "policy",
+        context_source=overhead.context_source if policy.context_bytes is None else "policy",
+        workspace_source=overhead.workspace_source,
         cap_bytes=dict(policy.max_memory).get(gpu.index),
         fault=fault_of_gpu(gpu),
     )

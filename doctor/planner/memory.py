@@ -14,23 +14,20 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..data.activations import FULL_LOGITS_ARCHITECTURES, vision_coefficient
+from ..data.activations import vision_coefficient
 from ..model import ModelProfile
 from ..units import MIB
 from ..workload import Workload
 from . import training as step
 from .constraints import Atom
 from .image_tokens import ImageLoad
-from .kv_cache import Cached, cached
-from .layer_work import LayerKind, coefficient_of, layer_bytes, layer_kinds, next_token_bytes
+from .layer_work import LayerKind, coefficient_of, layer_kinds
+from .prompt_work import Work, prompt_work
 from .release import Release
-from .vision_work import vision_bytes
+from .stage_need import Holding, StageNeed
 from .weights import computed_item_bytes, copied_bytes, item_bytes, loaded_dtype, loading_bytes, unit_bytes
 
 __all__ = ["Footprint", "Holding", "StageNeed", "Work", "copied_bytes", "item_bytes", "loaded_dtype", "unit_bytes"]
-
-_NORM_STATES = 6
-"""Hidden states that a norm over the whole prompt holds at once: input, output and two in float32."""
 
 FRAGMENTATION_BYTES = 64 * MIB
 FRAGMENTATION_OF_KV_CACHE = 0.25
@@ -49,62 +46,6 @@ work from one cut to the next.
 FRAGMENTATION_OF_TRAINING = 0.1
 """Share of the activations of a training step, which come and go in the same order at each step, in few sizes. A guess on
 the careful side; not measured."""
-
-
-class StageNeed(msgspec.Struct, frozen=True):
-    """What one stage needs of its GPU, at its worst moment."""
-
-    weights_bytes: int
-    kv_cache_bytes: int
-    activations_bytes: int
-    """On top of the KV cache, the copy of an offloaded module included. The vision tower runs, and weights are loaded,
-    before the cache exists, so only what exceeds the cache counts."""
-    fragmentation_bytes: int
-    moment: str
-    """What happens when the activations are largest."""
-    training_bytes: int = 0
-    """Adapters, gradients and states of the optimizer, as far as they are there then."""
-
-    @property
-    def total_bytes(self) -> int:
-        """All of it."""
-        work = self.kv_cache_bytes + self.activations_bytes + self.training_bytes
-        return self.weights_bytes + work + self.fragmentation_bytes
-
-
-class Holding(msgspec.Struct, frozen=True):
-    """What a device holds of a model, as far as its memory goes; of any map, not of contiguous stages alone."""
-
-    weights_bytes: int
-    layers: int
-    has_tower: bool
-    """Any part of the vision tower: its work, and the pixels, are here."""
-    has_embedding: bool
-    """The prompt is embedded here and joined with the image features."""
-    has_head: bool
-    layer_keys: tuple[str, ...] = ()
-    """Keys of its layers; where they are not given, the neediest ``layers`` stand for them."""
-    loading_bytes: int = 0
-    """Needed beside the weights while they are loaded."""
-
-
-class Work(msgspec.Struct, frozen=True):
-    """Bytes that the work on one prompt of a given length needs, wherever it runs."""
-
-    cached: dict[LayerKind, Cached]
-    """What one layer of each kind keeps."""
-    layer: dict[LayerKind, int]
-    """Prefill of one layer; layers run one after another, so a stage pays for the neediest."""
-    next_token: dict[LayerKind, int]
-    """One layer, beside its cache, while one more token is made."""
-    head: int
-    answer: int
-    """The head while it makes the next token."""
-    pixels: int
-    held: int
-    """Where the prompt is embedded, all through prefill: embeddings, pixels, the tower's output and image features."""
-    encode: int
-    """The vision tower with its input."""
 
 
 class _Column(NamedTuple):
@@ -222,60 +163,7 @@ class Footprint:
 
     def work(self, text_tokens: int) -> Work:
         """Bytes of the work on one prompt with ``text_tokens`` tokens of text and the workload's images."""
-        profile, workload, item = self.profile, self.workload, self.item_bytes
-        prompt = text_tokens + self.images.tokens
-        tokens = prompt * workload.batch
-        states = tokens * profile.text.hidden * item
-        pixels, encode, kept = vision_bytes(profile, workload, self.images, item)
-        temporary = self._quantization_temporary(tokens)
-        kinds, release, has_next = self._following, self.release, workload.new_tokens > 1
-        return Work(
-            cached={
-                kind: cached(
-                    kind.cache,
-                    profile.text,
-                    workload,
-                    item_bytes=item,
-                    tokens=prompt,
-                    features=self.images.features,
-                    release=release,
-                )
-                for kind in kinds
-            },
-            layer={
-                kind: temporary + layer_bytes(kind, profile, workload, self.images, prompt, release=release)
-                for kind in kinds
-            },
-            next_token={
-                kind: next_token_bytes(kind, profile, workload, prompt + workload.new_tokens, release=release)
-                if has_next
-                else 0
-                for kind in kinds
-            },
-            head=max(_NORM_STATES * states, 2 * states + self._logits(tokens)),
-            answer=workload.batch * profile.text.vocabulary * (item + 4),
-            pixels=pixels,
-            held=states + pixels + kept,
-            encode=encode,
-        )
-
-    def _logits(self, tokens: int) -> int:
-        """Of the last token in ``generate``, of every token in a plain forward and in classes that always compute all.
-
-        ``generate`` and those classes copy them to float32.
-        """
-        if self.profile.architecture.startswith(FULL_LOGITS_ARCHITECTURES):
-            return tokens * self.profile.text.vocabulary * (self.item_bytes + 4)
-        if self.workload.logits == "forward":
-            return tokens * self.profile.text.vocabulary * self.item_bytes
-        return self.workload.batch * self.profile.text.vocabulary * (self.item_bytes + 4)
-
-    def _quantization_temporary(self, tokens: int) -> int:
-        """What bitsandbytes needs beside a layer: nf4 unpacks the weight in use, int8 has its product in 32 bit."""
-        if self.workload.quantization == "nf4":
-            layers = (unit for unit in self.profile.units if unit.role == "layer")
-            return 2 * max(unit.largest_tensor_elements for unit in layers)
-        return 4 * tokens * self.profile.text.intermediate if self.workload.quantization == "int8" else 0
+        return prompt_work(self._following, self.profile, self.workload, self.images, text_tokens, release=self.release)
 
     def needs(self, text_tokens: int) -> Callable[[int, int], int]:
         """A function that prices runs of atoms: ``(first, end)`` to total bytes, growing with every atom.

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 from ..model import ModelProfile, Unit
+from ..units import MIB
 from ..workload import Training, Workload
 from .image_tokens import ImageLoad
 from .layer_work import LayerKind
@@ -30,6 +31,8 @@ _NORMS = {"gemma2": 4, "gemma3_text": 4, "gemma4_text": 4, "glm4": 4, "glm4v_tex
 """Norms of a layer, by text body; 2 in all others."""
 _HEAD_NORMS = frozenset({"gemma3_text", "gemma4_text", "qwen3", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_moe", "olmo2"})
 """Text bodies that norm queries and keys."""
+_WORKSPACE_BYTES = 32 * MIB
+"""Source: ``data/contexts.py``; the smaller one of older cards makes no difference."""
 _TOWER_HIDDEN, _TOWER_WIDTH = 14, 3
 """Elements that a block of a vision tower keeps for each patch, in multiples of its hidden size and of its MLP's width."""
 
@@ -194,5 +197,7 @@ def peak(
         "the optimizer steps": fixed.gradients + fixed.step,
     }
     moment = max(moments, key=lambda name: moments[name])
+    # Backward runs in a thread of its own, which has a cuBLAS workspace of its own.
+    moments[moment] += _WORKSPACE_BYTES
     gradients = fixed.gradients if moment in ("the last gradients are computed", "the optimizer steps") else 0
     return fixed.adapters + fixed.states + gradients, moments[moment] - gradients, moment
