@@ -14,7 +14,7 @@ from ..workload import Workload
 from .image_tokens import ImageLoad
 from .kv_cache import kept_elements
 from .release import Release, is_before_5
-from .weights import computed_item_bytes
+from .weights import computed_item_bytes, score_bytes
 
 _NORM_STATES = 6.1
 """Hidden states that live while a norm in the middle of a layer works: the layer's input, the sum with what attention
@@ -69,7 +69,8 @@ def elements_of(kind: LayerKind, profile: ModelProfile, release: Release) -> flo
 def _attention(kind: LayerKind, text: TextShape, coefficient: TextCoefficient) -> float:
     """Elements a token around fused attention."""
     if kind.cache == "linear":
-        return 2 * text.hidden + coefficient.linear_multiple * _LINEAR_VALUES * text.hidden
+        values = text.linear_width or _LINEAR_VALUES * text.hidden
+        return 2 * text.hidden + coefficient.linear_multiple * values
     if text.kv_lora_rank is not None:
         # Queries and keys joined of their parts; expanded keys and values; values and output as the kernel wants them.
         rotated, rest, value = text.qk_rope_head_dim or 0, text.qk_nope_head_dim or 0, text.v_head_dim or text.head_dim
@@ -101,18 +102,18 @@ def pairs(
 ) -> tuple[int, int]:
     """Bytes for pairs of tokens: of masks that live through all layers, and beside the attention of one layer.
 
-    Eager attention has an additive mask, and for each head scores in the model's type, their softmax in float32, and a
-    cast. Fused attention has none of it, except where it needs an explicit mask: in a padded batch, where a window slides
-    once the prompt is longer, or where images attend both ways (Gemma 3, with a second mask for the full layers). It is
-    boolean, and the kernel makes an additive copy and another with aligned rows. flash_attention_2 takes no mask. Source:
-    masking_utils.py of transformers 5; convert_boolean_attn_mask and preprocess_mask of torch.
+    Eager attention has an additive mask, and scores of each head. Fused attention has none of it, except where it needs an
+    explicit mask: in a padded batch, where a window slides once the prompt is longer, or where images attend both ways
+    (Gemma 3, with a second mask for the full layers). It is boolean, and the kernel makes an additive copy and another with
+    aligned rows. flash_attention_2 takes no mask. Source: masking_utils.py of transformers 5; convert_boolean_attn_mask and
+    preprocess_mask of torch.
     """
     text, (kept, working) = profile.text, coefficient_of(profile).pair_bytes
     item_bytes = computed_item_bytes(profile, workload)
     window = text.attention_chunk if text.sliding_window is None else text.sliding_window
     if workload.attention == "eager":
         kept += item_bytes * (1 if window is None else 2)
-        working += 0 if kind.cache == "linear" else text.heads * (2 * item_bytes + 4)
+        working += 0 if kind.cache == "linear" else text.heads * score_bytes(profile, workload)
     elif workload.attention == "sdpa":
         slides = window is not None and (prompt_tokens > window or images.tokens > 0)
         has_two = window is not None and (images.tokens > 0 or workload.is_padded)
@@ -165,7 +166,7 @@ def next_token_bytes(kind: LayerKind, profile: ModelProfile, workload: Workload,
     elif workload.attention == "eager" and text.heads > text.kv_heads:
         expanded = 2 * text.heads * text.head_dim * each
     if workload.attention == "eager":
-        expanded += text.heads * workload.batch * tokens * (2 * item_bytes + 4)
+        expanded += text.heads * workload.batch * tokens * score_bytes(profile, workload)
     return max(joined, expanded, experts)
 
 

@@ -118,6 +118,7 @@ class Footprint:
         }
         self._loading = [loading_bytes(atom.units, profile, workload, release) for atom in atoms]
         self._trained = [step.Trained()]
+        self._largest_step = [step.largest_step_bytes(atom.units, workload.training) for atom in atoms]
         for atom in atoms:
             own = (step.trained(unit, self._kind_of.get(unit.key), profile, workload) for unit in atom.units)
             self._trained.append(sum(own, self._trained[-1]))
@@ -359,10 +360,11 @@ class Footprint:
         has_head = self._heads[end] > self._heads[first] or (not first and self._has_guest_head)
         layer = max((work.layer[kind] for kind in kinds), default=0)
         again = work.flowing + (layer if training.gradient_checkpointing else 0) if kinds else 0
+        fixed = self._trained[end] - self._trained[first]
         forward = self.work(text_tokens)
         tower = work.tower_saved if has_tower else 0
         return step.peak(
-            fixed=self._trained[end] - self._trained[first],
+            fixed=fixed._replace(step=fixed.step + max(self._largest_step[first:end])),
             saved=sum(count * work.saved[kind] for kind, count in kinds.items()) + tower,
             again=again,
             last=layer,

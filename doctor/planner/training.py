@@ -8,6 +8,7 @@ vocabulary, b bytes an element, r rank of the adapters.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..model import ModelProfile, Unit
@@ -85,16 +86,21 @@ def trained(unit: Unit, kind: LayerKind | None, profile: ModelProfile, workload:
         return Trained()
     if training.method == "lora":
         elements = training.lora_rank * _adapted_edges(kind, profile) if kind is not None else 0
-        size, largest = _ADAPTER_BYTES, 0
+        size = _ADAPTER_BYTES
     else:
-        size, largest = computed_item_bytes(profile, workload), unit.largest_tensor_elements
+        size = computed_item_bytes(profile, workload)
         elements = unit_bytes(unit, profile, workload) // size
     gradients = elements * size
     states = 2 * gradients if training.optimizer == "adamw" else math.ceil(elements * _STATE_BYTES[training.optimizer])
     step = gradients if training.optimizer == "adamw" else 0
-    if training.optimizer == "adafactor":
-        step = _ADAFACTOR_STEP_BYTES * largest
     return Trained(gradients if training.method == "lora" else 0, gradients, states, step)
+
+
+def largest_step_bytes(units: Iterable[Unit], training: Training | None) -> int:
+    """Temporaries of an optimizer that takes one tensor after another."""
+    if training is None or training.method == "lora" or training.optimizer != "adafactor":
+        return 0
+    return _ADAFACTOR_STEP_BYTES * max((unit.largest_tensor_elements for unit in units), default=0)
 
 
 def _adapted_edges(kind: LayerKind, profile: ModelProfile) -> int:

@@ -8,6 +8,7 @@ from ..data.activations import vision_coefficient
 from ..model import ModelProfile
 from ..workload import Workload
 from .image_tokens import ImageLoad
+from .weights import score_bytes
 
 _PIXEL_ELEMENTS = 3 * 2
 """Channels of a pixel, and the two frames that Qwen2-VL and GLM-4.1V stack even for a still image; others have one."""
@@ -25,6 +26,6 @@ def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, i
     work = math.ceil(patches * elements * item_bytes)
     work += math.ceil(coefficient.pair_elements * patches**2 * item_bytes)
     if workload.attention == "eager":
-        work += vision.heads * images.sequences * batch * images.patches**2 * (2 * item_bytes + 4)
+        work += vision.heads * images.sequences * batch * images.patches**2 * score_bytes(profile, workload)
     features = images.features * batch * profile.text.hidden * item_bytes
     return pixels, pixels + work, coefficient.kept_features * features + patches * vision.hidden * item_bytes

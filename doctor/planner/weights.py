@@ -74,6 +74,16 @@ def computed_item_bytes(profile: ModelProfile, workload: Workload) -> int:
     return min(size, 2) if profile.quantization or workload.quantization else size
 
 
+def score_bytes(profile: ModelProfile, workload: Workload) -> int:
+    """Bytes that eager attention holds at once for a head and pair of tokens.
+
+    Scores in the model's type, their softmax in float32, and a cast; bfloat16 scores are copied to float32 first, since the
+    kernel that converts takes float16 alone (``softmax`` in aten/src/ATen/native/SoftMax.cpp).
+    """
+    is_bfloat16 = computed_item_bytes(profile, workload) == 2 and loaded_dtype(profile, workload) != "float16"
+    return 10 if is_bfloat16 else 8
+
+
 def loading_bytes(units: Sequence[Unit], profile: ModelProfile, workload: Workload, release: Release) -> int:
     """Bytes that are needed beside the weights of a device while they are loaded.
 

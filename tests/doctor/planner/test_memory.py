@@ -103,10 +103,19 @@ def test_eager_attention_pays_for_the_scores_of_all_heads_instead_of_the_mlp() -
     fused, eager = (footprint(llava_13b(), attention=kind) for kind in ("sdpa", "eager"))
     tokens = 512 + 576
     around = 5.2 * tokens * 5120 * 2
-    assert layer_of(eager, 512) == math.ceil(around) + 40 * tokens**2 * 8 + 2 * tokens**2
-    assert eager.work(512).encode - fused.work(512).encode == 16 * 577**2 * 8
+    assert layer_of(eager, 512) == math.ceil(around) + 40 * tokens**2 * 10 + 2 * tokens**2
+    assert eager.work(512).encode - fused.work(512).encode == 16 * 577**2 * 10
     fused, eager = (footprint(llava_13b(), images=0, new_tokens=0, attention=kind) for kind in ("sdpa", "eager"))
     assert layer_of(eager, 8) == layer_of(fused, 8) + 2 * 8**2
+
+
+def test_scores_of_float16_are_not_copied_to_float32_first() -> None:
+    sizes = {
+        dtype: layer_of(footprint(llava_13b(), attention="eager", dtype=dtype), 4000) for dtype in ("float16", "bfloat16")
+    }
+    assert sizes["bfloat16"] - sizes["float16"] == 2 * 40 * 4576**2
+    flat = layer_of(footprint(llava_13b(), attention="eager", dtype="float32"), 4000)
+    assert flat - sizes["float16"] == pytest.approx(2 * 5.2 * 4576 * 5120 + 2 * 4576**2, abs=2)
 
 
 def test_masks_of_sliding_windows_grow_with_the_square_beyond_the_window() -> None:
