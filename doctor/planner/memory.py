@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from itertools import accumulate
 from typing import NamedTuple
@@ -116,6 +116,10 @@ class Footprint:
         self._following = {
             kind: _following([kind in counts for counts in self._kinds_of_atom]) for kind in set(self._kind_of.values())
         }
+        self._counts = {
+            kind: list(accumulate((counts[kind] for counts in self._kinds_of_atom), initial=0)) for kind in self._following
+        }
+        """For each kind of layer, how many of it the first so many atoms have."""
         self._loading = [loading_bytes(atom.units, profile, workload, release) for atom in atoms]
         self._trained = [step.Trained()]
         self._largest_step = [step.largest_step_bytes(atom.units, workload.training) for atom in atoms]
@@ -166,7 +170,7 @@ class Footprint:
         """Bytes of the work on one prompt with ``text_tokens`` tokens of text and the workload's images."""
         return prompt_work(self._following, self.profile, self.workload, self.images, text_tokens, release=self.release)
 
-    def needs(self, text_tokens: int) -> Callable[[int, int], int]:
+    def needs(self, text_tokens: int) -> Callable[[int, int], int]:  # noqa: C901 - what follows
         """A function that prices runs of atoms: ``(first, end)`` to total bytes, growing with every atom.
 
         The search asks it tens of thousands of times; :meth:`detail` says the same, item by item.
@@ -178,48 +182,47 @@ class Footprint:
         embedding, towers = self._embedding, self._towers
         share, encoding, constant = self._shares()
         encode = math.ceil((1 + encoding) * work.encode)
-        prefilled, finished = (
-            list(accumulate((math.ceil((1 + share) * size) for size in sizes), initial=0))
-            for sizes in self._cache_sizes(work)
+        prefilled, guest_prefilled = self._summed(
+            {kind: math.ceil((1 + share) * kept.prefill) for kind, kept in work.cached.items()}
+        )
+        finished, guest_finished = self._summed(
+            {kind: math.ceil((1 + share) * kept.final) for kind, kept in work.cached.items()}
         )
         columns = self._columns(work)
         loading = self._loading if any(self._loading) else None
-        guest_layers, copy_bytes = self._guest_layers, self.copy_bytes
-        guest_prefilled, guest_finished = (
-            math.ceil(
-                (1 + share) * sum(count * getattr(work.cached[kind], name) for kind, count in self._guest_kinds.items())
-            )
-            for name in ("prefill", "final")
-        )
+        guest_layers, guest_heads, copy_bytes = self._guest_layers, int(self._has_guest_head), self.copy_bytes
+        has_guests = bool(guest_layers or guest_heads)
+        head, answer, held_bytes, pixels = work.head, work.answer, work.held, work.pixels
 
         def need(first: int, end: int) -> int:
             held = weights[end] - weights[first]
             prefill, decode = prefilled[end] - prefilled[first], finished[end] - finished[first]
             run_heads, run_layers = heads[end] - heads[first], layers[end] - layers[first]
-            embeds = first <= embedding < end
-            hosts = not first and (guest_layers or self._has_guest_head)
-            busy = lost = grows = 0
-            for column in columns:
-                if column.following[first] < end or (hosts and guest_layers):
-                    grows = max(grows, column.next_token)
-                    if column.layer > busy:
-                        busy = column.layer
-                        lost = column.lost_first if embeds else column.lost_later
-                        lost = max(column.lost_first, column.lost_later) if hosts else lost
+            embeds, hosts = first <= embedding < end, has_guests and not first
             if hosts:
                 held += copy_bytes
                 prefill, decode = prefill + guest_prefilled, decode + guest_finished
-                run_layers, run_heads = run_layers + guest_layers, run_heads + self._has_guest_head
+                run_layers, run_heads = run_layers + guest_layers, run_heads + guest_heads
+            busy = 0
             if run_layers:
+                lost = grows = 0
+                for following, layer, lost_first, lost_later, next_token in columns:
+                    if following[first] < end or (hosts and guest_layers):
+                        grows = max(grows, next_token)
+                        if layer > busy:
+                            busy, lost = layer, lost_first if embeds else lost_later
+                            if hosts and lost < lost_first:
+                                lost = lost_first
                 prefill, decode = prefill + lost, decode + grows + constant
             if run_heads:
-                busy, decode = max(busy, work.head), decode + work.answer
+                decode += answer
+                busy = max(busy, head)
             prefill += busy
             if embeds:
-                prefill, decode = prefill + work.held, decode + work.pixels
-            most = max(prefill, decode)
-            if towers[end] > towers[first]:
-                most = max(most, encode)
+                prefill, decode = prefill + held_bytes, decode + pixels
+            most = prefill if prefill > decode else decode
+            if encode > most and towers[end] > towers[first]:
+                most = encode
             if loading is not None:
                 most = max(most, *loading[first:end])
             # A stage must not become cheaper by the anchor, where less is lost on the first GPU.
@@ -227,13 +230,11 @@ class Footprint:
 
         return need
 
-    def _cache_sizes(self, work: Work) -> tuple[list[int], list[int]]:
-        """Bytes that the layers of each atom keep, behind the prompt and at the end."""
-        counts = [list(kinds.items()) for kinds in self._kinds_of_atom]
-        return (
-            [sum(count * work.cached[kind].prefill for kind, count in kinds) for kinds in counts],
-            [sum(count * work.cached[kind].final for kind, count in kinds) for kinds in counts],
-        )
+    def _summed(self, sizes: Mapping[LayerKind, int]) -> tuple[list[int], int]:
+        """Bytes that the layers of the first so many atoms keep, and those of offloaded ones."""
+        columns = [[count * sizes[kind] for count in counts] for kind, counts in self._counts.items()]
+        total = columns[0] if len(columns) == 1 else [sum(parts) for parts in zip(*columns, strict=True)]
+        return total, sum(count * sizes[kind] for kind, count in self._guest_kinds.items())
 
     def _columns(self, work: Work) -> list[_Column]:
         """The kinds of layers, with what the allocator loses beside each."""

@@ -13,11 +13,13 @@ from vlm_doctor.model import LayerCache, ModelProfile, Unit
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.kv_cache import Cached
-from vlm_doctor.planner.memory import Footprint, StageNeed, item_bytes, loaded_dtype, unit_bytes
+from vlm_doctor.planner.memory import Footprint, Holding, StageNeed, item_bytes, loaded_dtype, unit_bytes
+from vlm_doctor.planner.weights import loading_bytes
 from vlm_doctor.workload import Workload
 
 from .profiles import glm41v_9b, llava_13b, unit
 
+_FULL: tuple[LayerCache, ...] = ("full",)
 LAYER = unit("layer", "layer", 1_000, linear=900)
 
 
@@ -150,7 +152,7 @@ def test_image_features_and_the_output_of_the_tower_are_held_on_the_first_gpu() 
 
 
 def test_images_read_by_cross_attention_fill_the_cache_of_few_layers_and_one_token_of_the_prompt() -> None:
-    kinds: tuple[LayerCache, ...] = ("full", "full", "full", "cross", *["full"] * 36)
+    kinds: tuple[LayerCache, ...] = ("full", "full", "full", "cross", *_FULL * 36)
     text = msgspec.structs.replace(llava_13b().text, cached_layers=kinds)
     prices = footprint(llava_13b(model_type="mllama", text=text), text_tokens=64, new_tokens=8)
     assert (prices.images.tokens, prices.images.features) == (1, 576)
@@ -249,6 +251,97 @@ def test_a_stage_grows_with_every_atom_and_token_and_both_ways_to_price_it_agree
     assert min(detail.weights_bytes, detail.kv_cache_bytes, detail.activations_bytes, detail.fragmentation_bytes) >= 0
     assert need(first, end) <= prices.needs(tokens + 1)(first, end)
     if end < atoms:
+        assert need(first, end) <= need(first, end + 1)
+    if first:
+        assert need(first, end) <= need(first - 1, end)
+
+
+def hybrid() -> ModelProfile:
+    """40 layers: one dense, then experts; every fourth one keeps all tokens, the others a window or a state."""
+    pattern: tuple[LayerCache, ...] = ("sliding", "linear", "sliding", "full")
+    kinds = pattern * 10
+    text = msgspec.structs.replace(
+        llava_13b().text, sliding_window=700, cached_layers=kinds, experts=64, active_experts=8, expert_width=512
+    )
+    units = tuple(
+        msgspec.structs.replace(one, stored_bytes=one.stored_bytes // 4) if one.layer == 0 else one
+        for one in llava_13b().units
+    )
+    return llava_13b(text=text, units=units)
+
+
+def test_a_stage_pays_for_the_layers_that_it_holds() -> None:
+    prices = footprint(hybrid(), images=0, text_tokens=4000, new_tokens=100)
+    work = prices.work(4000)
+    kept = {kind.cache: work.cached[kind] for kind in work.cached}
+    assert prices.detail(2, 3, 4000).kv_cache_bytes == kept["linear"].final
+    assert prices.detail(3, 5, 4000).kv_cache_bytes == kept["sliding"].prefill + kept["full"].prefill
+    assert prices.detail(4, 5, 4000).kv_cache_bytes == kept["full"].final
+    assert prices.detail(1, 2, 4000).activations_bytes < prices.detail(3, 4, 4000).activations_bytes
+    assert prices.least_bytes < prices.needs(4000)(0, 42)
+
+
+def test_the_neediest_layers_stand_for_a_number_of_them() -> None:
+    prices = footprint(hybrid(), images=0, text_tokens=4000, new_tokens=100)
+    holding = Holding(weights_bytes=0, layers=10, has_tower=False, has_embedding=False, has_head=False)
+    keys = tuple(f"model.language_model.layers.{layer}" for layer in range(3, 40, 4))
+    named = msgspec.structs.replace(holding, layer_keys=keys)
+    assert prices.need_of(holding, 4000) == prices.need_of(named, 4000)
+
+
+def test_joined_experts_exist_twice_while_they_are_loaded() -> None:
+    joined = 317_204_480 * 2  # 64 experts would take more than the layer has
+    prices = footprint(hybrid(), images=0, text_tokens=1, new_tokens=1)
+    need = prices.detail(3, 4, 1)
+    assert need.moment == "the weights are loaded"
+    assert need.kv_cache_bytes + need.activations_bytes == joined
+    assert prices.detail(40, 42, 1).total_bytes == prices.needs(1)(40, 42)
+    old = Footprint(prices.profile, prices.workload, prices.images, prices.atoms, release=(4, 57))
+    assert old.detail(3, 4, 1).moment == "a layer reads the prompt"
+    assert footprint(hybrid(), images=0, text_tokens=10_000).detail(3, 4, 10_000).moment == "a layer reads the prompt"
+
+
+def test_bitsandbytes_gets_each_tensor_in_16_bit() -> None:
+    units = llava_13b().units
+    workload = Workload(quantization="nf4")
+    assert loading_bytes(units, llava_13b(), workload, None) == 2 * (334_974_976 // 3)
+    assert loading_bytes(units[1:2], llava_13b(), workload, None) == 0
+    assert loading_bytes(units, llava_13b(), Workload(), None) == 0
+    assert loading_bytes(units, hybrid(), workload, None) == 2 * (334_974_976 // 3)
+    assert loading_bytes(units, hybrid(), Workload(), None) == 2 * 317_204_480
+    assert loading_bytes(units, llava_13b(quantization="awq", text=hybrid().text), Workload(), None) == 0
+
+
+def test_kernels_of_quantized_checkpoints_unpack_the_weight_in_use() -> None:
+    plain, packed = (layer_of(footprint(llava_13b(quantization=kind), images=0), 512) for kind in (None, "awq"))
+    assert packed - plain == 2 * 5120 * 13824
+    plain, packed = (layer_of(footprint(glm41v_9b(quantization=kind), images=0), 512) for kind in (None, "fp8"))
+    assert packed - plain == 2 * 2 * 4096 * 13696
+
+
+@given(
+    st.integers(1, 20_000),
+    st.integers(0, 3_000),
+    st.sampled_from([None, (4, 57), (5, 23)]),
+    st.integers(0, 1),
+    st.sampled_from([42, 30]),
+    st.data(),
+)
+def test_prices_of_unlike_layers_grow_and_add_up(
+    tokens: int, new_tokens: int, release: Any, images: int, placed: int, data: st.DataObject
+) -> None:
+    workload = Workload(images=images, text_tokens=tokens, new_tokens=new_tokens)
+    profile = hybrid()
+    atoms = chain(profile).atoms
+    prices = Footprint(profile, workload, image_load(profile, workload), atoms[:placed], atoms[placed:], release=release)
+    first = data.draw(st.integers(0, placed - 1))
+    end = data.draw(st.integers(first + 1, placed))
+    need = prices.needs(tokens)
+    detail = prices.detail(first, end, tokens)
+    assert need(first, end) == detail.total_bytes
+    assert min(detail.kv_cache_bytes, detail.activations_bytes, detail.fragmentation_bytes) >= 0
+    assert need(first, end) <= prices.needs(tokens + 1)(first, end)
+    if end < placed:
         assert need(first, end) <= need(first, end + 1)
     if first:
         assert need(first, end) <= need(first - 1, end)

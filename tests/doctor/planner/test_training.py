@@ -156,7 +156,7 @@ def test_the_levers_of_the_guides_are_worth_gibibytes() -> None:
 
 
 def test_full_training_of_the_tower_keeps_what_it_did() -> None:
-    shapes = {"images": 1, "image_height": 1120, "text_tokens": 64}
+    shapes: dict[str, Any] = {"images": 1, "image_height": 1120, "text_tokens": 64}
     block = 6400 * (14 * 1536 + 3 * 13696) * 2
     workload = Workload(**shapes, training=Training(method="full", gradient_checkpointing=False))
     load = image_load(glm41v_9b(), workload)
