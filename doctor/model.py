@@ -92,6 +92,8 @@ class TextShape(msgspec.Struct, frozen=True, kw_only=True):
     qk_rope_head_dim: int | None = None
     qk_nope_head_dim: int | None = None
     v_head_dim: int | None = None
+    linear_width: int = 0
+    """Width of the values of all heads in layers of linear attention; 0 where it is not known."""
     cached_layers: tuple[LayerCache, ...] = ()
     """What each layer keeps, in order; empty when all are ``full``, or, with a ``sliding_window``, all ``sliding``."""
 

@@ -9,8 +9,9 @@ import msgspec
 from .workload import Workload
 
 LedgerKind = Literal[
-    "driver", "others", "context", "workspace", "weights", "kv_cache", "activations", "fragmentation", "headroom", "left"
-]
+    "driver", "others", "context", "workspace", "weights", "kv_cache", "activations", "training", "fragmentation",
+    "headroom", "left",
+]  # fmt: skip
 
 
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +41,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def peak_bytes(self) -> int:
         """Predicted peak of torch's ``max_memory_allocated``: workspace, weights, KV cache and activations."""
-        counted = ("workspace", "weights", "kv_cache", "activations")
+        counted = ("workspace", "weights", "kv_cache", "activations", "training")
         return sum(line.size_bytes for line in self.ledger if line.kind in counted)
 
     @property

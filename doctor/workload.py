@@ -43,6 +43,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Type the weights are loaded in; ``None`` is the checkpoint's own."""
     quantization: Quantization | None = None
     """bitsandbytes at load time: ``int8`` (LLM.int8) or ``nf4`` (4 bit)."""
+    is_padded: bool = False
+    """The prompts of the batch differ in length, so that attention needs a mask that hides the padding."""
     attention: Attention = "sdpa"
     logits: Literal["generate", "forward"] = "generate"
     """``generate`` keeps the logits of the last token only; a plain forward keeps those of every token."""

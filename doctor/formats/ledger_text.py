@@ -48,6 +48,7 @@ _BY_KIND: dict[LedgerKind, Segment] = {
     "workspace": _CONTEXT,
     "kv_cache": _KV_CACHE,
     "activations": _ACTIVATIONS,
+    "training": _ACTIVATIONS,
     "fragmentation": _RESERVE,
     "headroom": _RESERVE,
     "left": _FREE,

@@ -10,9 +10,11 @@ from ..placement import Cut, LedgerKind, LedgerLine, Stage
 from ..units import format_gib
 from .budget import Budget, Exclusion
 from .constraints import Atom
+from .kv_cache import kept_elements
 from .memory import Footprint, StageNeed, loaded_dtype, unit_bytes
 from .order import Split
 from .problem import Problem
+from .release import is_before_5
 from .search import Choice
 
 _PARTS: dict[Role, str] = {
@@ -45,7 +47,6 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
     copy_bytes = 0 if run[0] else footprint.copy_bytes
     work_bytes = need.activations_bytes - copy_bytes
     tokens = workload.text_tokens + footprint.images.tokens
-    text = footprint.profile.text
     lines = [
         _line("driver", "driver and firmware", budget.driver_bytes, budget.total_source),
         _line("others", "other processes", budget.others_bytes, budget.total_source),
@@ -56,10 +57,11 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
             "kv_cache",
             f"KV cache of {tokens + workload.new_tokens:,} tokens" + (f" x {workload.batch}" if workload.batch > 1 else ""),
             need.kv_cache_bytes,
-            f"2 x layers x {text.kv_heads} KV heads x {text.head_dim} x bytes x tokens x batch",
+            _cache_source(footprint),
         ),
         _line("activations", f"activations, largest while {need.moment}", work_bytes, activations_source(problem)),
         *_copies(copy_bytes),
+        *_training(need.training_bytes),
         _line(
             "fragmentation",
             "allocator fragmentation",
@@ -82,11 +84,29 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
     )
 
 
+def _cache_source(footprint: Footprint) -> str:
+    """How a layer's cache is counted."""
+    text = footprint.profile.text
+    if text.kv_lora_rank is None:
+        return f"2 x layers x {text.kv_heads} KV heads x {text.head_dim} x bytes x tokens x batch"
+    keys, values = kept_elements(text, footprint.release)
+    which = "4 keeps keys and values expanded" if is_before_5(footprint.release) else "5 keeps them compressed"
+    return f"layers x {keys + values} x bytes x tokens x batch (transformers {which})"
+
+
 def activations_source(problem: Problem) -> str:
     """Where the figures for activations come from."""
     if problem.replay and problem.traces is None:
         return "every tensor of the real code, replayed"
     return problem.footprint.source
+
+
+def _training(size_bytes: int) -> list[LedgerLine]:
+    """What a training step keeps beside the weights."""
+    if not size_bytes:
+        return []
+    source = "trained elements x bytes of gradient and of the optimizer's states"
+    return [_line("training", "adapters, gradients and optimizer states", size_bytes, source)]
 
 
 def _copies(copy_bytes: int) -> list[LedgerLine]:

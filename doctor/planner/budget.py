@@ -8,18 +8,15 @@ from collections.abc import Collection
 import msgspec
 
 from ..calibration import calibration_of
+from ..data.contexts import Overhead, overhead_of
 from ..health import fault_of_gpu
 from ..machine import Gpu, Machine
-from ..units import MIB, format_gib
+from ..units import format_gib
 from ..visibility import visible_gpus
 from ..workload import Policy
 
-CONTEXT_BYTES = 698 * MIB
-"""What one torch process takes outside torch's allocator: 618 MiB for the CUDA context, the rest for the kernels and
-libraries that the first forward pass loads. Measured: H200, driver 580.159.04, torch 2.11 (benchmarks/README.md)."""
-WORKSPACE_BYTES = 32 * MIB
-"""cuBLAS workspace, which torch allocates at the first matrix product: 32 MiB on Hopper, less on other GPUs.
-Source: torch, CUDABlas, getChosenWorkspaceSize; it is the constant part of the measured peaks."""
+CONTEXT_BYTES, WORKSPACE_BYTES = overhead_of(None).context_bytes, overhead_of(None).workspace_bytes
+"""On a GPU of unknown kind; ``data/contexts.py`` has the others."""
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +32,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     headroom_min_bytes: int
     total_source: str
     context_source: str
-    workspace_source: str = "torch's default on Hopper"
+    workspace_source: str = overhead_of(None).workspace_source
     cap_bytes: int | None = None
     """Most bytes that our process may take here, CUDA context included; ``None`` is no such limit."""
     fault: str | None = None
@@ -155,25 +152,31 @@ def _budget(gpu: Gpu, machine: Machine, policy: Policy) -> Budget:
     free_bytes = min(free_bytes, total_bytes)
     reserved_bytes = 0 if gpu.has_unified_memory else gpu.memory_reserved_bytes or 0
     driver_bytes = min(reserved_bytes, total_bytes - free_bytes)
-    known = calibration_of(policy.calibrations, gpu.name, machine.driver.kernel_module_version)
-    calibrated = f"calibrated on this machine, {known.date}" if known else ""
-    context_bytes, context_source = CONTEXT_BYTES, "measured on an H200"
-    if policy.context_bytes is not None:
-        context_bytes, context_source = policy.context_bytes, "policy"
-    elif known is not None:
-        context_bytes, context_source = known.context_bytes, calibrated
+    overhead = _overhead(gpu, machine, policy)
     return Budget(
         gpu=gpu,
         total_bytes=total_bytes,
         driver_bytes=driver_bytes,
         others_bytes=total_bytes - driver_bytes - free_bytes,
-        context_bytes=context_bytes,
-        workspace_bytes=known.workspace_bytes if known else WORKSPACE_BYTES,
+        context_bytes=overhead.context_bytes,
+        workspace_bytes=overhead.workspace_bytes,
         headroom_fraction=policy.headroom_fraction,
         headroom_min_bytes=policy.headroom_min_bytes,
         total_source="host memory (the GPU has none of its own)" if gpu.has_unified_memory else "NVML",
-        context_source=context_source,
-        workspace_source=calibrated if known else "torch's default on Hopper",
+        context_source=overhead.context_source,
+        workspace_source=overhead.workspace_source,
         cap_bytes=dict(policy.max_memory).get(gpu.index),
         fault=fault_of_gpu(gpu),
     )
+
+
+def _overhead(gpu: Gpu, machine: Machine, policy: Policy) -> Overhead:
+    """What torch takes of a GPU beside tensors: as the policy says, else as was measured here, else by its generation."""
+    overhead = overhead_of(gpu.compute_capability)
+    known = calibration_of(policy.calibrations, gpu.name, machine.driver.kernel_module_version)
+    if known is not None:
+        source = f"calibrated on this machine, {known.date}"
+        overhead = Overhead(known.context_bytes, known.workspace_bytes, source, source)
+    if policy.context_bytes is not None:
+        overhead = msgspec.structs.replace(overhead, context_bytes=policy.context_bytes, context_source="policy")
+    return overhead

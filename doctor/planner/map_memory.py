@@ -16,6 +16,7 @@ from .map_devices import shown
 from .map_layout import Device, Layout
 from .map_question import Question, finding
 from .memory import Footprint, Holding
+from .release import release_of
 
 _WORDS: dict[Role, str] = {
     "vision": "vision tower",
@@ -30,7 +31,8 @@ _WORDS: dict[Role, str] = {
 def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
     """What is on each device of a map, in the order in which the model meets them."""
     atoms = chain(question.profile).atoms
-    footprint = Footprint(question.profile, question.workload, image_load(question.profile, question.workload), atoms)
+    images = image_load(question.profile, question.workload)
+    footprint = Footprint(question.profile, question.workload, images, atoms, release=release_of(question.machine))
     full = {name: layout.device_of.get(name, "missing") for names in layout.anatomy.tensors_of.values() for name in names}
     weights = layout.anatomy.weights(full)
     weights.pop("missing", None)

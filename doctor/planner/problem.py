@@ -21,6 +21,7 @@ from .memory import Footprint, StageNeed
 from .order import Split
 from .pins import pinned
 from .place import smallest_count
+from .release import release_of
 from .search import Choice, choose, closest, longest_text_tokens
 from .settle import Replay, longest, replay_of, settle, takes
 from .traced_footprint import TracedFootprint
@@ -69,6 +70,7 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         images = image_load(self.profile, self.workload)
         if self.alike is not None:
             return self.alike.changed(self.workload, images)
+        release = release_of(self.machine)
         if self.traces is not None:
             return TracedFootprint(
                 self.profile,
@@ -77,9 +79,12 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
                 self.atoms,
                 self.offloaded_atoms,
                 is_bare=self.is_bare,
+                release=release,
                 traces=self.traces,
             )
-        return Footprint(self.profile, self.workload, images, self.atoms, self.offloaded_atoms, is_bare=self.is_bare)
+        return Footprint(
+            self.profile, self.workload, images, self.atoms, self.offloaded_atoms, is_bare=self.is_bare, release=release
+        )
 
     @cached_property
     def pins(self) -> list[int | None]:

@@ -18,6 +18,7 @@ from ..units import MIB
 from .memory import Footprint, StageNeed
 from .near import near_best
 from .order import Split
+from .release import is_before_5
 from .replay import CUDNN_SINCE, Held, Program, dimensions
 from .search import Choice
 from .traced_footprint import TracedFootprint
@@ -133,6 +134,8 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
         and workload.training is None
         and workload.quantization is None
         and workload.allocator == "native"
+        and not workload.is_padded
+        and not (profile.text.experts and is_before_5(footprint.release))
         and profile.quantization is None
     )
     if isinstance(footprint, TracedFootprint):

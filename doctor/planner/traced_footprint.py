@@ -13,6 +13,7 @@ from ..workload import Workload
 from .constraints import Atom
 from .image_tokens import ImageLoad, image_edges, image_load
 from .memory import Footprint, Holding, StageNeed
+from .release import Release
 from .traced import Regimes, Timeline, lengths
 from .traced_replay import TracedProgram
 
@@ -70,6 +71,7 @@ class TracedFootprint(Footprint):
         atoms: Those placed on GPUs, in the order of execution.
         offloaded: Those behind them whose weights stay in host memory.
         is_bare: Leave out what the allocator wastes, for a bound that no split can beat.
+        release: Of transformers.
         traces: What :func:`trace_request` asked for.
 
     Raises:
@@ -85,9 +87,10 @@ class TracedFootprint(Footprint):
         offloaded: Sequence[Atom] = (),
         *,
         is_bare: bool = False,
+        release: Release = None,
         traces: Traces,
     ) -> None:
-        super().__init__(profile, workload, images, atoms, offloaded, is_bare=is_bare)
+        super().__init__(profile, workload, images, atoms, offloaded, is_bare=is_bare, release=release)
         self._traces = traces
         self._regimes = Regimes(traces, profile.text.sliding_window)
         self._numbers = {
@@ -110,9 +113,12 @@ class TracedFootprint(Footprint):
                 self.atoms,
                 self.offloaded,
                 is_bare=self.is_bare,
+                release=self.release,
                 traces=self._traces,
             )
-        return Footprint(self.profile, workload, images, self.atoms, self.offloaded, is_bare=self.is_bare)
+        return Footprint(
+            self.profile, workload, images, self.atoms, self.offloaded, is_bare=self.is_bare, release=self.release
+        )
 
     @property
     def source(self) -> str:

@@ -176,6 +176,7 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
         qk_rope_head_dim=fields.get("qk_rope_head_dim") if latent else None,
         qk_nope_head_dim=fields.get("qk_nope_head_dim") if latent else None,
         v_head_dim=fields.get("v_head_dim") if latent else None,
+        linear_width=(fields.get("linear_num_value_heads") or 0) * (fields.get("linear_value_head_dim") or 0),
         cached_layers=layer_caches(fields, layers, window),
     )
 
