@@ -10,7 +10,8 @@ that is free on two GPUs, which ``ballast.py`` brings about by holding the rest.
 - ``truth``: peaks of several prompts and images, predicted and measured, allocated and reserved;
 - ``frontier``: the longest text prompt that runs, found by doubling and halving to 1 %, whether what was promised ran, and
   whether a tenth more ran out;
-- ``brute force``: every other contiguous cut in both orders of the GPUs that what lives at once does not rule out is asked for 3 % more than the planner's map reached, and measured when it gives it;
+- ``brute force``: every other contiguous cut in both orders of the GPUs that what lives at once does not rule out is asked
+  for 3 % more than the planner's map reached, and measured when it gives it;
 - ``auto``: accelerate's own map for the same free memory, likewise.
 
 Needs two GPUs of 80 GiB, torch, transformers and accelerate. Rows go to ``frontier.json`` in FOLDER as they come.
