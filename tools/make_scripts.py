@@ -58,7 +58,7 @@ class AsOnGpu(trace_memory.AsOnGpu):
 
     is_statistic = False
 
-    def _attention(self, query: Any, _key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:
+    def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:  # noqa: ARG002
         held = []
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
