@@ -27,9 +27,10 @@ class Made(msgspec.Struct, frozen=True, array_like=True):
     """Names of the dimensions that multiply ``elements``, such as ``hidden tokens``: those of ``planner/replay.py``."""
     item_bytes: int = 0
     """Of one element; 0 is that of the type the weights are loaded in."""
-    kind: Literal["", "flash", "cudnn", "padding"] = ""
+    kind: Literal["", "flash", "cudnn", "padding", "sums"] = ""
     """What only one kernel of attention makes. ``flash``: its row statistics. ``cudnn``: a copy of the output, which cuDNN
-    lays out as the query is. ``padding``: a copy of the mask with rows of whole vectors, which cuDNN does without."""
+    lays out as the query is. ``padding``: a copy of the mask with rows of whole vectors, which cuDNN does without.
+    ``sums``: what the memory-efficient kernel sums up in for wide heads."""
 
 
 Event = Made | int
@@ -62,6 +63,18 @@ class TowerScript(msgspec.Struct, frozen=True, kw_only=True):
     ``before`` of the text body where a prompt has images.
     """
 
+    vision: str = ""
+    """``model_type`` of the ``vision_config`` that it is of, where the family takes several towers."""
     entry: tuple[Event, ...]
     block: tuple[Event, ...]
     exit: tuple[Event, ...]
+    given: int = 0
+    """Code of the tensor of the entry that the first block is given and lets go; 0 where it outlives the block."""
+    taps: int = 0
+    """Blocks that give features of their own, which as many of the first text layers add (DeepStack)."""
+    tap: tuple[Event, ...] = ()
+    """Behind such a block."""
+    added: tuple[Event, ...] = ()
+    """Behind such a layer, whose own output goes when the next layer has run."""
+    layers: dict[str, LayerScript] = {}
+    """Layers of the text body, where those that read image features are other ones: a mask that sees them as a whole."""

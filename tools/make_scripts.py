@@ -11,11 +11,11 @@ Needs torch and transformers. ``tests/models/test_allocation_scripts.py`` holds 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
 import warnings
-import weakref
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,10 @@ import torch
 import transformers
 from torch.utils._pytree import tree_flatten
 
+from vlm_doctor.sources import trace_attention, trace_model, trace_recorder
+from vlm_doctor.sources.trace_ghost import CUDA, pretend_cuda
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import trace_memory
 import traced_models
 
 OUTPUT = Path(__file__).parents[1] / "doctor" / "data" / "allocations.json"
@@ -39,6 +41,8 @@ CROSS = (3,)
 _ROTARY = {"rope_type": "default", "rope_theta": 1e4}
 _SECTIONS = ([4, 6, 6], [2, 3, 3])
 BEFORE = -1
+TAP, LAYER, ADDED, BEHIND = 100, 200, 300, 400
+"""Places in a trace of a tower: behind a block that gives features of its own; a text layer; behind it; behind the last."""
 
 
 class Shape(NamedTuple):
@@ -47,75 +51,89 @@ class Shape(NamedTuple):
     number: int
     place: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    item_bytes: int
     size_bytes: int
     kind: str = ""
     """What only some kernels make, see ``allocation.Made``."""
+    is_loaded_type: bool = False
+    """Its elements are of the type that the weights are loaded in."""
 
 
-class AsOnGpu(trace_memory.AsOnGpu):
-    """Marks what a kernel of attention makes beside its output."""
+class Recorder(trace_recorder.Recorder):
+    """Notes shapes beside sizes, and tensors that go by their number alone."""
 
-    kind = ""
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[Shape | int] = []
+        self.kind = ""
+        self._like: tuple[tuple[int, ...], int, bool] | None = None
+        self._operands: list[tuple[int, ...]] = []
+
+    def born(self, tensor: torch.Tensor) -> None:
+        """Keep what the tensor looks like for :meth:`_allocate`."""
+        self._like = tuple(tensor.shape), tensor.dtype.itemsize, tensor.dtype == torch.bfloat16
+        super().born(tensor)
+        self._like = None
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """Keep the shapes of operands: scratch memory is a multiple of one of them."""
+        self._operands = [*self._operands[-3:], tuple(tensor.shape)]
+
+    def temporary(self, *sizes_bytes: int) -> None:
+        """Scratch memory of a kernel."""
+        before = len(self.events)
+        super().temporary(*sizes_bytes)
+        self.shapes += [event[0] for event in self.events[before:] if not event[1]]
+
+    def _allocate(self, size_bytes: int) -> int:
+        number = super()._allocate(size_bytes)
+        shape, item_bytes, is_loaded_type = self._like or self._multiple(size_bytes)
+        self.shapes.append(Shape(number, self.place, shape, item_bytes, size_bytes, self.kind, is_loaded_type))
+        return number
+
+    def _multiple(self, size_bytes: int) -> tuple[tuple[int, ...], int, bool]:
+        shape = max((shape for shape in self._operands if size_bytes % math.prod(shape) == 0), key=math.prod)
+        return shape, size_bytes // math.prod(shape), False
+
+    def _end(self, key: int, number: int) -> None:
+        super()._end(key, number)
+        self.shapes.append(number)
+
+
+class OnGpu(trace_attention.OnGpu):
+    """Marks what only some kernels of attention make beside their output. Heads are taken to be whole vectors."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.softmax and kwargs.get("dtype") is not None and args[0].dtype == torch.bfloat16:
-            # Converted first: only float16 has a kernel that reads one type and writes another.
-            converted = torch.empty(args[0].shape, dtype=kwargs["dtype"])
-            return torch.empty_like(converted)
-        if func is torch.sort:
-            result = func(*args, **kwargs)
-            # Seen in memory histories of an H100: the numbers once more, and twice as much for CUB.
-            held = [torch.empty(count, dtype=torch.int64) for count in (args[0].numel(), 2 * args[0].numel())]
-            del held
-            return result
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self._attention(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
     def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:  # noqa: ARG002
-        held = []
         batch, heads, tokens, _ = query.shape
+        shape = batch, tokens, heads, value.shape[-1]
+        held = []
         if attn_mask is None:
             held.append(self._marked("flash", (batch, heads, tokens), torch.float32))
         else:
             if attn_mask.dtype == torch.bool:
-                held.append(torch.empty(attn_mask.shape, dtype=query.dtype))
+                held.append(torch.empty(attn_mask.shape, dtype=query.dtype, device=CUDA))
             held.append(self._marked("padding", attn_mask.shape, query.dtype))
         if query.is_contiguous():
-            held.append(self._marked("cudnn", (batch, tokens, heads, value.shape[-1]), query.dtype))
-        return torch.empty(batch, tokens, heads, value.shape[-1], dtype=query.dtype).transpose(1, 2)
+            held.append(self._marked("cudnn", shape, query.dtype))
+        output = torch.empty(shape, dtype=query.dtype, device=CUDA).transpose(1, 2)
+        if attn_mask is not None:
+            held.append(self._marked("sums", shape, torch.float32))
+        return output
 
-    @staticmethod
-    def _marked(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        AsOnGpu.kind = kind
-        tensor = torch.empty(shape, dtype=dtype)
-        AsOnGpu.kind = ""
+    def _marked(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        self._recorder.kind = kind
+        tensor = torch.empty(shape, dtype=dtype, device=CUDA)
+        self._recorder.kind = ""
         return tensor
-
-
-class Recorder(trace_memory.Recorder):
-    """Notes shapes, and storages that go by their number alone."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model)
-        self.events: list[Shape | int] = []
-        self._count = 0
-
-    def note(self, tensor: torch.Tensor) -> None:
-        """Keep that a tensor came, and when it goes."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known or not storage.nbytes():
-            return
-        self._known[key] = number = self._count
-        self._count += 1
-        shape = tuple(tensor.shape)
-        self.events.append(Shape(number, self.place, shape, tensor.dtype, storage.nbytes(), AsOnGpu.kind))
-        weakref.finalize(storage, self._end, key, number)
-
-    def _end(self, key: int, number: int) -> None:
-        self._known.pop(key, None)
-        self.events.append(number)
 
 
 def text_config(**fields: Any) -> dict[str, Any]:
@@ -232,14 +250,30 @@ class Tower(NamedTuple):
     """Module path of the list of blocks."""
     grid: tuple[int, int] = (12, 14)
     """Patches along height and width, where any size goes."""
-    sequences: int = 1
-    """Squares of the tower's own size, where only that goes."""
+    body: str = ""
+    """Text body whose layers are other ones where they read image features."""
+    vision: str = ""
 
 
-def _squares(name: str, blocks: str, *, sequences: int = 3, **changes: Any) -> Tower:
-    family, fields = MODELS[name]
-    vision = {**fields["vision_config"], **_TOWER, **changes}
-    return Tower(family, {**fields, "vision_config": vision}, blocks, sequences=sequences)
+_STACKED_BLOCKS = 4
+_STACKED = {
+    "deepstack_visual_indexes": [0, 1, 2],
+    "depth": _STACKED_BLOCKS,
+    "num_heads": VISION_HEADS,
+    "intermediate_size": VISION_WIDTH,
+    "hidden_size": VISION_HIDDEN,
+    "out_hidden_size": HIDDEN,
+}
+"""All published models of Qwen3-VL tap three blocks, none of them the last."""
+
+
+def _squares(name: str, blocks: str, *, body: str = "", vision: str = "", family: str = "") -> Tower:
+    model, fields = MODELS[name]
+    tower = {**fields["vision_config"], **_TOWER} if not family else {**_TOWER}
+    text = dict(fields["text_config"])
+    if "head_dim" in text:
+        text["head_dim"] = 56  # no edge of squares, nor its half
+    return Tower(family or model, {**fields, "text_config": text, "vision_config": tower}, blocks, body=body, vision=vision)
 
 
 TOWERS: dict[str, Tower] = {
@@ -286,9 +320,14 @@ TOWERS: dict[str, Tower] = {
         "model.visual.blocks",
         grid=(8, 8),
     ),
-    "llava": _squares("llama", "model.vision_tower.encoder.layers", sequences=1),
-    "gemma3": _squares("gemma3_text", "model.vision_tower.encoder.layers", sequences=1),
-    "paligemma": _squares("gemma", "model.vision_tower.encoder.layers", sequences=1),
+    "qwen3_vl": Tower("qwen3_vl", {**MODELS["qwen3_vl_text"][1], "vision_config": _STACKED}, "model.visual.blocks"),
+    "qwen3_vl_moe": Tower(
+        "qwen3_vl_moe", {**MODELS["qwen3_vl_moe_text"][1], "vision_config": _STACKED}, "model.visual.blocks"
+    ),
+    "internvl": _squares("qwen2", "model.vision_tower.encoder.layer", family="internvl"),
+    "llava": _squares("llama", "model.vision_tower.encoder.layers", vision="clip_vision_model"),
+    "gemma3": _squares("gemma3_text", "model.vision_tower.encoder.layers"),
+    "paligemma": _squares("gemma", "model.vision_tower.encoder.layers", body="gemma"),
 }
 """``model_type`` to its tower."""
 
@@ -296,13 +335,15 @@ TOWERS: dict[str, Tower] = {
 def main() -> None:
     """Write the scripts of the families that are named, or of all."""
     warnings.simplefilter("ignore")
+    gc.disable()
+    pretend_cuda((9, 0))
     wanted = sys.argv[1:] or [*MODELS, *TOWERS]
     known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {"bodies": {}, "towers": {}}
     known.setdefault("towers", {})
     for body in wanted:
         if body in TOWERS:
             known["towers"][body] = tower_script(TOWERS[body])
-            print(body, {name: len(events) for name, events in known["towers"][body].items()})
+            print(body, {name: len(events) for name, events in known["towers"][body].items() if isinstance(events, list)})
             continue
         known["bodies"][body] = script(body)
         print(body, {kind: len(parts["prefill"]) for kind, parts in known["bodies"][body]["layers"].items()})
@@ -340,9 +381,9 @@ def script(body: str) -> dict[str, Any]:
     symbols = symbols_of(config.get_text_config())
     types = getattr(config.get_text_config(), "layer_types", None) or ["full"] * LAYERS
     kinds = [kind.removesuffix("_attention") for kind in types]
+    layers = {}
     if family == "mllama":
         kinds = kinds[: CROSS[0]]
-    layers = {}
     for at, kind in reversed(list(enumerate(kinds))):
         if not at:
             continue
@@ -352,6 +393,8 @@ def script(body: str) -> dict[str, Any]:
             "prefill": events_of(prefill, at, symbols),
             "decode": events_of(decode, at, symbols, caches, is_large_only=True),
         }
+    if family == "mllama":
+        layers["cross"] = {"arrivals": [], "prefill": [], "decode": []}  # skipped without images
     return {
         "position_rows": position_rows(config),
         "before": events_of(prefill, BEFORE, symbols),
@@ -360,50 +403,81 @@ def script(body: str) -> dict[str, Any]:
     }
 
 
-def record(config: Any) -> tuple[list[Shape | int], list[Shape | int], dict[int, list[Shape]]]:
-    """All tensors of a text prompt, then of one more token, logits of the last token alone; and what each layer is given
-    beside the hidden states, which accelerate's hooks copy to a layer's GPU when it is another one.
-    """
-    model = trace_memory.build(config, "sdpa")
+def build(config: Any) -> Any:
+    """The model with weights that have no data."""
+    architecture = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type]
+    fields = json.loads(config.to_json_string(use_diff=False))
+    model = trace_model.build(fields, architecture, torch.bfloat16, "sdpa")
     for module in model.modules():
         if hasattr(module, "_is_expert_parallel"):
             # 5.17 masks the output of the experts always, 5.23 only where they are spread over processes.
             module._is_expert_parallel = True
+    return model
+
+
+def ghosts_of(inputs: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
+    """The caller's tensors, which are replayed apart, since they may be on another GPU."""
+    ghosts = {name: value.to(CUDA) for name, value in inputs.items()}
+    recorder.ignore(ghosts.values())
+    return ghosts
+
+
+def place_hook(recorder: Recorder, place: int) -> Any:
+    """A hook that tells the recorder where it is."""
+
+    def hook(*_: Any) -> None:
+        recorder.place = place
+
+    return hook
+
+
+def arrival_hook(recorder: Recorder, place: int, arrivals: dict[int, list[Shape]]) -> Any:
+    """A hook that also notes what a layer is given beside the hidden states."""
+
+    def hook(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
+        recorder.place = place
+        given = {name: value for name, value in options.items() if name not in ("past_key_values", "hidden_states")}
+        arrivals.setdefault(
+            place, [_shape_of(value) for value in tree_flatten(given)[0] if isinstance(value, torch.Tensor)]
+        )
+
+    return hook
+
+
+def text_body(model: Any) -> Any:
+    """The text body, which has ``layers`` and ``norm``."""
+    return model.model.language_model
+
+
+def record(config: Any) -> tuple[list[Shape | int], list[Shape | int], dict[int, list[Shape]]]:
+    """All tensors of a text prompt, then of one more token, logits of the last token alone; and what each layer is given
+    beside the hidden states, which accelerate's hooks copy to a layer's GPU when it is another one.
+    """
+    model = build(config)
     inputs = traced_models.text_inputs(config, TOKENS, 1)
     rows = position_rows(config)
     inputs["position_ids"] = torch.arange(TOKENS).expand(rows, 1, -1) if rows > 1 else torch.arange(TOKENS)[None]
-    path = next(path for path in ("model.language_model", "model.text_model") if path in trace_memory._names(model))
-    layers = model.get_submodule(path).layers
-    recorder = Recorder(model)
+    more = {name: value[..., -1:] for name, value in inputs.items()}
+    more["attention_mask"] = torch.ones(1, TOKENS + 1, dtype=torch.int64)
+    body = text_body(model)
+    recorder = Recorder()
+    recorder.ignore([*model.parameters(), *model.buffers()])
+    recorder.place = BEFORE
     arrivals: dict[int, list[Shape]] = {}
 
-    def arrive(number: int) -> Any:
-        def hook(_module: Any, _arguments: Any, options: dict[str, Any]) -> None:
-            recorder.place = number
-            given = {name: value for name, value in options.items() if name not in ("past_key_values", "hidden_states")}
-            arrivals.setdefault(
-                number, [_shape_of(value) for value in tree_flatten(given)[0] if isinstance(value, torch.Tensor)]
-            )
-
-        return hook
-
-    def leave(*_: Any) -> None:
-        recorder.place = LAYERS
-
-    for number, layer in enumerate(layers):
-        layer.register_forward_pre_hook(arrive(number), with_kwargs=True)
-    layers[-1].register_forward_hook(leave)
-    with torch.no_grad(), recorder, AsOnGpu():
-        # The caller's tensors are replayed apart, since they may be on another GPU.
+    for number, layer in enumerate(body.layers):
+        layer.register_forward_pre_hook(arrival_hook(recorder, number, arrivals), with_kwargs=True)
+    body.norm.register_forward_pre_hook(place_hook(recorder, LAYERS))
+    with torch.no_grad(), OnGpu(recorder), recorder:
+        inputs, more = ghosts_of(inputs, recorder), ghosts_of(more, recorder)
+        recorder.listen()
         output = model(**inputs, use_cache=True, logits_to_keep=1)
-        prefill = list(recorder.events)
+        prefill = list(recorder.shapes)
         recorder.place = BEFORE
-        more = {name: value[..., -1:] for name, value in inputs.items()}
-        more["attention_mask"] = torch.ones(1, TOKENS + 1, dtype=torch.int64)
         output = model(**more, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-        decode = [*prefill, *recorder.events[len(prefill) :]]
+        decode = recorder.shapes[len(prefill) :]
     del output
-    return prefill, decode[len(prefill) :], arrivals
+    return prefill, decode, arrivals
 
 
 def position_rows(config: Any) -> int:
@@ -413,37 +487,80 @@ def position_rows(config: Any) -> int:
 
 
 def _shape_of(tensor: torch.Tensor) -> Shape:
-    return Shape(0, 0, tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.dtype.itemsize)
+    item_bytes = tensor.dtype.itemsize
+    is_loaded_type = tensor.dtype == torch.bfloat16
+    return Shape(0, 0, tuple(tensor.shape), item_bytes, tensor.numel() * item_bytes, is_loaded_type=is_loaded_type)
 
 
 def tower_script(tower: Tower) -> dict[str, Any]:
     """Trace a vision tower, from the pixels to the embeddings with image features in them."""
     config = transformers.AutoConfig.for_model(tower.family, **tower.fields)
-    model = trace_memory.build(config, "sdpa")
+    model = build(config)
     blocks = model.get_submodule(tower.blocks)
-    layers = model.get_submodule("model.language_model").layers
     inputs, features, patches = _images(config, tower)
-    recorder = Recorder(model)
-
-    def arrive(place: int) -> Any:
-        def hook(*_: Any) -> None:
-            recorder.place = place
-
-        return hook
-
+    rows = position_rows(config)
+    inputs["position_ids"] = torch.arange(TOKENS).expand(rows, 1, -1) if rows > 1 else torch.arange(TOKENS)[None]
+    pictures = {name: inputs.pop(name) for name in list(inputs) if name.startswith(("pixel", "image"))}
+    recorder = Recorder()
+    recorder.ignore([*model.parameters(), *model.buffers()])
+    recorder.place = BEFORE
+    count = len(blocks)
     for number, block in enumerate(blocks):
-        block.register_forward_pre_hook(arrive(number))
-    blocks[-1].register_forward_hook(arrive(BLOCKS))
-    layers[0].register_forward_pre_hook(arrive(BLOCKS + 1))
-    with torch.no_grad(), recorder, AsOnGpu():
-        recorder.note(inputs["pixel_values"])
-        output = model(**inputs, use_cache=True, logits_to_keep=1)
-    events = list(recorder.events)
-    del output
+        block.register_forward_pre_hook(place_hook(recorder, number))
+    blocks[-1].register_forward_hook(place_hook(recorder, count))
+    mergers = [
+        module for name, module in model.named_modules() if name.rpartition(".")[0].endswith("deepstack_merger_list")
+    ]
+    for number, tap in enumerate(mergers):
+        tap.register_forward_pre_hook(place_hook(recorder, TAP + number))
+    arrivals: dict[int, list[Shape]] = {}
+    for number, layer in enumerate(text_body(model).layers):
+        layer.register_forward_pre_hook(arrival_hook(recorder, LAYER + number, arrivals), with_kwargs=True)
+        layer.register_forward_hook(place_hook(recorder, ADDED + number))
+    text_body(model).norm.register_forward_pre_hook(place_hook(recorder, BEHIND))
+    with torch.no_grad(), OnGpu(recorder), recorder:
+        inputs = ghosts_of(inputs, recorder)
+        recorder.listen()
+        pictures = {name: value.to(CUDA) for name, value in pictures.items()}
+        # As generate does, before it embeds the prompt.
+        encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(pictures))
+        output = model(**inputs, **encoded, use_cache=True, logits_to_keep=1)
+    events = list(recorder.shapes)
+    del output, encoded, pictures
+    pixels = next(event for event in events if isinstance(event, Shape)).size_bytes // 2
+    symbols = tower_symbols(config, blocks_width(blocks[0]), pixels, patches, features)
+    entry = {
+        event.number: ENTRY - at for at, event in enumerate(e for e in events if isinstance(e, Shape) and e.place == BEFORE)
+    }
+    sizes = [event.size_bytes for event in events if isinstance(event, Shape) and event.place == BEFORE]
+    parts: dict[str, Any] = {
+        "entry": events_of(events, BEFORE, symbols),
+        "block": events_of(events, 1, symbols, entry),
+        "exit": events_of(events, count, symbols, entry),
+    }
+    parts["exit"][:0] = freed_at(events, count - 1, entry)
+    given = freed_at(events, 0, entry)
+    if given:
+        parts["given"] = max(given, key=lambda code: sizes[ENTRY - code])
+    taps = len(getattr(config.vision_config, "deepstack_visual_indexes", []))
+    if taps:
+        parts |= {"taps": taps, "tap": events_of(events, TAP + 1, symbols), "added": events_of(events, ADDED + 1, symbols)}
+    if tower.vision:
+        parts["vision"] = tower.vision
+    if tower.body:
+        text = symbols_of(config.get_text_config())
+        layer = {
+            "arrivals": [made(shape, text) for shape in arrivals[LAYER + 1]],
+            "prefill": events_of(events, LAYER + 1, text),
+        }
+        parts["layers"] = {kind: layer | {"decode": decode} for kind, decode in decodes(tower.body)}
+    return parts
+
+
+def tower_symbols(config: Any, width: int, pixels: int, patches: int, features: int) -> dict[int, tuple[Fraction, str]]:
+    """Every length that a dimension can have while images are read, as a multiple of a symbol."""
     text_dim = getattr(config.get_text_config(), "head_dim", None) or HIDDEN // HEADS
     dim = VISION_HIDDEN // VISION_HEADS
-    width = blocks_width(blocks[0])
-    pixels = math.prod(inputs["pixel_values"].shape)
     symbols: dict[int, tuple[Fraction, str]] = {}
     for length, factor, symbol in (
         (TOKENS, 1, "tokens"),
@@ -454,25 +571,60 @@ def tower_script(tower: Tower) -> dict[str, Any]:
         (VISION_HIDDEN, 1, "vision_hidden"),
         (MERGE * VISION_HIDDEN, MERGE, "vision_hidden"),
         (3 * VISION_HIDDEN, 3, "vision_hidden"),
+        (2 * VISION_HIDDEN, 2, "vision_hidden"),
+        (TOKENS + 1, 1, "tokens"),
         (width, 1, "vision_width"),
         (2 * width, 2, "vision_width"),
         (VISION_HEADS, 1, "vision_heads"),
         (text_dim, 1, "head_dim"),
         (text_dim // 2, Fraction(1, 2), "head_dim"),
+        (text_dim // 4, Fraction(1, 4), "head_dim"),
         (dim, 1, "vision_head_dim"),
         (dim // 2, Fraction(1, 2), "vision_head_dim"),
         (dim // 4, Fraction(1, 4), "vision_head_dim"),
         (pixels, Fraction(pixels, patches), "patches"),
+        *edges_of(config, features),
     ):
         symbols.setdefault(length, (Fraction(factor), symbol))
-    entry = {
-        event.number: ENTRY - at for at, event in enumerate(e for e in events if isinstance(e, Shape) and e.place == BEFORE)
-    }
-    return {
-        "entry": events_of(events, BEFORE, symbols),
-        "block": events_of(events, 1, symbols, entry),
-        "exit": events_of(events, BLOCKS, symbols, entry),
-    }
+    symbols[ROOT] = (Fraction(math.isqrt(features)), "")
+    return symbols
+
+
+def freed_at(events: list[Shape | int], place: int, codes: dict[int, int]) -> list[int]:
+    """Codes of tensors of the entry that go at a place."""
+    found: list[int] = []
+    now = BEFORE
+    for event in events:
+        if isinstance(event, Shape):
+            now = event.place
+        elif now == place and event in codes:
+            found.append(codes[event])
+    return found
+
+
+def decodes(body: str) -> list[tuple[str, list[Any]]]:
+    """What one more token does to each kind of layer: the same with images and without."""
+    return [(kind, parts["decode"]) for kind, parts in script(body)["layers"].items()]
+
+
+ROOT = -1
+"""Key of the number of features along an edge, in tables of symbols."""
+
+
+def edges_of(config: Any, features: int) -> list[tuple[int, Fraction, str]]:
+    """Lengths of an edge of a square of patches or features; two of them are a multiple of the features."""
+    vision = config.vision_config
+    if not isinstance(getattr(vision, "image_size", None), (int, list, tuple)):
+        return []
+    edge = edge_of(vision)
+    ratio = Fraction(edge, math.isqrt(features))
+    return [(edge // part, ratio / part, "root") for part in (1, 2, 4) if edge % part == 0]
+
+
+def edge_of(vision: Any) -> int:
+    """Patches along the edge of a square of the tower's own size."""
+    size, patch = vision.image_size, vision.patch_size
+    return (size if isinstance(size, int) else size[0]) // (patch if isinstance(patch, int) else patch[0])
 
 
 ENTRY = -32
@@ -503,12 +655,12 @@ def _images(config: Any, tower: Tower) -> tuple[dict[str, Any], int, int]:
         inputs["pixel_values"] = torch.empty(patches, width, dtype=torch.bfloat16)
         inputs["image_grid_thw"] = torch.tensor([[1, rows, columns]])
         return inputs, features, patches
-    per_edge = vision.image_size // vision.patch_size
-    patches = per_edge**2 + (1 if config.model_type == "llava" else 0)
-    features = (getattr(config, "mm_tokens_per_image", None) or per_edge**2) * tower.sequences
-    inputs = traced_models.image_inputs(
-        config, features, TOKENS - features, 1, edge=vision.image_size, sequences=tower.sequences
-    )
+    per_edge = edge_of(vision)
+    patches = per_edge**2 + (1 if config.model_type in ("llava", "internvl") else 0)
+    features = getattr(config, "mm_tokens_per_image", None) or per_edge**2
+    if config.model_type == "internvl":
+        features = int(features * config.downsample_ratio**2)
+    inputs = traced_models.image_inputs(config, features, TOKENS - features, 1, edge=0, sequences=1)
     return inputs, features, patches
 
 
@@ -586,7 +738,7 @@ def events_of(
 
 def made(event: Shape, symbols: dict[int, tuple[Fraction, str]]) -> list[Any]:
     """A tensor as a product of symbols."""
-    item = event.dtype.itemsize
+    item = event.item_bytes
     shape = event.shape
     if math.prod(shape) * item != event.size_bytes or math.prod(shape) in symbols:
         shape = (event.size_bytes // item,)  # a view was the first that was seen of it
@@ -595,13 +747,18 @@ def made(event: Shape, symbols: dict[int, tuple[Fraction, str]]) -> list[Any]:
         factor, symbol = symbols.get(length, (Fraction(length), ""))
         elements *= factor
         names += symbol.split()
+    while names.count("root") > 1:
+        names = [name for name in names if name != "root"] + ["root"] * (names.count("root") - 2) + ["features"]
+    if "root" in names:
+        names.remove("root")
+        elements *= symbols[ROOT][0]
     group = HEADS // KV_HEADS
     if "kv_heads" in names and elements % group == 0:
         # Keys and values repeated for every head.
         elements /= group
         names[names.index("kv_heads")] = "heads"
     number = int(elements) if elements.denominator == 1 else float(elements)
-    entry: list[Any] = [number, " ".join(sorted(names)), 0 if event.dtype == torch.bfloat16 else item]
+    entry: list[Any] = [number, " ".join(sorted(names)), 0 if event.is_loaded_type else item]
     return [*entry, event.kind] if event.kind else entry
 
 

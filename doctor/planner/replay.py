@@ -21,6 +21,9 @@ in an order that is copied at once; before, flash attention keeps them and needs
 2.6 and later (check_prefer_cudnn_attention); seen in memory histories of H100 cards."""
 MASK_ALIGNMENT = 8
 """Elements of a row of a mask; source: preprocess_mask of aten/src/ATen/native/transformers/attention.cpp."""
+MOST_CUDNN_WIDTH = 128
+"""Of a head, for cuDNN's kernel on Hopper; also the widest for which the memory-efficient kernel sums up in registers.
+Sources: ``sdp_utils.cpp`` (check_cudnn_tensor_shapes); kNeedsOutputAccumulatorBuffer of ``kernel_forward.h``."""
 _GOES = -(2**20)
 """A tensor that goes, in a list of sizes: this less its number."""
 
@@ -99,14 +102,7 @@ class Program:
             self._embed(allocator)
         elif held.kinds:
             carried = allocator.make(tokens * self._batch * self._values["hidden"] * self._item_bytes)
-        caches: list[list[Block]] = []
-        for kind in held.kinds:
-            layer = self._layer(kind)
-            arrived = [] if held.is_first else self._run(layer.arrivals, allocator)
-            *cache, carried = self._run(layer.prefill, allocator, {INPUT: carried})
-            caches.append(cache)
-            for block in arrived:
-                allocator.free(block)
+        caches, carried = self._read(held, carried, allocator)
         if held.has_head:
             self._run(self._script.behind, allocator, {INPUT: carried})
         elif carried is not None:
@@ -116,6 +112,36 @@ class Program:
             self._run(
                 self._layer(kind).decode, allocator, dict(zip((KEYS, VALUES), cache, strict=False)), more=self._new_tokens
             )
+
+    def _read(self, held: Held, carried: Block | None, allocator: Allocator) -> tuple[list[list[Block]], Block | None]:
+        """The layers read the prompt.
+
+        Returns:
+            The keys and values that each keeps, and the hidden states behind the last.
+        """
+        # A later stage adds no features of a tower that taps blocks: where the first has fewer layers than are tapped, what
+        # that allocates is less than what a layer does.
+        taps = self._tower.taps if self._tower is not None and held.is_first else 0
+        caches: list[list[Block]] = []
+        spare: Block | None = None
+        for number, kind in enumerate(held.kinds):
+            layer = self._layer(kind)
+            cache: list[Block] = []
+            if layer.prefill:
+                arrived = [] if held.is_first else self._run(layer.arrivals, allocator)
+                *cache, carried = self._run(layer.prefill, allocator, {INPUT: carried})
+                for block in arrived:
+                    allocator.free(block)
+            caches.append(cache)
+            if spare is not None:
+                allocator.free(spare)
+                spare = None
+            if self._tower is not None and number < taps:
+                spare = carried
+                *_, carried = self._run(self._tower.added, allocator)
+        if spare is not None:
+            allocator.free(spare)
+        return caches, carried
 
     def _inputs(self, allocator: Allocator, tokens: int) -> list[Block]:
         """Token numbers, mask and positions, which ``generate`` makes anew, longer by one, for each further token."""
@@ -128,13 +154,18 @@ class Program:
             self._run(self._script.before, allocator)
             return
         left: dict[int, Block | None] = {}
-        *_, carried = self._run(self._tower.entry, allocator, left=left)
-        for _ in range(self._values["vision_layers"]):
+        self._run(self._tower.entry, allocator, left=left)
+        carried = left.pop(self._tower.given, None)
+        blocks, taps = self._values["vision_layers"], self._tower.taps
+        for number in range(blocks):
             *_, carried = self._run(self._tower.block, allocator, {INPUT: carried})
+            # Evenly, the last one before the last block: those of Qwen3-VL differ from that by a block.
+            if number + 1 < blocks and (number + 1) * taps // (blocks - 1) > number * taps // (blocks - 1):
+                self._run(self._tower.tap, allocator)
         self._run(self._tower.exit, allocator, {INPUT: carried, **left})
 
     def _layer(self, kind: str) -> LayerScript:
-        layers = self._script.layers
+        layers = self._tower.layers if self._tower is not None and self._tower.layers else self._script.layers
         return layers[kind] if kind in layers else next(iter(layers.values()))
 
     def _run(
@@ -208,20 +239,25 @@ class Program:
         return [ENTRY - number for number in range(count) if number not in gone]
 
     def _size(self, made: Made, tokens: int) -> int:
-        if made.kind and not self._is_made(made.kind, tokens):
-            return 0
         symbols = made.symbols.split()
+        width = "vision_head_dim" if "vision_heads" in symbols else "head_dim"
+        if made.kind and not self._is_made(made.kind, tokens, width):
+            return 0
         item_bytes = made.item_bytes or self._item_bytes
         elements = made.elements
         for symbol in symbols:
             elements *= tokens if symbol == "tokens" else self._values[symbol]
         return int(elements * item_bytes) * (self._batch if _OF_PROMPT.intersection(symbols) else 1)
 
-    def _is_made(self, kind: str, tokens: int) -> bool:
-        """Whether the kernel that attention has here makes such a tensor."""
+    def _is_made(self, kind: str, tokens: int, width: str) -> bool:
+        """Whether the kernel that attention has here, with heads as wide as that symbol says, makes such a tensor."""
+        is_wide = self._values[width] > MOST_CUDNN_WIDTH
+        is_cudnn = self._is_cudnn and not is_wide
         if kind == "padding":
-            return not self._is_cudnn and bool(tokens % MASK_ALIGNMENT)
-        return self._is_cudnn == (kind == "cudnn")
+            return not is_cudnn and bool(tokens % MASK_ALIGNMENT)
+        if kind == "sums":
+            return is_wide
+        return is_cudnn == (kind == "cudnn")
 
 
 _OF_PROMPT = frozenset({"tokens", "vocabulary", "patches", "features"})

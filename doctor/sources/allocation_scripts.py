@@ -29,10 +29,16 @@ def body_script(body: str) -> AllocationScript | None:
 
 
 @functools.cache
-def tower_script(family: str) -> TowerScript | None:
-    """The script of a family's vision tower, by the ``model_type`` of the whole model; ``None`` where there is none."""
+def tower_script(family: str, vision: str | None = None) -> TowerScript | None:
+    """The script of a vision tower, or ``None`` where there is none.
+
+    Args:
+        family: ``model_type`` of the whole model.
+        vision: That of its ``vision_config``; ``None`` where it has none, which means the family's first one.
+    """
     entry = _scripts().towers.get(family)
-    return None if entry is None else msgspec.json.decode(entry, type=TowerScript)
+    script = None if entry is None else msgspec.json.decode(entry, type=TowerScript)
+    return script if script is None or not script.vision or vision in (script.vision, None) else None
 
 
 @functools.cache

@@ -75,11 +75,18 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
         quantization=_quantization(config),
         runs_inner_generate=architecture.startswith(INNER_GENERATE),
         body_script=None if is_remote_code else body_script(text.body),
-        tower_script=None if is_remote_code else tower_script(model_type),
+        tower_script=None if is_remote_code else tower_script(model_type, _vision_type(config)),
         files=checkpoint.files,
         registered=registered(tensors, units, config, model_type=model_type, is_remote_code=is_remote_code),
         notes=tuple(notes),
     )
+
+
+def _vision_type(config: Mapping[str, Any]) -> str | None:
+    """``model_type`` of the vision tower, where the config names it."""
+    vision = config.get("vision_config")
+    kind = vision.get("model_type") if isinstance(vision, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def _class_of(config: Mapping[str, Any]) -> tuple[str, str]:

@@ -92,14 +92,15 @@ def storage_of(tensor: torch.Tensor) -> Any:
     return inner.untyped_storage()
 
 
-def pretend_cuda() -> None:
-    """Let tensors say that they are on a GPU in a process that must not touch one.
+def pretend_cuda(capability: tuple[int, int]) -> None:
+    """Let tensors say that they are on a GPU in a process that must not touch one, which has this compute capability.
 
     Torch starts CUDA where a GPU is named, before a mode can answer, and selects that GPU around many operations. The
     selector of a torch built with CUDA is replaced by torch itself when it finds no GPU; a torch built without CUDA has
     none, and gets the one of the meta device, which does nothing. Source: c10/core/impl/DeviceGuardImplInterface.h.
     """
     torch.cuda._lazy_init = lambda: None
+    torch.cuda.get_device_capability = lambda *_: capability
     # torch.tensor(...) makes its tensor on the CPU and moves it where a mode can see that.
     torch._C._set_only_lift_cpu_tensors(True)
     torch._C._ensureCUDADeviceGuardSet()

@@ -37,11 +37,11 @@ class Tracer:
         folder: str | None,
         has_cudnn: bool,
     ) -> None:
-        pretend_cuda()
+        pretend_cuda((9, 0) if has_cudnn else (8, 0))
         self._folder = folder
         self._has_cudnn = has_cudnn
         self._dtype = _HALF[dtype]
-        self.model = _build(config, architecture, self._dtype, attention)
+        self.model = build(config, architecture, self._dtype, attention)
         self.module_names = [""]
         self._numbers: dict[int, int] = {}
         for name, module in self.model.named_modules():
@@ -168,7 +168,7 @@ class Tracer:
         return handles
 
 
-def _build(config: dict[str, Any], architecture: str, dtype: torch.dtype, attention: str) -> Any:
+def build(config: dict[str, Any], architecture: str, dtype: torch.dtype, attention: str) -> Any:
     """The model with weights that have no data, tied as the class ties them."""
     kind = getattr(transformers, architecture, None)
     if kind is None:

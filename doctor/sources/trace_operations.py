@@ -17,6 +17,8 @@ from .trace_ghost import CPU, CUDA, META, Ghost, Notes, map_nested, tensors_in
 
 MAX_REAL_ELEMENTS = 2**20
 """Results of more elements have no data. A model reads back what describes its input, never the input itself."""
+SHORT_ROW = 4096
+"""Keys that are sorted without scratch memory. Source: should_use_small_sort of aten/native/cuda/Sort.h."""
 NEXT_TOKEN = 5
 """What an unknown greatest logit chooses: a number that means nothing special to any of the families."""
 _aten = torch.ops.aten
@@ -299,7 +301,32 @@ def _comparison(call: Call) -> Any:
     return torch.full(result.shape, call.func.overloadpacket is _aten.ne)
 
 
+def _sort(call: Call) -> Any:
+    """The kernel's scratch memory beside sorted keys and their numbers.
+
+    Source: launch_stable_sort_kernel of aten/native/cuda/SortStable.cu: numbers of all keys, then buffers of CUB for keys
+    and numbers; seen in memory histories of H100 cards. Short rows are sorted in place.
+    """
+    keys = call.args[0]
+    result = _plain(call.func, call.args, call.kwargs, tensors_in(call.kwargs, tensors_in(call.args, [])))
+    for tensor in tensors_in(result, []):
+        call.notes.born(tensor)
+    if keys.dim() and keys.shape[-1] > SHORT_ROW:
+        call.notes.temporary(8 * keys.numel(), (keys.element_size() + 8) * keys.numel())
+    return result
+
+
+def _histc(call: Call) -> Any:
+    """Counts of integers, which the CPU has no kernel for."""
+    keys = call.args[0]
+    if not keys.is_real or keys.is_floating_point():
+        return NotImplemented
+    return call.func(keys.inner.float(), *call.args[1:], **call.kwargs).to(keys.dtype)
+
+
 _SPECIAL: dict[Any, Callable[..., Any]] = {
+    _aten.sort: _sort,
+    _aten.histc: _histc,
     _aten._local_scalar_dense: _scalar,
     _aten.index: _index,
     _aten.index_put_: _index_put_,
