@@ -129,8 +129,10 @@ class Program:
             return
         left: dict[int, Block | None] = {}
         *_, carried = self._run(self._tower.entry, allocator, left=left)
-        for _ in range(self._values["vision_layers"]):
-            *_, carried = self._run(self._tower.block, allocator, {INPUT: carried})
+        # What the first block is given may outlive it: then it goes at the exit, as a tensor of the entry.
+        is_kept = min(left) in self._tower.exit
+        for number in range(self._values["vision_layers"]):
+            *_, carried = self._run(self._tower.block, allocator, {} if is_kept and not number else {INPUT: carried})
         self._run(self._tower.exit, allocator, {INPUT: carried, **left})
 
     def _layer(self, kind: str) -> LayerScript:
