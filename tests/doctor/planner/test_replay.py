@@ -198,3 +198,11 @@ def test_what_is_not_written_down_is_not_replayed() -> None:
     assert not judge(msgspec.structs.replace(profile, body_script=None), images=0)
     for fields in ({"attention": "eager"}, {"logits": "forward"}, {"quantization": "nf4"}, {"allocator": "expandable"}):
         assert not judge(profile, **fields)
+
+
+def test_a_model_without_a_tower_is_replayed_as_with_one() -> None:
+    profile = profile_of("llava-hf/llava-1.5-7b-hf")
+    blind = msgspec.structs.replace(profile, vision=None, image=None, tower_script=None)
+    workload = Workload(images=0, text_tokens=2_000)
+    needs = [replay(model, workload).need((3, 9), 0, 80 * GIB) for model in (profile, blind)]
+    assert needs[0] == needs[1]
