@@ -173,8 +173,7 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         return found[1] if found else None
 
     def longest_text_tokens(self, split: Split) -> int | None:
-        """Most text tokens of one prompt that a split can take by the formulas; ``None`` when the workload itself does not
-        fit."""
+        """Most text tokens of a prompt by the formulas; ``None`` when the workload itself does not fit."""
         return longest_text_tokens(self.footprint, self.fleet.rooms, split, self.most_text_tokens)
 
     def takes(self, split: Split, text_tokens: int) -> bool:
