@@ -129,6 +129,11 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     runs_inner_generate: bool = False
     """True when the class calls ``self.language_model.generate`` (InternVL-Chat and others), so that the logits must end
     on the device of the inputs."""
+    text_multiples: tuple[float, float] | None = None
+    """From the user's own rules: elements a token while a text layer runs, in multiples of the MLP's width and of the
+    hidden size; outdoes ``data/activations.py``."""
+    vision_multiples: tuple[float, float] | None = None
+    """The same for a patch in the tower."""
     files: tuple[str, ...] = ()
     """Checkpoint files the headers were read from."""
     notes: tuple[str, ...] = ()

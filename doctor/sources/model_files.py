@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from ..errors import ModelFileError, ModelNotFoundError
 from ..model import ModelProfile
 from .catalogue import catalogue, find_entry
+from .checkpoint import Checkpoint
 from .checkpoint_folder import read_folder
 from .hub_cache import DEFAULT_REVISION, HubId, find_snapshot, hub_settings, parse_hub_id
+from .installed_transformers import has_flat_towers
 from .model_profile import build_profile
 
 
@@ -31,7 +34,7 @@ def load_profile(name: str, *, allow_network: bool = True) -> ModelProfile:
     place = find_model(name)
     if isinstance(place, Path):
         # transformers does not know "~".
-        return build_profile(read_folder(place), name=str(place) if name.startswith("~") else name, origin="checkpoint")
+        return _describe(read_folder(place), str(place) if name.startswith("~") else name, "checkpoint")
     profile = _load_hub_model(name, place, allow_network=allow_network)
     revision = None if place.revision == DEFAULT_REVISION else place.revision
     return msgspec.structs.replace(profile, name=place.repo, revision=revision)
@@ -51,6 +54,10 @@ def find_model(name: str) -> Path | HubId:
     if model is None:
         raise ModelNotFoundError(f"{name[:200]!r}: no folder, catalogue name or hub id (org/name) of that name{_end(name)}")
     return model
+
+
+def _describe(checkpoint: Checkpoint, name: str, origin: Literal["checkpoint", "hub", "catalogue"]) -> ModelProfile:
+    return build_profile(checkpoint, name=name, origin=origin, are_towers_flat=has_flat_towers())
 
 
 def catalogue_names() -> tuple[str, ...]:
@@ -80,11 +87,11 @@ def _load_hub_model(name: str, model: HubId, *, allow_network: bool) -> ModelPro
     problem: ModelFileError | None = None
     if snapshot is not None:
         try:
-            return build_profile(read_folder(snapshot), name=name, origin="hub")
+            return _describe(read_folder(snapshot), name, "hub")
         except ModelFileError as error:
             problem = error
     if entry is not None:
-        profile = build_profile(entry.checkpoint(), name=name, origin="catalogue")
+        profile = _describe(entry.checkpoint(), name, "catalogue")
     elif not allow_network or settings.is_offline:
         raise problem or ModelNotFoundError(
             f"{name}: no such folder, not in the catalogue nor in {settings.cache}, and the network may not be used; "
@@ -94,7 +101,7 @@ def _load_hub_model(name: str, model: HubId, *, allow_network: bool) -> ModelPro
         # Late: http costs more than everything else here, and local models do without.
         from .hub import read_hub
 
-        profile = build_profile(read_hub(model, settings), name=name, origin="hub")
+        profile = _describe(read_hub(model, settings), name, "hub")
     if problem is None:
         return profile
     return msgspec.structs.replace(profile, notes=(*profile.notes, f"The copy in the hub cache was not used: {problem}"))

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from ..data.config_defaults import ARCHITECTURES
-from ..data.families import INNER_GENERATE, REMOTE_TYPES
-from ..data.image_rules import IMAGE_RULES
+from ..data.config_defaults import ARCHITECTURES, PARTS
+from ..data.families import FLAT_TOWERS, REMOTE_TYPES, FamilyRules, rules_of
+from ..data.image_rules import UNKNOWN
 from ..errors import ModelFileError
 from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
 from .checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
@@ -24,13 +24,23 @@ MAX_UNITS = 2_000
 _RIGHT_CONFIG = "use the config.json that belongs to this checkpoint"
 
 
-def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpoint", "hub", "catalogue"]) -> ModelProfile:
+def build_profile(
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    origin: Literal["checkpoint", "hub", "catalogue"],
+    families: Mapping[str, FamilyRules] | None = None,
+    are_towers_flat: bool = True,
+) -> ModelProfile:
     """Describe a model from its config and headers.
 
     Args:
         checkpoint: What was read, or a catalogue entry expanded.
         name: What the user calls it.
         origin: Where it was read from.
+        families: The user's own rules, by ``model_type`` or name of the class; they outdo the built-in ones.
+        are_towers_flat: The installed transformers has no ``vision_model`` inside CLIP and SigLIP towers (5.x), which
+            matters only where a tower is broken into parts.
 
     Raises:
         ModelFileError: The config lacks a key that a plan needs, or contradicts the tensors.
@@ -40,8 +50,10 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
         raise ModelFileError(f"{name}: the safetensors files hold no tensors; download the checkpoint again.")
     model_type, architecture = _class_of(config)
     is_remote_code = bool(config.get("auto_map")) and ARCHITECTURES.get(model_type) != architecture
-    tensors = by_module_name(checkpoint.tensors, "" if is_remote_code else model_type)
-    cut = cut_into_units(tensors)
+    rules = _rules(config, model_type, architecture, is_remote_code=is_remote_code, families=families or {})
+    is_flat = are_towers_flat and not is_remote_code and _tower_type(config) in FLAT_TOWERS
+    tensors = by_module_name(checkpoint.tensors, rules.renames, is_tower_flat=is_flat)
+    cut = cut_into_units(tensors, rules)
     if len(cut.units) > MAX_UNITS:
         raise ModelFileError(
             f"{name}: its tensors are named like {len(cut.units):,} parts of a model (at most {MAX_UNITS:,}); "
@@ -52,11 +64,11 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
     notes = [*checkpoint.notes, *_check_against(text, cut, tensors)]
     units, tied = complete_units(
         cut,
-        family=model_type,
         body_type=fields.model_type,
         ties_embeddings=_ties(config, fields.raw("tie_word_embeddings")),
+        rotary=rules.rotary,
     )
-    vision, image = _vision(checkpoint, tensors, model_type, cut.first("vision"), notes)
+    vision, image = _vision(checkpoint, tensors, cut.first("vision"), rules, notes)
     return ModelProfile(
         name=name,
         origin=origin,
@@ -70,7 +82,9 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
         vision=vision,
         image=image,
         quantization=_quantization(config),
-        runs_inner_generate=architecture.startswith(INNER_GENERATE),
+        runs_inner_generate=rules.runs_inner_generate,
+        text_multiples=rules.text_multiples,
+        vision_multiples=rules.vision_multiples,
         files=checkpoint.files,
         notes=tuple(notes),
     )
@@ -91,6 +105,36 @@ def _class_of(config: Mapping[str, Any]) -> tuple[str, str]:
     if not architecture:
         raise ModelFileError(f"config.json has no architectures; {_RIGHT_CONFIG}.")
     return model_type, architecture
+
+
+def _rules(
+    config: Mapping[str, Any],
+    model_type: str,
+    architecture: str,
+    *,
+    is_remote_code: bool,
+    families: Mapping[str, FamilyRules],
+) -> FamilyRules:
+    """The user's rules for the model, otherwise the built-in ones; what the config forbids is added."""
+    own = families.get(architecture) or families.get(model_type)
+    rules = own or rules_of(model_type, architecture)
+    if own is None and is_remote_code:
+        rules = rules._replace(renames=())
+    layers = config.get("vision_feature_layer", config.get("vision_feature_layers"))
+    if isinstance(layers, list) and len(layers) > 1:
+        # The outputs of several blocks are joined (``torch.cat`` in modeling_llava.py), so that all must be on one GPU.
+        rules = rules._replace(is_tower_whole=True)
+    return rules
+
+
+def _tower_type(config: Mapping[str, Any]) -> str:
+    """``model_type`` of the vision tower."""
+    section = config.get("vision_config")
+    named = section.get("model_type") if isinstance(section, dict) else None
+    if isinstance(named, str) and named:
+        return named
+    family = config.get("model_type")
+    return PARTS.get(family, {}).get("vision_config", "") if isinstance(family, str) else ""
 
 
 def _check_against(text: TextShape, cut: Cut, tensors: Mapping[str, StoredTensor]) -> list[str]:
@@ -124,7 +168,11 @@ def _ties(config: Mapping[str, Any], of_body: Any) -> bool | None:
 
 
 def _vision(
-    checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], model_type: str, tower: str, notes: list[str]
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, StoredTensor],
+    tower: str,
+    rules: FamilyRules,
+    notes: list[str],
 ) -> tuple[VisionShape | None, ImageRule | None]:
     """Dimensions of the tower and its processor's rule; what is unknown becomes a note."""
     if not tower:
@@ -136,11 +184,11 @@ def _vision(
         notes.append("config.json does not give the dimensions of the vision tower: its working memory is not counted.")
         return None, None
     has_conv = f"{tower}.conv.weight" in tensors
-    rule = image_rule(model_type, checkpoint.config, shape, fields, checkpoint.processor, has_conv=has_conv)
-    family = model_type or "this family"
+    rule = image_rule(rules.image or UNKNOWN, checkpoint.config, shape, fields, checkpoint.processor, has_conv=has_conv)
+    family = checkpoint.config.get("model_type") or "this family"
     if rule is None:
         notes.append(f"How {family} turns images into tokens is unknown: image tokens are not counted.")
-    elif model_type not in IMAGE_RULES:
+    elif rules.image is None:
         notes.append(
             f"How {family} turns images into tokens is assumed: each is resized to {rule.size} x {rule.size} pixels."
         )
