@@ -4,7 +4,7 @@ The true-size model of the installed transformers runs its real code, but no flo
 result is shaped by a dry run on the meta device and then allocated, unwritten, on the CPU, where untouched pages cost
 nothing. Integer and boolean tensors are computed, since vision towers read them. Two things are as on a GPU and not as on
 the CPU: fused attention holds its output and row statistics (and a mask's additive copy, twice when the rows of the mask
-are not aligned), and a softmax in float32 of 16-bit scores makes no copy of them first.
+are not aligned), and a softmax in float32 of float16 scores (of those alone) makes no copy of them first.
 
     python benchmarks/trace_memory.py [NAME ...]
 
@@ -151,7 +151,8 @@ class AsOnGpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if func is torch.nn.functional.softmax and kwargs.get("dtype") is not None:
+        # Source: softmax in aten/src/ATen/native/SoftMax.cpp.
+        if func is torch.nn.functional.softmax and kwargs.get("dtype") is not None and args[0].dtype == torch.float16:
             return torch.empty(args[0].shape, dtype=kwargs["dtype"])
         return func(*args, **kwargs)
 

@@ -118,6 +118,27 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {"out_hidden_size": 4096},
         },
     ),
+    "qwen3-vl-30b-a3b": (
+        "qwen3_vl_moe",
+        {
+            "tie_word_embeddings": False,
+            "text_config": {
+                "hidden_size": 2048,
+                "intermediate_size": 6144,
+                "moe_intermediate_size": 768,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "vocab_size": 151936,
+                "tie_word_embeddings": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+            },
+            "vision_config": {"out_hidden_size": 2048},
+        },
+    ),
     "gemma-3-4b": ("gemma3", _gemma3(2560, 10240, 34, 8, 4, 256)),
     "gemma-3-12b": ("gemma3", _gemma3(3840, 15360, 48, 16, 8, 256)),
     "gemma-3-27b": ("gemma3", _gemma3(5376, 21504, 62, 32, 16, 128)),
@@ -200,7 +221,7 @@ def image_inputs(config: Any, image_tokens: int, text: int, batch: int, *, edge:
     )
     ids = torch.cat([torch.full((batch, image_tokens), marker), torch.full((batch, text), 5)], 1)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if kind in ("glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+    if kind in ("glm4v", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
         inputs["mm_token_type_ids"] = (ids == marker).int()
         grid = edge // vision.patch_size
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

@@ -5,7 +5,7 @@ The planner is imported where it is used: a check of a machine without GPUs has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -16,7 +16,8 @@ from .machine import Machine
 from .model import ModelProfile
 from .placement import Plan
 from .report import Report
-from .verdict import exit_status, focus
+from .trace import Traces
+from .verdict import PROBLEM, USABLE, exit_status, focus
 from .workload import Policy, Workload
 
 
@@ -53,16 +54,36 @@ def with_suggestion(report: Report, profile: ModelProfile, *, gpus: tuple[int, .
     return msgspec.structs.replace(report, plan=plan(profile, report.machine, Workload(), Policy(gpus=gpus)))
 
 
-def plan_report(profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy) -> Report:
+def plan_report(
+    profile: ModelProfile,
+    machine: Machine,
+    workload: Workload,
+    policy: Policy,
+    *,
+    suggest_gpus: bool = False,
+    traces: Traces | None = None,
+    untraced: str | None = None,
+) -> Report:
     """Place a model on a machine. Of the machine's faults, those of the GPUs that the plan uses count.
+
+    Args:
+        profile: The model.
+        machine: What was seen.
+        workload: What the model is to do.
+        policy: How to choose.
+        suggest_gpus: Name cards on which the workload would fit, also when it fits here.
+        traces: Allocations of the model's real code for this workload; ``None`` plans by formulas.
+        untraced: Why there are none although they were asked for.
 
     Raises:
         UsageError: Workload or policy make no sense for this model and machine.
         ModelFileError: The model cannot be placed.
     """
-    from .planner import plan
+    from . import planner
 
-    answer = plan(profile, machine, workload, policy)
+    answer = planner.plan(profile, machine, workload, policy, traces=traces, untraced=untraced)
+    if suggest_gpus and answer.fits:
+        answer = msgspec.structs.replace(answer, gpu_sets=planner.suggest_gpus(profile, workload, policy))
     diagnosis = focus(diagnose(machine, plan=answer), _gpus_of(answer))
     return Report(
         version=__version__,
@@ -71,6 +92,32 @@ def plan_report(profile: ModelProfile, machine: Machine, workload: Workload, pol
         diagnosis=diagnosis,
         plan=answer,
         exit_status=exit_status(machine, diagnosis, answer),
+    )
+
+
+def map_report(
+    device_map: Mapping[str, int | str], profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy
+) -> Report:
+    """Judge a ``device_map``. Of the machine's faults, those of the GPUs that the map uses count.
+
+    Raises:
+        MapError: The map is empty or too large.
+        UsageError: Workload or policy make no sense for this model and machine.
+        ModelFileError: The model cannot be placed.
+    """
+    from .planner import check_map
+
+    checked = check_map(device_map, profile, machine, workload, policy)
+    used = frozenset(use.gpu for use in checked.devices if use.gpu is not None)
+    diagnosis = focus(diagnose(machine), used)
+    status = exit_status(machine, diagnosis)
+    return Report(
+        version=__version__,
+        command="check-map",
+        machine=machine,
+        diagnosis=diagnosis,
+        map_check=checked,
+        exit_status=PROBLEM if status == USABLE and not checked.is_clean else status,
     )
 
 

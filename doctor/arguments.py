@@ -20,7 +20,7 @@ def asks_for_json(words: Sequence[str]) -> bool:
     return "--json" in words or "--format=json" in words or ("--format", "json") in pairwise(words)
 
 
-def gpu_indices(text: str) -> tuple[int, ...]:
+def gpu_indices(text: str, *, option: str = "--gpus") -> tuple[int, ...]:
     """Read ``0,1`` as GPU indices.
 
     Raises:
@@ -28,11 +28,47 @@ def gpu_indices(text: str) -> tuple[int, ...]:
     """
     entries = [entry.strip() for entry in text.split(",")]
     if not all(map(_INDEX.fullmatch, entries)):
-        raise UsageError(f"--gpus: {text!r} is not a list of GPU indices; write them with commas, such as 0,1.")
+        raise UsageError(f"{option}: {text!r} is not a list of GPU indices; write them with commas, such as 0,1.")
     indices = tuple(int(entry) for entry in entries)
     if len(set(indices)) != len(indices):
-        raise UsageError(f"--gpus: {text!r} names a GPU twice.")
+        raise UsageError(f"{option}: {text!r} names a GPU twice.")
     return indices
+
+
+def excluded_gpus(text: str) -> tuple[int, ...]:
+    """Read ``0,1`` as indices of GPUs that must not be used.
+
+    Raises:
+        UsageError: It is not a list of numbers, or names a GPU twice.
+    """
+    return gpu_indices(text, option="--exclude")
+
+
+def pin(text: str) -> tuple[str, int]:
+    """Read ``model.visual=0`` as a module path and the GPU it must be on.
+
+    Raises:
+        UsageError: It is not a path, an equals sign and an index.
+    """
+    path, _, index = (part.strip() for part in text.rpartition("="))
+    if not path or not _INDEX.fullmatch(index):
+        raise UsageError(f"--pin: {text!r} is not a module and a GPU; write them as model.visual=0.")
+    return path, int(index)
+
+
+def max_memory(text: str) -> tuple[tuple[int, int], ...]:
+    """Read ``0=20GiB,1=10GiB`` as GPU indices and bytes.
+
+    Raises:
+        UsageError: It is not a list of indices and sizes.
+    """
+    result = []
+    for entry in text.split(","):
+        index, _, size = (part.strip() for part in entry.partition("="))
+        if not _INDEX.fullmatch(index) or not size:
+            raise UsageError(f"--max-memory: {entry!r} is not a GPU and a size; write them as 0=20GiB.")
+        result.append((int(index), parse_bytes(size, where="--max-memory")))
+    return tuple(result)
 
 
 def image_size(text: str) -> tuple[int, int]:

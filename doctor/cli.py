@@ -1,4 +1,4 @@
-"""The command line: ``vlm-doctor``, ``collect``, ``plan``, ``explain``.
+"""The command line: ``vlm-doctor``, ``collect``, ``plan``, ``check-map``, ``explain``.
 
 Exit status, the same in every format: 0 usable; 1 an error was found (with ``--strict`` also a warning) or the plan does
 not fit; 2 bad usage or unreadable input; 3 could not look; 130 interrupted. Imports are late: a run has 0.3 s.
@@ -23,8 +23,10 @@ from .delivery import is_utf8, look_of, write_file, write_stdout
 from .errors import ModelError, UsageError, VlmDoctorError
 from .formats.look import Look
 from .machine import Machine
+from .model import ModelProfile
 from .options import parse, policy, workload
 from .report import Report
+from .workload import Policy
 
 DEFAULT_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
 """Model of the closing suggestion: an open 9B vision-language model that the catalogue knows, so no network is needed."""
@@ -91,19 +93,57 @@ def plan(options: Namespace) -> int:
     """Place a model on a machine."""
     started = time.perf_counter()
     look = _look(options)
+    profile, machine = _model_and_machine(options)
+    from .answer import plan_report
+
+    wanted = workload(options)
+    traces = untraced = None
+    if options.trace:
+        from .tracing import trace_model
+
+        tracing = trace_model(options.model, profile, machine, wanted, allow_network=not options.offline)
+        traces, untraced = tracing.traces, tracing.reason
+    chosen = _calibrated(policy(options)) if machine.origin == "live" else policy(options)
+    report = plan_report(
+        profile, machine, wanted, chosen, suggest_gpus=options.suggest_gpus, traces=traces, untraced=untraced
+    )
+    return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+
+
+def _calibrated(chosen: Policy) -> Policy:
+    """A policy that knows what was measured on this machine."""
+    from .sources.calibration import load_calibrations
+
+    return msgspec.structs.replace(chosen, calibrations=load_calibrations())
+
+
+def _model_and_machine(options: Namespace) -> tuple[ModelProfile, Machine]:
+    """Read the model while the machine is looked at."""
     from .sources import Collection, load_machine
     from .sources.model_files import load_profile
 
     if options.machine == "live":
         with Collection(with_torch=False) as collection:
             profile = load_profile(options.model, allow_network=not options.offline)
-            machine = collection.without_torch()
-    else:
-        machine = load_machine(options.machine)
-        profile = load_profile(options.model, allow_network=not options.offline)
-    from .answer import plan_report
+            return profile, collection.without_torch()
+    machine = load_machine(options.machine)
+    return load_profile(options.model, allow_network=not options.offline), machine
 
-    report = plan_report(profile, machine, workload(options), policy(options))
+
+def check_map(options: Namespace) -> int:
+    """Judge a device_map."""
+    started = time.perf_counter()
+    look = _look(options)
+    from .sources.map_file import read_map
+
+    read = read_map(options.map)
+    profile, machine = _model_and_machine(options)
+    from .answer import map_report
+
+    careful = Policy(gpus=options.gpus or read.gpus)
+    if options.headroom is not None:
+        careful = msgspec.structs.replace(careful, headroom_fraction=0.0, headroom_min_bytes=options.headroom)
+    report = map_report(read.device_map, profile, machine, workload(options), careful)
     return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
 
 
@@ -115,6 +155,24 @@ def collect(options: Namespace) -> int:
     machine = collect_machine(with_torch=not options.no_torch, fresh_torch=options.fresh_torch)
     _write(codec.to_json(machine if options.no_redact else codec.redact(machine)), options.output)
     return 0
+
+
+def calibrate(options: Namespace) -> int:
+    """Measure what torch takes of each GPU."""
+    from .answer import refuse_missing_gpus
+    from .formats.calibration_text import calibration_text
+    from .sources import collect as collect_machine
+    from .sources.calibration import calibrate as measure
+
+    machine = collect_machine(with_torch=False)
+    refuse_missing_gpus(machine, options.gpus)
+    readings = measure(machine, gpus=options.gpus)
+    if options.json:
+        text = msgspec.json.encode(readings).decode() + "\n"
+    else:
+        text = calibration_text((one.gpu, one.name, one.calibration, one.reason) for one in readings)
+    _write(text, options.output)
+    return 0 if any(reading.calibration for reading in readings) else FAILED
 
 
 def explain(options: Namespace) -> int:
@@ -130,7 +188,14 @@ def explain(options: Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Namespace], int]] = {"check": check, "plan": plan, "collect": collect, "explain": explain}
+COMMANDS: dict[str, Callable[[Namespace], int]] = {
+    "check": check,
+    "plan": plan,
+    "check-map": check_map,
+    "collect": collect,
+    "calibrate": calibrate,
+    "explain": explain,
+}
 
 
 def _look(options: Namespace) -> Look:

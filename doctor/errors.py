@@ -4,7 +4,8 @@
 
     VlmDoctorError
     ├── UsageError              bad command line, machine spec, marker or setting      exit status 2
-    │   └── MachineError        a machine spec or snapshot that cannot be read
+    │   ├── MachineError        a machine spec or snapshot that cannot be read
+    │   └── MapError            a device_map that cannot be read, or a model that cannot be moved
     ├── ModelError              a model that cannot be read                            exit status 2
     │   ├── ModelNotFoundError  no such folder, hub id or catalogue name
     │   └── ModelFileError      a config or checkpoint file that is damaged or lacks what is needed
@@ -26,6 +27,10 @@ class UsageError(VlmDoctorError):
 
 class MachineError(UsageError):
     """A machine spec or a snapshot file that cannot be read."""
+
+
+class MapError(UsageError):
+    """A ``device_map`` that cannot be read, or a loaded model that cannot be moved."""
 
 
 class ModelError(VlmDoctorError):

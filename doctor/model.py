@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from .allocation import AllocationScript, TowerScript
+
 Role = Literal["vision", "projector", "embedding", "layer", "norm", "head", "other"]
 """Part of the model: vision tower, projector (anything between tower and text), token embedding, one repeated text layer,
 final norm, output head, or something that fits none of these."""
@@ -44,6 +46,23 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
         return sum(self.parameters.values())
 
 
+class Registered(msgspec.Struct, frozen=True, kw_only=True):
+    """The smallest thing that ``device_map="auto"`` places.
+
+    It is a block that ``auto`` does not part, a module without children, or a bare parameter.
+    """
+
+    unit: Unit
+    """A unit of the profile, or what part of one lies here."""
+    owner: str
+    """Key of the profile's unit that it is, or is part of."""
+    block: str = ""
+    """Class of a block that is listed in ``_no_split_modules`` (several joined by ``|``)."""
+    is_parameter: bool = False
+    buffer_bytes: int = 0
+    """Buffers that the class makes itself, such as rotary tables, at the size of its default config."""
+
+
 class TextShape(msgspec.Struct, frozen=True, kw_only=True):
     """Dimensions of the text body. Source: ``text_config`` (or the root) of config.json."""
 
@@ -59,12 +78,22 @@ class TextShape(msgspec.Struct, frozen=True, kw_only=True):
     attention_chunk: int | None = None
     """Tokens that a ``chunked`` layer sees at most (Llama 4)."""
     max_positions: int | None = None
+    body: str = ""
+    """``model_type`` of the text body, such as ``qwen2`` in a LLaVA-OneVision."""
+    experts: int = 0
+    """Of a mixture; 0 where there is none."""
+    active_experts: int = 0
+    """Experts that one token passes."""
+    expert_width: int = 0
+    """Width of one expert's MLP."""
     kv_lora_rank: int | None = None
     """Width of the compressed keys and values of multi-head latent attention (DeepSeek, Kimi). ``kv_heads`` and
     ``head_dim`` then describe the expanded cache: 2 x kv_heads x head_dim elements a token."""
     qk_rope_head_dim: int | None = None
     qk_nope_head_dim: int | None = None
     v_head_dim: int | None = None
+    linear_width: int = 0
+    """Width of the values of all heads in layers of linear attention; 0 where it is not known."""
     cached_layers: tuple[LayerCache, ...] = ()
     """What each layer keeps, in order; empty when all are ``full``, or, with a ``sliding_window``, all ``sliding``."""
 
@@ -126,6 +155,9 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     image: ImageRule | None = None
     quantization: str | None = None
     """``quantization_config.quant_method`` of a checkpoint that is already quantized, such as ``awq``."""
+    tensors: dict[str, tuple[str, int]] = {}
+    """Parameter name in the class to stored dtype and elements, so that a key inside a unit can be judged; empty where only
+    the units are known."""
     runs_inner_generate: bool = False
     """True when the class calls ``self.language_model.generate`` (InternVL-Chat and others), so that the logits must end
     on the device of the inputs."""
@@ -134,8 +166,14 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     hidden size; outdoes ``data/activations.py``."""
     vision_multiples: tuple[float, float] | None = None
     """The same for a patch in the tower."""
+    body_script: AllocationScript | None = None
+    """Which tensors come and go in the text body, where that is known."""
+    tower_script: TowerScript | None = None
     files: tuple[str, ...] = ()
     """Checkpoint files the headers were read from."""
+    registered: dict[str, tuple[Registered, ...]] = {}
+    """By major version of transformers the model in the order in which its class registers it; a version is missing where
+    that order is not known."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user to read."""
 

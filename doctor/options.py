@@ -16,7 +16,7 @@ import msgspec
 from . import arguments
 from .delivery import write_stdout
 from .errors import UsageError
-from .workload import DType, Policy, Quantization, Workload
+from .workload import Attention, DType, Optimizer, Policy, Preference, Quantization, Training, Workload
 
 _DESCRIPTION = "Examine a machine with NVIDIA GPUs, say what is wrong, and place a vision-language model on it."
 _EPILOG = (
@@ -26,10 +26,13 @@ _EPILOG = (
 COMMANDS = {
     "check": "Say what is wrong with a machine and how to repair it.",
     "plan": "Place a model on the GPUs of a machine: device_map, memory of each GPU, and why.",
+    "check-map": "Judge a device_map before anything loads: what fails, why, and the map that would do.",
     "collect": "Write a snapshot of this machine as JSON, for --machine elsewhere and for bug reports.",
+    "calibrate": "Measure what torch takes of each GPU of this machine, for later plans; makes a CUDA context on each.",
     "explain": "Explain a code: what it means, why it matters, how to repair it.",
 }
 
+WORKLOAD_TITLE = "largest call of the model"
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python makes of bytes on the command line that are not UTF-8."""
@@ -91,7 +94,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     }
     _add_check(commands["check"])
     _add_plan(commands["plan"])
+    _add_check_map(commands["check-map"], commands["plan"])
     _add_collect(commands["collect"])
+    _add_calibrate(commands["calibrate"])
     commands["explain"].add_argument("code", metavar="CODE", help="such as VLM501")
     return parser, commands
 
@@ -110,7 +115,12 @@ def _add_plan(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
-    work = parser.add_argument_group("largest call of the model")
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="tell memory by running the model's code without GPU and weights; takes a minute",
+    )
+    work = parser.add_argument_group(WORKLOAD_TITLE)
     for name, value, text in (
         ("--images", default.images, "images in each prompt"),
         ("--text-tokens", default.text_tokens, "text tokens of each prompt"),
@@ -127,13 +137,76 @@ def _add_plan(parser: Parser) -> None:
     )
     work.add_argument("--dtype", choices=get_args(DType), help="of the weights (default: the checkpoint's)")
     work.add_argument("--quantization", choices=get_args(Quantization), help="load with bitsandbytes")
-    work.add_argument("--attention", choices=("sdpa", "eager"), default=default.attention)
+    work.add_argument("--attention", choices=get_args(Attention), default=default.attention)
     work.add_argument("--logits", choices=("generate", "forward"), default=default.logits, help="forward keeps all of them")
+    work.add_argument(
+        "--allocator",
+        choices=("native", "expandable"),
+        default=default.allocator,
+        help="torch's, or expandable_segments:True",
+    )
+    _add_training(parser)
     policy = parser.add_argument_group("policy")
+    policy.add_argument(
+        "--prefer",
+        choices=get_args(Preference),
+        default=careful.prefer,
+        help="fewest GPUs, then longest prompt (balanced) or fastest links (speed); or longest prompt first (context)",
+    )
     policy.add_argument("--max-gpus", metavar="N", type=int, help="use at most so many GPUs")
     policy.add_argument("--min-gpus", metavar="N", type=int, default=careful.min_gpus, help="spread over at least so many")
+    policy.add_argument(
+        "--exclude", metavar="0,1", type=arguments.excluded_gpus, default=(), help="GPUs that must not be used"
+    )
+    policy.add_argument(
+        "--pin",
+        metavar="MODULE=GPU",
+        type=arguments.pin,
+        action="append",
+        default=[],
+        help="module that must be on a GPU, such as model.visual=0; repeatable",
+    )
+    policy.add_argument(
+        "--max-memory",
+        metavar="GPU=SIZE",
+        type=arguments.max_memory,
+        action="append",
+        default=[],
+        help="most that this process may take there, such as 0=20GiB; repeatable",
+    )
+    policy.add_argument(
+        "--offload", action="store_true", help="allow the last layers in host memory when the GPUs do not suffice: slow"
+    )
     policy.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
-    _add_output(parser, ("terminal", "json", "python"))
+    parser.add_argument(
+        "--suggest-gpus", action="store_true", help="name cards on which the workload would fit, also when it fits here"
+    )
+    _add_output(parser, ("terminal", "json", "python", "yaml"))
+
+
+def _add_training(parser: Parser) -> None:
+    usual = Training()
+    group = parser.add_argument_group("training: one optimizer step instead of a call")
+    group.add_argument("--training", choices=("lora", "full"), help="adapters on the text body, or all weights")
+    group.add_argument("--optimizer", choices=get_args(Optimizer), help=f"default: {usual.optimizer}")
+    group.add_argument("--lora-rank", metavar="N", type=int, help=f"rank of the adapters (default: {usual.lora_rank})")
+    group.add_argument(
+        "--no-gradient-checkpointing", action="store_true", help="keep all activations for the backward pass"
+    )
+
+
+def _add_check_map(parser: Parser, plan: Parser) -> None:
+    parser.add_argument("map", metavar="FILE|-", help="JSON, YAML lines, a Python dict or a plan; - is standard input")
+    parser.add_argument("--model", metavar="MODEL", required=True, help="hub id, or folder of a checkpoint")
+    _add_machine(parser)
+    parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    # The workload is described in the same words as for a plan, so that the two never differ.
+    work = next(group for group in plan._action_groups if group.title == WORKLOAD_TITLE)
+    group = parser.add_argument_group(WORKLOAD_TITLE)
+    for action in work._group_actions:
+        group._add_action(action)
+    parser.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
+    _add_output(parser, ("terminal", "json"))
 
 
 def _add_collect(parser: Parser) -> None:
@@ -141,6 +214,12 @@ def _add_collect(parser: Parser) -> None:
     parser.add_argument(
         "--no-redact", action="store_true", help="keep UUIDs, user names, commands and home folders as they are"
     )
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
+
+
+def _add_calibrate(parser: Parser) -> None:
+    parser.add_argument("--gpus", metavar="0,1", type=arguments.gpu_indices, help="GPUs to measure (default: all)")
+    parser.add_argument("--json", action="store_true", help="the readings as JSON")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
 
 
@@ -184,12 +263,45 @@ def workload(options: argparse.Namespace) -> Workload:
         quantization=options.quantization,
         attention=options.attention,
         logits=options.logits,
+        training=_training(options),
+        allocator=options.allocator,
+    )
+
+
+def _training(options: argparse.Namespace) -> Training | None:
+    """The training step that was asked for; its details make no sense without it."""
+    usual = Training()
+    if options.training is None:
+        for name, value in (
+            ("--optimizer", options.optimizer),
+            ("--lora-rank", options.lora_rank),
+            ("--no-gradient-checkpointing", options.no_gradient_checkpointing),
+        ):
+            if value is not None and value is not False:
+                raise UsageError(f"{name} is about training: add --training lora or --training full.")
+        return None
+    if options.training == "full" and options.lora_rank is not None:
+        raise UsageError("--lora-rank is about adapters: use it with --training lora, or leave it out.")
+    return Training(
+        method=options.training,
+        optimizer=options.optimizer or usual.optimizer,
+        lora_rank=usual.lora_rank if options.lora_rank is None else options.lora_rank,
+        gradient_checkpointing=not options.no_gradient_checkpointing,
     )
 
 
 def policy(options: argparse.Namespace) -> Policy:
     """Put the policy of ``plan`` together. A headroom that was asked for replaces both parts of the default one."""
-    chosen = Policy(gpus=options.gpus, max_gpus=options.max_gpus, min_gpus=options.min_gpus)
+    chosen = Policy(
+        gpus=options.gpus,
+        max_gpus=options.max_gpus,
+        min_gpus=options.min_gpus,
+        prefer=options.prefer,
+        exclude=options.exclude,
+        pins=tuple(options.pin),
+        max_memory=tuple(limit for limits in options.max_memory for limit in limits),
+        offload=options.offload,
+    )
     if options.headroom is None:
         return chosen
     return msgspec.structs.replace(chosen, headroom_fraction=0.0, headroom_min_bytes=options.headroom)

@@ -9,8 +9,9 @@ import msgspec
 from .workload import Workload
 
 LedgerKind = Literal[
-    "driver", "others", "context", "workspace", "weights", "kv_cache", "activations", "fragmentation", "headroom", "left"
-]
+    "driver", "others", "context", "workspace", "weights", "kv_cache", "activations", "training", "fragmentation",
+    "headroom", "left",
+]  # fmt: skip
 
 
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,8 +41,13 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def peak_bytes(self) -> int:
         """Predicted peak of torch's ``max_memory_allocated``: workspace, weights, KV cache and activations."""
-        counted = ("workspace", "weights", "kv_cache", "activations")
+        counted = ("workspace", "weights", "kv_cache", "activations", "training")
         return sum(line.size_bytes for line in self.ledger if line.kind in counted)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Predicted need of torch's allocator: the peak, and what it cannot use beside it."""
+        return self.peak_bytes + sum(line.size_bytes for line in self.ledger if line.kind == "fragmentation")
 
     @property
     def left_bytes(self) -> int:
@@ -85,6 +91,105 @@ class Shortage(msgspec.Struct, frozen=True, kw_only=True):
     """Smallest change first among those that fit, then the rest."""
 
 
+class AutoShare(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``device_map="auto"`` would put on one GPU."""
+
+    gpu: int
+    """GPU index (NVML order)."""
+    keys: tuple[str, ...]
+    """Keys of its map on this GPU, in the order in which the class registers them; empty when it gets nothing."""
+    layers: int
+    """Text layers; one that is cut counts where it begins."""
+    weights_bytes: int
+    need_bytes: int
+    """Weights, KV cache, activations and fragmentation for the workload, by the formulas."""
+    left_bytes: int
+    """What remains after headroom; negative when the workload does not fit."""
+
+
+class CutBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """A repeated block whose parts ``auto`` would put on several devices."""
+
+    key: str
+    devices: tuple[str, ...]
+    """Such as ``GPU 2`` and ``CPU``, in the order of its parts."""
+    fails: bool
+    """True when the block adds its input to its output, so that the call raises."""
+
+
+class AutoPlacement(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``device_map="auto"`` would do with the same model, on the same GPUs."""
+
+    library: str
+    """Whose ``auto``, such as ``transformers 5.23.0``."""
+    unknown: str | None = None
+    """Why it is not known; all that follows is then empty."""
+    shares: tuple[AutoShare, ...] = ()
+    """In the order of torch's ordinals."""
+    cpu_bytes: int = 0
+    """Weights that it would leave in the host's memory."""
+    disk_bytes: int = 0
+    cut_blocks: tuple[CutBlock, ...] = ()
+    parted: tuple[str, ...] = ()
+    """Bare parameters on another GPU than the output that they are joined with."""
+    fits: bool = False
+    """True when the call runs, the workload fits every GPU and nothing is offloaded."""
+    longest_prompt_tokens: int | None = None
+    """Longest prompt (text and image tokens) that it could take, at least; what it takes is within a few percent."""
+    verdict: str
+    """One sentence: why it is worse than the plan, or equal."""
+
+
+class Offload(msgspec.Struct, frozen=True, kw_only=True):
+    """The last layers, kept in host memory because the GPUs do not suffice.
+
+    accelerate copies each of their modules to the first GPU of the plan whenever it is called, and computes there: the KV
+    cache of these layers, their work, and a copy of the largest module are part of that GPU's ledger.
+    """
+
+    keys: tuple[str, ...]
+    """Keys of the ``device_map`` with the value ``cpu``, in execution order."""
+    weights_bytes: int
+    """Host memory that they take."""
+    copy_bytes: int
+    """On the GPU that executes them: a copy of the largest module."""
+    host_left_bytes: int | None
+    """Host memory available after loading, less what Python and torch take; ``None`` when it is not known."""
+    reason: str
+    """Why so much is offloaded, one sentence."""
+    cost: str
+    """What it costs in speed, one sentence."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """The largest workloads that the placement can take: each changes one quantity and keeps the others."""
+
+    prompt_tokens: int
+    """Longest prompt, text and image tokens."""
+    new_tokens: int
+    """Most new tokens; bounded by the model's positions."""
+    batch: int
+    """Most prompts at once."""
+    images: int | None = None
+    """Most images in each prompt, of the workload's size; ``None`` for a model that takes none."""
+    image_edge: int | None = None
+    """Edge in pixels of the largest square image, for as many images as the workload has, where the model takes any size;
+    where its processor scales larger images down, at most the size it scales them to."""
+
+
+class GpuSet(msgspec.Struct, frozen=True, kw_only=True):
+    """Cards that would do: as many of one kind, with nobody else on them."""
+
+    spec: str
+    """For ``--machine``, such as ``2xL4``."""
+    name: str
+    """Of the card, as NVML reports it."""
+    count: int
+    """Fewest that fit the workload."""
+    total_bytes: int
+    """Memory of all of them."""
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The answer for one model, machine, workload and policy."""
 
@@ -101,8 +206,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Text and image tokens of one prompt."""
     image_tokens: int
     """Of all its images together."""
-    device_map: dict[str, int]
-    """Module path to position in ``cuda_visible_devices``; empty when nothing fits."""
+    device_map: dict[str, int | str]
+    """Module path to position in ``cuda_visible_devices``, or ``cpu`` for what is offloaded; empty when nothing fits."""
     max_memory: dict[int, int]
     """Position in ``cuda_visible_devices`` to bytes that weights may take there; for accelerate."""
     cuda_visible_devices: str
@@ -114,7 +219,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Why so many GPUs, why these, what constraints acted."""
     longest_prompt_tokens: int | None = None
     """Longest prompt (text and image tokens) that this placement can take."""
+    limits: Limits | None = None
+    """What this placement can take; ``None`` when nothing fits."""
+    offloaded: Offload | None = None
+    """What is kept in host memory, where the policy allows that and the GPUs do not suffice."""
+    levers: tuple[Lever, ...] = ()
+    """Of a training step that fits: what each change would save on the tightest GPU."""
+    gpu_sets: tuple[GpuSet, ...] = ()
+    """Cards on which the workload would fit, least total memory first: when nothing fits here, or when asked for."""
     shortage: Shortage | None = None
+    auto: AutoPlacement | None = None
+    """What ``device_map="auto"`` would do on the same GPUs."""
+    tier: Literal["formulas", "traced"] = "formulas"
+    """How memory was told: by formulas, or by the allocations of the model's real code."""
     notes: tuple[str, ...] = ()
     """What was assumed."""
     is_remote_code: bool = False

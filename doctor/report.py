@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from .device_map import MapCheck
 from .findings import Diagnosis
 from .machine import Machine
 from .placement import Plan
@@ -19,11 +20,13 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = REPORT_SCHEMA
     version: str
     """Of pytest-vlmgpu."""
-    command: Literal["check", "plan"] = "check"
-    """What was asked: in ``check`` the plan is only a suggestion, in ``plan`` it is the answer."""
+    command: Literal["check", "plan", "check-map"] = "check"
+    """What was asked: in ``check`` the plan is only a suggestion, in ``plan`` it is the answer, in ``check-map`` the map's
+    judgement is."""
     machine: Machine
     diagnosis: Diagnosis | None = None
     plan: Plan | None = None
+    map_check: MapCheck | None = None
     exit_status: int
     """0 usable; 1 an error was found (with --strict also a warning) or the plan does not fit; 3 could not look."""
     notes: tuple[str, ...] = ()

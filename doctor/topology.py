@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from .health import fault_of_link
 from .machine import Link, Machine
 
 _MAX_NVLINKS = 36
@@ -21,6 +22,40 @@ def link_rank(link: Link | None) -> int:
     if link.nvlinks:
         return max(0, _MAX_NVLINKS - link.nvlinks)
     return WORST_RANK if link.path is None else _MAX_NVLINKS + _PATHS.index(link.path)
+
+
+_OUTSIDE_NVLINK = 1_000
+"""More than any chain of NVLinks adds up to: one hop outside an NVLink island is worse than all hops inside it."""
+_THROUGH_HOST = len(_PATHS)
+"""Two copies instead of one, where the driver grants no peer access: worse than the longest direct path."""
+_NO_PEER_ACCESS = (
+    "chipset_not_supported",
+    "gpu_not_supported",
+    "topology_not_supported",
+    "disabled_by_regkey",
+    "not_supported",
+)
+
+
+def hop_rank(machine: Machine, a: int, b: int) -> int | None:
+    """Order the hops from one stage of a model to the next from best (0) to worst.
+
+    NVLink first, then direct copies over PCIe from near to far, then copies through the host's memory.
+
+    Args:
+        machine: The machine.
+        a: GPU index.
+        b: Another GPU index.
+
+    Returns:
+        ``None`` when the link must not be used, see :func:`~vlm_doctor.health.fault_of_link`.
+    """
+    if fault_of_link(machine, a, b) is not None:
+        return None
+    link = machine.link(a, b)
+    if link is not None and (link.p2p_read in _NO_PEER_ACCESS or link.p2p_write in _NO_PEER_ACCESS):
+        return _OUTSIDE_NVLINK + link_rank(Link(a=a, b=b, path=link.path)) + _THROUGH_HOST
+    return link_rank(link) + (0 if link is not None and link.nvlinks else _OUTSIDE_NVLINK)
 
 
 def islands(machine: Machine, gpus: Sequence[int] | None = None) -> tuple[tuple[int, ...], ...]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from .calibration import Calibration
 from .units import MIB
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -42,6 +43,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Type the weights are loaded in; ``None`` is the checkpoint's own."""
     quantization: Quantization | None = None
     """bitsandbytes at load time: ``int8`` (LLM.int8) or ``nf4`` (4 bit)."""
+    is_padded: bool = False
+    """The prompts of the batch differ in length, so that attention needs a mask that hides the padding."""
     attention: Attention = "sdpa"
     logits: Literal["generate", "forward"] = "generate"
     """``generate`` keeps the logits of the last token only; a plain forward keeps those of every token."""
@@ -59,6 +62,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     headroom_min_bytes: int = 256 * MIB
     context_bytes: int | None = None
     """CUDA context of one process on one GPU; ``None`` takes the measured default of ``planner/budget.py``."""
+    calibrations: tuple[Calibration, ...] = ()
+    """Readings of ``vlm-doctor calibrate``, which take the place of that default on the same card and driver."""
     prefer: Preference = "balanced"
     """What counts among the placements that fit. ``balanced``: fewest GPUs, then longest prompt, then fastest links;
     ``speed``: fewest GPUs, then fastest links, then longest prompt; ``context``: longest prompt, then fewest GPUs."""

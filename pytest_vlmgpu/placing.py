@@ -39,8 +39,16 @@ def device_map_for(plan: Plan, ordinals: Mapping[str, int]) -> dict[str, int]:
         hash seed. ``{"": ordinal}`` when one GPU takes it all, which needs no hooks.
 
     Raises:
-        LoadFailure: VLM712, when a GPU of the plan is not among ``ordinals``.
+        LoadFailure: VLM712, when a GPU of the plan is not among ``ordinals``; VLM714, when the plan leaves part of
+            the model in host memory.
     """
+    if plan.offloaded is not None:
+        raise LoadFailure(
+            "VLM714",
+            f"The plan leaves {format_gib(plan.offloaded.weights_bytes)} of {plan.model} on the CPU "
+            f"({plan.offloaded.keys[0]} and what follows), and a test on GPUs must not run there: plan without offload, "
+            "with more GPUs or a smaller workload.",
+        )
     positions = {}
     for position, stage in enumerate(plan.stages):
         if stage.uuid not in ordinals:
@@ -53,7 +61,7 @@ def device_map_for(plan: Plan, ordinals: Mapping[str, int]) -> dict[str, int]:
         positions[position] = ordinals[stage.uuid]
     if len(plan.stages) == 1:
         return {"": positions[0]}
-    return {key: positions[position] for key, position in plan.device_map.items()}
+    return {key: positions[position] for key, position in plan.device_map.items() if isinstance(position, int)}
 
 
 def check_placement(name: str, parts: Iterable[Placed], device_map: Mapping[str, int]) -> None:

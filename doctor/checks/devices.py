@@ -5,17 +5,11 @@ from __future__ import annotations
 import re
 
 from ..findings import Finding, Fix
+from ..health import faults_of_memory
 from ..machine import Gpu
 from ..units import format_gib
 from ._check import Check, Facts, Result, found, label, names, plain, skipped, unknown
 from .driver import addresses
-
-_RECOVERY = {
-    "reset_gpu": "a reset of the GPU",
-    "reboot_node": "a reboot",
-    "drain_p2p": "an end of peer traffic",
-    "drain_and_reset": "a reset of the GPU when it is idle",
-}
 
 
 def gpus_lost(facts: Facts) -> Result:
@@ -244,24 +238,11 @@ def memory_faults(facts: Facts) -> Result:
     error management guide.
     """
     told = ("ecc_uncorrected", "remap_failed", "recovery_action")
-    findings = tuple(_faulty(facts, gpu) for gpu in facts.working if _faults(gpu))
+    findings = tuple(_faulty(facts, gpu) for gpu in facts.working if faults_of_memory(gpu))
     silent = [gpu for gpu in facts.working if all(getattr(gpu, name) is None for name in told)]
     if not findings and silent:
         return unknown(f"{names(silent)} {'do' if len(silent) > 1 else 'does'} not report memory faults")
     return findings
-
-
-def _faults(gpu: Gpu) -> list[str]:
-    faults = []
-    if gpu.remap_failed:
-        faults.append("row remapping has failed")
-    if gpu.recovery_action is not None and gpu.recovery_action != "none":
-        faults.append(f"the driver asks for {_RECOVERY[gpu.recovery_action]}")
-    if gpu.remap_pending:
-        faults.append("row remapping is pending")
-    if gpu.ecc_uncorrected:
-        faults.append(f"{gpu.ecc_uncorrected} uncorrectable ECC error{'s' if gpu.ecc_uncorrected != 1 else ''}")
-    return faults
 
 
 def _faulty(facts: Facts, gpu: Gpu) -> Finding:
@@ -281,7 +262,7 @@ def _faulty(facts: Facts, gpu: Gpu) -> Finding:
     fields = ("ecc_uncorrected", "remap_pending", "remap_failed", "recovery_action")
     return found(
         "error" if is_broken else "warning",
-        f"{label(gpu)}: {', '.join(_faults(gpu))}.",
+        f"{label(gpu)}: {', '.join(faults_of_memory(gpu))}.",
         evidence=facts.evidence(*(facts.path(gpu, name) for name in fields)),
         fix=fix,
         gpus=(gpu,),

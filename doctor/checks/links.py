@@ -6,18 +6,11 @@ import shlex
 from collections.abc import Sequence
 
 from ..findings import Finding, Fix, Severity
+from ..health import failure_of_fabric, ills_of_fabric
 from ..machine import Gpu, Link
 from ..topology import WORST_RANK, describe, islands, link_rank
 from ._check import Check, Facts, Result, found, label, names, skipped, unknown
 
-_FABRIC_MASK = {
-    0: "bandwidth is degraded",
-    2: "a route is being recovered",
-    4: "a route is unhealthy",
-    6: "it recovers from an access timeout",
-}
-"""Bit position of a two-bit field in the fabric's health mask to what it means when the field is 1 (true); 2 is false, 0
-not supported. Source: NVML_GPU_FABRIC_HEALTH_MASK_SHIFT_* of nvidia-ml-py 13.615."""
 _P2P_TEXTS = {
     "chipset_not_supported": "the chipset does not support it",
     "gpu_not_supported": "these GPUs do not support it",
@@ -163,15 +156,11 @@ def fabric_not_up(facts: Facts) -> Result:
 
 
 def _fabric_trouble(gpu: Gpu) -> tuple[Severity, str] | None:
-    fabric = gpu.fabric
-    if fabric is None or fabric.state in ("not_supported", "unknown"):
-        return None
-    if fabric.state != "completed":
-        return "error", f"is not up: {fabric.state.replace('_', ' ')}"
-    if fabric.status:
-        return "error", f"failed with NVML error {fabric.status}"
-    health = [text for shift, text in _FABRIC_MASK.items() if (fabric.health_mask or 0) >> shift & 3 == 1]
-    return ("warning", f"is not healthy: {', '.join(health)}") if health else None
+    failure = failure_of_fabric(gpu)
+    if failure is not None:
+        return "error", failure
+    ills = ills_of_fabric(gpu)
+    return ("warning", f"is not healthy: {', '.join(ills)}") if ills else None
 
 
 def _fabric_finding(facts: Facts, severity: Severity, text: str, gpus: Sequence[Gpu]) -> Finding:

@@ -18,6 +18,22 @@ class TextCoefficient(msgspec.Struct, frozen=True):
     hidden_multiple: float
     """What the layer receives is part of it."""
     source: str
+    experts_hidden_multiple: float = 6
+    """With a mixture of experts: copies of the hidden state for each expert that a token passes. 4 where weights of the
+    router have the model's type (tokens sorted, output, weighed, sorted back), 6 where they are float32, which makes the
+    weighed output and its sorted copy float32 too. Source: grouped_mm_experts_forward of integrations/moe.py, transformers
+    5.23."""
+    beside_experts: float = 4.4
+    """Hidden states that live beside the experts."""
+    runs_all_experts: bool = False
+    """True when every token is copied for every expert (Llama 4)."""
+    attention_multiple: float = 5.1
+    """Copies of the queries of all heads that live at once around fused attention, beside two hidden states."""
+    linear_multiple: float = 26.3
+    """The same for a layer of linear attention, in multiples of the values of all heads. Source: counted for
+    torch_chunk_gated_delta_rule, which runs where the kernels of flash-linear-attention are not installed."""
+    pair_bytes: tuple[int, int] = (0, 0)
+    """Bytes for each pair of tokens that the class's own masks take: through all layers, and while one attends."""
     lost_first: float = 0.5
     """Share of a layer's work that the allocator reserves and cannot use, on the GPU that embeds the prompt."""
     lost_later: float = 0.5
@@ -44,6 +60,8 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
     source: str
     kept_features: int = 2
     """Copies of the image features (as wide as the text body) that the caller holds while the layers read the prompt."""
+    pair_elements: float = 0
+    """For each pair of patches of all images: a mask that keeps them apart, and its copy with aligned rows."""
 
     def elements(self, *, intermediate: int, hidden: int, layers: int) -> float:
         """Elements that live at once for each patch."""
@@ -59,12 +77,19 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
 
 
 _COUNTED = "counted"
-_GATE_AND_UP_APART = TextCoefficient(3, 3.07, _COUNTED, 0.49, 0.41)
-_GATE_AND_UP_MERGED = TextCoefficient(4, 3.07, f"{_COUNTED}, and measured on an H200", 0.43, 0.5)
+_GATE_AND_UP_APART = TextCoefficient(3, 3.07, _COUNTED, lost_first=0.49, lost_later=0.41)
+_GATE_AND_UP_MERGED = TextCoefficient(4, 3.07, f"{_COUNTED}, and measured on an H200", lost_first=0.43, lost_later=0.5)
+_MERGED = TextCoefficient(4, 3.1, _COUNTED)
+_EXPERTS = TextCoefficient(3, 3.1, _COUNTED, experts_hidden_multiple=4, beside_experts=3.3)
+_EXPERTS_IN_FLOAT32 = TextCoefficient(3, 3.1, _COUNTED, experts_hidden_multiple=6, beside_experts=3.2)
+_EXPERTS_BESIDE_SHARED = TextCoefficient(3, 3.1, _COUNTED, experts_hidden_multiple=4, beside_experts=4.31)
+_FROM_ITS_CODE = "read in the code of its checkpoint, not counted"
 
 TEXT: dict[str, TextCoefficient] = {
     **dict.fromkeys(
         (
+            "deepseek_vl",
+            "idefics2",
             "idefics3",
             "internvl",
             "llava",
@@ -79,10 +104,37 @@ TEXT: dict[str, TextCoefficient] = {
         ),
         _GATE_AND_UP_APART,
     ),
+    "chatglm": TextCoefficient(4, 3.5, _FROM_ITS_CODE),
+    "cogvlm": TextCoefficient(3, 6, _FROM_ITS_CODE, pair_bytes=(2, 11)),
     "gemma3": TextCoefficient(3, 3.5, _COUNTED),
     "glm4v": _GATE_AND_UP_MERGED,
 }
 """By ``model_type`` of config.json."""
+
+BODIES: dict[str, TextCoefficient] = {
+    **dict.fromkeys(
+        ("granite", "lfm2", "llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "smollm3"),
+        msgspec.structs.replace(_GATE_AND_UP_APART, linear_multiple=26.3),
+    ),
+    **dict.fromkeys(("glm", "glm4", "phi", "phi3"), _MERGED),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen3_vl_moe_text", "aria_text"), _EXPERTS),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4v_moe_text", "kimi_k2"), _EXPERTS_IN_FLOAT32),
+    **dict.fromkeys(("ernie4_5_vl_moe_text", "qwen3_5_moe_text", "qwen3_next"), _EXPERTS_BESIDE_SHARED),
+    "cohere2": TextCoefficient(3, 3.07, f"{_COUNTED}; it rotates in float32", attention_multiple=13.1),
+    "gemma4_text": TextCoefficient(3, 3.8, _COUNTED),
+    "llama4_text": TextCoefficient(
+        3, 4.1, f"{_COUNTED}; every expert sees every token", experts_hidden_multiple=2, beside_experts=4.1,
+        runs_all_experts=True,
+    ),
+    "minicpm3": TextCoefficient(3, 3.1, _COUNTED),
+    "olmo2": TextCoefficient(3, 2.2, _COUNTED),
+}  # fmt: skip
+"""By ``model_type`` of the text body, for families that :data:`TEXT` does not name. Counted with true dimensions (one layer
+of each kind, 2,048 and 4,096 tokens) under transformers 5.23; tests/doctor/planner/test_families.py holds the figures."""
+
+DENSE_EXPERTS_BEFORE_5 = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text", "llama4", "llama4_text"})
+"""Classes whose experts all see every token under transformers 4; the others loop over the experts there, one by one.
+Source: Qwen3VLMoeTextExperts and Llama4TextExperts of transformers 4.57."""
 
 ATTENTION_STATES = 5.2
 """Hidden states that live at once around attention: residual, normed input, query, and keys and values repeated for every
@@ -95,38 +147,63 @@ _KEEPS_ALL = VisionCoefficient(2, 6, True, f"{_COUNTED}; it keeps the hidden sta
 
 _FORGETS = VisionCoefficient(2, 6, False, _COUNTED)
 _TAKEN_TO_FORGET = VisionCoefficient(2, 6, False, "taken from PaliGemma, whose tower is of the same make; not counted")
+_PIXTRAL = VisionCoefficient(3, 5.8, False, _COUNTED, pair_elements=1)
+"""It joins the patches of all images in one sequence, with a mask that keeps images apart."""
 
 VISION: dict[str, VisionCoefficient] = {
+    "aria": VisionCoefficient(0, 13.9, False, _COUNTED),
+    "aya_vision": VisionCoefficient(2, 4.6, False, _COUNTED),
+    "cohere2_vision": VisionCoefficient(2, 11.3, False, f"{_COUNTED}; its projector is wide"),
     "gemma3": VisionCoefficient(2, 4, False, _COUNTED),
+    **dict.fromkeys(("glm46v", "glm4v_moe"), VisionCoefficient(0, 18.2, False, _COUNTED)),
     "glm4v": VisionCoefficient(0, 18.2, False, f"{_COUNTED}, and measured on an H200"),
-    "idefics3": _TAKEN_TO_FORGET,
+    "idefics2": VisionCoefficient(0, 39, False, f"{_COUNTED}; its connector is as wide as the text body"),
+    "idefics3": VisionCoefficient(2, 4.9, False, _COUNTED),
     "internvl": VisionCoefficient(2, 5.5, False, _COUNTED),
     "llava": _KEEPS_ALL,
     "llava_next": _KEEPS_ALL,
     "llava_onevision": _KEEPS_ALL,
+    "mistral3": _PIXTRAL,
     "mllama": VisionCoefficient(0, 57, False, f"{_COUNTED}; it joins the hidden states of six layers"),
     "paligemma": _FORGETS,
     "qwen2_5_vl": _ROTARY_IN_FLOAT32,
     "qwen2_vl": _ROTARY_IN_FLOAT32,
-    "qwen3_vl": VisionCoefficient(0, 23.4, False, f"{_COUNTED}; three of its layers feed features to the text", 9),
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe"),
+        VisionCoefficient(0, 23.4, False, f"{_COUNTED}; three of its layers feed features to the text", 9),
+    ),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), VisionCoefficient(0, 20.7, False, _COUNTED)),
     "smolvlm": _TAKEN_TO_FORGET,
 }
 """By ``model_type`` of config.json."""
 
 DEFAULT_VISION = VisionCoefficient(2, 6, True, "the most of any architecture counted, since this one was not")
 
-CROSS_ATTENTION: dict[str, float] = {"mllama": 0.2}
-"""Share of the text layers that read images by cross-attention, in families whose image tokens never enter the prompt: one
-marker an image does. Source: ``cross_attention_layers`` of Llama 3.2 Vision: 8 of 40 layers (11B), 20 of 100 (90B)."""
+CROSS_ATTENTION = frozenset({"mllama"})
+"""Families whose image tokens never enter the prompt: one marker an image does, and some layers read them by
+cross-attention (``cross`` in ``TextShape.cached_layers``). Source: ``cross_attention_layers`` of Llama 3.2 Vision."""
 
 FULL_LOGITS_ARCHITECTURES = ("CogVLM", "CogAgent", "ChatGLM")
 """Beginnings of class names whose own code computes the logits of every token, in float32, even in ``generate``.
 Source: modeling_cogvlm.py (CogVLM, CogAgent, CogVLM2) and modeling_chatglm.py (GLM-4V-9B) of their checkpoints."""
 
 
-def text_coefficient(model_type: str) -> TextCoefficient:
-    """The coefficient of a text body."""
-    return TEXT.get(model_type, DEFAULT_TEXT)
+_REMOTE_CODE = {"CogVLM": "cogvlm", "CogAgent": "cogvlm", "ChatGLM": "chatglm"}
+"""Beginnings of class names. Their model types differ between releases."""
+
+
+def text_coefficient(model_type: str, body: str = "", architecture: str = "") -> TextCoefficient:
+    """The coefficient of a text body.
+
+    Args:
+        model_type: Of the whole model.
+        body: ``model_type`` of its text body.
+        architecture: Name of the class; code of checkpoints is told by it.
+    """
+    for beginning, family in _REMOTE_CODE.items():
+        if architecture.startswith(beginning):
+            return TEXT[family]
+    return TEXT.get(model_type) or BODIES.get(body) or BODIES.get(model_type, DEFAULT_TEXT)
 
 
 def vision_coefficient(model_type: str) -> VisionCoefficient:

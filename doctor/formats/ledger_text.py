@@ -48,6 +48,7 @@ _BY_KIND: dict[LedgerKind, Segment] = {
     "workspace": _CONTEXT,
     "kv_cache": _KV_CACHE,
     "activations": _ACTIVATIONS,
+    "training": _ACTIVATIONS,
     "fragmentation": _RESERVE,
     "headroom": _RESERVE,
     "left": _FREE,
@@ -119,6 +120,7 @@ def write_ledger(page: Page, stages: Sequence[Stage]) -> None:
     """Write the ledgers side by side, in GiB; every column adds up to the memory of its GPU."""
     gpus_per_table = max(1, (page.width - _LABEL_COLUMNS) // _FIGURE_COLUMNS)
     for start in range(0, len(stages), gpus_per_table):
+        page.gap()
         _write_ledger_table(page, stages[start : start + gpus_per_table])
 
 

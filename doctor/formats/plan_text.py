@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Iterable
 
 from ..machine import Libraries
-from ..placement import Plan, Stage
+from ..placement import Offload, Plan, Stage
 from ..units import format_gib
+from .chain_text import write_auto, write_chain
 from .key_runs import runs
 from .ledger_text import write_bars, write_ledger, write_sources
 from .page import Column, Page, Piece
@@ -30,15 +31,13 @@ def write_plan(page: Page, plan: Plan, *, gpu_count: int, code: str = "", verbos
         write_bars(page, plan.stages)
         page.gap()
         write_ledger(page, plan.stages)
+        write_chain(page, plan)
         _write_keys(page, plan)
+    _write_offload(page, plan.offloaded)
     _write_cuts(page, plan)
     _write_list(page, "Why", plan.reasons)
-    if plan.fits and plan.longest_prompt_tokens is not None:
-        page.gap()
-        page.text(
-            f"Longest prompt that fits this placement: {plan.longest_prompt_tokens:,} tokens; this one has "
-            f"{plan.prompt_tokens:,}."
-        )
+    _write_limits(page, plan)
+    write_auto(page, plan.auto)
     _write_list(page, "Assumed", plan.notes)
     if verbose:
         page.gap()
@@ -91,6 +90,35 @@ def _keys(stage: Stage) -> str:
     return ", ".join(run.label for run in runs(stage.keys))
 
 
+def _write_offload(page: Page, offloaded: Offload | None) -> None:
+    if offloaded is None:
+        return
+    lines = [f"{format_gib(offloaded.weights_bytes)} of weights: {', '.join(run.label for run in runs(offloaded.keys))}"]
+    if offloaded.host_left_bytes is not None:
+        lines.append(f"{format_gib(offloaded.host_left_bytes)} of host memory left")
+    _write_list(page, "In host memory", [*lines, offloaded.reason, offloaded.cost])
+
+
+def _write_limits(page: Page, plan: Plan) -> None:
+    """How far each quantity can grow while the others stay."""
+    if not plan.fits or plan.longest_prompt_tokens is None:
+        return
+    page.gap()
+    page.text(
+        f"Longest prompt that fits this placement: {plan.longest_prompt_tokens:,} tokens; this one has "
+        f"{plan.prompt_tokens:,}."
+    )
+    limits = plan.limits
+    if limits is None:
+        return
+    others = [f"{limits.new_tokens:,} new tokens", f"batch {limits.batch:,}"]
+    if limits.images is not None:
+        others.append(f"{limits.images:,} {'image' if limits.images == 1 else 'images'} in each prompt")
+    if limits.image_edge is not None:
+        others.append(f"images of {limits.image_edge:,} x {limits.image_edge:,} pixels")
+    page.text(f"Or, with the rest as asked: {', '.join(others[:-1])}, or {others[-1]}.")
+
+
 def _write_cuts(page: Page, plan: Plan) -> None:
     if not plan.cuts:
         return
@@ -109,8 +137,8 @@ def _write_list(page: Page, heading: str, lines: Iterable[str]) -> None:
 
 
 def write_levers(page: Page, plan: Plan) -> None:
-    """Write what would make the model fit: each change, what it saves, and whether it alone is enough."""
-    levers = plan.shortage.levers if plan.shortage else ()
+    """Write what would make the model fit, or save memory: each change, what it saves, and whether it alone is enough."""
+    levers = plan.shortage.levers if plan.shortage else plan.levers
     if not levers:
         return
     page.gap()
@@ -121,6 +149,16 @@ def write_levers(page: Page, plan: Plan) -> None:
         for lever in levers
     ]
     page.table(columns, rows)
+
+
+def write_gpu_sets(page: Page, plan: Plan) -> None:
+    """Write which cards would do."""
+    if not plan.gpu_sets:
+        return
+    page.gap()
+    page.text(("Cards that would do", "bold"))
+    columns = [Column("--machine"), Column("card", is_flexible=True), Column("memory", "right")]
+    page.table(columns, [[found.spec, found.name, format_gib(found.total_bytes)] for found in plan.gpu_sets])
 
 
 def write_snippet(page: Page, plan: Plan, libraries: Libraries | None, *, is_live: bool) -> None:

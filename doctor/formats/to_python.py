@@ -14,11 +14,16 @@ from ..errors import UsageError
 from ..machine import Libraries
 from ..placement import Plan
 from ..report import Report
+from ..workload import Attention
 from .key_runs import KeyRun, runs
 from .look import Look
 
 DTYPE_SINCE = Version("4.56")
 """First transformers whose ``from_pretrained`` takes ``dtype``; before, ``torch_dtype``. Source: its release notes."""
+
+ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
+"""Of torch's allocator. Every torch reads this name, and reads it first (``CUDAAllocatorConfig.h`` of 2.13); the new one,
+``PYTORCH_ALLOC_CONF``, is not heeded by 2.9 for expandable segments (pytorch#183387)."""
 
 _PLAIN_PATH = re.compile(r"[A-Za-z_][\w.]*", re.ASCII)
 
@@ -56,6 +61,8 @@ def snippet(plan: Plan, libraries: Libraries | None = None, *, is_live: bool = F
         f"MODEL = {literal(plan.model)}",
         device_map_source(plan),
     ]
+    if plan.offloaded is not None:
+        blocks.append(f"# {_inert(plan.offloaded.cost)}")
     quantization = _quantization(plan)
     if quantization:
         blocks.append(quantization)
@@ -84,12 +91,26 @@ def device_map_source(plan: Plan) -> str:
     return "\n".join(["device_map = {", *(f"    {entry}," for entry in entries), "}"])
 
 
-def _entry(run: KeyRun, position: int) -> str:
+def _entry(run: KeyRun, device: int | str) -> str:
+    position = device if isinstance(device, int) else literal(device)
     if run.first is None or run.last is None:
         return f"{literal(run.prefix)}: {position}"
     numbers = f"range({run.first}, {run.last + 1})" if run.first else f"range({run.last + 1})"
     key = f'f"{run.prefix}{{i}}"' if _PLAIN_PATH.fullmatch(run.prefix) else f"{literal(run.prefix)} + str(i)"
     return f"**{{{key}: {position} for i in {numbers}}}"
+
+
+def environment_of(plan: Plan) -> dict[str, str]:
+    """Variables that must be set before torch is imported."""
+    variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": plan.cuda_visible_devices}
+    if plan.workload.allocator == "expandable":
+        variables[ALLOCATOR_VARIABLE] = "expandable_segments:True"
+    return variables
+
+
+def attention_word(attention: Attention) -> str:
+    """What ``attn_implementation`` of transformers calls it."""
+    return "flash_attention_2" if attention == "flash" else attention
 
 
 def _environment(plan: Plan, *, is_live: bool) -> str:
@@ -99,9 +120,8 @@ def _environment(plan: Plan, *, is_live: bool) -> str:
     return "\n".join(
         [
             *lines,
-            "# Before torch is imported: CUDA reads these once.",
-            'os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"',
-            f'os.environ["CUDA_VISIBLE_DEVICES"] = {literal(plan.cuda_visible_devices)}',
+            "# Before torch is imported: it and CUDA read these once.",
+            *(f"os.environ[{literal(name)}] = {literal(value)}" for name, value in environment_of(plan).items()),
         ]
     )
 
@@ -136,7 +156,7 @@ def _loading(plan: Plan, dtype: str) -> str:
         *(
             []
             if trust and plan.workload.attention == "sdpa"
-            else [f"attn_implementation={literal(plan.workload.attention)}"]
+            else [f"attn_implementation={literal(attention_word(plan.workload.attention))}"]
         ),
         *(["quantization_config=quantization"] if plan.workload.quantization else []),
         *trust,
@@ -148,6 +168,11 @@ def _loading(plan: Plan, dtype: str) -> str:
         ")",
     ]
     return "\n".join(lines)
+
+
+def _inert(text: str) -> str:
+    """Text for a comment: on one line, in ASCII."""
+    return ascii(text)[1:-1]
 
 
 def literal(text: str) -> str:

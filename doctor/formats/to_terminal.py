@@ -14,8 +14,9 @@ from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
 from .finding_text import write_findings, write_tally, write_unknowns
 from .look import Look
 from .machine_text import write_machine, write_torch
+from .map_text import write_map_check
 from .page import Page
-from .plan_text import write_levers, write_plan, write_snippet, write_suggestion
+from .plan_text import write_gpu_sets, write_levers, write_plan, write_snippet, write_suggestion
 
 EXAMPLE_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
 MISFITS = ("VLM601", "VLM602")
@@ -26,6 +27,8 @@ def render(report: Report, look: Look) -> str:
     """Write a whole report."""
     if report.command == "plan":
         return _plan(report, look)
+    if report.command == "check-map":
+        return _map_check(report, look)
     return head(report, look) + tail(report, look)
 
 
@@ -100,6 +103,7 @@ def _plan(report: Report, look: Look) -> str:
         code = next((finding.code for finding in findings if finding.code in MISFITS and not plan.fits), "")
         write_plan(page, plan, gpu_count=len(report.machine.gpus), code=code, verbose=look.verbose)
         write_levers(page, plan)
+        write_gpu_sets(page, plan)
         if plan.fits:
             write_snippet(page, plan, report.machine.libraries, is_live=report.machine.origin == "live")
         if not report.machine.gpus:
@@ -107,6 +111,17 @@ def _plan(report: Report, look: Look) -> str:
     _write_machine_trouble(page, report, look)
     for note in report.notes:
         page.text(note)
+    _write_time(page, report)
+    return page.render()
+
+
+def _map_check(report: Report, look: Look) -> str:
+    page = _page(look)
+    if report.exit_status == COULD_NOT_LOOK:
+        page.text((verdict(report), "bold yellow"))
+    elif report.map_check is not None:
+        write_map_check(page, report.map_check, verbose=look.verbose)
+    _write_machine_trouble(page, report, look)
     _write_time(page, report)
     return page.render()
 

@@ -4,17 +4,34 @@
 
 - ``validate``: refuse what cannot be meant.
 - ``image_tokens``: pixels to patches and tokens.
-- ``constraints``: units to a chain of atoms, which no cut may part.
+- ``constraints``: units to a chain of atoms, which no cut may part; ``pins``: those that must be on a GPU.
 - ``memory``: what any run of atoms needs.
 - ``budget``: what each GPU can give.
-- ``place``, ``order``, ``search``: the split.
-- ``account``: its ledger, cuts and reasons.
-- ``levers``: what would help when nothing fits.
+- ``problem``: all of that as one question.
+- ``fleet``, ``place``, ``order``, ``search``: the split; ``near``: others that are nearly as good.
+- ``offload``: the last layers in host memory, where that is allowed.
+- ``account``: ledger, cuts and reasons; ``limits``: how far the workload can grow.
+- ``auto``: what ``device_map="auto"`` would have done.
+- ``levers``, ``cards``: what would help when nothing fits.
+
+``map_check`` asks the other way round: what becomes of a map that somebody wrote.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+from .cards import suggest_gpus
 from .planning import plan
 from .validate import validate_policy, validate_workload
 
-__all__ = ["plan", "validate_policy", "validate_workload"]
+__all__ = ["check_map", "plan", "suggest_gpus", "validate_policy", "validate_workload"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late: a plan has no use for it.
+    if name != "check_map":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .map_check import check_map
+
+    return check_map

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..machine import Machine
+from ..health import fault_of_link
 from ..model import Role, Unit
 from ..placement import Cut, LedgerKind, LedgerLine, Stage
 from ..units import format_gib
 from .budget import Budget, Exclusion
 from .constraints import Atom
+from .kv_cache import kept_elements
 from .memory import Footprint, StageNeed, loaded_dtype, unit_bytes
 from .order import Split
 from .problem import Problem
+from .release import is_before_5
 from .search import Choice
 
 _PARTS: dict[Role, str] = {
@@ -26,12 +28,11 @@ _PARTS: dict[Role, str] = {
 }
 
 
-def stages(footprint: Footprint, split: Split, budgets: Sequence[Budget]) -> tuple[Stage, ...]:
+def stages(problem: Problem, split: Split) -> tuple[Stage, ...]:
     """The stages of a split, each with its ledger."""
-    text_tokens = footprint.workload.text_tokens
     return tuple(
-        _stage(footprint, units_of(footprint, run), budgets[gpu], footprint.detail(*run, text_tokens))
-        for gpu, run in zip(split.gpus, split.runs, strict=True)
+        _stage(problem, run, problem.budgets[gpu], problem.need(split, stage))
+        for stage, (gpu, run) in enumerate(zip(split.gpus, split.runs, strict=True))
     )
 
 
@@ -40,28 +41,34 @@ def units_of(footprint: Footprint, run: tuple[int, int]) -> list[Unit]:
     return [unit for atom in footprint.atoms[run[0] : run[1]] for unit in atom.units]
 
 
-def _stage(footprint: Footprint, units: list[Unit], budget: Budget, need: StageNeed) -> Stage:
-    workload = footprint.workload
+def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNeed) -> Stage:
+    footprint = problem.footprint
+    workload, units = footprint.workload, units_of(footprint, run)
+    copy_bytes = 0 if run[0] else footprint.copy_bytes
+    work_bytes = need.activations_bytes - copy_bytes
     tokens = workload.text_tokens + footprint.images.tokens
-    text = footprint.profile.text
     lines = [
         _line("driver", "driver and firmware", budget.driver_bytes, budget.total_source),
         _line("others", "other processes", budget.others_bytes, budget.total_source),
         _line("context", "CUDA context and libraries", budget.context_bytes, budget.context_source),
-        _line("workspace", "cuBLAS workspace", budget.workspace_bytes, "torch's default on Hopper"),
+        _line("workspace", "cuBLAS workspace", budget.workspace_bytes, budget.workspace_source),
         *_weights(footprint, units),
         _line(
             "kv_cache",
             f"KV cache of {tokens + workload.new_tokens:,} tokens" + (f" x {workload.batch}" if workload.batch > 1 else ""),
             need.kv_cache_bytes,
-            f"2 x layers x {text.kv_heads} KV heads x {text.head_dim} x bytes x tokens x batch",
+            _cache_source(footprint),
         ),
-        _line("activations", f"activations, largest while {need.moment}", need.activations_bytes, footprint.source),
+        _line("activations", f"activations, largest while {need.moment}", work_bytes, activations_source(problem)),
+        *_copies(copy_bytes),
+        *_training(need.training_bytes),
         _line(
             "fragmentation",
             "allocator fragmentation",
             need.fragmentation_bytes,
-            "share of the largest temporary and of the KV cache, fitted to measured out-of-memory limits",
+            "torch's allocator, replayed: least memory in which the stage runs"
+            if problem.replay
+            else "share of the largest temporary and of the KV cache, fitted to measured out-of-memory limits",
         ),
         _line("headroom", "headroom", budget.headroom_bytes, budget.headroom_source),
     ]
@@ -75,6 +82,39 @@ def _stage(footprint: Footprint, units: list[Unit], budget: Budget, need: StageN
         ledger=tuple(line for line in lines if line.size_bytes or line.kind in ("kv_cache", "activations", "left")),
         total_bytes=budget.total_bytes,
     )
+
+
+def _cache_source(footprint: Footprint) -> str:
+    """How a layer's cache is counted."""
+    text = footprint.profile.text
+    if text.kv_lora_rank is None:
+        return f"2 x layers x {text.kv_heads} KV heads x {text.head_dim} x bytes x tokens x batch"
+    keys, values = kept_elements(text, footprint.release)
+    which = "4 keeps keys and values expanded" if is_before_5(footprint.release) else "5 keeps them compressed"
+    return f"layers x {keys + values} x bytes x tokens x batch (transformers {which})"
+
+
+def activations_source(problem: Problem) -> str:
+    """Where the figures for activations come from."""
+    if problem.replay and problem.traces is None:
+        return "every tensor of the real code, replayed"
+    return problem.footprint.source
+
+
+def _training(size_bytes: int) -> list[LedgerLine]:
+    """What a training step keeps beside the weights."""
+    if not size_bytes:
+        return []
+    source = "trained elements x bytes of gradient and of the optimizer's states"
+    return [_line("training", "adapters, gradients and optimizer states", size_bytes, source)]
+
+
+def _copies(copy_bytes: int) -> list[LedgerLine]:
+    """Room for what is offloaded, where it is executed."""
+    if not copy_bytes:
+        return []
+    source = "the largest module; accelerate copies each one here when it is called"
+    return [_line("activations", "copy of an offloaded module", copy_bytes, source)]
 
 
 def _weights(footprint: Footprint, units: list[Unit]) -> list[LedgerLine]:
@@ -98,13 +138,19 @@ def _line(kind: LedgerKind, label: str, size_bytes: int, source: str) -> LedgerL
     return LedgerLine(kind=kind, label=label, size_bytes=size_bytes, source=source)
 
 
-def cuts(problem: Problem, split: Split, machine: Machine) -> tuple[Cut, ...]:
-    """The borders between stages, with the link they cross and why they are where they are."""
-    atoms = problem.chain.atoms
+def cuts(problem: Problem, split: Split, longest: int | None) -> tuple[Cut, ...]:
+    """The borders between stages, with the link they cross and why they are where they are.
+
+    Args:
+        problem: The question.
+        split: Its answer, or the split that lacks least.
+        longest: Most text tokens that the answer takes; ``None`` when it does not fit.
+    """
+    atoms = problem.atoms
     result = []
     for number, (first, border) in enumerate(split.runs[:-1]):
         gpu, following = (problem.budgets[position].gpu.index for position in split.gpus[number : number + 2])
-        link = machine.link(gpu, following)
+        link = problem.machine.link(gpu, following)
         free = format_gib(problem.budgets[split.gpus[number]].free_bytes)
         result.append(
             Cut(
@@ -112,7 +158,7 @@ def cuts(problem: Problem, split: Split, machine: Machine) -> tuple[Cut, ...]:
                 after=atoms[border].units[0].key,
                 link=link.label if link else "?",
                 reason=f"GPU {gpu} has {free} free and takes {_contents(atoms[first:border])}: "
-                f"{_why(problem, split, number)}.",
+                f"{_why(problem, split, number, longest)}.",
             )
         )
     return tuple(result)
@@ -121,52 +167,94 @@ def cuts(problem: Problem, split: Split, machine: Machine) -> tuple[Cut, ...]:
 def _contents(atoms: Sequence[Atom]) -> str:
     """What a stage holds, in words."""
     layers = sum(atom.layers for atom in atoms)
-    roles = {unit.role for atom in atoms for unit in atom.units}
-    parts = [f"the {_PARTS[role]}" for role in ("vision", "embedding") if role in roles]
+    units = [unit for atom in atoms for unit in atom.units]
+    roles = {unit.role for unit in units}
+    blocks = sum(unit.role == "vision" and unit.layer is not None for unit in units)
+    parts = []
+    if blocks:
+        parts = [f"{blocks} block{'' if blocks == 1 else 's'} of the vision tower"]
+    elif "vision" in roles:
+        # Of a tower that is cut, what is behind its blocks; as it stands next to the embedding, it is not worth more words.
+        parts = ["the vision tower"] if any(unit.role == "vision" and not unit.parts for unit in units) else []
+    parts += ["the embedding"] if "embedding" in roles else []
     parts += [_counted(layers)] if layers else []
     parts += ["the head"] if "head" in roles else []
     return _joined(parts or ["what comes before the layers"])
 
 
-def _why(problem: Problem, split: Split, number: int) -> str:
+def _why(problem: Problem, split: Split, number: int, longest: int | None) -> str:
     """Why a border is where it is: what would happen were it one layer further on, or one layer earlier."""
     footprint = problem.footprint
-    longest = problem.longest_text_tokens(split)
     if longest is None:
         return "the split that lacks least"
-    for by, change in ((1, "more"), (-1, "fewer")):
+    border = split.ends[number]
+    pin = problem.pins[border]
+    if pin is not None and pin != problem.pins[border - 1]:
+        return f"what follows is pinned to GPU {pin}"
+    noun = "layer" if problem.atoms[border].layers and problem.atoms[border - 1].layers else "part"
+    for by, change in ((1, "more"), (-1, "fewer" if noun == "layer" else "less")):
         moved = split.moved(number, by)
         if moved is None:
             continue
-        other = problem.longest_text_tokens(moved)
-        if other is None:
-            return f"one layer {change} would not fit"
-        if other < longest:
-            here, there = (tokens + footprint.images.tokens for tokens in (longest, other))
-            return f"with one layer {change} the longest prompt would fall from {here:,} to {there:,} tokens"
+        if not problem.split_fits(moved):
+            return f"one {noun} {change} would not fit"
+        if not problem.takes(moved, longest):
+            return f"with one {noun} {change} a prompt of {longest + footprint.images.tokens:,} tokens would not fit"
     return "so the tighter of the two GPUs keeps the most"
 
 
-def reasons(problem: Problem, split: Split, excluded: Sequence[Exclusion]) -> tuple[str, ...]:
+def reasons(problem: Problem, choice: Choice, excluded: Sequence[Exclusion]) -> tuple[str, ...]:
     """Why so many GPUs, why these, and what constraints acted."""
+    split = choice.split
     count, usable = len(split.gpus), len(problem.budgets)
-    names = _gpu_names(problem, split)
-    if count == 1:
-        result = ["One GPU is enough, and a model on one GPU answers fastest."]
-    elif count > problem.policy.min_gpus:
-        margin_bytes = problem.with_gpus(count - 1).margin_bytes()
-        assert margin_bytes is not None
-        fewer = "one GPU" if count == 2 else f"{count - 1} GPUs"
-        result = [f"{count} GPUs are needed: {fewer} would lack {format_gib(-margin_bytes)}."]
-    else:
-        result = [f"{count} GPUs because the policy asks for at least {problem.policy.min_gpus}."]
+    result = [_why_so_many(problem, count)]
     if count < usable:
-        choice = f"None of the {usable}" if count == 1 else f"No choice of {count} among the {usable}"
-        result.append(f"{choice} GPUs that could be used takes a longer prompt than {names}.")
+        result.append(_why_these(problem, split, usable))
+    result += [
+        f"GPU {budget.gpu.index} is used although {budget.fault}: the others do not suffice."
+        for budget in (problem.budgets[gpu] for gpu in split.gpus)
+        if budget.fault is not None
+    ]
     result += [f"GPU {exclusion.gpu} is left out: {exclusion.reason}." for exclusion in excluded]
+    result += [f"{path} is pinned to GPU {gpu}." for path, gpu in problem.policy.pins]
     if count > 1:
         result += problem.chain.constraints
+        result += _kept_apart(problem)
     return tuple(result)
+
+
+def _why_so_many(problem: Problem, count: int) -> str:
+    policy = problem.policy
+    if problem.offloaded:
+        return f"{_gpus(count)} {'take' if count > 1 else 'takes'} as much of the model as fits; host memory has the rest."
+    if count == 1:
+        return "One GPU is enough, and a model on one GPU answers fastest."
+    if count == policy.min_gpus:
+        return f"{count} GPUs because the policy asks for at least {count}."
+    margin_bytes = problem.with_gpus(count - 1).margin_bytes()
+    fewer = "one GPU" if count == 2 else f"{count - 1} GPUs"
+    if margin_bytes is None:
+        return f"{count} GPUs are needed: {fewer} cannot follow the pins or avoid the broken links."
+    if margin_bytes >= 0:
+        return f"{count} GPUs because the policy prefers context: {fewer} would do, but not for so long a prompt."
+    return f"{count} GPUs are needed: {fewer} would lack {format_gib(-margin_bytes)}."
+
+
+def _why_these(problem: Problem, split: Split, usable: int) -> str:
+    count, names = len(split.gpus), _gpu_names(problem, split)
+    choice = f"None of the {usable}" if count == 1 else f"No choice of {count} among the {usable}"
+    if problem.policy.prefer == "speed" and count > 1:
+        return f"{choice} GPUs that could be used has faster links than {names}."
+    return f"{choice} GPUs that could be used takes a longer prompt than {names}."
+
+
+def _kept_apart(problem: Problem) -> list[str]:
+    """Pairs of usable GPUs that must not be neighbors."""
+    pairs = (sorted(pair) for pair, rank in problem.hops.items() if rank is None)
+    return [
+        f"GPU {a} and GPU {b} are never neighbors: {fault_of_link(problem.machine, a, b)}."
+        for a, b in sorted({(a, b) for a, b in pairs})
+    ]
 
 
 def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
@@ -175,7 +263,7 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
     result = [*profile.notes]
     if footprint.images.note:
         result.append(footprint.images.note)
-    result.append(f"Activations: {footprint.source}.")
+    result.append(f"Activations: {activations_source(problem)}.")
     if profile.quantization and workload.dtype:
         result.append(f"The checkpoint is quantized ({profile.quantization}): its weights keep their stored size.")
     positions = profile.text.max_positions
@@ -185,11 +273,19 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
             result.append(f"Prompt and answer take {needed:,} tokens, more than the {positions:,} positions of the model.")
         elif choice and choice.text_tokens >= problem.most_text_tokens:
             result.append(f"The longest prompt is set by the model's {positions:,} positions, not by memory.")
+    if choice and problem.offloaded and not problem.knows_host_memory:
+        result.append(
+            "How much host memory is available is not known, so whether the offloaded layers fit there is not either."
+        )
     if choice and choice.is_rounded:
         result.append("So many GPUs differ in free memory that it was rounded down to make the search quick.")
     if choice and not choice.split.is_exact:
         result.append("Not every order of the GPUs was compared for the fastest links; memory was searched exactly.")
     return tuple(result)
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'' if count == 1 else 's'}"
 
 
 def _gpu_names(problem: Problem, split: Split) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import msgspec
 
+from ..calibration import calibration_of
+from ..data.contexts import Overhead, overhead_of
+from ..health import fault_of_gpu
 from ..machine import Gpu, Machine
-from ..units import MIB
+from ..units import format_gib
 from ..visibility import visible_gpus
 from ..workload import Policy
 
-CONTEXT_BYTES = 698 * MIB
-"""What one torch process takes outside torch's allocator: 618 MiB for the CUDA context, the rest for the kernels and
-libraries that the first forward pass loads. Measured: H200, driver 580.159.04, torch 2.11 (benchmarks/README.md)."""
-WORKSPACE_BYTES = 32 * MIB
-"""cuBLAS workspace, which torch allocates at the first matrix product: 32 MiB on Hopper, less on other GPUs.
-Source: torch, CUDABlas, getChosenWorkspaceSize; it is the constant part of the measured peaks."""
+CONTEXT_BYTES, WORKSPACE_BYTES = overhead_of(None).context_bytes, overhead_of(None).workspace_bytes
+"""On a GPU of unknown kind; ``data/contexts.py`` has the others."""
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +32,11 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     headroom_min_bytes: int
     total_source: str
     context_source: str
+    workspace_source: str = overhead_of(None).workspace_source
+    cap_bytes: int | None = None
+    """Most bytes that our process may take here, CUDA context included; ``None`` is no such limit."""
+    fault: str | None = None
+    """Why the GPU should be left alone where others suffice."""
 
     @property
     def free_bytes(self) -> int:
@@ -41,11 +46,22 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def headroom_bytes(self) -> int:
         """Left free on purpose."""
+        return max(self._usual_headroom_bytes, self._withheld_bytes)
+
+    @property
+    def _usual_headroom_bytes(self) -> int:
         return max(math.ceil(self.headroom_fraction * self.free_bytes), self.headroom_min_bytes)
+
+    @property
+    def _withheld_bytes(self) -> int:
+        """What is free and beyond the limit of our process."""
+        return 0 if self.cap_bytes is None else self.free_bytes - self.cap_bytes
 
     @property
     def headroom_source(self) -> str:
         """Which rule of the policy set the headroom."""
+        if self.cap_bytes is not None and self._withheld_bytes >= self._usual_headroom_bytes:
+            return f"policy: at most {format_gib(self.cap_bytes)} for this process"
         if self.headroom_bytes > self.headroom_min_bytes:
             return f"policy: {self.headroom_fraction:.0%} of the free memory"
         return "policy: least headroom"
@@ -77,6 +93,15 @@ class Budgets(msgspec.Struct, frozen=True):
     usable: tuple[Budget, ...]
     excluded: tuple[Exclusion, ...]
 
+    def sparing(self, needed: Collection[int] = ()) -> Budgets:
+        """The same without the GPUs that have a fault, those in ``needed`` excepted."""
+        spared = [budget for budget in self.usable if budget.fault is not None and budget.gpu.index not in needed]
+        excluded = (Exclusion(budget.gpu.index, f"{budget.fault}, and the others suffice", False) for budget in spared)
+        return Budgets(
+            usable=tuple(budget for budget in self.usable if budget not in spared),
+            excluded=tuple(sorted((*self.excluded, *excluded), key=lambda exclusion: exclusion.gpu)),
+        )
+
 
 def budgets(machine: Machine, policy: Policy) -> Budgets:
     """Make the budget of every GPU that may and can be used, in the order of their indices."""
@@ -84,7 +109,7 @@ def budgets(machine: Machine, policy: Policy) -> Budgets:
     usable: list[Budget] = []
     excluded: list[Exclusion] = []
     for gpu in sorted(machine.gpus, key=lambda gpu: gpu.index):
-        if policy.gpus is not None and gpu.index not in policy.gpus:
+        if gpu.index in policy.exclude or (policy.gpus is not None and gpu.index not in policy.gpus):
             continue
         shares_host = any(budget.gpu.has_unified_memory for budget in usable)
         obstacle = _obstacle(gpu, machine, is_visible=gpu.index in visible, is_host_memory_taken=shares_host)
@@ -127,15 +152,31 @@ def _budget(gpu: Gpu, machine: Machine, policy: Policy) -> Budget:
     free_bytes = min(free_bytes, total_bytes)
     reserved_bytes = 0 if gpu.has_unified_memory else gpu.memory_reserved_bytes or 0
     driver_bytes = min(reserved_bytes, total_bytes - free_bytes)
+    overhead = _overhead(gpu, machine, policy)
     return Budget(
         gpu=gpu,
         total_bytes=total_bytes,
         driver_bytes=driver_bytes,
         others_bytes=total_bytes - driver_bytes - free_bytes,
-        context_bytes=CONTEXT_BYTES if policy.context_bytes is None else policy.context_bytes,
-        workspace_bytes=WORKSPACE_BYTES,
+        context_bytes=overhead.context_bytes,
+        workspace_bytes=overhead.workspace_bytes,
         headroom_fraction=policy.headroom_fraction,
         headroom_min_bytes=policy.headroom_min_bytes,
         total_source="host memory (the GPU has none of its own)" if gpu.has_unified_memory else "NVML",
-        context_source="measured on an H200" if policy.context_bytes is None else "policy",
+        context_source=overhead.context_source,
+        workspace_source=overhead.workspace_source,
+        cap_bytes=dict(policy.max_memory).get(gpu.index),
+        fault=fault_of_gpu(gpu),
     )
+
+
+def _overhead(gpu: Gpu, machine: Machine, policy: Policy) -> Overhead:
+    """What torch takes of a GPU beside tensors: as the policy says, else as was measured here, else by its generation."""
+    overhead = overhead_of(gpu.compute_capability)
+    known = calibration_of(policy.calibrations, gpu.name, machine.driver.kernel_module_version)
+    if known is not None:
+        source = f"calibrated on this machine, {known.date}"
+        overhead = Overhead(known.context_bytes, known.workspace_bytes, source, source)
+    if policy.context_bytes is not None:
+        overhead = msgspec.structs.replace(overhead, context_bytes=policy.context_bytes, context_source="policy")
+    return overhead

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 
 from ..errors import ModelFileError
@@ -12,6 +14,10 @@ class Atom(msgspec.Struct, frozen=True):
     """Units that no cut may part."""
 
     units: tuple[Unit, ...]
+    has_tower: bool = False
+    """Holds the vision tower, or a part of it: pixels are encoded where it is."""
+    has_embedding: bool = False
+    """The prompt is embedded here, and the image features are written into it."""
 
     @property
     def layers(self) -> int:
@@ -28,12 +34,19 @@ class Chain(msgspec.Struct, frozen=True):
     """The atoms of a model in execution order; stages are runs of them."""
 
     atoms: tuple[Atom, ...]
-    """The first is the anchor: whatever the prompt meets before the first layer."""
+    """First, as one atom or a few, the anchor: whatever the prompt meets before the first layer."""
     constraints: tuple[str, ...]
     """What acted, one sentence each."""
+    is_tower_broken: bool = False
+    """True when cuts between the blocks of the vision tower are allowed."""
 
 
-def chain(profile: ModelProfile) -> Chain:
+def can_break_tower(profile: ModelProfile) -> bool:
+    """Whether the vision tower has parts that a cut may separate."""
+    return any(part.layer is not None for unit in profile.units for part in unit.parts)
+
+
+def chain(profile: ModelProfile, *, breaks_tower: bool = False) -> Chain:
     """Join the units that must share a device.
 
     - The anchor holds the vision tower, projector, bare parameters, embedding and rotary tables: image features are
@@ -43,17 +56,28 @@ def chain(profile: ModelProfile) -> Chain:
       the anchor.
     - Otherwise the head stays with the norm, behind the layers; a norm without its head stays with the last layer.
 
+    Args:
+        profile: The model.
+        breaks_tower: Allow cuts between the blocks of a vision tower that has parts. What is before the blocks is one
+            atom with the first of them; what is behind them, bare parameters included, stays with the embedding.
+
     Raises:
         ModelFileError: The profile has no layers, or ties a unit that it does not have.
     """
     layers = [unit.key for unit in profile.units if unit.role == "layer"]
     if not layers:
         raise ModelFileError(f"{profile.name}: no text layers were found in the checkpoint, so there is nothing to place.")
+    is_broken = breaks_tower and can_break_tower(profile)
     tail = len(layers) + 1
     place = {unit.key: tail if unit.role in ("norm", "head") else 0 for unit in profile.units}
     place.update({key: position for position, key in enumerate(layers, start=1)})
     constraints = []
-    if any(unit.role in ("vision", "projector") for unit in profile.units):
+    if is_broken:
+        constraints.append(
+            "The vision tower is cut between its blocks, since it fits on no GPU as a whole; what is behind its blocks "
+            "stays with the projector and the token embedding."
+        )
+    elif any(unit.role in ("vision", "projector") for unit in profile.units):
         constraints.append(
             "Vision tower, projector and token embedding stay on one GPU: image features are written into the embeddings."
         )
@@ -73,4 +97,26 @@ def chain(profile: ModelProfile) -> Chain:
     atoms = [Atom(tuple(unit for unit in profile.units if place[unit.key] == position)) for position in range(tail + 1)]
     if not atoms[tail].has_head:
         atoms[tail - 1 :] = [Atom(atoms[tail - 1].units + atoms[tail].units)]
-    return Chain(tuple(atom for atom in atoms if atom.units), tuple(constraints))
+    first, *rest = (atom for atom in atoms if atom.units)
+    anchor = _broken(first) if is_broken else [msgspec.structs.replace(first, has_tower=True, has_embedding=True)]
+    return Chain((*anchor, *rest), tuple(constraints), is_tower_broken=is_broken)
+
+
+def _broken(anchor: Atom) -> list[Atom]:
+    """The anchor with its vision towers cut between their blocks; the last atom is where the prompt is embedded."""
+    result: list[Atom] = []
+    remaining: list[Unit] = []
+    for unit in anchor.units:
+        blocks = [number for number, part in enumerate(unit.parts) if part.layer is not None]
+        if not blocks:
+            remaining.append(unit)
+            continue
+        # The first run has what is before the blocks, too, and each later one what stands between it and its block.
+        borders = [0, *(number + 1 for number in blocks)]
+        result += [Atom(unit.parts[a:b], has_tower=True) for a, b in pairwise(borders)]
+        remaining += unit.parts[blocks[-1] + 1 :]
+    if not remaining:
+        # A tower that is all blocks, and no embedding: the last block is where its output is met.
+        return [*result[:-1], msgspec.structs.replace(result[-1], has_embedding=True)]
+    has_tower = any(unit.role == "vision" for unit in remaining)
+    return [*result, Atom(tuple(remaining), has_tower=has_tower, has_embedding=True)]

@@ -34,6 +34,13 @@ class ImageLoad(msgspec.Struct, frozen=True, kw_only=True):
 NO_IMAGES = ImageLoad(tokens=0, sequences=0, patches=0, patch=0)
 
 
+def image_rule(profile: ModelProfile) -> ImageRule | None:
+    """The model's rule, or one token a patch where only its tower is known; ``None`` for a model that takes no images."""
+    if profile.image is not None or profile.vision is None:
+        return profile.image
+    return ImageRule(kind="merge", size=_ANY_SIZE, patch=profile.vision.patch)
+
+
 def image_load(profile: ModelProfile, workload: Workload) -> ImageLoad:
     """Count the tokens and patches of the images of one prompt.
 
@@ -43,13 +50,10 @@ def image_load(profile: ModelProfile, workload: Workload) -> ImageLoad:
     """
     if not workload.images:
         return NO_IMAGES
-    rule = profile.image
-    unknown = ""
+    rule = image_rule(profile)
     if rule is None:
-        if profile.vision is None:
-            return msgspec.structs.replace(NO_IMAGES, note="The model takes no images; those of the workload are left out.")
-        rule = ImageRule(kind="merge", size=_ANY_SIZE, patch=profile.vision.patch)
-        unknown = ", one token a patch since the model's image rule is unknown"
+        return msgspec.structs.replace(NO_IMAGES, note="The model takes no images; those of the workload are left out.")
+    unknown = "" if profile.image else ", one token a patch since the model's image rule is unknown"
     one = {"fixed": _fixed, "merge": _merge, "tiles": _tiles}[rule.kind](rule, workload)
     note = f"{one.note}: {one.tokens:,} tokens each{unknown}."
     tokens = one.tokens * workload.images

@@ -1,42 +1,33 @@
-"""What a model needs: bytes of its parts once loaded, and of the work done on them.
+"""What a run of a model's parts needs of its GPU: weights, what layers keep, and the work at its worst moment.
 
-Symbols: T prompt tokens, N new tokens, B batch, H hidden, I width of the MLP, V vocabulary, P patches, b bytes an element.
+Symbols: T prompt tokens, N new tokens, B batch, H hidden, V vocabulary, b bytes an element.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from itertools import accumulate
+from typing import NamedTuple
 
 import msgspec
 
-from ..data.activations import (
-    ATTENTION_STATES,
-    CROSS_ATTENTION,
-    FULL_LOGITS_ARCHITECTURES,
-    text_coefficient,
-    vision_coefficient,
-)
-from ..model import ModelProfile, Unit
+from ..data.activations import vision_coefficient
+from ..model import ModelProfile
 from ..units import MIB
 from ..workload import Workload
+from . import training as step
 from .constraints import Atom
 from .image_tokens import ImageLoad
+from .layer_work import LayerKind, coefficient_of, layer_kinds
+from .prompt_work import Work, prompt_work
+from .release import Release
+from .stage_need import Holding, StageNeed
+from .weights import computed_item_bytes, copied_bytes, item_bytes, loaded_dtype, loading_bytes, unit_bytes
 
-_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_CONVERTED = frozenset({"F64", "F32", "F16", "BF16"})
-"""Stored dtypes that loading converts; packed and integer tensors stay as they are."""
-_STORED_BITS = {
-    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "F4": 4,
-}  # fmt: skip
-"""Bits of an element by safetensors' words; every other word (F8_E4M3, I8, U8, BOOL …) is one byte."""
-_NF4_BITS = 4.5
-"""4 bits and one float32 scale for 64 weights. Source: bitsandbytes, quantize_4bit with its default block of 64."""
-_PIXEL_ELEMENTS = 3 * 2
-"""Channels of a pixel, and the two frames that Qwen2-VL and GLM-4.1V stack even for a still image; others have one."""
-_NORM_STATES = 6
-"""Hidden states that a norm over the whole prompt holds at once: input, output and two in float32."""
+__all__ = ["Footprint", "Holding", "StageNeed", "Work", "copied_bytes", "item_bytes", "loaded_dtype", "unit_bytes"]
 
 FRAGMENTATION_BYTES = 64 * MIB
 FRAGMENTATION_OF_KV_CACHE = 0.25
@@ -52,243 +43,343 @@ model families through a model of torch's caching allocator (74 to 100 %, 89 % o
 last three readings within 5 %. A much closer formula cannot be had: what is lost jumps between 0.15 and 0.55 of a layer's
 work from one cut to the next.
 """
+FRAGMENTATION_OF_TRAINING = 0.1
+"""Share of the activations of a training step, which come and go in the same order at each step, in few sizes. A guess on
+the careful side; not measured."""
 
 
-class StageNeed(msgspec.Struct, frozen=True):
-    """What one stage needs of its GPU, at its worst moment."""
+class _Column(NamedTuple):
+    """One kind of layer, as the search asks for it."""
 
-    weights_bytes: int
-    kv_cache_bytes: int
-    activations_bytes: int
-    """On top of the KV cache. The vision tower runs before the cache exists, so only what exceeds the cache counts."""
-    fragmentation_bytes: int
-    moment: str
-    """What happens when the activations are largest."""
-
-    @property
-    def total_bytes(self) -> int:
-        """All of it."""
-        return self.weights_bytes + self.kv_cache_bytes + self.activations_bytes + self.fragmentation_bytes
-
-
-class Holding(msgspec.Struct, frozen=True):
-    """What a device holds of a model, as far as its memory goes; of any map, not of contiguous stages alone."""
-
-    weights_bytes: int
-    layers: int
-    has_tower: bool
-    """Any part of the vision tower: its work, and the pixels, are here."""
-    has_embedding: bool
-    """The prompt is embedded here and joined with the image features."""
-    has_head: bool
-
-
-class Work(msgspec.Struct, frozen=True):
-    """Bytes that the work on one prompt of a given length needs, wherever it runs."""
-
-    kv_layer: int
+    following: list[int]
+    """For each atom, the first one from there on that has such a layer."""
     layer: int
-    """Prefill of one layer; layers run one after another, so a stage pays it once."""
-    head: int
-    held: int
-    """On the first stage through all of the prefill: embeddings, pixels, the tower's output and image features."""
-    encode: int
-    """The vision tower with its input."""
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of an element of a torch dtype, such as 2 for ``bfloat16``; 2 for a dtype that is not a plain float."""
-    return _ITEM_BYTES.get(dtype, 2)
-
-
-def loaded_dtype(profile: ModelProfile, workload: Workload) -> str:
-    """Word of torch for the type the weights are loaded in."""
-    return workload.dtype or profile.dtype
-
-
-def unit_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
-    """Bytes of a unit once it is loaded.
-
-    A checkpoint that is already quantized keeps its stored bytes. Otherwise float tensors are converted to the workload's
-    dtype (``None``: the checkpoint's main one), and packed or integer tensors stay. bitsandbytes keeps what it quantizes in
-    1 byte (int8) or 4.5 bits (nf4, scales included) an element and the rest in 16 bit.
-    """
-    if profile.quantization:
-        return unit.stored_bytes
-    size = item_bytes(loaded_dtype(profile, workload))
-    if workload.quantization:
-        size = min(size, 2)
-    converted = sum(count for stored, count in unit.parameters.items() if stored in _CONVERTED)
-    kept_bits = sum(
-        count * _STORED_BITS.get(stored, 8) for stored, count in unit.parameters.items() if stored not in _CONVERTED
-    )
-    quantized = min(unit.quantizable_elements, converted) if workload.quantization else 0
-    quantized_bits = quantized * (8 if workload.quantization == "int8" else _NF4_BITS)
-    return (converted - quantized) * size + math.ceil((quantized_bits + kept_bits) / 8)
+    lost_first: int
+    lost_later: int
+    next_token: int
 
 
 class Footprint:
     """Prices any run of atoms for one model and workload, as a function of the text tokens."""
 
-    def __init__(self, profile: ModelProfile, workload: Workload, images: ImageLoad, atoms: Sequence[Atom]) -> None:
+    def __init__(
+        self,
+        profile: ModelProfile,
+        workload: Workload,
+        images: ImageLoad,
+        atoms: Sequence[Atom],
+        offloaded: Sequence[Atom] = (),
+        *,
+        is_bare: bool = False,
+        release: Release = None,
+    ) -> None:
+        """Sum up the parts.
+
+        Args:
+            profile: The model.
+            workload: What it is to do.
+            images: Its images, counted.
+            atoms: Those placed on GPUs, in the order of execution.
+            offloaded: Those behind them whose weights stay in host memory. The first stage executes them, so it has their
+                KV cache and their work, and room for a copy of the module in use.
+            is_bare: Leave out what the allocator wastes, for a bound that no split can beat.
+            release: Of transformers.
+        """
         self.profile = profile
         self.workload = workload
         self.images = images
         self.atoms = atoms
-        self._item = item_bytes(loaded_dtype(profile, workload))
-        if profile.quantization or workload.quantization:
-            self._item = min(self._item, 2)
+        self.offloaded = offloaded
+        self.is_bare = is_bare
+        self.release = release
+        guests = [unit for atom in offloaded for unit in atom.units]
+        self.copy_bytes = max((copied_bytes(unit, profile, workload) for unit in guests), default=0)
+        """Of weights of an offloaded module, on the first stage while it is in use."""
+        self._guest_layers = sum(atom.layers for atom in offloaded)
+        self._has_guest_head = any(atom.has_head for atom in offloaded)
+        self.item_bytes = computed_item_bytes(profile, workload)
+        """Of one element of a hidden state."""
         self._weights = [0]
         self._layers = [0]
         self._heads = [0]
+        self._towers = [0]
         for atom in atoms:
             self._weights.append(self._weights[-1] + sum(unit_bytes(unit, profile, workload) for unit in atom.units))
             self._layers.append(self._layers[-1] + atom.layers)
             self._heads.append(self._heads[-1] + atom.has_head)
+            self._towers.append(self._towers[-1] + atom.has_tower)
+        self._embedding = next((number for number, atom in enumerate(atoms) if atom.has_embedding), -1)
+        """Number of the atom where the prompt is embedded; negative where none is."""
+        self._kind_of = layer_kinds(profile)
+        self._kinds_of_atom = [self._kinds_of(atom) for atom in atoms]
+        self._guest_kinds = sum((self._kinds_of(atom) for atom in offloaded), Counter[LayerKind]())
+        self._following = {
+            kind: _following([kind in counts for counts in self._kinds_of_atom]) for kind in set(self._kind_of.values())
+        }
+        self._counts = {
+            kind: list(accumulate((counts[kind] for counts in self._kinds_of_atom), initial=0)) for kind in self._following
+        }
+        """For each kind of layer, how many of it the first so many atoms have."""
+        self._loading = [loading_bytes(atom.units, profile, workload, release) for atom in atoms]
+        self._trained = [step.Trained()]
+        self._largest_step = [step.largest_step_bytes(atom.units, workload.training) for atom in atoms]
+        for atom in atoms:
+            own = (step.trained(unit, self._kind_of.get(unit.key), profile, workload) for unit in atom.units)
+            self._trained.append(sum(own, self._trained[-1]))
+
+    def _kinds_of(self, atom: Atom) -> Counter[LayerKind]:
+        return Counter(self._kind_of[unit.key] for unit in atom.units if unit.role == "layer")
+
+    def changed(self, workload: Workload, images: ImageLoad) -> Footprint:
+        """The same parts for another workload; their weights are summed up again only where they change."""
+        same = ("dtype", "quantization", "training")
+        if any(getattr(workload, field) != getattr(self.workload, field) for field in same):
+            return type(self)(
+                self.profile, workload, images, self.atoms, self.offloaded, is_bare=self.is_bare, release=self.release
+            )
+        result = copy(self)
+        result.workload, result.images = workload, images
+        return result
+
+    def weights_of(self, first: int, end: int) -> int:
+        """Bytes of the weights of a run of atoms."""
+        return self._weights[end] - self._weights[first]
+
+    @property
+    def least_bytes(self) -> int:
+        """Weights and KV cache of everything that GPUs hold or execute, or what training keeps: what no split can avoid."""
+        weights = self._weights[-1] + self.copy_bytes
+        if self.workload.training is not None:
+            return weights + self._trained[-1].adapters + self._trained[-1].states
+        cached = self.work(self.workload.text_tokens).cached
+        kinds = sum(self._kinds_of_atom, self._guest_kinds)
+        return weights + max(
+            sum(count * cached[kind].prefill for kind, count in kinds.items()),
+            sum(count * cached[kind].final for kind, count in kinds.items()),
+        )
 
     @property
     def source(self) -> str:
         """Where the figures for activations come from."""
-        text = text_coefficient(self.profile.model_type).text
+        text = coefficient_of(self.profile).text
         if not self.profile.vision or not self.images.patches:
             return text
         return f"{text}; {vision_coefficient(self.profile.model_type).text}"
 
     def work(self, text_tokens: int) -> Work:
         """Bytes of the work on one prompt with ``text_tokens`` tokens of text and the workload's images."""
-        text, batch, item = self.profile.text, self.workload.batch, self._item
-        tokens = (text_tokens + self.images.tokens) * batch
-        coefficient = text_coefficient(self.profile.model_type)
-        states = tokens * text.hidden * item
-        masks, attention = self._pairs(text_tokens + self.images.tokens)
-        layer = math.ceil(tokens * item * coefficient.elements(intermediate=text.intermediate, hidden=text.hidden))
-        if attention:
-            layer = max(layer, math.ceil(ATTENTION_STATES * states) + attention)
-        layer += masks + self._quantization_temporary(tokens)
-        cross_share = CROSS_ATTENTION.get(self.profile.model_type, 0)
-        cached = tokens + self.workload.new_tokens * batch + math.ceil(cross_share * self.images.features * batch)
-        kv_layer = 2 * text.kv_heads * text.head_dim * item * cached
-        pixels, encode, kept = self._vision(batch)
-        return Work(
-            kv_layer=kv_layer,
-            # While decoding, DynamicCache grows by torch.cat: the keys of one layer, then its values, exist twice.
-            layer=max(layer, kv_layer // 2),
-            head=max(_NORM_STATES * states, 2 * states + self._logits(tokens)),
-            held=states + pixels + kept,
-            encode=encode,
-        )
+        return prompt_work(self._following, self.profile, self.workload, self.images, text_tokens, release=self.release)
 
-    def _logits(self, tokens: int) -> int:
-        """Of the last token in ``generate``, of every token in a plain forward and in classes that always compute all.
-
-        ``generate`` and those classes copy them to float32.
-        """
-        if self.profile.architecture.startswith(FULL_LOGITS_ARCHITECTURES):
-            return tokens * self.profile.text.vocabulary * (self._item + 4)
-        if self.workload.logits == "forward":
-            return tokens * self.profile.text.vocabulary * self._item
-        return self.workload.batch * self.profile.text.vocabulary * (self._item + 4)
-
-    def _pairs(self, prompt_tokens: int) -> tuple[int, int]:
-        """Bytes for pairs of tokens: of masks that all layers share, and of attention at work.
-
-        Eager attention has an additive mask, and for each head scores in the model's type, their softmax in float32, and a
-        cast. Fused attention has none of it, except where a sliding window needs an explicit mask: once the prompt is
-        longer, or images attend both ways (Gemma 3, with a second mask for the full layers). It is boolean, and the kernel
-        makes an additive copy and another with aligned rows. Source: masking_utils.py of transformers 5;
-        convert_boolean_attn_mask and preprocess_mask of torch; counted by ``benchmarks/trace_memory.py``.
-        """
-        text, pairs, item = self.profile.text, prompt_tokens**2 * self.workload.batch, self._item
-        is_windowed = text.sliding_window is not None
-        if self.workload.attention == "eager":
-            return pairs * item * (2 if is_windowed else 1), text.heads * pairs * (2 * item + 4)
-        if text.sliding_window is not None and (prompt_tokens > text.sliding_window or self.images.tokens):
-            return pairs * (2 if self.images.tokens else 1), pairs * 2 * item
-        return 0, 0
-
-    def _vision(self, batch: int) -> tuple[int, int, int]:
-        """Bytes of the pixels, of the vision tower at work with them, and of what stays of its work until the answer."""
-        vision, images, item = self.profile.vision, self.images, self._item
-        patches = images.sequences * images.patches * batch
-        pixels = patches * _PIXEL_ELEMENTS * images.patch**2 * item
-        if vision is None:
-            return pixels, pixels, 0
-        coefficient = vision_coefficient(self.profile.model_type)
-        elements = coefficient.elements(intermediate=vision.intermediate, hidden=vision.hidden, layers=vision.layers)
-        work = math.ceil(patches * elements * item)
-        if self.workload.attention == "eager":
-            work += vision.heads * images.sequences * batch * images.patches**2 * (2 * item + 4)
-        features = images.features * batch * self.profile.text.hidden * item
-        return pixels, pixels + work, coefficient.kept_features * features + patches * vision.hidden * item
-
-    def _quantization_temporary(self, tokens: int) -> int:
-        """What bitsandbytes needs beside a layer: nf4 unpacks the weight in use, int8 has its product in 32 bit."""
-        if self.workload.quantization == "nf4":
-            layers = (unit for atom in self.atoms for unit in atom.units if unit.role == "layer")
-            return 2 * max(unit.largest_tensor_elements for unit in layers)
-        return 4 * tokens * self.profile.text.intermediate if self.workload.quantization == "int8" else 0
-
-    def needs(self, text_tokens: int) -> Callable[[int, int], int]:
+    def needs(self, text_tokens: int) -> Callable[[int, int], int]:  # noqa: C901 - what follows
         """A function that prices runs of atoms: ``(first, end)`` to total bytes, growing with every atom.
 
         The search asks it tens of thousands of times; :meth:`detail` says the same, item by item.
         """
+        if self.workload.training is not None:
+            return self._step_needs(text_tokens)
         work = self.work(text_tokens)
         weights, layers, heads = self._weights, self._layers, self._heads
-        encode = math.ceil((1 + FRAGMENTATION_OF_ENCODING) * work.encode)
-        kv_layer = math.ceil((1 + FRAGMENTATION_OF_KV_CACHE) * work.kv_layer)
-        coefficient = text_coefficient(self.profile.model_type)
-        lost_first, lost_later = (
-            FRAGMENTATION_BYTES + math.ceil(share * work.layer)
-            for share in (coefficient.lost_first, coefficient.lost_later)
+        embedding, towers = self._embedding, self._towers
+        share, encoding, constant = self._shares()
+        encode = math.ceil((1 + encoding) * work.encode)
+        prefilled, guest_prefilled = self._summed(
+            {kind: math.ceil((1 + share) * kept.prefill) for kind, kept in work.cached.items()}
         )
+        finished, guest_finished = self._summed(
+            {kind: math.ceil((1 + share) * kept.final) for kind, kept in work.cached.items()}
+        )
+        columns = self._columns(work)
+        loading = self._loading if any(self._loading) else None
+        guest_layers, guest_heads, copy_bytes = self._guest_layers, int(self._has_guest_head), self.copy_bytes
+        has_guests = bool(guest_layers or guest_heads)
+        head, answer, held_bytes, pixels = work.head, work.answer, work.held, work.pixels
 
         def need(first: int, end: int) -> int:
-            own_layers = layers[end] - layers[first]
-            prefill = own_layers * kv_layer
+            held = weights[end] - weights[first]
+            prefill, decode = prefilled[end] - prefilled[first], finished[end] - finished[first]
+            run_heads, run_layers = heads[end] - heads[first], layers[end] - layers[first]
+            embeds, hosts = first <= embedding < end, has_guests and not first
+            if hosts:
+                held += copy_bytes
+                prefill, decode = prefill + guest_prefilled, decode + guest_finished
+                run_layers, run_heads = run_layers + guest_layers, run_heads + guest_heads
             busy = 0
-            if own_layers:
-                busy = work.layer
-                prefill += lost_later if first else lost_first
-            if heads[end] > heads[first]:
-                busy = max(busy, work.head)
+            if run_layers:
+                lost = grows = 0
+                for following, layer, lost_first, lost_later, next_token in columns:
+                    if following[first] < end or (hosts and guest_layers):
+                        grows = max(grows, next_token)
+                        if layer > busy:
+                            busy, lost = layer, lost_first if embeds else lost_later
+                            if hosts and lost < lost_first:
+                                lost = lost_first
+                prefill, decode = prefill + lost, decode + grows + constant
+            if run_heads:
+                decode += answer
+                busy = max(busy, head)
             prefill += busy
-            if first:
-                return weights[end] - weights[first] + prefill
-            total = weights[end] + max(encode, prefill + work.held)
+            if embeds:
+                prefill, decode = prefill + held_bytes, decode + pixels
+            most = prefill if prefill > decode else decode
+            if encode > most and towers[end] > towers[first]:
+                most = encode
+            if loading is not None:
+                most = max(most, *loading[first:end])
             # A stage must not become cheaper by the anchor, where less is lost on the first GPU.
-            return max(total, need(1, end)) if end > 1 else total
+            return max(held + most, need(embedding + 1, end)) if embeds and end > embedding + 1 else held + most
 
         return need
 
+    def _summed(self, sizes: Mapping[LayerKind, int]) -> tuple[list[int], int]:
+        """Bytes that the layers of the first so many atoms keep, and those of offloaded ones."""
+        columns = [[count * sizes[kind] for count in counts] for kind, counts in self._counts.items()]
+        total = columns[0] if len(columns) == 1 else [sum(parts) for parts in zip(*columns, strict=True)]
+        return total, sum(count * sizes[kind] for kind, count in self._guest_kinds.items())
+
+    def _columns(self, work: Work) -> list[_Column]:
+        """The kinds of layers, with what the allocator loses beside each."""
+        coefficient = coefficient_of(self.profile)
+        shares = (coefficient.lost_first, coefficient.lost_later)
+        if self.is_bare or self.workload.allocator == "expandable":
+            shares = (0, 0)
+        constant = 0 if self.is_bare else FRAGMENTATION_BYTES
+        return [
+            _Column(
+                following,
+                work.layer[kind],
+                constant + math.ceil(shares[0] * work.layer[kind]),
+                constant + math.ceil(shares[1] * work.layer[kind]),
+                work.next_token[kind],
+            )
+            for kind, following in self._following.items()
+        ]
+
+    def _shares(self) -> tuple[float, float, int]:
+        """What the allocator wastes: shares of the KV cache and of the tower's work, and a constant."""
+        if self.is_bare:
+            return 0, 0, 0
+        if self.workload.allocator == "expandable":
+            return 0, 0, FRAGMENTATION_BYTES
+        return FRAGMENTATION_OF_KV_CACHE, FRAGMENTATION_OF_ENCODING, FRAGMENTATION_BYTES
+
     def detail(self, first: int, end: int, text_tokens: int) -> StageNeed:
         """What the atoms from ``first`` up to, not including, ``end`` need, item by item."""
+        total = self.needs(text_tokens)(first, end)
+        if self.workload.training is not None:
+            held = self.weights_of(first, end) + (0 if first else self.copy_bytes)
+            fixed, activations, moment = self._step_peak(first, end, self._step_work(text_tokens), text_tokens)
+            peak = StageNeed(held, 0, activations, 0, moment, fixed)
+            return msgspec.structs.replace(peak, fragmentation_bytes=total - peak.total_bytes)
+        executes_guests = not first
+        units = [unit for atom in self.atoms[first:end] for unit in atom.units]
+        if executes_guests:
+            units += [unit for atom in self.offloaded for unit in atom.units]
+        keys = tuple(unit.key for unit in units if unit.role == "layer")
         holding = Holding(
-            weights_bytes=self._weights[end] - self._weights[first],
-            layers=self._layers[end] - self._layers[first],
-            has_tower=not first,
-            has_embedding=not first,
-            has_head=self._heads[end] > self._heads[first],
+            weights_bytes=self.weights_of(first, end),
+            layers=len(keys),
+            has_tower=self._towers[end] > self._towers[first],
+            has_embedding=first <= self._embedding < end,
+            has_head=self._heads[end] > self._heads[first] or (executes_guests and self._has_guest_head),
+            layer_keys=keys,
+            loading_bytes=max(self._loading[first:end]),
         )
         peak = self.need_of(holding, text_tokens)
-        total = self.needs(text_tokens)(first, end)
+        if executes_guests:
+            peak = msgspec.structs.replace(peak, activations_bytes=peak.activations_bytes + self.copy_bytes)
         return msgspec.structs.replace(peak, fragmentation_bytes=total - peak.total_bytes)
 
     def need_of(self, holding: Holding, text_tokens: int) -> StageNeed:
-        """What a device needs for its part of a model, item by item, without fragmentation."""
+        """What a device needs for its part of a model, item by item, without fragmentation.
+
+        A training step is priced by what the device holds of the layers; of anything else as if none of it were trained.
+        """
         work = self.work(text_tokens)
-        kv = holding.layers * work.kv_layer
-        moments = {"a layer reads the prompt": work.layer} if holding.layers else {"the prompt is embedded": 0}
+        kinds = self._held_kinds(holding, work)
+        prefilled, finished = (
+            sum(count * getattr(work.cached[kind], name) for kind, count in kinds.items()) for name in ("prefill", "final")
+        )
+        busy = {"the prompt is embedded": 0}
+        if kinds:
+            busy = {"a layer reads the prompt": max(work.layer[kind] for kind in kinds)}
         if holding.has_head:
-            moments["the head computes logits"] = work.head
-        moment = max(moments, key=lambda name: moments[name])
-        prefill = moments[moment] + (work.held if holding.has_embedding else 0)
-        encode = work.encode if holding.has_tower else 0
-        peak = max(kv + prefill, encode)
+            busy["the head computes logits"] = work.head
+        moment = max(busy, key=lambda name: busy[name])
+        totals = {
+            moment: prefilled + busy[moment] + (work.held if holding.has_embedding else 0),
+            "the next token is made": finished
+            + max((work.next_token[kind] for kind in kinds), default=0)
+            + (work.answer if holding.has_head else 0)
+            + (work.pixels if holding.has_embedding else 0),
+            "the vision tower runs": work.encode if holding.has_tower else 0,
+            "the weights are loaded": holding.loading_bytes,
+        }
+        moment = max(totals, key=lambda name: totals[name])
+        # Of moments that differ little, the ledger has what is kept beside what is worked with.
+        kept = min(max(prefilled, finished), totals[moment])
         return StageNeed(
             weights_bytes=holding.weights_bytes,
-            kv_cache_bytes=kv,
-            activations_bytes=peak - kv,
+            kv_cache_bytes=kept,
+            activations_bytes=totals[moment] - kept,
             fragmentation_bytes=0,
-            moment="the vision tower runs" if encode > kv + prefill else moment,
+            moment=moment,
         )
+
+    def _held_kinds(self, holding: Holding, work: Work) -> Counter[LayerKind]:
+        """Kinds of the layers of a device; the neediest so many where only their number is known."""
+        if holding.layer_keys:
+            return Counter(self._kind_of[key] for key in holding.layer_keys)
+        kinds = sorted(self._kind_of.values(), key=lambda kind: (work.cached[kind].final, work.layer[kind]), reverse=True)
+        return Counter(kinds[: holding.layers])
+
+    def _step_work(self, text_tokens: int) -> step.StepWork:
+        return step.step_work(set(self._following), self.profile, self.workload, self.images, text_tokens)
+
+    def _step_needs(self, text_tokens: int) -> Callable[[int, int], int]:
+        """Prices of a training step."""
+        work = self._step_work(text_tokens)
+        weights, copy_bytes = self._weights, self.copy_bytes
+        constant = 0 if self.is_bare else FRAGMENTATION_BYTES
+        share = 0 if self.is_bare or self.workload.allocator == "expandable" else FRAGMENTATION_OF_TRAINING
+        known: dict[tuple[int, int], int] = {}
+
+        def need(first: int, end: int) -> int:
+            if (first, end) not in known:
+                fixed, activations, _ = self._step_peak(first, end, work, text_tokens)
+                held = weights[end] - weights[first] + (0 if first else copy_bytes)
+                known[first, end] = held + fixed + math.ceil((1 + share) * activations) + constant
+            return known[first, end]
+
+        return need
+
+    def _step_peak(self, first: int, end: int, work: step.StepWork, text_tokens: int) -> tuple[int, int, str]:
+        """What is kept for training, what is worked with at the worst moment of a step, and what happens then."""
+        training = self.workload.training
+        assert training is not None
+        kinds = sum(self._kinds_of_atom[first:end], Counter[LayerKind]() if first else self._guest_kinds)
+        has_tower, embeds = self._towers[end] > self._towers[first], first <= self._embedding < end
+        has_head = self._heads[end] > self._heads[first] or (not first and self._has_guest_head)
+        layer = max((work.layer[kind] for kind in kinds), default=0)
+        again = work.flowing + (layer if training.gradient_checkpointing else 0) if kinds else 0
+        fixed = self._trained[end] - self._trained[first]
+        forward = self.work(text_tokens)
+        tower = work.tower_saved if has_tower else 0
+        return step.peak(
+            fixed=fixed._replace(step=fixed.step + max(self._largest_step[first:end])),
+            saved=sum(count * work.saved[kind] for kind, count in kinds.items()) + tower,
+            again=again,
+            last=layer,
+            loss=work.loss if has_head else 0,
+            held=forward.held if embeds else 0,
+            encode=forward.encode if has_tower else 0,
+            tower=work.tower_backward if has_tower else 0,
+        )
+
+
+def _following(has: Sequence[bool]) -> list[int]:
+    """For each position the first one from there on that has something; their number where none has."""
+    result, position = [], len(has)
+    for number in range(len(has) - 1, -1, -1):
+        position = number if has[number] else position
+        result.append(position)
+    return result[::-1]

@@ -2,7 +2,7 @@
 
 The chain is searched from its end, so that the stages can afterwards be laid out from its beginning. A state is the set of
 GPUs behind a border and the first of them; for each total of link ranks it keeps, as bits, where those GPUs can begin.
-GPUs with equal capacity and equal links to all others are interchangeable, which keeps 16 of them as quick as two.
+GPUs with equal room and equal links to all others are interchangeable, which keeps 16 of them as quick as two.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from .place import Need, extend, extents
+from .fleet import Fleet, Room
+from .place import Extents, Need, extend, extents
 
 BEAM_WIDTH = 700
 """Most states kept for each number of stages. Nine GPUs without any symmetry have at most 630 and never meet it."""
 
-Rank = Callable[[int, int], int]
-"""Rank of the link between two GPUs, by their positions among the capacities; 0 is best."""
 _State = tuple[tuple[int, ...], int]
 """How many GPUs of each kind are used, and the kind of the first of them."""
 _Level = dict[_State, dict[int, int]]
@@ -47,19 +46,12 @@ class Split(msgspec.Struct, frozen=True):
             return msgspec.structs.replace(self, ends=tuple(ends))
         return None
 
-    def margin(self, need: Need, capacities: Sequence[int]) -> int:
+    def margin(self, need: Need, rooms: Sequence[Room]) -> int:
         """What the tightest GPU keeps, in bytes; negative when a stage does not fit."""
-        return min(capacities[gpu] - need(*run) for gpu, run in zip(self.gpus, self.runs, strict=True))
+        return min(rooms[gpu].margin(need, *run) for gpu, run in zip(self.gpus, self.runs, strict=True))
 
 
-def no_preference(_a: int, _b: int) -> int:
-    """A rank that makes all links equal."""
-    return 0
-
-
-def fastest_split(
-    atoms: int, need: Need, capacities: Sequence[int], count: int, rank: Rank, *, width: int = BEAM_WIDTH
-) -> Split:
+def fastest_split(atoms: int, need: Need, fleet: Fleet, count: int, *, width: int = BEAM_WIDTH) -> Split:
     """Split the chain over exactly ``count`` GPUs with the smallest sum of link ranks.
 
     Ties go to lower positions, then to longer early stages.
@@ -67,29 +59,66 @@ def fastest_split(
     Args:
         atoms: Length of the chain.
         need: Bytes of a run of atoms.
-        capacities: Bytes of each GPU; some ``count`` of them can hold the chain.
+        fleet: The GPUs; some ``count`` of them can hold the chain.
         count: Number of stages.
-        rank: Rank of the link between two positions.
         width: Most states kept for each number of stages.
     """
-    search = _Search(atoms, need, capacities, rank)
+    search = _Search(atoms, need, fleet)
     is_exact = search.run(count, width)
     split = search.best()
     if split is None:
         # The states that were kept are all dead ends: give up the links rather than the split.
-        split = fastest_split(atoms, need, capacities, count, no_preference, width=2**63)
+        split = fastest_split(atoms, need, fleet.without_preference, count, width=2**63)
     return msgspec.structs.replace(split, is_exact=is_exact)
+
+
+def any_split(atoms: int, need: Need, fleet: Fleet, count: int) -> Split:
+    """A split over exactly ``count`` GPUs that holds; the same arguments as :func:`fastest_split`, links not compared."""
+    kinds = fleet.kinds_for_room
+    if fleet.has_broken:
+        return fastest_split(atoms, need, fleet.without_preference, count, width=2**63)
+    stages = [extents(atoms, need, fleet.rooms[kind[0]]) for kind in kinds]
+    levels: list[dict[tuple[int, ...], int]] = [{(0,) * len(kinds): 1}]
+    for _ in range(count):
+        grown: dict[tuple[int, ...], int] = {}
+        for used, prefixes in levels[-1].items():
+            for kind, stage in enumerate(stages):
+                if used[kind] < len(kinds[kind]) and (reached := extend(prefixes, stage)):
+                    larger = _changed(used, kind, 1)
+                    grown[larger] = grown.get(larger, 0) | reached
+        levels.append(grown)
+    end = atoms
+    used = next(used for used, prefixes in levels.pop().items() if prefixes >> atoms & 1)
+    gpus: list[int] = []
+    ends: list[int] = []
+    for level in reversed(levels):
+        kind, begins = next(
+            (kind, begins)
+            for kind, members in enumerate(used)
+            if members and (begins := _begins(level.get(_changed(used, kind, -1), 0), stages[kind], end))
+        )
+        gpus.insert(0, kinds[kind][used[kind] - 1])
+        ends.insert(0, end)
+        used, end = _changed(used, kind, -1), begins.bit_length() - 1
+    return Split(tuple(gpus), tuple(ends))
+
+
+def _begins(prefixes: int, stage: Extents, end: int) -> int:
+    """Prefixes from which one more stage reaches ``end``, as bits."""
+    return prefixes & sum(1 << first for first in range(end) if stage.ends[first] >= end)
 
 
 class _Search:
     """One search through the sets of GPUs, from the end of the chain."""
 
-    def __init__(self, atoms: int, need: Need, capacities: Sequence[int], rank: Rank) -> None:
+    def __init__(self, atoms: int, need: Need, fleet: Fleet) -> None:
         self._atoms = atoms
-        self._rank = rank
-        self._kinds = interchangeable(capacities, rank)
+        self._kinds = fleet.kinds
+        numbers = range(len(self._kinds))
+        self._steps = [[fleet.step(self._kinds[a], self._kinds[b]) for b in numbers] for a in numbers]
+        rooms = (fleet.rooms[kind[0]] for kind in self._kinds)
         self._stages = [
-            extents(atoms, lambda first, end: need(atoms - end, atoms - first), capacities[kind[0]]) for kind in self._kinds
+            extents(atoms, lambda first, end: need(atoms - end, atoms - first), room.mirrored(atoms)) for room in rooms
         ]
         self._levels: list[_Level] = []
 
@@ -115,19 +144,15 @@ class _Search:
         grown: _Level = {}
         for (used, first), totals in level.items():
             for kind, stage in enumerate(self._stages):
-                if used[kind] == len(self._kinds[kind]):
+                step = self._steps[kind][first]
+                if used[kind] == len(self._kinds[kind]) or step is None:
                     continue
-                step = self._step(kind, first)
                 for total, begins in totals.items():
                     reached = extend(begins, stage)
                     if reached:
                         known = grown.setdefault((_changed(used, kind, 1), kind), {})
                         known[total + step] = known.get(total + step, 0) | reached
         return grown
-
-    def _step(self, kind: int, following: int) -> int:
-        """Rank of the link from one kind to the next."""
-        return self._rank(self._kinds[kind][0], self._kinds[following][1 if kind == following else 0])
 
     def best(self) -> Split | None:
         """The split of the smallest total, or ``None`` when none is complete."""
@@ -156,9 +181,11 @@ class _Search:
         ends = self._stages[kind].ends
         holds = sum(1 << border for border in range(rest) if ends[border] >= rest)
         return next(
-            (following, total - self._step(kind, following), borders)
+            (following, total - step, borders)
             for following, members in enumerate(used)
-            if members and (borders := level.get((used, following), {}).get(total - self._step(kind, following), 0) & holds)
+            if members
+            and (step := self._steps[kind][following]) is not None
+            and (borders := level.get((used, following), {}).get(total - step, 0) & holds)
         )
 
     def _positions(self, used: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,31 +193,14 @@ class _Search:
         return tuple(sorted(position for number, kind in zip(used, self._kinds, strict=True) for position in kind[:number]))
 
 
-def interchangeable(capacities: Sequence[int], rank: Rank) -> list[tuple[int, ...]]:
-    """Group positions that can be swapped without any effect, in the order of their first members."""
-    everyone = range(len(capacities))
-
-    def is_like(one: int, other: int) -> bool:
-        return capacities[one] == capacities[other] and all(
-            rank(one, third) == rank(other, third) for third in everyone if third not in (one, other)
-        )
-
-    kinds: list[tuple[int, ...]] = []
-    for position in everyone:
-        alike = next((number for number, kind in enumerate(kinds) if is_like(position, kind[0])), None)
-        if alike is None:
-            kinds.append((position,))
-        else:
-            kinds[alike] += (position,)
-    return kinds
-
-
 def _changed(used: tuple[int, ...], kind: int, by: int) -> tuple[int, ...]:
     """The set with one GPU of a kind more or fewer."""
     return (*used[:kind], used[kind] + by, *used[kind + 1 :])
 
 
-def even_out(split: Split, need: Need, capacities: Sequence[int], is_allowed: Callable[[Split], bool]) -> Split:
+def even_out(
+    split: Split, need: Need, rooms: Sequence[Room], is_allowed: Callable[[Split], bool] = lambda _: True
+) -> Split:
     """Move borders by single atoms while that leaves more in the tighter of the two stages that they part.
 
     The search settles only the tightest GPU of all; this settles the others.
@@ -198,7 +208,7 @@ def even_out(split: Split, need: Need, capacities: Sequence[int], is_allowed: Ca
     Args:
         split: A split that holds.
         need: Bytes of a run of atoms.
-        capacities: Bytes of each GPU.
+        rooms: Of each GPU.
         is_allowed: What must stay true of the split.
     """
     has_moved = True
@@ -209,7 +219,7 @@ def even_out(split: Split, need: Need, capacities: Sequence[int], is_allowed: Ca
 
             def tighter(candidate: Split, pair: slice = pair) -> int:
                 runs = zip(candidate.gpus[pair], candidate.runs[pair], strict=True)
-                return min(capacities[gpu] - need(*run) for gpu, run in runs)
+                return min(rooms[gpu].margin(need, *run) for gpu, run in runs)
 
             for by in (-1, 1):
                 candidate = split.moved(border, by)

@@ -2,23 +2,20 @@
 
 A stage is priced by a function ``need(first, end)`` that grows with every atom. For one GPU that makes a table of extents:
 how far a stage that begins at each atom can reach. A set of GPUs is then described by the prefixes of the chain that it can
-hold with every one of them in use, kept as the bits of an integer; sets grow by one GPU at a time. GPUs of equal capacity
-are interchangeable, so a set is a count for each capacity. Nothing here knows about models.
+hold with every one of them in use, kept as the bits of an integer; sets grow by one GPU at a time. GPUs with equal room
+are interchangeable, so a set is a count for each kind. Where some GPUs must not be neighbors, a state is a set and its last
+GPU. Nothing here knows about models.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from .fleet import Fleet, Room
+
 Need = Callable[[int, int], int]
 """Bytes that the atoms from the first number up to, not including, the second need."""
-
-MAX_SETS = 1_024
-"""Most sets of GPUs that are looked at: 10 GPUs of different capacity. Beyond it capacities are rounded down until fewer
-differ, which can only make a plan more careful."""
-_FIRST_STEP = 16 * 2**20
 
 
 class Extents(NamedTuple):
@@ -30,13 +27,14 @@ class Extents(NamedTuple):
     """Atoms that fit on their own, as bits."""
 
 
-def extents(atoms: int, need: Need, capacity: int) -> Extents:
-    """How far stages on a GPU of this capacity reach, in one sweep: an end never falls when the first atom moves on."""
+def extents(atoms: int, need: Need, room: Room, slack_bytes: int = 0) -> Extents:
+    """How far stages on a GPU reach, in one sweep: an end never falls when the first atom moves on."""
     ends = []
+    barred, capacity_bytes = room.barred, room.capacity_bytes - slack_bytes
     begins = end = 0
     for first in range(atoms):
         end = max(end, first)
-        while end < atoms and need(first, end + 1) <= capacity:
+        while end < atoms and not barred >> end & 1 and need(first, end + 1) <= capacity_bytes:
             end += 1
         ends.append(end)
         if end > first:
@@ -60,44 +58,70 @@ def extend(prefixes: int, stage: Extents) -> int:
     return reached
 
 
-def smallest_count(atoms: int, need: Need, capacities: Sequence[int], counts: range) -> int | None:
-    """Fewest GPUs, among the counts allowed, that can hold all atoms with each of them in use; ``None`` when none can."""
-    kinds = list(Counter(capacities).items())
-    tables = [extents(atoms, need, capacity) for capacity, _ in kinds]
+def smallest_count(atoms: int, need: Need, fleet: Fleet, counts: range, *, slack_bytes: int = 0) -> int | None:
+    """Fewest GPUs, among the counts allowed, that can hold all atoms with each of them in use; ``None`` when none can.
+
+    Args:
+        atoms: Length of the chain.
+        need: Bytes of a run of atoms.
+        fleet: The GPUs.
+        counts: Numbers of GPUs allowed.
+        slack_bytes: What each GPU has to keep beside; negative gives it more than it has.
+    """
+    kinds = fleet.kinds_for_room
+    tables = [extents(atoms, need, fleet.rooms[kind[0]], slack_bytes) for kind in kinds]
+    useful = [number for number, table in enumerate(tables) if table.begins]
+    everything = (1 << atoms) - 1
     radix = [1]
-    for _, members in kinds:
-        radix.append(radix[-1] * (members + 1))
-    sets = {0: 1}
-    for count in range(1, counts.stop):
+    for members in kinds:
+        radix.append(radix[-1] * (len(members) + 1))
+    if not fleet.has_broken and all(tables[number].begins == everything for number in useful):
+        ends = [(radix[number], len(kinds[number]) + 1, tables[number].ends) for number in useful]
+        return _count_by_longest(atoms, ends, counts)
+    return _count_by_prefixes(atoms, fleet, tables, radix, counts)
+
+
+def _count_by_longest(atoms: int, kinds: Sequence[tuple[int, int, list[int]]], counts: range) -> int | None:
+    """The same where every atom fits on every GPU, so that a set holds all prefixes up to its longest.
+
+    Args:
+        atoms: Length of the chain.
+        kinds: Radix, members and one, and ends of each kind of GPU.
+        counts: Numbers of GPUs allowed.
+    """
+    sets = {0: 0}
+    for count in range(1, min(counts.stop, atoms + 1)):
         grown: dict[int, int] = {}
-        for used, prefixes in sets.items():
-            for kind, (_, members) in enumerate(kinds):
-                if used // radix[kind] % (members + 1) < members:
-                    reached = extend(prefixes, tables[kind])
-                    if reached:
-                        larger = used + radix[kind]
-                        grown[larger] = grown.get(larger, 0) | reached
-        if count in counts and any(prefixes >> atoms & 1 for prefixes in grown.values()):
+        for used, longest in sets.items():
+            first = min(longest, atoms - 1)
+            for radix, base, ends in kinds:
+                if used // radix % base < base - 1 and grown.get(used + radix, 0) < ends[first]:
+                    grown[used + radix] = ends[first]
+        if count in counts and atoms in grown.values():
             return count
         sets = grown
     return None
 
 
-def rounded(capacities: Sequence[int]) -> list[int]:
-    """Capacities as they are when few enough differ, else rounded down to the smallest step that makes it so."""
-    step = 1
-    result = list(capacities)
-    while _sets(result) > MAX_SETS:
-        step = max(_FIRST_STEP, 2 * step)
-        result = [capacity // step * step for capacity in capacities]
-    return result
-
-
-def _sets(capacities: Sequence[int]) -> int:
-    product = 1
-    for members in Counter(capacities).values():
-        product *= members + 1
-    return product
+def _count_by_prefixes(
+    atoms: int, fleet: Fleet, tables: Sequence[Extents], radix: Sequence[int], counts: range
+) -> int | None:
+    """The same with all prefixes of each set, and with its last GPU where some GPUs must not be neighbors."""
+    kinds, followers, has_broken = fleet.kinds_for_room, fleet.followers, fleet.has_broken
+    states = {(0, -1): 1}
+    for count in range(1, counts.stop):
+        grown: dict[tuple[int, int], int] = {}
+        for (used, last), prefixes in states.items():
+            for kind in followers[last]:
+                if used // radix[kind] % (len(kinds[kind]) + 1) < len(kinds[kind]):
+                    reached = extend(prefixes, tables[kind])
+                    if reached:
+                        larger = used + radix[kind], kind if has_broken else -1
+                        grown[larger] = grown.get(larger, 0) | reached
+        if count in counts and any(prefixes >> atoms & 1 for prefixes in grown.values()):
+            return count
+        states = grown
+    return None
 
 
 def largest(low: int, high: int, holds: Callable[[int], bool]) -> int:

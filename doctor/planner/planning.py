@@ -2,35 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import msgspec
+
 from ..machine import Machine
 from ..model import ModelProfile
 from ..placement import Plan, Stage
-from ..topology import link_rank
+from ..trace import Traces
 from ..workload import Policy, Workload
 from . import account
-from .budget import budgets
-from .constraints import chain
-from .levers import shortage
+from .auto import auto_placement
+from .budget import Budgets, Exclusion, budgets
+from .cards import suggest_gpus
+from .constraints import can_break_tower, chain
+from .levers import levers_that_save, shortage
+from .limits import limits
 from .memory import loaded_dtype
-from .order import Rank, Split
-from .problem import Problem
-from .search import choose, closest
+from .offload import offloaded, with_offload
+from .pins import validate_pins
+from .problem import Problem, ask
+from .search import Choice
+from .traced import IrregularError, Regimes
 from .validate import validate_policy, validate_workload
 
 _DEFAULT_WORKLOAD = Workload()
 _DEFAULT_POLICY = Policy()
 
 
+class _Answer(msgspec.Struct, frozen=True):
+    """A question, its answer, and the GPUs that were not considered."""
+
+    problem: Problem
+    choice: Choice | None
+    excluded: tuple[Exclusion, ...]
+
+
 def plan(
-    profile: ModelProfile, machine: Machine, workload: Workload = _DEFAULT_WORKLOAD, policy: Policy = _DEFAULT_POLICY
+    profile: ModelProfile,
+    machine: Machine,
+    workload: Workload = _DEFAULT_WORKLOAD,
+    policy: Policy = _DEFAULT_POLICY,
+    *,
+    traces: Traces | None = None,
+    untraced: str | None = None,
 ) -> Plan:
     """Find where each unit of a model goes.
+
+    What is harmless is tried before what is not: the vision tower as a whole before cuts between its blocks, then GPUs with
+    a known fault, and at last, where the policy allows it, host memory for the last layers.
 
     Args:
         profile: The model, from its config and headers.
         machine: Live, recorded or synthetic.
         workload: One call of the model, at its largest.
         policy: How careful to be, and which GPUs may be used.
+        traces: Allocations of the model's real code for this workload (``vlm_doctor.trace_model``), which take the place
+            of formulas; ``None`` plans by formulas.
+        untraced: Why there are no traces although they were asked for; the plan says so.
 
     Returns:
         A plan. When nothing fits, ``fits`` is false, ``shortage`` says what is missing and what would help, and the
@@ -43,15 +72,18 @@ def plan(
     validate_workload(workload, profile)
     validate_policy(policy, machine)
     found = budgets(machine, policy)
-    problem = Problem(profile, chain(profile), workload, policy, found.usable)
+    validate_pins(policy, profile, chain(profile), found)
+    if traces is not None:
+        try:
+            Regimes(traces, profile.text.sliding_window)
+        except IrregularError as error:
+            traces, untraced = None, str(error)
+    answer = _answer(profile, machine, workload, policy, found=found, traces=traces)
+    problem, choice = answer.problem, answer.choice
     footprint = problem.footprint
-
-    def rank(a: int, b: int) -> int:
-        return link_rank(machine.link(found.usable[a].gpu.index, found.usable[b].gpu.index))
-
-    choice = choose(footprint, problem.capacities, problem.counts, problem.most_text_tokens, rank)
-    split = choice.split if choice else _closest_split(problem, rank)
-    stages = account.stages(footprint, split, found.usable) if split else ()
+    split = choice.split if choice else problem.closest_split()
+    stages = account.stages(problem, split) if split else ()
+    longest = choice.text_tokens + footprint.images.tokens if choice else None
     return Plan(
         model=profile.name,
         revision=profile.revision,
@@ -61,34 +93,73 @@ def plan(
         dtype=loaded_dtype(profile, workload),
         prompt_tokens=workload.text_tokens + footprint.images.tokens,
         image_tokens=footprint.images.tokens,
-        device_map=_device_map(stages) if choice else {},
+        device_map=_device_map(problem, stages) if choice else {},
         max_memory={position: _weight_room(stage) for position, stage in enumerate(stages)} if choice else {},
         cuda_visible_devices=",".join(str(stage.gpu) if machine.origin == "synthetic" else stage.uuid for stage in stages),
         stages=stages,
-        cuts=account.cuts(problem, split, machine) if split else (),
-        reasons=account.reasons(problem, split, found.excluded) if choice and split else (),
-        longest_prompt_tokens=choice.text_tokens + footprint.images.tokens if choice else None,
-        shortage=None if choice else shortage(problem, stages, found.excluded),
-        notes=account.notes(problem, choice),
+        cuts=account.cuts(problem, split, choice.text_tokens if choice else None) if split else (),
+        reasons=account.reasons(problem, choice, answer.excluded) if choice else (),
+        longest_prompt_tokens=longest,
+        auto=auto_placement(problem, split=choice.split if choice else None, longest_prompt_tokens=longest),
+        limits=limits(problem, choice.split, choice.text_tokens) if choice else None,
+        offloaded=offloaded(problem, problem.budgets[choice.split.gpus[0]].gpu) if choice else None,
+        levers=levers_that_save(problem, choice.split) if choice and workload.training else (),
+        gpu_sets=() if choice else suggest_gpus(profile, workload, policy),
+        shortage=None if choice else shortage(problem, stages, answer.excluded),
+        notes=_notes(account.notes(problem, choice), untraced),
+        tier="formulas" if traces is None else "traced",
         is_remote_code=profile.is_remote_code,
         needs_quantization=profile.quantization or workload.quantization,
     )
 
 
-def _closest_split(problem: Problem, rank: Rank) -> Split | None:
-    """The split that lacks least."""
-    found = closest(problem.footprint, problem.capacities, problem.counts, rank)
-    return found[1] if found else None
+def _notes(notes: tuple[str, ...], untraced: str | None) -> tuple[str, ...]:
+    if untraced is None:
+        return notes
+    return (*notes, f"The model was not traced, so that memory is told by formulas: {untraced.rstrip('.')}.")
 
 
-def _device_map(stages: tuple[Stage, ...]) -> dict[str, int]:
+def _answer(
+    profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, *, found: Budgets, traces: Traces | None
+) -> _Answer:
+    """The first question that has an answer, or the last one, which allows the most."""
+    questions = list(_questions(profile, machine, workload, policy, found=found, traces=traces))
+    for problem, excluded in questions:
+        choice = problem.choose()
+        if choice is not None:
+            return _Answer(problem, choice, excluded)
+    if policy.offload:
+        for problem, excluded in questions:
+            candidate = with_offload(problem)
+            if candidate is not None:
+                return _Answer(candidate, candidate.choose(), excluded)
+    problem, excluded = questions[-1]
+    return _Answer(problem, None, excluded)
+
+
+def _questions(
+    profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, *, found: Budgets, traces: Traces | None
+) -> Iterator[tuple[Problem, tuple[Exclusion, ...]]]:
+    """The same question with fewer and fewer scruples."""
+    chains = [chain(profile)]
+    if can_break_tower(profile):
+        chains.append(chain(profile, breaks_tower=True))
+    sparing = found.sparing({gpu for _, gpu in policy.pins})
+    for gpus in [sparing, found] if sparing != found else [found]:
+        for made in chains:
+            yield ask(profile, workload, policy, machine, chain=made, found=gpus, traces=traces), gpus.excluded
+
+
+def _device_map(problem: Problem, stages: tuple[Stage, ...]) -> dict[str, int | str]:
     """One key for the whole model on one GPU, else one for every unit: never a key and a key inside it.
 
     transformers 5 takes keys as prefixes of names, so that a parent's key and a child's would fight over the child.
     """
-    if len(stages) == 1:
+    if len(stages) == 1 and not problem.offloaded:
         return {"": 0}
-    return {key: position for position, stage in enumerate(stages) for key in stage.keys}
+    result: dict[str, int | str] = {key: position for position, stage in enumerate(stages) for key in stage.keys}
+    result.update({unit.key: "cpu" for atom in problem.offloaded_atoms for unit in atom.units})
+    return result
 
 
 def _weight_room(stage: Stage) -> int:

@@ -2,46 +2,115 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import msgspec
 
+from ..machine import Machine
 from ..model import ModelProfile
+from ..topology import hop_rank
+from ..trace import Traces
 from ..workload import Policy, Workload
-from .budget import Budget
-from .constraints import Chain
+from .budget import Budget, Budgets, budgets
+from .constraints import Atom, Chain
+from .fleet import Fleet, Room
 from .image_tokens import image_load
-from .memory import Footprint
-from .order import Split, no_preference
-from .place import rounded, smallest_count
-from .search import closest, longest_text_tokens
+from .memory import Footprint, StageNeed
+from .order import Split
+from .pins import pinned
+from .place import smallest_count
+from .release import release_of
+from .search import Choice, choose, closest, longest_text_tokens
+from .settle import Replay, longest, replay_of, settle, takes
+from .traced_footprint import TracedFootprint
 from .validate import MAX_TOKENS
 
+_UNKNOWN_HOP = 2_000
+"""Rank of a link between GPUs that are not both of the machine: worse than any known one."""
 
-class Problem(msgspec.Struct, frozen=True):
+
+class Problem(msgspec.Struct, frozen=True, dict=True):
     """A model that is to be placed."""
 
     profile: ModelProfile
     chain: Chain
     workload: Workload
     policy: Policy
+    machine: Machine
+    hops: Mapping[tuple[int, int], int | None]
+    """Rank of the link from one GPU index to another; ``None`` when it must not be used."""
     budgets: tuple[Budget, ...]
     """GPUs that can be used."""
+    offloaded: int = 0
+    """Atoms at the end of the chain that stay in host memory."""
+    alike: Footprint | None = None
+    """Prices of the same parts for another workload."""
+    traces: Traces | None = None
+    """Allocations that were traced for this workload; ``None`` prices by formulas."""
+    is_replayed: bool = True
+    """Ask the allocator where the model's allocations are known."""
+    is_bare: bool = False
+    """Leave out what the allocator wastes: what even a perfect one could not do."""
 
     @property
+    def atoms(self) -> tuple[Atom, ...]:
+        """What is placed on GPUs."""
+        return self.chain.atoms[: len(self.chain.atoms) - self.offloaded]
+
+    @property
+    def offloaded_atoms(self) -> tuple[Atom, ...]:
+        """What stays in host memory."""
+        return self.chain.atoms[len(self.chain.atoms) - self.offloaded :]
+
+    @cached_property
     def footprint(self) -> Footprint:
         """Prices of the model for the workload."""
-        return Footprint(self.profile, self.workload, image_load(self.profile, self.workload), self.chain.atoms)
+        images = image_load(self.profile, self.workload)
+        if self.alike is not None:
+            return self.alike.changed(self.workload, images)
+        release = release_of(self.machine)
+        if self.traces is not None:
+            return TracedFootprint(
+                self.profile,
+                self.workload,
+                images,
+                self.atoms,
+                self.offloaded_atoms,
+                is_bare=self.is_bare,
+                release=release,
+                traces=self.traces,
+            )
+        return Footprint(
+            self.profile, self.workload, images, self.atoms, self.offloaded_atoms, is_bare=self.is_bare, release=release
+        )
+
+    @cached_property
+    def pins(self) -> list[int | None]:
+        """For each atom of the chain, the index of the GPU that it is pinned to."""
+        return pinned(self.chain, self.policy)
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        """The GPUs as the search sees them."""
+        pins = [(atom, gpu) for atom, gpu in enumerate(self.pins[: len(self.atoms)]) if gpu is not None]
+        indices = [budget.gpu.index for budget in self.budgets]
+        rooms = [
+            Room(budget.available_bytes, sum(1 << atom for atom, gpu in pins if gpu != budget.gpu.index))
+            for budget in self.budgets
+        ]
+        return Fleet(rooms, lambda a, b: self.hops.get((indices[a], indices[b]), _UNKNOWN_HOP))
 
     @property
-    def capacities(self) -> list[int]:
-        """Bytes that each GPU can give to the model."""
-        return [budget.available_bytes for budget in self.budgets]
+    def knows_host_memory(self) -> bool:
+        """Whether it is known what the host can take."""
+        return self.machine.host is not None and self.machine.host.memory_available_bytes is not None
 
     @property
     def counts(self) -> range:
         """Numbers of stages that are allowed and possible; empty when the policy asks for more than there can be."""
-        most = min(len(self.budgets), len(self.chain.atoms), self.policy.max_gpus or len(self.budgets))
+        most = min(len(self.budgets), len(self.atoms), self.policy.max_gpus or len(self.budgets))
         return range(self.policy.min_gpus, most + 1)
 
     @property
@@ -54,23 +123,93 @@ class Problem(msgspec.Struct, frozen=True):
 
     def changed(self, **fields: Any) -> Problem:
         """The same question with other fields of the workload."""
-        return msgspec.structs.replace(self, workload=msgspec.structs.replace(self.workload, **fields))
+        workload = msgspec.structs.replace(self.workload, **fields)
+        return msgspec.structs.replace(self, workload=workload, alike=self.footprint)
+
+    def with_offloaded(self, count: int) -> Problem:
+        """The same question with so many atoms in host memory."""
+        return msgspec.structs.replace(self, offloaded=count, alike=None)
+
+    def with_policy(self, **fields: Any) -> Problem:
+        """The same question with other fields of the policy."""
+        policy = msgspec.structs.replace(self.policy, **fields)
+        found = budgets(self.machine, policy)
+        return ask(self.profile, self.workload, policy, self.machine, chain=self.chain, found=found, traces=self.traces)
 
     def with_gpus(self, count: int) -> Problem:
         """The same question with exactly so many GPUs."""
         return msgspec.structs.replace(self, policy=msgspec.structs.replace(self.policy, min_gpus=count, max_gpus=count))
 
+    @cached_property
+    def bare(self) -> Problem:
+        """The same question to a perfect allocator."""
+        return msgspec.structs.replace(self, is_bare=True, alike=None)
+
+    @cached_property
+    def replay(self) -> Replay | None:
+        """The allocator's own judgement; ``None`` where it is not known what the model allocates."""
+        return replay_of(self.footprint, [budget.gpu for budget in self.budgets]) if self.is_replayed else None
+
+    def choose(self) -> Choice | None:
+        """The best split by the policy, or ``None`` when nothing fits."""
+        if self.replay is None:
+            return self.choose_among(self.counts)
+        return settle(self)
+
+    def choose_among(self, counts: range) -> Choice | None:
+        """The best split over one of these numbers of GPUs, by the formulas."""
+        return choose(self.footprint, self.fleet, counts, self.most_text_tokens, self.policy.prefer)
+
+    def need(self, split: Split, stage: int) -> StageNeed:
+        """What one stage of a split needs, item by item."""
+        run, position = split.runs[stage], split.gpus[stage]
+        if self.replay is None:
+            return self.footprint.detail(*run, self.workload.text_tokens)
+        return self.replay.need(run, position, self.fleet.rooms[position].capacity_bytes)
+
+    def closest_split(self) -> Split | None:
+        """The split that lacks least; ``None`` when there is none with as many stages, pins and links as they are."""
+        found = closest(self.footprint, self.fleet, self.counts)
+        return found[1] if found else None
+
     def longest_text_tokens(self, split: Split) -> int | None:
         """Most text tokens of one prompt that a split can take; ``None`` when the workload itself does not fit."""
-        return longest_text_tokens(self.footprint, self.capacities, split, self.most_text_tokens)
+        if self.replay is None:
+            return longest_text_tokens(self.footprint, self.fleet.rooms, split, self.most_text_tokens)
+        return longest(self, split)
+
+    def takes(self, split: Split, text_tokens: int) -> bool:
+        """Whether a split takes a prompt with so much text."""
+        if self.replay is None:
+            return split.margin(self.footprint.needs(text_tokens), self.fleet.rooms) >= 0
+        return takes(self, split, text_tokens)
 
     def margin_bytes(self) -> int | None:
         """Margin in the tightest GPU of the best split; negative when nothing fits, ``None`` when there is no split."""
-        found = closest(self.footprint, self.capacities, self.counts, no_preference)
+        found = closest(self.footprint, self.fleet.without_preference, self.counts)
         return found[0] if found else None
 
     def fits(self) -> bool:
         """Whether some split fits."""
-        footprint = self.footprint
-        need = footprint.needs(self.workload.text_tokens)
-        return smallest_count(len(footprint.atoms), need, rounded(self.capacities), self.counts) is not None
+        need = self.footprint.needs(self.workload.text_tokens)
+        return smallest_count(len(self.atoms), need, self.fleet.rounded(), self.counts) is not None
+
+    def split_fits(self, split: Split) -> bool:
+        """Whether one split fits."""
+        return self.takes(split, self.workload.text_tokens)
+
+
+def ask(
+    profile: ModelProfile,
+    workload: Workload,
+    policy: Policy,
+    machine: Machine,
+    *,
+    chain: Chain,
+    found: Budgets,
+    traces: Traces | None = None,
+) -> Problem:
+    """Put a question together; the links are looked at once."""
+    indices = [budget.gpu.index for budget in found.usable]
+    hops = {(a, b): hop_rank(machine, a, b) for a in indices for b in indices if a != b}
+    return Problem(profile, chain, workload, policy, machine, hops, found.usable, traces=traces)

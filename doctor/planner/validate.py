@@ -9,9 +9,11 @@ from ..workload import Policy, Workload
 
 MAX_TOKENS = 10_000_000
 """Longest prompt that is planned for; the longest context of a published model is 10 million tokens (Llama 4 Scout)."""
-_MAX_BATCH = 4_096
-_MAX_IMAGES = 4_096
-_MAX_EDGE = 65_536
+MAX_BATCH = 4_096
+MAX_IMAGES = 4_096
+MAX_EDGE = 65_536
+MAX_LORA_RANK = 65_536
+"""No weight of a model that exists is that narrow: adapters of this rank are larger than the weights."""
 
 
 def validate_workload(workload: Workload, profile: ModelProfile | None = None) -> None:
@@ -26,13 +28,15 @@ def validate_workload(workload: Workload, profile: ModelProfile | None = None) -
     """
     _between("text_tokens", workload.text_tokens, 0, MAX_TOKENS)
     _between("new_tokens", workload.new_tokens, 0, MAX_TOKENS)
-    _between("batch", workload.batch, 1, _MAX_BATCH)
-    _between("images", workload.images, 0, _MAX_IMAGES)
+    _between("batch", workload.batch, 1, MAX_BATCH)
+    _between("images", workload.images, 0, MAX_IMAGES)
     for name, edge in (("image_height", workload.image_height), ("image_width", workload.image_width)):
         if edge is not None:
-            _between(name, edge, 1, _MAX_EDGE)
+            _between(name, edge, 1, MAX_EDGE)
     if workload.text_tokens + workload.images == 0:
         raise UsageError("The workload has neither text nor images: ask for at least 1 text token or 1 image.")
+    if workload.training is not None:
+        _between("lora_rank", workload.training.lora_rank, 1, MAX_LORA_RANK)
     if workload.quantization and profile is not None and profile.quantization:
         raise UsageError(
             f"{profile.name} is already quantized ({profile.quantization}): "
@@ -56,11 +60,26 @@ def validate_policy(policy: Policy, machine: Machine) -> None:
     if policy.max_gpus is not None and policy.max_gpus < policy.min_gpus:
         raise UsageError(f"max_gpus ({policy.max_gpus}) must not be below min_gpus ({policy.min_gpus}).")
     indices = [gpu.index for gpu in machine.gpus]
-    for index in policy.gpus or ():
+    capped, pinned = (gpu for gpu, _ in policy.max_memory), (gpu for _, gpu in policy.pins)
+    for index in (*(policy.gpus or ()), *policy.exclude, *capped, *pinned):
         if index not in indices:
             raise UsageError(f"There is no GPU {index} on this machine: it has {_named(indices)}.")
     if policy.gpus is not None and not policy.gpus:
         raise UsageError("The list of GPUs to use is empty: name at least one, or leave it out.")
+    allowed = indices if policy.gpus is None else policy.gpus
+    if policy.exclude and set(allowed) <= set(policy.exclude):
+        raise UsageError(f"Every GPU is excluded: exclude fewer of {_named(list(allowed))}.")
+    _validate_max_memory(policy)
+
+
+def _validate_max_memory(policy: Policy) -> None:
+    seen: set[int] = set()
+    for index, size in policy.max_memory:
+        if index in seen:
+            raise UsageError(f"max_memory names GPU {index} twice: give it one limit.")
+        seen.add(index)
+        if size <= 0:
+            raise UsageError(f"max_memory of GPU {index} must be more than 0 bytes, not {size}; leave it out with exclude.")
 
 
 def _between(name: str, value: int, low: int, high: int) -> None:

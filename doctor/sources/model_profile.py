@@ -11,11 +11,13 @@ from ..data.families import FLAT_TOWERS, REMOTE_TYPES, FamilyRules, rules_of
 from ..data.image_rules import UNKNOWN
 from ..errors import ModelFileError
 from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
+from .allocation_scripts import body_script, tower_script
 from .checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
 from .image_rule import image_rule
 from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
 from .model_units import Cut, cut_into_units
-from .module_names import by_module_name
+from .module_names import by_module_name, with_flat_tower
+from .registration import registered
 from .shapes_from_tensors import FLOATS
 from .weightless_units import complete_units
 
@@ -30,7 +32,7 @@ def build_profile(
     name: str,
     origin: Literal["checkpoint", "hub", "catalogue"],
     families: Mapping[str, FamilyRules] | None = None,
-    are_towers_flat: bool = True,
+    are_towers_flat: bool = False,
 ) -> ModelProfile:
     """Describe a model from its config and headers.
 
@@ -52,7 +54,8 @@ def build_profile(
     is_remote_code = bool(config.get("auto_map")) and ARCHITECTURES.get(model_type) != architecture
     rules = _rules(config, model_type, architecture, is_remote_code=is_remote_code, families=families or {})
     is_flat = are_towers_flat and not is_remote_code and _tower_type(config) in FLAT_TOWERS
-    tensors = by_module_name(checkpoint.tensors, rules.renames, is_tower_flat=is_flat)
+    named = by_module_name(checkpoint.tensors, rules.renames)
+    tensors = with_flat_tower(named) if is_flat else named
     cut = cut_into_units(tensors, rules)
     if len(cut.units) > MAX_UNITS:
         raise ModelFileError(
@@ -77,6 +80,7 @@ def build_profile(
         is_remote_code=is_remote_code,
         dtype=_dtype(config, units),
         units=units,
+        tensors={name: (tensor.dtype, tensor.elements) for name, tensor in tensors.items()},
         tied=tied,
         text=text,
         vision=vision,
@@ -85,7 +89,10 @@ def build_profile(
         runs_inner_generate=rules.runs_inner_generate,
         text_multiples=rules.text_multiples,
         vision_multiples=rules.vision_multiples,
+        body_script=None if is_remote_code else body_script(text.body),
+        tower_script=None if is_remote_code else tower_script(model_type),
         files=checkpoint.files,
+        registered=registered(named, units, config, model_type=model_type, is_remote_code=is_remote_code),
         notes=tuple(notes),
     )
 

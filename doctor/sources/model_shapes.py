@@ -177,10 +177,15 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
         sliding_window=window,
         attention_chunk=fields.get("attention_chunk_size"),
         max_positions=fields.get("max_positions"),
+        body=fields.model_type,
+        experts=fields.get("num_experts") or fields.get("num_local_experts") or fields.get("n_routed_experts") or 0,
+        active_experts=_active_experts(fields),
+        expert_width=fields.get("moe_intermediate_size") or 0,
         kv_lora_rank=latent,
         qk_rope_head_dim=_width(fields, "qk_rope_head_dim") if latent else None,
         qk_nope_head_dim=_width(fields, "qk_nope_head_dim") if latent else None,
         v_head_dim=_width(fields, "v_head_dim") if latent else None,
+        linear_width=(fields.get("linear_num_value_heads") or 0) * (fields.get("linear_value_head_dim") or 0),
         cached_layers=layer_caches(fields, layers, window),
     )
 
@@ -190,9 +195,13 @@ def _width(fields: Fields, key: str) -> int | None:
     return None if fields.raw(key) == 0 else fields.get(key)
 
 
+def _active_experts(fields: Fields) -> int:
+    return fields.get("num_experts_per_tok") or fields.get("moe_topk") or 0
+
+
 def _active_width(fields: Fields) -> int:
     """MLP width that one token passes: the whole MLP, or its share of a mixture of experts."""
-    experts_per_token = fields.get("num_experts_per_tok") or fields.get("moe_topk")
+    experts_per_token = _active_experts(fields)
     if not experts_per_token:
         return fields.need("intermediate")
     expert = fields.get("moe_intermediate_size") or fields.need("intermediate")

@@ -14,15 +14,12 @@ _INNER = "vision_model"
 """The module inside a tower that 5.x has done away with (``FLAT_TOWERS``)."""
 
 
-def by_module_name(
-    tensors: Mapping[str, StoredTensor], renames: tuple[Rename, ...], *, is_tower_flat: bool = False
-) -> dict[str, StoredTensor]:
+def by_module_name(tensors: Mapping[str, StoredTensor], renames: tuple[Rename, ...]) -> dict[str, StoredTensor]:
     """Give the tensors of a checkpoint the names they have in the class.
 
     Args:
         tensors: By name as stored.
         renames: Of the family; without any the names stay.
-        is_tower_flat: The class has no ``vision_model`` inside its vision tower, though the checkpoint may.
 
     Returns:
         Tensors by parameter name in the class of transformers 4.52 or later. Names that a new transformers has saved
@@ -36,15 +33,26 @@ def by_module_name(
         # An empty component would make an empty key, which a device_map takes for the whole model.
         if not all(name.split(".")):
             raise ModelFileError(f"tensor {name[:120]!r} is not named like a parameter of a model; convert the checkpoint.")
-        new = _rename(name, renames)
-        if is_tower_flat:
-            new = _flat(new)
-        if new in renamed:
-            raise ModelFileError(
-                f"tensor {name[:120]!r} is stored under its old and its new name; save the checkpoint again."
-            )
-        renamed[new] = tensor
+        _add(renamed, _rename(name, renames), tensor, name)
     return renamed
+
+
+def with_flat_tower(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Leave the ``vision_model`` inside the vision tower out of the names, which the class does not have.
+
+    Raises:
+        ModelFileError: Two names become the same.
+    """
+    renamed: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        _add(renamed, _flat(name), tensor, name)
+    return renamed
+
+
+def _add(renamed: dict[str, StoredTensor], new: str, tensor: StoredTensor, old: str) -> None:
+    if new in renamed:
+        raise ModelFileError(f"tensor {old[:120]!r} is stored under its old and its new name; save the checkpoint again.")
+    renamed[new] = tensor
 
 
 def _rename(name: str, renames: tuple[Rename, ...]) -> str:

@@ -76,3 +76,42 @@ def test_headroom() -> None:
 def test_suggestion() -> None:
     assert arguments.suggestion("--imags=3", ["--images", "--batch"]) == "; did you mean --images?"
     assert arguments.suggestion("--zzz", ["--images"]) == "."
+
+
+def test_excluded_gpus_are_a_list_of_their_own_option() -> None:
+    assert arguments.excluded_gpus("3,1") == (3, 1)
+    with pytest.raises(
+        UsageError, match=r"^--exclude: 'x' is not a list of GPU indices; write them with commas, such as 0,1.$"
+    ):
+        arguments.excluded_gpus("x")
+    with pytest.raises(UsageError, match=r"^--exclude: '1,1' names a GPU twice.$"):
+        arguments.excluded_gpus("1,1")
+
+
+def test_a_pin() -> None:
+    assert arguments.pin("model.visual=0") == ("model.visual", 0)
+    assert arguments.pin(" a=b = 12 ") == ("a=b", 12)
+
+
+@pytest.mark.parametrize("text", ["", "=", "=0", "model.visual", "model.visual=", "model.visual=cpu", "m=-1", "m=0,1"])
+def test_other_pins_are_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        arguments.pin(text)
+    assert str(caught.value) == f"--pin: {text!r} is not a module and a GPU; write them as model.visual=0."
+
+
+def test_max_memory() -> None:
+    assert arguments.max_memory("0=20GiB") == ((0, 20 * GIB),)
+    assert arguments.max_memory("0=1GiB, 2 = 2GiB") == ((0, GIB), (2, 2 * GIB))
+
+
+@pytest.mark.parametrize("text", ["", "20GiB", "0=", "=20GiB", "a=1GiB", "cpu=1GiB"])
+def test_other_limits_are_refused(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        arguments.max_memory(text)
+    assert str(caught.value) == f"--max-memory: {text!r} is not a GPU and a size; write them as 0=20GiB."
+
+
+def test_a_limit_without_a_unit_is_refused() -> None:
+    with pytest.raises(UsageError, match="--max-memory: '20' is not a size; write a number and a unit"):
+        arguments.max_memory("0=20")

@@ -485,3 +485,12 @@ def test_a_huge_value_leaves_a_short_sentence_with_both_ends(run: Run) -> None:
     assert len(said.err) < 650
     assert said.err.startswith("vlm-doctor: --gpus: '999")
     assert said.err.endswith("write them with commas, such as 0,1.\n")
+
+
+def test_cards_are_suggested_when_asked_for_and_when_nothing_fits(run: Run) -> None:
+    words = ("plan", "zai-org/GLM-4.1V-9B-Thinking", "--offline", "--json", "--machine")
+    assert json.loads(run(*words, "2xH100").out)["plan"]["gpu_sets"] == []
+    asked = json.loads(run(*words, "2xH100", "--suggest-gpus").out)["plan"]["gpu_sets"]
+    assert [card["count"] for card in asked]
+    assert json.loads(run(*words, "T4", "--suggest-gpus").out)["plan"]["gpu_sets"] == asked
+    assert json.loads(run(*words, "T4").out)["plan"]["gpu_sets"] == asked

@@ -9,7 +9,7 @@ import pytest
 from vlm_doctor.errors import UsageError
 from vlm_doctor.options import COMMANDS, parse, policy, workload
 from vlm_doctor.units import GIB
-from vlm_doctor.workload import Policy, Workload
+from vlm_doctor.workload import Policy, Training, Workload
 
 
 @pytest.mark.parametrize("words", [[], ["--strict"], ["check"], ["--json", "--strict"]])
@@ -34,8 +34,9 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["plann"], "'plann' is not a command (they are check, plan, collect, explain); did you mean plan?"),
-        (["\x1b[31m"], "'\\x1b[31m' is not a command (they are check, plan, collect, explain)."),
+        (["plann"], "'plann' is not a command (they are check, plan, check-map, collect, calibrate, explain); "
+         "did you mean plan?"),
+        (["\x1b[31m"], "'\\x1b[31m' is not a command (they are check, plan, check-map, collect, calibrate, explain)."),
         (["plan", "m", "--imags=2"], "'--imags=2' is no option of vlm-doctor plan; did you mean --images? "
          "Try 'vlm-doctor plan --help'."),
         (["--json", "plan", "m"], "'plan' is no option of vlm-doctor check. Try 'vlm-doctor check --help'."),
@@ -55,7 +56,20 @@ def test_what_cannot_be_understood_is_one_sentence(words: list[str], message: st
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("option", ["--dtype", "--quantization", "--attention", "--logits", "--format"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--dtype",
+        "--quantization",
+        "--attention",
+        "--logits",
+        "--format",
+        "--prefer",
+        "--allocator",
+        "--training",
+        "--optimizer",
+    ],
+)
 def test_other_words_are_refused(option: str) -> None:
     with pytest.raises(UsageError, match=f"argument {option}: invalid choice: 'x'"):
         parse(["plan", "m", option, "x"])
@@ -88,7 +102,9 @@ def test_every_option_of_plan_arrives() -> None:
     words = (
         "plan m --machine 2xL4 --gpus 1,0 --images 2 --image-size 640x480 --text-tokens 1 --new-tokens 3 --batch 4 "
         "--dtype float16 --quantization nf4 --attention eager --logits forward --max-gpus 2 --min-gpus 2 "
-        "--headroom 2GiB --offline --json --output f.json --verbose"
+        "--headroom 2GiB --offline --json --output f.json --verbose --allocator expandable --prefer context --exclude 3,4 "
+        "--pin model.visual=1 --pin lm_head=0 --max-memory 0=20GiB,1=1GiB --max-memory 2=2GiB --offload --suggest-gpus "
+        "--training lora --optimizer sgd --lora-rank 8 --no-gradient-checkpointing"
     )
     options = parse(words.split())
 
@@ -103,10 +119,51 @@ def test_every_option_of_plan_arrives() -> None:
         quantization="nf4",
         attention="eager",
         logits="forward",
+        allocator="expandable",
+        training=Training(method="lora", optimizer="sgd", lora_rank=8, gradient_checkpointing=False),
     )
-    assert policy(options) == Policy(gpus=(1, 0), max_gpus=2, min_gpus=2, headroom_fraction=0.0, headroom_min_bytes=2 * GIB)
+    assert policy(options) == Policy(
+        gpus=(1, 0),
+        max_gpus=2,
+        min_gpus=2,
+        headroom_fraction=0.0,
+        headroom_min_bytes=2 * GIB,
+        prefer="context",
+        exclude=(3, 4),
+        pins=(("model.visual", 1), ("lm_head", 0)),
+        max_memory=((0, 20 * GIB), (1, GIB), (2, 2 * GIB)),
+        offload=True,
+    )
+    assert options.suggest_gpus
     assert (options.model, options.machine, options.offline, options.format) == ("m", "2xL4", True, "json")
     assert (options.output, options.verbose) == (Path("f.json"), True)
+
+
+def test_training_has_the_usual_details_unless_they_are_given() -> None:
+    assert workload(parse(["plan", "m", "--training", "full"])).training == Training(method="full")
+    assert workload(parse(["plan", "m", "--training", "lora"])).training == Training()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optimizer sgd", "--optimizer is about training: add --training lora or --training full."),
+        ("--lora-rank 4", "--lora-rank is about training: add --training lora or --training full."),
+        ("--lora-rank 0", "--lora-rank is about training: add --training lora or --training full."),
+        (
+            "--no-gradient-checkpointing",
+            "--no-gradient-checkpointing is about training: add --training lora or --training full.",
+        ),
+        (
+            "--training full --lora-rank 4",
+            "--lora-rank is about adapters: use it with --training lora, or leave it out.",
+        ),
+    ],
+)
+def test_details_of_training_without_training_are_refused(words: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        workload(parse(["plan", "m", *words.split()]))
+    assert str(caught.value) == message
 
 
 def test_every_option_of_check_and_collect_arrives() -> None:

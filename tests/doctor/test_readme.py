@@ -49,7 +49,7 @@ def test_the_test_in_the_readme_is_the_example() -> None:
     assert replace_once(EXAMPLE, f"import pytest\n\n\n{test}") == README.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["check", "plan", "collect"])
+@pytest.mark.parametrize("command", ["check", "plan", "collect", "calibrate"])
 def test_the_documentation_names_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse([command, "--help"])

@@ -93,7 +93,7 @@ def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
         raise failure
     wrong = {"org/astray": "cuda:1", "org/offload": "cpu"}.get(spec.name)
     positions = plan.device_map if plan is not None else {}
-    device_map = {key: wrong or plan.stages[at].gpu for key, at in positions.items() if plan is not None}
+    device_map = {key: wrong or plan.stages[int(at)].gpu for key, at in positions.items() if plan is not None}
     log(f"LOAD {spec.label}")
     yield SimpleNamespace(
         name=spec.name,

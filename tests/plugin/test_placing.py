@@ -6,13 +6,13 @@ import pytest
 
 from pytest_vlmgpu.failures import LoadFailure
 from pytest_vlmgpu.placing import Placed, check_placement, device_map_for
-from vlm_doctor.placement import Plan, Stage
+from vlm_doctor.placement import Offload, Plan, Stage
 from vlm_doctor.workload import Workload
 
 MAP = {"model.visual": 0, "model.language_model.layers.1": 0, "model.language_model.layers.10": 1, "lm_head": 1}
 
 
-def _plan(*uuids: str, device_map: dict[str, int]) -> Plan:
+def _plan(*uuids: str, device_map: dict[str, int | str], offloaded: Offload | None = None) -> Plan:
     stages = tuple(
         Stage(gpu=index + 4, uuid=uuid, name="L4", keys=(), ledger=(), total_bytes=0) for index, uuid in enumerate(uuids)
     )
@@ -28,6 +28,7 @@ def _plan(*uuids: str, device_map: dict[str, int]) -> Plan:
         max_memory={},
         cuda_visible_devices=",".join(uuids),
         stages=stages,
+        offloaded=offloaded,
     )
 
 
@@ -56,6 +57,19 @@ def test_a_gpu_that_torch_does_not_see_is_named(ordinals: dict[str, int], seen: 
     assert caught.value.message == (
         f"torch does not see GPU 4 (GPU-b), where the plan puts part of org/model; it sees {seen}: check "
         "CUDA_VISIBLE_DEVICES of this process, or run vlm-doctor."
+    )
+
+
+def test_a_plan_that_leaves_layers_on_the_cpu_is_no_plan_for_a_test() -> None:
+    off = Offload(
+        keys=("lm_head",), weights_bytes=3 * 2**30, copy_bytes=1, host_left_bytes=None, reason="because", cost="slow"
+    )
+    with pytest.raises(LoadFailure) as caught:
+        device_map_for(_plan("GPU-b", device_map={"model.visual": 0, "lm_head": "cpu"}, offloaded=off), {"GPU-b": 0})
+    assert caught.value.code == "VLM714"
+    assert caught.value.message == (
+        "The plan leaves 3.0 GiB of org/model on the CPU (lm_head and what follows), and a test on GPUs must not run "
+        "there: plan without offload, with more GPUs or a smaller workload."
     )
 
 

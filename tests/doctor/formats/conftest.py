@@ -24,7 +24,7 @@ from vlm_doctor.machine import (
     TorchDevice,
     TorchView,
 )
-from vlm_doctor.placement import Cut, LedgerKind, LedgerLine, Lever, Plan, Shortage, Stage
+from vlm_doctor.placement import AutoPlacement, AutoShare, Cut, LedgerKind, LedgerLine, Lever, Limits, Plan, Shortage, Stage
 from vlm_doctor.report import Report
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Workload
@@ -180,7 +180,7 @@ def plan() -> Plan:
         dtype="bfloat16",
         prompt_tokens=1808,
         image_tokens=1296,
-        device_map=dict.fromkeys(first, 0) | dict.fromkeys(second, 1),
+        device_map={**dict.fromkeys(first, 0), **dict.fromkeys(second, 1)},
         max_memory={0: 8 * GIB, 1: 14 * GIB},
         cuda_visible_devices=",".join(UUIDS),
         stages=(
@@ -219,6 +219,29 @@ def plan() -> Plan:
         ),
         reasons=("2 GPUs are needed: one GPU would lack 1.7 GiB.",),
         longest_prompt_tokens=31_744,
+        limits=Limits(prompt_tokens=31_744, new_tokens=30_000, batch=9, images=17, image_edge=2016),
+        auto=AutoPlacement(
+            library="transformers 5.2.0",
+            shares=(
+                AutoShare(
+                    gpu=0,
+                    keys=("model.visual", "model.language_model.embed_tokens", *_layers(0, 15)),
+                    layers=16,
+                    weights_bytes=9100 * MIB,
+                    need_bytes=10_000 * MIB,
+                    left_bytes=-700 * MIB,
+                ),
+                AutoShare(
+                    gpu=1,
+                    keys=(*_layers(16, 39), "model.language_model.norm", "lm_head"),
+                    layers=24,
+                    weights_bytes=10_500 * MIB,
+                    need_bytes=11_000 * MIB,
+                    left_bytes=10_000 * MIB,
+                ),
+            ),
+            verdict="auto lacks 700 MiB on GPU 0 for this prompt.",
+        ),
         notes=("Image size 1008 x 1008 assumed.",),
     )
 

@@ -67,7 +67,7 @@ def test_unknown_format_is_refused(check_report: Report) -> None:
     with pytest.raises(UsageError) as caught:
         render(check_report, "xml")
 
-    assert str(caught.value) == "--format: 'xml' is not a format; choose one of terminal, json, python."
+    assert str(caught.value) == "--format: 'xml' is not a format; choose one of terminal, json, python, yaml."
 
 
 def test_every_format_renders_the_same_plan(plan_report: Report) -> None:

@@ -24,8 +24,8 @@ def libraries(version: str) -> Libraries:
     return Libraries(python="3.11", executable="", packages=(Package(name="transformers", version=version),))
 
 
-def map_of(source: str) -> dict[str, int]:
-    names: dict[str, dict[str, int]] = {}
+def map_of(source: str) -> dict[str, int | str]:
+    names: dict[str, dict[str, int | str]] = {}
     exec(source, {}, names)
     return names["device_map"]
 
@@ -63,8 +63,8 @@ KEYS = st.one_of(
 )
 
 
-@given(pairs=st.dictionaries(KEYS, st.integers(0, 3), max_size=30))
-def test_any_map_survives(pairs: dict[str, int]) -> None:
+@given(pairs=st.dictionaries(KEYS, st.integers(0, 3) | st.just("cpu"), max_size=30))
+def test_any_map_survives(pairs: dict[str, int | str]) -> None:
     plan = Plan(
         model="m", machine="m", fits=True, workload=Workload(), dtype="bfloat16", prompt_tokens=0, image_tokens=0,
         device_map=pairs, max_memory={}, cuda_visible_devices="", stages=(),

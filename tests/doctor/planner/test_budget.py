@@ -98,3 +98,30 @@ def test_a_gpu_without_memory_of_its_own_takes_the_hosts_once() -> None:
     assert (budget.total_bytes, budget.free_bytes, budget.driver_bytes) == (128 * GIB, 100 * GIB, 0)
     assert budget.total_source == "host memory (the GPU has none of its own)"
     assert found.excluded == (Exclusion(1, "a GPU that is used already has the host's memory", True),)
+
+
+def test_a_limit_for_our_process_is_headroom_beyond_it() -> None:
+    policy = Policy(max_memory=((0, 5 * GIB), (1, 50 * GIB)), headroom_fraction=0.02)
+    capped, roomy = budgets(machine([8, 8]), policy).usable
+    assert capped.available_bytes == 5 * GIB - CONTEXT_BYTES - WORKSPACE_BYTES
+    assert (capped.headroom_bytes, capped.headroom_source) == (3 * GIB, "policy: at most 5.0 GiB for this process")
+    assert roomy.headroom_source == "policy: least headroom"
+    assert roomy.available_bytes == budgets(machine([8]), Policy()).usable[0].available_bytes
+
+
+def test_gpus_that_are_excluded_are_not_spoken_of() -> None:
+    found = budgets(machine([8, 8, 8]), Policy(exclude=(1,)))
+    assert [budget.gpu.index for budget in found.usable] == [0, 2]
+    assert found.excluded == ()
+
+
+def test_gpus_with_a_fault_can_be_spared() -> None:
+    there = machine([8, 8, 8])
+    gpus = tuple(msgspec.structs.replace(each, remap_pending=each.index != 1) for each in there.gpus)
+    found = budgets(msgspec.structs.replace(there, gpus=gpus), Policy())
+    assert [budget.fault for budget in found.usable] == ["row remapping is pending", None, "row remapping is pending"]
+    spared = found.sparing({2})
+    assert [budget.gpu.index for budget in spared.usable] == [1, 2]
+    assert spared.excluded == (Exclusion(0, "row remapping is pending, and the others suffice", is_permanent=False),)
+    whole = budgets(machine([8]), Policy())
+    assert whole.sparing() == whole

@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from vlm_doctor.errors import ModelFileError
-from vlm_doctor.planner.constraints import chain
+from vlm_doctor.model import Unit
+from vlm_doctor.planner.constraints import can_break_tower, chain
 
 from .profiles import BODY, glm41v_9b, unit
 
@@ -78,3 +79,47 @@ def test_a_tie_to_nothing_is_refused() -> None:
     assert str(refused.value) == (
         "zai-org/GLM-4.1V-9B-Thinking: model.gone is tied, but no such unit was found in the checkpoint."
     )
+
+
+def tower(*names: tuple[str, int | None]) -> Unit:
+    parts = tuple(unit(f"model.visual.{name}", "vision", 10, layer=number) for name, number in names)
+    return msgspec.structs.replace(unit("model.visual", "vision", 10 * len(parts)), parts=parts)
+
+
+def test_a_tower_that_may_be_cut_is_cut_between_its_blocks() -> None:
+    names = (("patch_embed", None), ("blocks.0", 0), ("extra", None), ("blocks.1", 1), ("merger", None), ("boi", None))
+    whole = glm41v_9b(units=(tower(*names), *glm41v_9b().units[1:]))
+    assert can_break_tower(whole)
+    assert not can_break_tower(glm41v_9b())
+    assert keys(chain(whole))[0] == ANCHOR
+    assert chain(whole).atoms[0].has_tower
+    assert chain(whole).atoms[0].has_embedding
+    assert chain(glm41v_9b(), breaks_tower=True) == chain(glm41v_9b())
+    found = chain(whole, breaks_tower=True)
+    assert found.is_tower_broken
+    assert keys(found)[:4] == [
+        ("model.visual.patch_embed", "model.visual.blocks.0"),
+        ("model.visual.extra", "model.visual.blocks.1"),
+        ("model.visual.merger", "model.visual.boi", *ANCHOR[1:]),
+        (f"{BODY}.layers.0",),
+    ]
+    assert [(atom.has_tower, atom.has_embedding) for atom in found.atoms[:4]] == [
+        (True, False), (True, False), (True, True), (False, False),
+    ]  # fmt: skip
+    assert found.constraints[0].startswith("The vision tower is cut between its blocks")
+
+
+def test_without_anything_behind_the_blocks_the_embedding_has_no_tower() -> None:
+    whole = glm41v_9b(units=(tower(("blocks.0", 0), ("blocks.1", 1)), *glm41v_9b().units[1:]))
+    found = chain(whole, breaks_tower=True)
+    assert [(atom.has_tower, atom.has_embedding) for atom in found.atoms[:3]] == [
+        (True, False), (True, False), (False, True),
+    ]  # fmt: skip
+
+
+def test_without_an_embedding_the_last_block_is_where_its_output_is_met() -> None:
+    layers = glm41v_9b().units[3:]
+    found = chain(glm41v_9b(units=(tower(("blocks.0", 0), ("blocks.1", 1)), *layers)), breaks_tower=True)
+    assert [(atom.has_tower, atom.has_embedding) for atom in found.atoms[:3]] == [
+        (True, False), (True, True), (False, False),
+    ]  # fmt: skip

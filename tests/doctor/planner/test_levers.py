@@ -8,7 +8,7 @@ import pytest
 from vlm_doctor.placement import Lever, Plan, Shortage
 from vlm_doctor.planner import plan
 from vlm_doctor.units import GIB
-from vlm_doctor.workload import Policy, Workload
+from vlm_doctor.workload import Optimizer, Policy, Training, Workload
 
 from .profiles import glm41v_9b, llava_13b, machine, qwen25_vl_72b
 
@@ -107,7 +107,12 @@ def test_image_size_keeps_its_shape() -> None:
 def test_smaller_weights_come_after_smaller_work_and_before_more_machine() -> None:
     short = shortage(plan(glm41v_9b(), machine([18, 1]), Workload(images=0, text_tokens=600)))
     changes = [lever.change for lever in short.levers]
-    assert changes == ["load in 8 bit (int8)", "load in 4 bit (nf4)", "one more GPU like GPU 0 (NVIDIA Test), empty"]
+    assert changes == [
+        "load in 8 bit (int8)",
+        "load in 4 bit (nf4)",
+        "allow the last layers in host memory, much slower (--offload)",
+        "one more GPU like GPU 0 (NVIDIA Test), empty",
+    ]
     assert all(lever.fits for lever in short.levers)
     saved = [lever.saves_bytes for lever in short.levers]
     assert saved[0] < saved[1]
@@ -189,6 +194,13 @@ def test_a_fault_of_one_gpu_is_no_permanent_fact_of_the_machine() -> None:
     assert shortage(plan(glm41v_9b(), machine([16]))).is_permanent
 
 
+def test_an_allocator_that_expands_already_is_not_offered() -> None:
+    for allocator in ("native", "expandable"):
+        short = shortage(plan(glm41v_9b(), machine([16]), Workload(allocator=allocator)))
+        offered = [lever for lever in short.levers if "expandable_segments" in lever.change]
+        assert not (offered and allocator == "expandable")
+
+
 def test_the_most_absurd_workload_still_gets_an_answer() -> None:
     absurd = Workload(text_tokens=10_000_000, new_tokens=10_000_000, batch=4096, images=4096, attention="eager")
     short = shortage(plan(glm41v_9b(), machine([24, 24]), absurd))
@@ -207,3 +219,99 @@ def test_more_gpus_asked_for_than_the_model_has_parts() -> None:
     tiny = llava_13b(units=units, text=text)
     short = shortage(plan(tiny, machine([24] * 4), policy=Policy(min_gpus=4)))
     assert short.message == "At least 4 GPUs are asked for, and llava-hf/llava-1.5-13b-hf can be cut into 3 parts at most."
+
+
+def test_a_bound_on_the_work_is_a_proof_where_weights_alone_are_none() -> None:
+    workload = Workload(images=0, text_tokens=20_000)
+    short = shortage(plan(glm41v_9b(), machine([12.5, 12.5, 12.5]), workload, Policy(max_gpus=2)))
+    assert "Weights and KV cache take 19.9 GiB, the work on them at least " in short.message
+    assert " on 2 GPUs, and the roomiest 2 can give " in short.message
+    short = shortage(plan(glm41v_9b(), machine([22]), workload))
+    assert " on 1 GPU, and this GPU can give " in short.message
+    short = shortage(plan(glm41v_9b(), machine([12.5, 12.5]), workload))
+    assert " on 2 GPUs, and all 2 GPUs together can give " in short.message
+
+
+def test_what_the_user_forbids_is_offered_to_be_allowed() -> None:
+    policy = Policy(exclude=(1, 2), max_memory=((0, 12 * GIB), (3, 40 * GIB)), pins=(("lm_head", 3),))
+    there = machine([24, 24, 3, 7])
+    short = shortage(plan(glm41v_9b(), there, policy=policy))
+    assert [lever.change for lever in short.levers if lever.fits][:2] == [
+        "use GPU 1 too (drop it from --exclude)",
+        "allow more than 12.0 GiB on GPU 0 (drop --max-memory 0=...)",
+    ]
+    assert [lever.change for lever in short.levers if not lever.fits] == [
+        "drop --pin lm_head=3",
+        "use GPU 2 too (drop it from --exclude)",
+    ]
+    assert plan(glm41v_9b(), there, policy=msgspec.structs.replace(policy, max_memory=())).fits
+    assert plan(glm41v_9b(), there, policy=msgspec.structs.replace(policy, exclude=(2,))).fits
+
+
+def test_a_machine_whose_every_gpu_is_forbidden_or_lost_offers_the_forbidden() -> None:
+    there = machine([24, 24, 2])
+    lost = (msgspec.structs.replace(there.gpus[0], error="GPU is lost"), *there.gpus[1:])
+    short = shortage(plan(glm41v_9b(), msgspec.structs.replace(there, gpus=lost), policy=Policy(exclude=(1, 2))))
+    # GPU 2 is too small on its own, so only GPU 1 is worth a word.
+    assert [lever.change for lever in short.levers] == ["use GPU 1 too (drop it from --exclude)"]
+    short = shortage(
+        plan(glm41v_9b(), machine([24, 24]), Workload(allocator="expandable"), Policy(min_gpus=3, exclude=(1,)))
+    )
+    assert short.levers == ()
+
+
+def test_host_memory_is_offered_last_of_what_the_machine_has() -> None:
+    short = shortage(plan(glm41v_9b(), machine([18, 1]), Workload(images=0, text_tokens=600)))
+    found = lever(short, "allow the last layers in host memory, much slower (--offload)")
+    assert found.fits
+    assert found.saves_bytes >= short.missing_bytes - 2**20
+    assert not [
+        lever
+        for lever in shortage(plan(glm41v_9b(), machine([2]))).levers
+        if lever.change.startswith("allow the last layers in host memory")
+    ]
+
+
+def test_levers_count_on_host_memory_where_it_is_allowed() -> None:
+    # On the CPU or not, the first GPU keeps tower, embedding and the cache of all layers: a cap stands in the way.
+    policy = Policy(offload=True, max_memory=((0, 3 * GIB),))
+    short = shortage(plan(glm41v_9b(), machine([16]), Workload(images=0, text_tokens=600), policy))
+    assert lever(short, "allow more than 3.0 GiB on GPU 0").fits
+    assert not lever(short, "load in 8 bit (int8)").fits
+
+
+@pytest.mark.parametrize(
+    ("training", "batch", "least_gib"),
+    [
+        (Training(), 1, {"an optimizer with 8-bit states (adamw_8bit)": 0.01}),
+        (Training(optimizer="sgd"), 1, {}),
+        (
+            Training(method="full", gradient_checkpointing=False),
+            4,
+            {
+                "gradient checkpointing": 30,
+                "train LoRA adapters of rank 16 instead of all weights": 5,
+                "an optimizer with 8-bit states (adamw_8bit)": 15,
+                "batch of 2": 30,
+            },
+        ),
+    ],
+)
+def test_a_training_step_that_fits_lists_what_each_lever_saves(
+    training: Training, batch: int, least_gib: dict[str, float]
+) -> None:
+    workload = Workload(images=0, text_tokens=2048, training=training, batch=batch)
+    made = plan(glm41v_9b(), machine([200]), workload)
+    assert made.fits
+    saved = {lever.change: lever.saves_bytes / GIB for lever in made.levers if "expandable_segments" not in lever.change}
+    assert list(saved) == list(least_gib)
+    assert all(saved[change] >= least for change, least in least_gib.items()), saved
+    assert plan(glm41v_9b(), machine([200]), msgspec.structs.replace(workload, training=None)).levers == ()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_training_step_that_does_not_fit_lists_them_too(optimizer: Optimizer) -> None:
+    training = Training(method="full", optimizer=optimizer, gradient_checkpointing=False)
+    short = shortage(plan(glm41v_9b(), machine([30]), Workload(images=0, text_tokens=8192, training=training)))
+    assert lever(short, "gradient checkpointing").saves_bytes > GIB
+    assert bool([lever for lever in short.levers if "8-bit" in lever.change]) == (optimizer == "adamw")

@@ -9,20 +9,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_doctor.data.activations import DEFAULT_TEXT, DEFAULT_VISION, text_coefficient, vision_coefficient
-from vlm_doctor.model import ModelProfile, Unit
+from vlm_doctor.model import LayerCache, ModelProfile, Unit
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
-from vlm_doctor.planner.memory import Footprint, StageNeed, item_bytes, loaded_dtype, unit_bytes
+from vlm_doctor.planner.kv_cache import Cached
+from vlm_doctor.planner.memory import Footprint, Holding, StageNeed, item_bytes, loaded_dtype, unit_bytes
+from vlm_doctor.planner.weights import loading_bytes
 from vlm_doctor.workload import Workload
 
 from .profiles import glm41v_9b, llava_13b, unit
 
+_FULL: tuple[LayerCache, ...] = ("full",)
 LAYER = unit("layer", "layer", 1_000, linear=900)
 
 
 def footprint(profile: ModelProfile, **fields: Any) -> Footprint:
     workload = Workload(**fields)
     return Footprint(profile, workload, image_load(profile, workload), chain(profile).atoms)
+
+
+def layer_of(prices: Footprint, text_tokens: int) -> int:
+    """Work of the one kind of layer that there is."""
+    (only,) = prices.work(text_tokens).layer.values()
+    return only
+
+
+def cached_of(prices: Footprint, text_tokens: int) -> Cached:
+    (only,) = prices.work(text_tokens).cached.values()
+    return only
 
 
 def whole(profile: ModelProfile, **fields: Any) -> StageNeed:
@@ -69,7 +83,7 @@ def test_the_kv_cache_holds_all_tokens_of_all_sequences() -> None:
 
 
 def test_float32_doubles_cache_and_activations() -> None:
-    short, wide = (whole(llava_13b(), images=0, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    short, wide = (whole(llava_13b(), images=0, new_tokens=0, dtype=dtype) for dtype in ("bfloat16", "float32"))
     assert wide.weights_bytes == 2 * short.weights_bytes
     assert wide.kv_cache_bytes == 2 * short.kv_cache_bytes
     assert wide.activations_bytes == pytest.approx(2 * short.activations_bytes, abs=2)
@@ -82,35 +96,44 @@ def test_a_quantized_model_computes_in_16_bit() -> None:
 
 
 def test_int8_needs_its_product_and_nf4_the_weight_in_use() -> None:
-    plain, int8, nf4 = (footprint(llava_13b(), images=0, quantization=kind).work(512) for kind in (None, "int8", "nf4"))
-    assert int8.layer - plain.layer == 4 * 512 * 13824
-    assert nf4.layer - plain.layer == 2 * (317_204_480 // 3)
+    plain, int8, nf4 = (footprint(llava_13b(), images=0, quantization=kind) for kind in (None, "int8", "nf4"))
+    assert layer_of(int8, 512) - layer_of(plain, 512) == 4 * 512 * 13824
+    assert layer_of(nf4, 512) - layer_of(plain, 512) == 2 * (317_204_480 // 3)
 
 
 def test_eager_attention_pays_for_the_scores_of_all_heads_instead_of_the_mlp() -> None:
     fused, eager = (footprint(llava_13b(), attention=kind) for kind in ("sdpa", "eager"))
     tokens = 512 + 576
     around = 5.2 * tokens * 5120 * 2
-    assert eager.work(512).layer == math.ceil(around) + 40 * tokens**2 * 8 + 2 * tokens**2
-    assert eager.work(512).encode - fused.work(512).encode == 16 * 577**2 * 8
+    assert layer_of(eager, 512) == math.ceil(around) + 40 * tokens**2 * 10 + 2 * tokens**2
+    assert eager.work(512).encode - fused.work(512).encode == 16 * 577**2 * 10
     fused, eager = (footprint(llava_13b(), images=0, new_tokens=0, attention=kind) for kind in ("sdpa", "eager"))
-    assert eager.work(8).layer == fused.work(8).layer + 2 * 8**2
+    assert layer_of(eager, 8) == layer_of(fused, 8) + 2 * 8**2
+
+
+def test_scores_of_float16_are_not_copied_to_float32_first() -> None:
+    sizes = {
+        dtype: layer_of(footprint(llava_13b(), attention="eager", dtype=dtype), 4000) for dtype in ("float16", "bfloat16")
+    }
+    assert sizes["bfloat16"] - sizes["float16"] == 2 * 40 * 4576**2
+    flat = layer_of(footprint(llava_13b(), attention="eager", dtype="float32"), 4000)
+    assert flat - sizes["float16"] == pytest.approx(2 * 5.2 * 4576 * 5120 + 2 * 4576**2, abs=2)
 
 
 def test_masks_of_sliding_windows_grow_with_the_square_beyond_the_window() -> None:
     text = msgspec.structs.replace(llava_13b().text, sliding_window=1024)
     windowed, plain = footprint(llava_13b(text=text), images=0), footprint(llava_13b(), images=0)
-    assert windowed.work(1024).layer == plain.work(1024).layer
-    assert windowed.work(2048).layer - plain.work(2048).layer == 2048**2
+    assert layer_of(windowed, 1024) == layer_of(plain, 1024)
+    assert layer_of(windowed, 2048) - layer_of(plain, 2048) == 2048**2
     long = 100_000
-    assert windowed.work(long).layer == math.ceil(5.2 * long * 5120 * 2) + 5 * long**2
+    assert layer_of(windowed, long) == math.ceil(5.2 * long * 5120 * 2) + 5 * long**2
 
 
 def test_images_that_attend_both_ways_need_two_masks_even_within_the_window() -> None:
     text = msgspec.structs.replace(llava_13b().text, sliding_window=1024)
     windowed, plain = footprint(llava_13b(text=text)), footprint(llava_13b())
-    assert windowed.work(64).layer - plain.work(64).layer == 2 * (64 + 576) ** 2
-    eager = [footprint(profile, attention="eager").work(64).layer for profile in (llava_13b(text=text), llava_13b())]
+    assert layer_of(windowed, 64) - layer_of(plain, 64) == 2 * (64 + 576) ** 2
+    eager = [layer_of(footprint(profile, attention="eager"), 64) for profile in (llava_13b(text=text), llava_13b())]
     assert eager[0] - eager[1] == 2 * (64 + 576) ** 2
 
 
@@ -129,9 +152,16 @@ def test_image_features_and_the_output_of_the_tower_are_held_on_the_first_gpu() 
 
 
 def test_images_read_by_cross_attention_fill_the_cache_of_few_layers_and_one_token_of_the_prompt() -> None:
-    prices = footprint(llava_13b(model_type="mllama"), text_tokens=64, new_tokens=0)
+    kinds: tuple[LayerCache, ...] = ("full", "full", "full", "cross", *_FULL * 36)
+    text = msgspec.structs.replace(llava_13b().text, cached_layers=kinds)
+    prices = footprint(llava_13b(model_type="mllama", text=text), text_tokens=64, new_tokens=8)
     assert (prices.images.tokens, prices.images.features) == (1, 576)
-    assert prices.work(64).kv_layer == 2 * 40 * 128 * 2 * (65 + 116)
+    each = 2 * 40 * 128 * 2
+    cached = {kind.cache: kept for kind, kept in prices.work(64).cached.items()}
+    assert cached["full"] == (each * 65, each * 73)
+    assert cached["cross"] == (each * 576, each * 576)
+    assert prices.detail(4, 5, 64).kv_cache_bytes == each * 576
+    assert prices.detail(3, 5, 64).kv_cache_bytes == each * (73 + 576)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +192,11 @@ def test_a_stage_costs_no_less_with_the_anchor_than_without_however_little_is_lo
 
 def test_a_long_answer_to_a_short_prompt_pays_for_the_copy_of_a_growing_cache() -> None:
     prices = footprint(llava_13b(), images=0, new_tokens=100_000)
-    assert prices.work(1).layer == prices.work(1).kv_layer // 2
+    need = prices.detail(0, 42, 1)
+    assert need.moment == "the next token is made"
+    cached = cached_of(prices, 1)
+    assert need.kv_cache_bytes == 40 * cached.final
+    assert need.activations_bytes == cached.final // 2 + prices.work(1).answer
 
 
 def test_images_without_a_known_tower_cost_their_pixels() -> None:
@@ -217,6 +251,97 @@ def test_a_stage_grows_with_every_atom_and_token_and_both_ways_to_price_it_agree
     assert min(detail.weights_bytes, detail.kv_cache_bytes, detail.activations_bytes, detail.fragmentation_bytes) >= 0
     assert need(first, end) <= prices.needs(tokens + 1)(first, end)
     if end < atoms:
+        assert need(first, end) <= need(first, end + 1)
+    if first:
+        assert need(first, end) <= need(first - 1, end)
+
+
+def hybrid() -> ModelProfile:
+    """40 layers: one dense, then experts; every fourth one keeps all tokens, the others a window or a state."""
+    pattern: tuple[LayerCache, ...] = ("sliding", "linear", "sliding", "full")
+    kinds = pattern * 10
+    text = msgspec.structs.replace(
+        llava_13b().text, sliding_window=700, cached_layers=kinds, experts=64, active_experts=8, expert_width=512
+    )
+    units = tuple(
+        msgspec.structs.replace(one, stored_bytes=one.stored_bytes // 4) if one.layer == 0 else one
+        for one in llava_13b().units
+    )
+    return llava_13b(text=text, units=units)
+
+
+def test_a_stage_pays_for_the_layers_that_it_holds() -> None:
+    prices = footprint(hybrid(), images=0, text_tokens=4000, new_tokens=100)
+    work = prices.work(4000)
+    kept = {kind.cache: work.cached[kind] for kind in work.cached}
+    assert prices.detail(2, 3, 4000).kv_cache_bytes == kept["linear"].final
+    assert prices.detail(3, 5, 4000).kv_cache_bytes == kept["sliding"].prefill + kept["full"].prefill
+    assert prices.detail(4, 5, 4000).kv_cache_bytes == kept["full"].final
+    assert prices.detail(1, 2, 4000).activations_bytes < prices.detail(3, 4, 4000).activations_bytes
+    assert prices.least_bytes < prices.needs(4000)(0, 42)
+
+
+def test_the_neediest_layers_stand_for_a_number_of_them() -> None:
+    prices = footprint(hybrid(), images=0, text_tokens=4000, new_tokens=100)
+    holding = Holding(weights_bytes=0, layers=10, has_tower=False, has_embedding=False, has_head=False)
+    keys = tuple(f"model.language_model.layers.{layer}" for layer in range(3, 40, 4))
+    named = msgspec.structs.replace(holding, layer_keys=keys)
+    assert prices.need_of(holding, 4000) == prices.need_of(named, 4000)
+
+
+def test_joined_experts_exist_twice_while_they_are_loaded() -> None:
+    joined = 317_204_480 * 2  # 64 experts would take more than the layer has
+    prices = footprint(hybrid(), images=0, text_tokens=1, new_tokens=1)
+    need = prices.detail(3, 4, 1)
+    assert need.moment == "the weights are loaded"
+    assert need.kv_cache_bytes + need.activations_bytes == joined
+    assert prices.detail(40, 42, 1).total_bytes == prices.needs(1)(40, 42)
+    old = Footprint(prices.profile, prices.workload, prices.images, prices.atoms, release=(4, 57))
+    assert old.detail(3, 4, 1).moment == "a layer reads the prompt"
+    assert footprint(hybrid(), images=0, text_tokens=10_000).detail(3, 4, 10_000).moment == "a layer reads the prompt"
+
+
+def test_bitsandbytes_gets_each_tensor_in_16_bit() -> None:
+    units = llava_13b().units
+    workload = Workload(quantization="nf4")
+    assert loading_bytes(units, llava_13b(), workload, None) == 2 * (334_974_976 // 3)
+    assert loading_bytes(units[1:2], llava_13b(), workload, None) == 0
+    assert loading_bytes(units, llava_13b(), Workload(), None) == 0
+    assert loading_bytes(units, hybrid(), workload, None) == 2 * (334_974_976 // 3)
+    assert loading_bytes(units, hybrid(), Workload(), None) == 2 * 317_204_480
+    assert loading_bytes(units, llava_13b(quantization="awq", text=hybrid().text), Workload(), None) == 0
+
+
+def test_kernels_of_quantized_checkpoints_unpack_the_weight_in_use() -> None:
+    plain, packed = (layer_of(footprint(llava_13b(quantization=kind), images=0), 512) for kind in (None, "awq"))
+    assert packed - plain == 2 * 5120 * 13824
+    plain, packed = (layer_of(footprint(glm41v_9b(quantization=kind), images=0), 512) for kind in (None, "fp8"))
+    assert packed - plain == 2 * 2 * 4096 * 13696
+
+
+@given(
+    st.integers(1, 20_000),
+    st.integers(0, 3_000),
+    st.sampled_from([None, (4, 57), (5, 23)]),
+    st.integers(0, 1),
+    st.sampled_from([42, 30]),
+    st.data(),
+)
+def test_prices_of_unlike_layers_grow_and_add_up(
+    tokens: int, new_tokens: int, release: Any, images: int, placed: int, data: st.DataObject
+) -> None:
+    workload = Workload(images=images, text_tokens=tokens, new_tokens=new_tokens)
+    profile = hybrid()
+    atoms = chain(profile).atoms
+    prices = Footprint(profile, workload, image_load(profile, workload), atoms[:placed], atoms[placed:], release=release)
+    first = data.draw(st.integers(0, placed - 1))
+    end = data.draw(st.integers(first + 1, placed))
+    need = prices.needs(tokens)
+    detail = prices.detail(first, end, tokens)
+    assert need(first, end) == detail.total_bytes
+    assert min(detail.kv_cache_bytes, detail.activations_bytes, detail.fragmentation_bytes) >= 0
+    assert need(first, end) <= prices.needs(tokens + 1)(first, end)
+    if end < placed:
         assert need(first, end) <= need(first, end + 1)
     if first:
         assert need(first, end) <= need(first - 1, end)

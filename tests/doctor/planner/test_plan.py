@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import msgspec
 import pytest
@@ -15,15 +14,17 @@ from vlm_doctor.placement import Plan
 from vlm_doctor.planner import plan
 from vlm_doctor.planner.budget import WORKSPACE_BYTES
 from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.fleet import Room
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.memory import Footprint
 from vlm_doctor.planner.search import MARGIN_STEP, longest_text_tokens
 from vlm_doctor.units import GIB, MIB
-from vlm_doctor.workload import Policy, Workload
+from vlm_doctor.workload import Policy, Preference, Workload
 
 from .brute_force import all_splits
 from .profiles import BODY, glm41v_9b, gpu, machine, qwen25_vl_72b, unit
 
+PREFERENCES: tuple[Preference, ...] = ("balanced", "speed", "context")
 BARE = Policy(headroom_fraction=0, headroom_min_bytes=0, context_bytes=0)
 
 
@@ -67,12 +68,12 @@ def test_a_partly_taken_gpu_gets_few_layers_where_auto_halves_the_model() -> Non
     assert layers_of(made) == [32, 8]
     # Measured with such cards: 11,419 tokens for accelerate's map, 36,667 for the best contiguous one that begins on the
     # smaller card, 39,462 for this one (test_measured.py).
-    assert made.longest_prompt_tokens == 37_391
+    assert made.longest_prompt_tokens == 37_435
     (cut,) = made.cuts
     assert (cut.before, cut.after, cut.link) == (f"{BODY}.layers.31", f"{BODY}.layers.32", "?")
     assert cut.reason == (
         "GPU 1 has 23.5 GiB free and takes the vision tower, the embedding and 32 layers: "
-        "with one layer more the longest prompt would fall from 37,391 to 35,515 tokens."
+        "with one layer more a prompt of 37,435 tokens would not fit."
     )
     assert made.reasons == (
         "2 GPUs are needed: one GPU would lack 1.4 GiB.",
@@ -151,6 +152,30 @@ def test_spreading_is_asked_for_by_the_policy() -> None:
     assert made.reasons[1].startswith("Vision tower, projector and token embedding stay on one GPU")
 
 
+def test_context_takes_more_gpus_for_a_longer_prompt_and_speed_the_fewest() -> None:
+    there = machine(
+        [30, 30, 30], links=[Link(a=0, b=1, path="PIX"), Link(a=0, b=2, path="SYS"), Link(a=1, b=2, path="SYS")]
+    )
+    made = {prefer: plan(glm41v_9b(), there, policy=Policy(prefer=prefer)) for prefer in PREFERENCES}
+    assert [len(made[prefer].stages) for prefer in PREFERENCES] == [1, 1, 3]
+    longest = [made[prefer].longest_prompt_tokens or 0 for prefer in PREFERENCES]
+    assert longest[0] == longest[1] < longest[2]
+    assert made["context"].reasons[0] == (
+        "3 GPUs because the policy prefers context: 2 GPUs would do, but not for so long a prompt."
+    )
+
+
+def test_speed_takes_the_faster_links_where_balanced_takes_the_longer_prompt() -> None:
+    links = [Link(a=0, b=1, nvlinks=4), Link(a=0, b=2, path="PHB"), Link(a=1, b=2, path="PHB")]
+    there = machine([14, 14, 18], links=links)
+    balanced = plan(glm41v_9b(), there)
+    fast = plan(glm41v_9b(), there, policy=Policy(prefer="speed"))
+    assert balanced.cuts[0].link == "PHB"
+    assert fast.cuts[0].link == "NV4"
+    assert (fast.longest_prompt_tokens or 0) < (balanced.longest_prompt_tokens or 0)
+    assert "No choice of 2 among the 3 GPUs that could be used has faster links than GPUs 0 and 1." in fast.reasons
+
+
 def test_reasons_name_the_gpus_left_out() -> None:
     broken = machine([24, 24, 24])
     gpus = (*broken.gpus[:2], msgspec.structs.replace(broken.gpus[2], mig_enabled=True))
@@ -224,12 +249,10 @@ def test_a_first_stage_without_tower_or_embedding_is_still_named() -> None:
     assert made.cuts[0].reason.startswith("GPU 0 has 8.0 GiB free and takes what comes before the layers: ")
 
 
-def test_many_different_gpus_are_planned_in_a_moment_and_the_plan_says_what_was_not_compared() -> None:
+def test_many_different_gpus_are_planned_and_the_plan_says_what_was_not_compared() -> None:
     paths: tuple[LinkPath, ...] = ("PIX", "PHB", "NODE", "SYS")
     links = [Link(a=a, b=b, path=paths[(a * 7 + b * 3) % 4]) for a, b in itertools.combinations(range(16), 2)]
-    start = time.perf_counter()
     made = plan(qwen25_vl_72b(), machine([20 + number / 10 for number in range(16)], links=links))
-    assert time.perf_counter() - start < 5
     assert made.fits
     assert made.notes[-2:] == (
         "So many GPUs differ in free memory that it was rounded down to make the search quick.",
@@ -294,7 +317,7 @@ def test_plans_are_as_good_as_brute_force(question: tuple[list[int], list[int], 
     atoms = chain(profile).atoms
     prices = Footprint(profile, workload, image_load(profile, workload), atoms)
     need = prices.needs(workload.text_tokens)
-    capacities = [round(size / 1024 * GIB) - WORKSPACE_BYTES - 8 * MIB for size in question[1]]
+    capacities = [Room(round(size / 1024 * GIB) - WORKSPACE_BYTES - 8 * MIB) for size in question[1]]
     for count in range(policy.min_gpus, len(capacities) + 1):
         fitting = [split for split in all_splits(len(atoms), len(capacities), count) if split.margin(need, capacities) >= 0]
         if fitting:

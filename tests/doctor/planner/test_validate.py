@@ -6,7 +6,7 @@ import pytest
 
 from vlm_doctor.errors import UsageError
 from vlm_doctor.planner import validate_policy, validate_workload
-from vlm_doctor.workload import Policy, Workload
+from vlm_doctor.workload import Policy, Training, Workload
 
 from .profiles import glm41v_9b, machine
 
@@ -18,6 +18,7 @@ from .profiles import glm41v_9b, machine
         ({"text_tokens": 10_000_001}, "text_tokens must be between 0 and 10,000,000, not 10,000,001."),
         ({"new_tokens": -5}, "new_tokens must be between 0 and 10,000,000, not -5."),
         ({"batch": 0}, "batch must be between 1 and 4,096, not 0."),
+        ({"training": Training(lora_rank=0)}, "lora_rank must be between 1 and 65,536, not 0."),
         ({"images": -1}, "images must be between 0 and 4,096, not -1."),
         ({"image_height": 0}, "image_height must be between 1 and 65,536, not 0."),
         ({"image_width": 70_000}, "image_width must be between 1 and 65,536, not 70,000."),
@@ -44,7 +45,7 @@ def test_quantizing_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("profile", [None, glm41v_9b()])
 def test_a_usual_workload_passes(profile: Any) -> None:
-    validate_workload(Workload(quantization="int8", image_height=336), profile)
+    validate_workload(Workload(quantization="int8", image_height=336, training=Training()), profile)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,13 @@ def test_a_usual_workload_passes(profile: Any) -> None:
         ({"min_gpus": 3, "max_gpus": 2}, "max_gpus (2) must not be below min_gpus (3)."),
         ({"gpus": (0, 5)}, "There is no GPU 5 on this machine: it has GPU 0, 1."),
         ({"gpus": ()}, "The list of GPUs to use is empty: name at least one, or leave it out."),
+        ({"exclude": (4,)}, "There is no GPU 4 on this machine: it has GPU 0, 1."),
+        ({"exclude": (1, 0)}, "Every GPU is excluded: exclude fewer of GPU 0, 1."),
+        ({"exclude": (1,), "gpus": (1,)}, "Every GPU is excluded: exclude fewer of GPU 1."),
+        ({"pins": (("lm_head", 3),)}, "There is no GPU 3 on this machine: it has GPU 0, 1."),
+        ({"max_memory": ((2, 1),)}, "There is no GPU 2 on this machine: it has GPU 0, 1."),
+        ({"max_memory": ((1, 0),)}, "max_memory of GPU 1 must be more than 0 bytes, not 0; leave it out with exclude."),
+        ({"max_memory": ((1, 8), (1, 9))}, "max_memory names GPU 1 twice: give it one limit."),
     ],
 )
 def test_a_policy_that_cannot_be_followed_is_refused(fields: dict[str, Any], message: str) -> None:

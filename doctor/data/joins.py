@@ -1,0 +1,95 @@
+"""What a model's code joins without moving it first: the pairs that end in "Expected all tensors to be on the same device".
+
+Hooks of accelerate move what goes into a module. They do not move a bare parameter, and nothing moves two results that a
+forward pass concatenates, adds or writes into each other. Native classes of transformers move them by hand
+(``.to(inputs_embeds.device)``, ``.to(image_feature)``: every ``masked_scatter`` of the image-text classes of transformers
+4.57.6 and 5.23 was read); the checkpoints' own code does not always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Join(NamedTuple):
+    """Two modules (or a bare parameter and a module) whose tensors meet."""
+
+    moves: str
+    """The one that is put right by moving it to the other."""
+    meets: str
+    where: str
+    """The operation, for the message."""
+    is_patched: bool
+    """True when newer revisions of the checkpoint's code move one of the two themselves."""
+    source: str
+    result: str = ""
+    """Where in ``moves`` the tensor comes from that is joined; empty for all of it."""
+
+
+_EVA = "torch.cat((boi, x, eoi)) in visual.py"
+
+
+def _eva_tower(body: str, *, is_patched: bool, source: str) -> tuple[Join, ...]:
+    tower = f"{body}.vision"
+    return tuple(Join(f"{tower}.{name}", f"{tower}.linear_proj", _EVA, is_patched, source) for name in ("boi", "eoi"))
+
+
+JOINS: Mapping[str, tuple[Join, ...]] = {
+    "cogvlm": _eva_tower("model", is_patched=False, source="CogVLM2#10, #32; CogVLM#256"),
+    "chatglm": (
+        *_eva_tower("transformer", is_patched=True, source="GLM-4#350"),
+        Join(
+            "transformer.vision",
+            "transformer.embedding",
+            "torch.cat((inputs_embeds, images_features)) in modeling_chatglm.py",
+            True,
+            "GLM-4#32, #67, #75, #295",
+            "transformer.vision.linear_proj",
+        ),
+    ),
+    "minicpmv": (
+        Join("vpm", "llm.model.embed_tokens", "scatter_ of image features in modeling_minicpmv.py", False, "MiniCPM-V#100"),
+        Join("resampler", "llm.model.embed_tokens", "scatter_ in modeling_minicpmv.py", False, "MiniCPM-V#100"),
+    ),
+    "deepseek_vl_v2": (
+        Join("image_newline", "projector", "torch.cat in modeling_deepseek_vl_v2.py", False, "DeepSeek-VL2#8, #113"),
+        Join("view_seperator", "projector", "torch.cat in modeling_deepseek_vl_v2.py", False, "DeepSeek-VL2#8, #113"),
+        Join(
+            "projector", "language.model.embed_tokens", "masked_scatter_ of image features", False, "DeepSeek-VL2#8, #113"
+        ),
+    ),
+}
+"""By ``model_type``. In CogVLM image features are moved to the embeddings (``.to(device=inputs_embeds.device)``)."""
+
+ROTARY_NOT_MOVED = frozenset(
+    {"glm4v", "glm4v_moe", "llama4", "mllama", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe", "qwen3_vl",
+     "qwen3_vl_moe"}
+)  # fmt: skip
+"""Families whose ``rotary_emb`` uses its buffer where it is in transformers 4.57; in 5.x all move it to the hidden states.
+Source: ``inv_freq_expanded`` in the modeling files of 4.57.6 and 5.23."""
+
+TOWER_ENTRY: Mapping[str, str] = {
+    "qwen2_vl": "patch_embed",
+    "qwen2_5_vl": "patch_embed",
+    "glm4v": "post_conv_layernorm",
+    "glm4v_moe": "post_conv_layernorm",
+}
+"""Families whose tower takes positions beside pixels: the part whose result they are combined with. Once the tower has no
+key of its own, only a key of its rotary module brings the two together. Found by running tiny models part by part on two
+devices with 4.57.6 and 5.23 (``tests/models/test_map_truth.py``)."""
+
+TOWER_WINDOWED = frozenset({"qwen2_5_vl"})
+"""Families whose tower sorts its patches into windows and back, in 4.57 by an index that stays with the inputs: there the
+first part and the merger must be at the inputs in any case."""
+
+TOWER_TABLES: Mapping[str, str] = {"glm4v": "embeddings", "glm4v_moe": "embeddings"}
+"""Part of such a tower that uses the weight of a module in it without calling the module, so that only a key of the part
+itself brings its inputs there."""
+
+TOWER_ROTARY = "rotary_pos_emb"
+"""Module of those towers that holds no weights and whose buffer 4.57 uses where it is: on the CPU, unless it has a key."""
+
+LOGITS_MOVED = (4, 46)
+"""First transformers whose ``generate`` copies the last token's logits to the device of ``input_ids``, so that an inner
+``generate`` no longer fails. Source: ``_sample`` of generation/utils.py, transformers#34076."""

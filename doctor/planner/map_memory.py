@@ -1,0 +1,132 @@
+"""What a map puts on each device, and whether the device has that much."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ..device_map import DeviceUse
+from ..findings import Finding
+from ..model import Role
+from ..units import format_gib
+from .budget import Budget
+from .constraints import chain
+from .image_tokens import image_load
+from .map_devices import shown
+from .map_layout import Device, Layout
+from .map_question import Question, finding
+from .memory import Footprint, Holding
+from .release import release_of
+
+_WORDS: dict[Role, str] = {
+    "vision": "vision tower",
+    "projector": "projector",
+    "embedding": "embedding",
+    "norm": "final norm",
+    "head": "head",
+    "other": "other",
+}
+
+
+def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
+    """What is on each device of a map, in the order in which the model meets them."""
+    atoms = chain(question.profile).atoms
+    images = image_load(question.profile, question.workload)
+    footprint = Footprint(question.profile, question.workload, images, atoms, release=release_of(question.machine))
+    full = {name: layout.device_of.get(name, "missing") for names in layout.anatomy.tensors_of.values() for name in names}
+    weights = layout.anatomy.weights(full)
+    weights.pop("missing", None)
+    budgets = {budget.gpu.index: budget for budget in question.budgets.usable}
+    units = question.profile.units
+    holders: Counter[Device | None] = Counter(
+        layout.runs(layout.unit_device[unit.key])
+        for unit in units
+        if unit.role == "layer" and unit.key in layout.unit_device
+    )
+    uses = []
+    for device in weights:
+        roles = [unit.role for unit in units if layout.unit_device.get(unit.key) == device]
+        gpu = question.gpu_of(device)
+        budget = None if gpu is None else budgets.get(gpu)
+        holding = Holding(
+            weights_bytes=weights[device],
+            layers=holders[device],
+            has_tower=any(unit.role == "vision" and device in layout.runs_on(unit.key) for unit in units),
+            has_embedding=layout.role_device("embedding") == device,
+            has_head=layout.role_device("head") == device,
+        )
+        uses.append(
+            DeviceUse(
+                device=shown(device),
+                gpu=gpu,
+                name=budget.gpu.name if budget else "",
+                layers=roles.count("layer"),
+                parts=_parts(layout, device),
+                weights_bytes=weights[device],
+                need_bytes=_need(footprint, holding, question.workload.text_tokens) if budget else None,
+                available_bytes=budget.available_bytes if budget else None,
+            )
+        )
+    return tuple(uses)
+
+
+def _parts(layout: Layout, device: Device) -> tuple[str, ...]:
+    """What a device holds beside layers, in words."""
+    found: dict[str, None] = {}
+    for unit in layout.anatomy.profile.units:
+        names = layout.anatomy.tensors_of[unit.key]
+        here = [name for name in names if layout.device_of.get(name) == device]
+        if here and unit.role in _WORDS:
+            found[_WORDS[unit.role] if len(here) == len(names) else f"part of the {_WORDS[unit.role]}"] = None
+    return tuple(found)
+
+
+def _need(footprint: Footprint, holding: Holding, text_tokens: int) -> int:
+    """Bytes at the worst moment, with what the allocator loses on a stage of the same kind."""
+    atoms = len(footprint.atoms)
+    if holding.has_embedding or holding.has_tower:
+        run = (0, min(atoms, 1 + holding.layers))
+    elif holding.has_head:
+        run = (max(1, atoms - 1 - holding.layers), atoms)
+    else:
+        run = (1, max(2, min(atoms, 1 + holding.layers)))
+    lost = footprint.detail(*run, text_tokens).fragmentation_bytes if atoms > 1 else 0
+    return footprint.need_of(holding, text_tokens).total_bytes + lost
+
+
+def about_memory(question: Question, uses: tuple[DeviceUse, ...]) -> Iterator[Finding]:
+    """VLM620: a device that does not have what the map wants of it."""
+    budgets = {budget.gpu.index: budget for budget in question.budgets.usable}
+    for use in uses:
+        if use.gpu is None or use.need_bytes is None or use.gpu not in budgets:
+            continue
+        budget = budgets[use.gpu]
+        if use.need_bytes > budget.available_bytes:
+            yield _overflow(question, use, use.need_bytes, budget)
+
+
+def _overflow(question: Question, use: DeviceUse, need_bytes: int, budget: Budget) -> Finding:
+    room = max(0, budget.available_bytes + budget.headroom_bytes)
+    index = int(use.device.partition(":")[2])
+    where = f"GPU {use.gpu} ({use.device})"
+    if need_bytes <= room:
+        message = (
+            f"{where} keeps only {format_gib(room - need_bytes)} of the {format_gib(budget.headroom_bytes)} that the "
+            f"policy leaves free: the map needs {format_gib(need_bytes)} there."
+        )
+    else:
+        when = "while it loads" if use.weights_bytes > room else "at this workload"
+        message = (
+            f"{where} runs out of memory {when}: the map needs {format_gib(need_bytes)} there "
+            f"({format_gib(use.weights_bytes)} of weights), and {format_gib(room)} can be had: "
+            f"{format_gib(need_bytes - room)} are missing."
+        )
+    return finding(
+        question,
+        "VLM620",
+        "warning" if need_bytes <= room else "error",
+        message,
+        cause=f"It holds {use.layers} layers" + (f", {', '.join(use.parts)}" if use.parts else "") + ".",
+        fix="Move layers to a GPU with room, as the corrected map does, or make the call smaller.",
+        devices=[index],
+    )

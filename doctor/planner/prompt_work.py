@@ -1,0 +1,125 @@
+"""What the work on one prompt needs, wherever it runs.
+
+Symbols: T prompt tokens, N new tokens, B batch, H hidden, V vocabulary, b bytes an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import msgspec
+
+from ..data.activations import FULL_LOGITS_ARCHITECTURES
+from ..model import ModelProfile
+from ..workload import Workload
+from .image_tokens import ImageLoad
+from .kv_cache import Cached, cached
+from .layer_work import LayerKind, coefficient_of, layer_bytes, next_token_bytes
+from .release import Release
+from .vision_work import vision_bytes
+from .weights import computed_item_bytes
+
+_JOINED_GATE_AND_UP = 4
+"""``TextCoefficient.intermediate_multiple`` of bodies whose gate and up are one weight."""
+_NORM_STATES = 6
+"""Hidden states that a norm over the whole prompt holds at once: input, output and two in float32."""
+
+
+class Work(msgspec.Struct, frozen=True):
+    """Bytes that the work on one prompt of a given length needs, wherever it runs."""
+
+    cached: dict[LayerKind, Cached]
+    """What one layer of each kind keeps."""
+    layer: dict[LayerKind, int]
+    """Prefill of one layer; layers run one after another, so a stage pays for the neediest."""
+    next_token: dict[LayerKind, int]
+    """One layer, beside its cache, while one more token is made."""
+    head: int
+    answer: int
+    """The head while it makes the next token."""
+    pixels: int
+    held: int
+    """Where the prompt is embedded, all through prefill: embeddings, pixels, the tower's output and image features."""
+    encode: int
+    """The vision tower with its input."""
+
+
+def prompt_work(
+    kinds: Collection[LayerKind],
+    profile: ModelProfile,
+    workload: Workload,
+    images: ImageLoad,
+    text_tokens: int,
+    *,
+    release: Release,
+) -> Work:
+    """Bytes of the work on one prompt.
+
+    Args:
+        kinds: Of the layers.
+        profile: The model.
+        workload: What it is to do.
+        images: Its images, counted.
+        text_tokens: In place of the workload's.
+        release: Of transformers.
+    """
+    item = computed_item_bytes(profile, workload)
+    prompt = text_tokens + images.tokens
+    tokens = prompt * workload.batch
+    states = tokens * profile.text.hidden * item
+    pixels, encode, kept = vision_bytes(profile, workload, images, item)
+    temporary = _quantization_temporary(profile, workload, tokens)
+    has_next = workload.new_tokens > 1
+    return Work(
+        cached={
+            kind: cached(
+                kind.cache,
+                profile.text,
+                workload,
+                item_bytes=item,
+                tokens=prompt,
+                features=images.features,
+                release=release,
+            )
+            for kind in kinds
+        },
+        layer={kind: temporary + layer_bytes(kind, profile, workload, images, prompt, release=release) for kind in kinds},
+        next_token={
+            kind: next_token_bytes(kind, profile, workload, prompt + workload.new_tokens, release=release)
+            if has_next
+            else 0
+            for kind in kinds
+        },
+        head=max(_NORM_STATES * states, 2 * states + _logits(profile, workload, tokens, item)),
+        answer=workload.batch * profile.text.vocabulary * (item + 4),
+        pixels=pixels,
+        held=states + pixels + kept,
+        encode=encode,
+    )
+
+
+def _logits(profile: ModelProfile, workload: Workload, tokens: int, item_bytes: int) -> int:
+    """Of the last token in ``generate``, of every token in a plain forward and in classes that always compute all.
+
+    ``generate`` and those classes copy them to float32.
+    """
+    if profile.architecture.startswith(FULL_LOGITS_ARCHITECTURES):
+        return tokens * profile.text.vocabulary * (item_bytes + 4)
+    if workload.logits == "forward":
+        return tokens * profile.text.vocabulary * item_bytes
+    return workload.batch * profile.text.vocabulary * (item_bytes + 4)
+
+
+def _quantization_temporary(profile: ModelProfile, workload: Workload, tokens: int) -> int:
+    """What quantized weights need beside a layer.
+
+    bitsandbytes unpacks the weight in use (nf4) or has its product in 32 bit (int8). Kernels of checkpoints that are
+    quantized already (AWQ, GPTQ, FP8 on cards without it) unpack the weight in use for long prompts.
+    """
+    if profile.quantization:
+        joined = 2 if coefficient_of(profile).intermediate_multiple >= _JOINED_GATE_AND_UP else 1
+        return 2 * joined * profile.text.hidden * profile.text.intermediate
+    if workload.quantization == "nf4":
+        layers = (unit for unit in profile.units if unit.role == "layer")
+        return 2 * max(unit.largest_tensor_elements for unit in layers)
+    return 4 * tokens * profile.text.intermediate if workload.quantization == "int8" else 0

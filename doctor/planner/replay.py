@@ -1,0 +1,242 @@
+"""Whether a stage really runs in the memory it has: its allocation script, replayed through torch's allocator.
+
+What lives at once tells when a stage cannot run; it does not tell when it can. The replay does, and it also knows that
+memory fails in gaps: a prompt of 11,496 tokens may run where one of 11,054 does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from ..allocation import ENTRY, INPUT, KEYS, VALUES, AllocationScript, Event, LayerScript, Made, TowerScript
+from ..model import ModelProfile
+from .allocator import SMALL_BYTES, SMALL_SEGMENT_BYTES, Allocator, Block, OutOfMemoryError
+from .image_tokens import ImageLoad
+
+CUDNN_SINCE = (9, 0)
+"""From this compute capability torch prefers cuDNN's fused attention, which keeps no row statistics and leaves its output
+in an order that is copied at once; before, flash attention keeps them and needs no copy. Source: ``sdp_utils.cpp`` of torch
+2.6 and later (check_prefer_cudnn_attention); seen in memory histories of H100 cards."""
+_GOES = -(2**20)
+"""A tensor that goes, in a list of sizes: this less its number."""
+
+
+class Held(msgspec.Struct, frozen=True):
+    """What a stage has to replay."""
+
+    kinds: tuple[str, ...]
+    """Of its layers, in order."""
+    weights_bytes: int
+    is_first: bool
+    """The prompt is embedded here, images included."""
+    has_head: bool
+
+
+class Program:
+    """The scripts of a model bound to its dimensions: sizes as functions of the prompt alone.
+
+    Args:
+        script: Of the text body.
+        tower: Of the vision tower; ``None`` where the prompt has no images.
+        values: Value of each symbol but ``tokens``, see :func:`dimensions`.
+        item_bytes: Bytes of an element of the loaded type.
+        batch: Prompts at once.
+        new_tokens: Tokens that are made.
+        is_cudnn: Attention is cuDNN's, see :data:`CUDNN_SINCE`.
+    """
+
+    def __init__(
+        self,
+        script: AllocationScript,
+        tower: TowerScript | None,
+        values: Mapping[str, int],
+        *,
+        item_bytes: int,
+        batch: int,
+        new_tokens: int,
+        is_cudnn: bool,
+    ) -> None:
+        self._script = script
+        self._tower = tower
+        self._values = values
+        self._item_bytes = item_bytes
+        self._batch = batch
+        self._new_tokens = new_tokens
+        self._is_cudnn = is_cudnn
+        self._tokens = -1
+        self._sized: dict[tuple[int, int], list[int]] = {}
+
+    def runs(self, held: Held, tokens: int, capacity_bytes: int) -> bool:
+        """Whether a stage survives a prompt of so many tokens, image tokens counted, in so much memory."""
+        try:
+            self._play(held, tokens, Allocator(capacity_bytes, _reserved(held)))
+        except OutOfMemoryError:
+            return False
+        return True
+
+    def peaks(self, held: Held, tokens: int) -> tuple[int, int]:
+        """Most bytes allocated, without weights and workspace, and most bytes reserved, where memory has no end."""
+        allocator = Allocator(None, _reserved(held))
+        self._play(held, tokens, allocator)
+        return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+
+    def _play(self, held: Held, tokens: int, allocator: Allocator) -> None:
+        if tokens != self._tokens:
+            self._tokens, self._sized = tokens, {}
+        carried: Block | None = None
+        if held.is_first:
+            self._embed(allocator)
+        elif held.kinds:
+            carried = allocator.make(tokens * self._batch * self._values["hidden"] * self._item_bytes)
+        caches: list[list[Block]] = []
+        for kind in held.kinds:
+            layer = self._layer(kind)
+            arrived = [] if held.is_first else self._run(layer.arrivals, allocator)
+            *cache, carried = self._run(layer.prefill, allocator, {INPUT: carried})
+            caches.append(cache)
+            for block in arrived:
+                allocator.free(block)
+        if held.has_head:
+            self._run(self._script.behind, allocator, {INPUT: carried})
+        elif carried is not None:
+            allocator.free(carried)
+        for kind, cache in zip(held.kinds, caches, strict=True):
+            self._run(
+                self._layer(kind).decode, allocator, dict(zip((KEYS, VALUES), cache, strict=False)), more=self._new_tokens
+            )
+
+    def _embed(self, allocator: Allocator) -> None:
+        """What comes before the layers; what is left of it stays."""
+        if self._tower is None:
+            self._run(self._script.before, allocator)
+            return
+        left: dict[int, Block | None] = {}
+        *_, carried = self._run(self._tower.entry, allocator, left=left)
+        for _ in range(self._values["vision_layers"]):
+            *_, carried = self._run(self._tower.block, allocator, {INPUT: carried})
+        self._run(self._tower.exit, allocator, {INPUT: carried, **left})
+
+    def _layer(self, kind: str) -> LayerScript:
+        layers = self._script.layers
+        return layers[kind] if kind in layers else next(iter(layers.values()))
+
+    def _run(
+        self,
+        events: Sequence[Event],
+        allocator: Allocator,
+        given: dict[int, Block | None] | None = None,
+        *,
+        left: dict[int, Block | None] | None = None,
+        more: int = 0,
+    ) -> list[Block]:
+        """Replay one list of events.
+
+        Args:
+            events: The list.
+            allocator: Serves it.
+            given: Tensors of other places that may go here, by their codes.
+            left: Receives what is left, by the codes of a tower's entry.
+            more: Tokens beyond the prompt.
+
+        Returns:
+            What is left, in the order of coming.
+        """
+        given = given or {}
+        blocks: list[Block | None] = []
+        for event in self._sizes(events, more):
+            if event >= 0:
+                blocks.append(allocator.make(event))
+            elif event > _GOES:
+                block = given.pop(event, None)
+                if block is not None:
+                    allocator.free(block)
+            else:
+                block = blocks[_GOES - event]
+                assert block is not None
+                allocator.free(block)
+                blocks[_GOES - event] = None
+        if left is not None:
+            left.update(zip(self._left_codes(events), (block for block in blocks if block is not None), strict=True))
+        return [block for block in blocks if block is not None]
+
+    def _sizes(self, events: Sequence[Event], more: int) -> list[int]:
+        """Events as numbers: bytes of a tensor that comes; code of one of elsewhere that goes; ``_GOES`` less the number
+        of one of this list that goes. Small tensors that do not outlive the list are left out: they share one segment.
+        """
+        key = id(events), more
+        if key not in self._sized:
+            tokens = self._tokens + more
+            gone = {event for event in events if not isinstance(event, Made) and event >= 0}
+            sizes: list[int] = []
+            numbers: dict[int, int] = {}
+            number = -1
+            for event in events:
+                if isinstance(event, Made):
+                    number += 1
+                    size = self._size(event, tokens)
+                    if size > SMALL_BYTES or number not in gone:
+                        numbers[number] = len(numbers)
+                        sizes.append(size)
+                elif event < 0:
+                    sizes.append(event)
+                elif event in numbers:
+                    sizes.append(_GOES - numbers[event])
+            self._sized[key] = sizes
+        return self._sized[key]
+
+    def _left_codes(self, events: Sequence[Event]) -> list[int]:
+        """Codes of the tensors of a tower's entry that outlive it, in the order of coming."""
+        gone = {event for event in events if not isinstance(event, Made)}
+        count = sum(isinstance(event, Made) for event in events)
+        return [ENTRY - number for number in range(count) if number not in gone]
+
+    def _size(self, made: Made, tokens: int) -> int:
+        symbols = made.symbols.split()
+        item_bytes = made.item_bytes or self._item_bytes
+        if made.kind == "statistic" and self._is_cudnn:
+            prefix = "vision_" if "vision_heads" in symbols else ""
+            symbols, item_bytes = [*symbols, f"{prefix}head_dim"], self._item_bytes
+        elements = made.elements
+        for symbol in symbols:
+            elements *= tokens if symbol == "tokens" else self._values[symbol]
+        return int(elements * item_bytes) * (self._batch if _OF_PROMPT.intersection(symbols) else 1)
+
+
+_OF_PROMPT = frozenset({"tokens", "vocabulary", "patches", "features"})
+"""Symbols of which each prompt of a batch has its own."""
+
+
+def dimensions(profile: ModelProfile, images: ImageLoad) -> dict[str, int]:
+    """Values of the symbols of a script, ``tokens`` left out. Patches and features are those of all images of a prompt."""
+    text, vision = profile.text, profile.vision
+    values = {
+        "hidden": text.hidden,
+        "width": text.intermediate,
+        "heads": text.heads,
+        "kv_heads": text.kv_heads,
+        "head_dim": text.head_dim,
+        "vocabulary": text.vocabulary,
+        "experts": text.experts,
+        "active": text.active_experts,
+        "expert_width": text.expert_width,
+        "patches": images.sequences * images.patches,
+        "features": images.features,
+    }
+    if vision is not None:
+        values.update(
+            vision_layers=vision.layers,
+            vision_hidden=vision.hidden,
+            vision_width=vision.intermediate,
+            vision_heads=vision.heads,
+            vision_head_dim=vision.hidden // vision.heads,
+        )
+    return values
+
+
+def _reserved(held: Held) -> int:
+    """Segments that are there before the prompt: transformers loads weights into one, rounded up to 2 MiB, and one of small
+    tensors. cuBLAS's workspace has a segment of its own, which the budget counts.
+    """
+    return -(-held.weights_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES + SMALL_SEGMENT_BYTES

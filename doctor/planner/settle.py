@@ -1,0 +1,258 @@
+"""Settle on a split: hold the best of the search against torch's allocator, and take the one that really goes furthest.
+
+The search prices a stage by what lives at once. What the allocator wastes on top depends on every size and on the order of
+things, and jumps from one cut to the next; so the splits that are nearly as good as the best are replayed, and the one
+whose prompts run without a gap up to the longest is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..machine import Gpu
+from ..units import MIB
+from .memory import Footprint, StageNeed
+from .near import near_best
+from .order import Split
+from .release import is_before_5
+from .replay import CUDNN_SINCE, Held, Program, dimensions
+from .search import Choice
+from .traced_footprint import TracedFootprint
+from .traced_replay import TracedProgram
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+MOST_CANDIDATES = 40
+MOST_SPREAD = 3
+"""Stages up to which all near splits are candidates; beyond, those with one border moved by one atom."""
+NEAR_SHARE = 0.2
+"""Of the longest prompt: what the allocator wastes differs by less between two splits. Recorded in ``benchmarks/``."""
+STEP = 0.0125
+"""Prompts are tried at lengths that differ by this share of the longest that anything could take."""
+LOWEST_SHARE = 0.55
+"""Of the longest prompt: where trying begins."""
+GAP_STEPS = 8
+"""A tenth of the longest prompt: gaps seen in replays and on GPUs lie there."""
+_NEED_STEP = 16 * MIB
+
+
+class Replay:
+    """Judges the stages of one question by replaying what they allocate.
+
+    Args:
+        footprint: The model, its workload and its atoms.
+        gpus: By position.
+    """
+
+    def __init__(self, footprint: Footprint, gpus: Sequence[Gpu]) -> None:
+        self._footprint = footprint
+        self._programs = {is_cudnn: _program(footprint, is_cudnn=is_cudnn) for is_cudnn in {*map(_has_cudnn, gpus)}}
+        self._kernels = [_has_cudnn(gpu) for gpu in gpus]
+        self._held: dict[tuple[int, int], Held] = {}
+        self._known: dict[tuple[object, ...], bool] = {}
+
+    def runs(self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int) -> bool:
+        """Whether a run of atoms on a GPU takes a prompt with so much text, in so much memory."""
+        held, kernel = self._hold(run), self._kernels[position]
+        question = held, kernel, text_tokens, capacity_bytes
+        if question not in self._known:
+            tokens = text_tokens + self._footprint.images.tokens
+            self._known[question] = self._programs[kernel].runs(held, tokens, capacity_bytes)
+        return self._known[question]
+
+    def need(self, run: tuple[int, int], position: int, capacity_bytes: int) -> StageNeed:
+        """What a run of atoms needs of a GPU for the workload, item by item.
+
+        Fragmentation is what the stage needs beyond its peak: least memory in which it runs, to within 16 MiB.
+        """
+        text_tokens = self._footprint.workload.text_tokens
+        rough = self._footprint.detail(*run, text_tokens)
+        program = self._programs[self._kernels[position]]
+        held = self._hold(run)
+        peak, reserved = program.peaks(held, text_tokens + self._footprint.images.tokens)
+        low, high = held.weights_bytes + peak, max(reserved, held.weights_bytes + peak)
+        if self.runs(run, position, text_tokens, min(capacity_bytes, high)):
+            high = min(capacity_bytes, high)
+        while high - low > _NEED_STEP:
+            middle = (low + high) // 2
+            if self.runs(run, position, text_tokens, middle):
+                high = middle
+            else:
+                low = middle
+        return msgspec.structs.replace(
+            rough,
+            activations_bytes=peak - rough.kv_cache_bytes,
+            fragmentation_bytes=max(0, high - held.weights_bytes - peak),
+        )
+
+    def _hold(self, run: tuple[int, int]) -> Held:
+        if run not in self._held:
+            atoms = self._footprint.atoms[run[0] : run[1]]
+            caches = self._footprint.profile.text.cached_layers
+            layers = [unit.layer for atom in atoms for unit in atom.units if unit.role == "layer"]
+            self._held[run] = Held(
+                kinds=tuple(caches[layer] if layer is not None and layer < len(caches) else "full" for layer in layers),
+                weights_bytes=self._footprint.weights_of(*run),
+                is_first=any(atom.has_embedding for atom in atoms),
+                has_head=any(atom.has_head for atom in atoms),
+            )
+        return self._held[run]
+
+
+def _has_cudnn(gpu: Gpu) -> bool:
+    return gpu.compute_capability is not None and gpu.compute_capability >= CUDNN_SINCE
+
+
+def _program(footprint: Footprint, *, is_cudnn: bool) -> Program | TracedProgram:
+    if isinstance(footprint, TracedFootprint):
+        return footprint.program()
+    profile, workload = footprint.profile, footprint.workload
+    assert profile.body_script is not None
+    return Program(
+        profile.body_script,
+        profile.tower_script if workload.images else None,
+        dimensions(profile, footprint.images),
+        item_bytes=footprint.item_bytes,
+        batch=workload.batch,
+        new_tokens=workload.new_tokens,
+        is_cudnn=is_cudnn,
+    )
+
+
+def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
+    """A judge, where it is known what the model allocates for the workload."""
+    profile, workload = footprint.profile, footprint.workload
+    is_scripted = profile.body_script is not None and (not footprint.images.tokens or profile.tower_script is not None)
+    is_plain = (
+        workload.attention == "sdpa"
+        and workload.logits == "generate"
+        and workload.training is None
+        and workload.quantization is None
+        and workload.allocator == "native"
+        and not workload.is_padded
+        and not (profile.text.experts and is_before_5(footprint.release))
+        and profile.quantization is None
+    )
+    if isinstance(footprint, TracedFootprint):
+        is_scripted, is_plain = True, workload.allocator == "native"
+    has_whole_tower = not any(atom.has_tower and not atom.has_embedding for atom in footprint.atoms)
+    if footprint.is_bare or footprint.offloaded or not (is_scripted and is_plain and has_whole_tower):
+        return None
+    return Replay(footprint, gpus)
+
+
+def settle(problem: Problem) -> Choice | None:
+    """The best split by the policy that runs in the memory there is, or ``None`` when none does."""
+    counts = problem.counts
+    groups = [counts] if problem.policy.prefer == "context" else []
+    for allowed in (*groups, *(range(count, count + 1) for count in counts)):
+        choice = problem.bare.choose_among(allowed)
+        found = _furthest(problem, choice) if choice else None
+        if found is not None:
+            return found
+    return None
+
+
+def _furthest(problem: Problem, choice: Choice) -> Choice | None:
+    """Of the splits near one, that whose prompts run furthest without a gap; the earlier one among equals."""
+    lengths = _lengths(problem.workload.text_tokens, choice.text_tokens)
+    best: Split | None = None
+    reached = -1
+    for split in islice(_candidates(problem, choice), MOST_CANDIDATES):
+        if reached + 1 == len(lengths):
+            break
+        if takes(problem, split, lengths[reached + 1]) and takes(problem, split, lengths[0]):
+            goes = _reach(problem, split, lengths)
+            if goes > reached:
+                best, reached = split, goes
+    if best is None:
+        return None
+    return Choice(best, _refined(problem, best, lengths, reached), is_rounded=choice.is_rounded)
+
+
+def longest(problem: Problem, split: Split) -> int | None:
+    """Most text tokens up to which a split takes every prompt; ``None`` when it does not take the workload itself."""
+    bound = problem.bare.longest_text_tokens(split)
+    if bound is None or not takes(problem, split, problem.workload.text_tokens):
+        return None
+    lengths = _lengths(problem.workload.text_tokens, bound)
+    return _refined(problem, split, lengths, _reach(problem, split, lengths))
+
+
+def _reach(problem: Problem, split: Split, lengths: Sequence[int]) -> int:
+    """How many of the lengths behind the first run without a gap. The first is taken to run.
+
+    Gaps are looked for in the last :data:`GAP_STEPS` lengths alone: where memory is plenty there are none.
+    """
+    low, high = 0, len(lengths) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if takes(problem, split, lengths[middle]):
+            low = middle
+        else:
+            high = middle - 1
+    at = low
+    while at > max(0, low - GAP_STEPS):
+        at -= 1
+        if not takes(problem, split, lengths[at]):
+            low = max(0, at - 1)
+    return low
+
+
+def _lengths(wanted: int, bound: int) -> list[int]:
+    """Prompts to try: the workload's own, then longer and longer ones up to the bound."""
+    step = max(1, int(bound * STEP))
+    longer = range(bound, max(wanted, int(bound * LOWEST_SHARE)), -step)
+    return [wanted, *reversed(longer)]
+
+
+def _refined(problem: Problem, split: Split, lengths: Sequence[int], reached: int) -> int:
+    """The longest prompt that runs, between a length that does and the next one."""
+    low = lengths[reached]
+    high = lengths[reached + 1] if reached + 1 < len(lengths) else low
+    least = (high - low) // 8
+    while high - low > max(1, least):
+        middle = (low + high) // 2
+        if takes(problem, split, middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def takes(problem: Problem, split: Split, text_tokens: int) -> bool:
+    """Whether a split takes a prompt with so much text."""
+    replay, rooms = problem.replay, problem.fleet.rooms
+    assert replay is not None
+    # Whether what lives at once fits is quicker to tell.
+    return _can_run(problem, split, text_tokens) and all(
+        replay.runs(run, gpu, text_tokens, rooms[gpu].capacity_bytes)
+        for gpu, run in zip(split.gpus, split.runs, strict=True)
+    )
+
+
+def _can_run(problem: Problem, split: Split, text_tokens: int) -> bool:
+    """Whether what lives at once fits, which is quicker to tell."""
+    bare = problem.bare
+    return split.margin(bare.footprint.needs(text_tokens), bare.fleet.rooms) >= 0
+
+
+def _candidates(problem: Problem, choice: Choice) -> Iterator[Split]:
+    """The search's own split first."""
+    bare = problem.bare
+    if len(choice.split.gpus) <= MOST_SPREAD:
+        for split in near_best(bare.footprint, bare.fleet, choice, share=NEAR_SHARE):
+            if problem.policy.prefer != "speed" or split.gpus == choice.split.gpus:
+                yield split
+        return
+    yield choice.split
+    for border in range(len(choice.split.gpus) - 1):
+        for by in (1, -1):
+            moved = choice.split.moved(border, by)
+            if moved is not None:
+                yield moved

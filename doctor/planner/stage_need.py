@@ -1,0 +1,42 @@
+"""What a stage holds and what it needs: records."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class StageNeed(msgspec.Struct, frozen=True):
+    """What one stage needs of its GPU, at its worst moment."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    activations_bytes: int
+    """On top of the KV cache, the copy of an offloaded module included. The vision tower runs, and weights are loaded,
+    before the cache exists, so only what exceeds the cache counts."""
+    fragmentation_bytes: int
+    moment: str
+    """What happens when the activations are largest."""
+    training_bytes: int = 0
+    """Adapters, gradients and states of the optimizer, as far as they are there then."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        work = self.kv_cache_bytes + self.activations_bytes + self.training_bytes
+        return self.weights_bytes + work + self.fragmentation_bytes
+
+
+class Holding(msgspec.Struct, frozen=True):
+    """What a device holds of a model, as far as its memory goes; of any map, not of contiguous stages alone."""
+
+    weights_bytes: int
+    layers: int
+    has_tower: bool
+    """Any part of the vision tower: its work, and the pixels, are here."""
+    has_embedding: bool
+    """The prompt is embedded here and joined with the image features."""
+    has_head: bool
+    layer_keys: tuple[str, ...] = ()
+    """Keys of its layers; where they are not given, the neediest ``layers`` stand for them."""
+    loading_bytes: int = 0
+    """Needed beside the weights while they are loaded."""

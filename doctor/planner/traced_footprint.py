@@ -1,0 +1,232 @@
+"""What the planner asks of a trace, and prices of stages by it, in the place of ``memory.Footprint``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from ..machine import Machine
+from ..model import ModelProfile
+from ..trace import BEFORE, TOWER, TraceRequest, Traces
+from ..workload import Workload
+from .constraints import Atom
+from .image_tokens import ImageLoad, image_edges, image_load
+from .memory import Footprint, Holding, StageNeed
+from .release import Release
+from .traced import Regimes, Timeline, lengths
+from .traced_replay import TracedProgram
+
+_KEPT_TIMELINES = 4
+"""The search compares two lengths at a time."""
+_TRACED_DTYPES = ("float32", "bfloat16", "float16")
+_TOWER_ROLES = ("vision", "projector")
+
+
+def obstacle(profile: ModelProfile, workload: Workload) -> str | None:
+    """Why a model cannot be traced for a workload, as a phrase; ``None`` when nothing is known to stand in the way."""
+    if profile.is_remote_code:
+        return "its class is code of the checkpoint, which is not run"
+    if profile.quantization or workload.quantization:
+        return "kernels of quantized weights run on GPUs only"
+    if workload.training:
+        return "a training step is not traced"
+    if workload.images and profile.vision is not None and profile.image is None:
+        return "its image rule is unknown"
+    return None
+
+
+def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -> TraceRequest:
+    """What to trace for a plan. See :func:`obstacle` for what cannot be."""
+    load = image_load(profile, workload)
+    has_images = bool(load.sequences) and profile.image is not None
+    height, width = image_edges(profile.image, workload) if has_images and profile.image else (0, 0)
+    steps = 0 if workload.logits == "forward" else min(2, max(1, workload.new_tokens))
+    dtype = workload.dtype or profile.dtype
+    capabilities = [gpu.compute_capability for gpu in machine.gpus]
+    return TraceRequest(
+        architecture=profile.architecture,
+        dtype=dtype if dtype in _TRACED_DTYPES else "bfloat16",
+        attention="eager" if workload.attention == "eager" else "sdpa",
+        has_cudnn=workload.attention == "sdpa" and all(one is None or one >= (9, 0) for one in capabilities),
+        layers=tuple(unit.key for unit in profile.units if unit.role == "layer"),
+        tower=tuple(unit.key for unit in profile.units if unit.role in _TOWER_ROLES) if has_images else (),
+        lengths=lengths(load.tokens, profile.text.sliding_window, steps),
+        steps=steps,
+        batch=workload.batch,
+        images=workload.images if has_images else 0,
+        height=height,
+        width=width,
+        sequences=load.sequences,
+    )
+
+
+class TracedFootprint(Footprint):
+    """Prices any run of atoms by what was seen to be allocated; fragmentation stays that of the formulas.
+
+    Args:
+        profile: The model.
+        workload: What it is to do.
+        images: Its images, counted.
+        atoms: Those placed on GPUs, in the order of execution.
+        offloaded: Those behind them whose weights stay in host memory.
+        is_bare: Leave out what the allocator wastes, for a bound that no split can beat.
+        release: Of transformers.
+        traces: What :func:`trace_request` asked for.
+
+    Raises:
+        IrregularError: The traces do not tell about other lengths.
+    """
+
+    def __init__(
+        self,
+        profile: ModelProfile,
+        workload: Workload,
+        images: ImageLoad,
+        atoms: Sequence[Atom],
+        offloaded: Sequence[Atom] = (),
+        *,
+        is_bare: bool = False,
+        release: Release = None,
+        traces: Traces,
+    ) -> None:
+        super().__init__(profile, workload, images, atoms, offloaded, is_bare=is_bare, release=release)
+        self._traces = traces
+        self._regimes = Regimes(traces, profile.text.sliding_window)
+        self._numbers = {
+            unit.key: number for number, unit in enumerate(unit for unit in profile.units if unit.role == "layer")
+        }
+        self._places = [self._places_of(atom) for atom in atoms]
+        self._guests = frozenset(place for atom in offloaded for place in self._places_of(atom))
+        self._timelines: dict[int, Timeline] = {}
+
+    def changed(self, workload: Workload, images: ImageLoad) -> Footprint:
+        """Prices of another workload: by the same traces if it only has another prompt or more tokens to make."""
+        before = msgspec.structs.replace(
+            self.workload, text_tokens=workload.text_tokens, new_tokens=workload.new_tokens, allocator=workload.allocator
+        )
+        if before == workload and (workload.new_tokens > 1) == (self.workload.new_tokens > 1):
+            return TracedFootprint(
+                self.profile,
+                workload,
+                images,
+                self.atoms,
+                self.offloaded,
+                is_bare=self.is_bare,
+                release=self.release,
+                traces=self._traces,
+            )
+        return Footprint(
+            self.profile, workload, images, self.atoms, self.offloaded, is_bare=self.is_bare, release=self.release
+        )
+
+    @property
+    def source(self) -> str:
+        """Where the figures for activations come from."""
+        return (
+            f"traced: {self._traces.architecture} of transformers {self._traces.transformers}, torch {self._traces.torch}"
+        )
+
+    def program(self) -> TracedProgram:
+        """The same traces for torch's allocator."""
+        caches = self.profile.text.cached_layers
+        return TracedProgram(self._regimes, caches, new_tokens=self.workload.new_tokens)
+
+    def needs(self, text_tokens: int) -> Callable[[int, int], int]:
+        """A function that prices runs of atoms: ``(first, end)`` to total bytes."""
+        by_formula = super().needs(text_tokens)
+        timeline = self._timeline(text_tokens)
+        known: dict[tuple[int, int], int] = {}
+
+        def need(first: int, end: int) -> int:
+            if (first, end) not in known:
+                known[first, end] = self._need(by_formula, timeline, first, end, text_tokens)
+            return known[first, end]
+
+        return need
+
+    def _need(
+        self, by_formula: Callable[[int, int], int], timeline: Timeline, first: int, end: int, text_tokens: int
+    ) -> int:
+        holding = self._holding(first, end)
+        formula = super().need_of(holding, text_tokens)
+        copy_bytes = 0 if first else self.copy_bytes
+        lost = 0 if self.is_bare else max(0, by_formula(first, end) - formula.total_bytes - copy_bytes)
+        peak, _, _ = timeline.peak(self._run_places(first, end))
+        return holding.weights_bytes + copy_bytes + peak + lost
+
+    def _holding(self, first: int, end: int) -> Holding:
+        executes_guests = not first
+        return Holding(
+            weights_bytes=self._weights[end] - self._weights[first],
+            layers=self._layers[end] - self._layers[first] + executes_guests * self._guest_layers,
+            has_tower=self._towers[end] > self._towers[first],
+            has_embedding=first <= self._embedding < end,
+            has_head=self._heads[end] > self._heads[first] or (executes_guests and self._has_guest_head),
+        )
+
+    def detail(self, first: int, end: int, text_tokens: int) -> StageNeed:
+        """What the atoms from ``first`` up to, not including, ``end`` need, item by item."""
+        holding = self._holding(first, end)
+        need = self._of_places(holding.weights_bytes, self._run_places(first, end), text_tokens)
+        if not first:
+            need = msgspec.structs.replace(need, activations_bytes=need.activations_bytes + self.copy_bytes)
+        total = self.needs(text_tokens)(first, end)
+        return msgspec.structs.replace(need, fragmentation_bytes=total - need.total_bytes)
+
+    def need_of(self, holding: Holding, text_tokens: int) -> StageNeed:
+        """What a device needs for its part of a model, without fragmentation.
+
+        A part is told by the number of its layers; layers do not differ much, so the first ones, or those before the head,
+        stand for them.
+        """
+        layers = len(self._numbers)
+        first = layers - holding.layers if holding.has_head and not holding.has_embedding else 0
+        places = set(range(first, first + holding.layers))
+        places.update([TOWER] * holding.has_tower + [BEFORE] * holding.has_embedding + [layers] * holding.has_head)
+        return self._of_places(holding.weights_bytes, frozenset(places), text_tokens)
+
+    def _of_places(self, weights_bytes: int, places: frozenset[int], text_tokens: int) -> StageNeed:
+        timeline = self._timeline(text_tokens)
+        peak, place, is_decode = timeline.peak(places)
+        kept = min(peak, timeline.kept(places))
+        return StageNeed(
+            weights_bytes=weights_bytes,
+            kv_cache_bytes=kept,
+            activations_bytes=peak - kept,
+            fragmentation_bytes=0,
+            moment="the next token is made" if is_decode else self._moment(place),
+        )
+
+    def _moment(self, place: int) -> str:
+        if place == len(self._numbers):
+            return "the head computes logits"
+        return {TOWER: "the vision tower runs", BEFORE: "the prompt is embedded"}.get(place, "a layer reads the prompt")
+
+    def _timeline(self, text_tokens: int) -> Timeline:
+        if text_tokens not in self._timelines:
+            tokens = text_tokens + self.images.tokens
+            # The last step reads all tokens but the one it makes, and the trace has the first step behind the prompt.
+            more = max(0, self.workload.new_tokens - 2)
+            while len(self._timelines) >= _KEPT_TIMELINES:
+                del self._timelines[next(iter(self._timelines))]
+            self._timelines[text_tokens] = Timeline(self._regimes.at(tokens, new_tokens=more))
+        return self._timelines[text_tokens]
+
+    def _run_places(self, first: int, end: int) -> frozenset[int]:
+        guests = frozenset() if first else self._guests
+        return guests.union(*self._places[first:end])
+
+    def _places_of(self, atom: Atom) -> frozenset[int]:
+        return frozenset(self._unit_places((unit.key, unit.role) for unit in atom.units)) | (
+            frozenset({TOWER}) if atom.has_tower else frozenset()
+        )
+
+    def _unit_places(self, units: Iterable[tuple[str, str]]) -> Iterable[int]:
+        for key, role in units:
+            if role == "layer":
+                yield self._numbers[key]
+            elif role == "embedding":
+                yield BEFORE
+            elif role in ("norm", "head"):
+                yield len(self._numbers)

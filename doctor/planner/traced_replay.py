@@ -1,0 +1,98 @@
+"""A trace, replayed through torch's allocator: what ``replay.Program`` is for scripts, for any model that can be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..trace import BEFORE, TOWER
+from .allocator import SMALL_BYTES, SMALL_SEGMENT_BYTES, Allocator, Block, OutOfMemoryError
+from .replay import Held
+from .traced import Growth, Regimes
+
+
+class TracedProgram:
+    """The events of a model's real code, at any length of the prompt.
+
+    Args:
+        regimes: Traces, fitted.
+        layer_kinds: Kind of each layer of the model, in order, in the words of ``Held.kinds``; empty where they are alike.
+        new_tokens: Tokens that are made.
+    """
+
+    def __init__(self, regimes: Regimes, layer_kinds: Sequence[str] = (), *, new_tokens: int = 0) -> None:
+        self._regimes = regimes
+        self._kinds = tuple(layer_kinds)
+        self._later = max(0, new_tokens - 2)
+        self._tokens = -1
+        self._sizes: list[int] = []
+        self._programs: dict[tuple[int, frozenset[int]], list[tuple[int, int, bool]]] = {}
+
+    def runs(self, held: Held, tokens: int, capacity_bytes: int) -> bool:
+        """Whether a stage survives a prompt of so many tokens, image tokens counted, in so much memory."""
+        return self.runs_places(self.places_of(held, tokens), held.weights_bytes, tokens, capacity_bytes)
+
+    def runs_places(self, places: frozenset[int], weights_bytes: int, tokens: int, capacity_bytes: int) -> bool:
+        """The same of any device's part, told by its places (see ``Trace.held``)."""
+        try:
+            self._play(places, tokens, Allocator(capacity_bytes, _reserved(weights_bytes)))
+        except OutOfMemoryError:
+            return False
+        return True
+
+    def peaks(self, held: Held, tokens: int) -> tuple[int, int]:
+        """Most bytes allocated, without weights and workspace, and most bytes reserved, where memory has no end."""
+        return self.peaks_places(self.places_of(held, tokens), held.weights_bytes, tokens)
+
+    def peaks_places(self, places: frozenset[int], weights_bytes: int, tokens: int) -> tuple[int, int]:
+        """The same of any device's part, told by its places."""
+        allocator = Allocator(None, _reserved(weights_bytes))
+        self._play(places, tokens, allocator)
+        return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+
+    def places_of(self, held: Held, tokens: int) -> frozenset[int]:
+        """Places of a stage that is told by its kinds of layers: the first run of layers that has them."""
+        layers = self._growth(tokens).shape.layers
+        count = len(held.kinds)
+        first = 0
+        if not held.is_first:
+            first = layers - count if held.has_head else self._find(held.kinds, layers)
+        places = set(range(first, first + count))
+        places.update([TOWER, BEFORE] * held.is_first + [layers] * held.has_head)
+        return frozenset(places)
+
+    def _find(self, kinds: tuple[str, ...], layers: int) -> int:
+        starts = range(1, max(2, layers - len(kinds) + 1))
+        return next((start for start in starts if self._kinds[start : start + len(kinds)] == kinds), 1)
+
+    def _growth(self, tokens: int) -> Growth:
+        return self._regimes.growth(tokens + self._later)
+
+    def _program(self, growth: Growth, places: frozenset[int]) -> list[tuple[int, int, bool]]:
+        """What a device with these places does: ``(tensor, event, goes again)``; an event of -1 is the end of a tensor."""
+        key = growth.shape.tokens, places
+        if key not in self._programs:
+            events = [(tensor, index if size else -1) for tensor, size, index in growth.shape.of_device(places)]
+            ends = {tensor for tensor, index in events if index < 0}
+            self._programs[key] = [(tensor, index, tensor in ends) for tensor, index in events]
+        return self._programs[key]
+
+    def _play(self, places: frozenset[int], tokens: int, allocator: Allocator) -> None:
+        """Small tensors that go again are left out, as in ``replay``: they share one segment."""
+        growth = self._growth(tokens)
+        if tokens != self._tokens:
+            self._tokens, self._sizes = tokens, growth.sizes(tokens, new_tokens=self._later)
+        blocks: dict[int, Block] = {}
+        for tensor, index, goes in self._program(growth, places):
+            if index < 0:
+                block = blocks.pop(tensor, None)
+                if block is not None:
+                    allocator.free(block)
+                continue
+            size = abs(self._sizes[index])
+            if size > SMALL_BYTES or not goes:
+                blocks[tensor] = allocator.make(size)
+
+
+def _reserved(weights_bytes: int) -> int:
+    """Segments that are there before the prompt: weights in one, and one of small tensors, as in ``replay``."""
+    return -(-weights_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES + SMALL_SEGMENT_BYTES

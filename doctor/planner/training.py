@@ -1,0 +1,209 @@
+"""What one optimizer step needs beside the weights: adapters, gradients, optimizer states, and what backward keeps.
+
+Counted on real steps of transformers 5.23 and torch 2.13 (``benchmarks/count_training.py``); the comments tell the tensors
+apart. Symbols: T tokens of all prompts, H hidden, I width of the MLP, Q and K widths of queries and keys, V
+vocabulary, b bytes an element, r rank of the adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ..model import ModelProfile, Unit
+from ..units import MIB
+from ..workload import Training, Workload
+from .image_tokens import ImageLoad
+from .layer_work import LayerKind
+from .weights import computed_item_bytes, unit_bytes
+
+_ADAPTER_BYTES = 4
+"""peft keeps adapters in float32 beside 16-bit weights (``autocast_adapter_dtype``), their gradients and states too."""
+_LOSS_BYTES = 12
+"""A token and entry of the vocabulary: log-probabilities, their gradient and that of the logits, all float32. Counted;
+source: ForCausalLMLoss of transformers (``logits.float()``)."""
+_STATE_BYTES = {"adamw_8bit": 2 + 2 * 4 / 256, "adafactor": 0.05, "sgd": 0.0}
+"""Of an element of a trained weight. bitsandbytes keeps two bytes with a float32 scale for 256 of each; Adafactor keeps
+rows and columns in float32. ``adamw`` keeps two tensors of the weight's own type (torch.optim.AdamW)."""
+_ADAFACTOR_STEP_BYTES = 12
+"""Of an element of the largest tensor: gradient, update and weight in float32. Source: Adafactor.step of transformers."""
+_NORMS = {"gemma2": 4, "gemma3_text": 4, "gemma4_text": 4, "glm4": 4, "glm4v_text": 4}
+"""Norms of a layer, by text body; 2 in all others."""
+_HEAD_NORMS = frozenset({"gemma3_text", "gemma4_text", "qwen3", "qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_moe", "olmo2"})
+"""Text bodies that norm queries and keys."""
+_WORKSPACE_BYTES = 32 * MIB
+"""Source: ``data/contexts.py``; the smaller one of older cards makes no difference."""
+_TOWER_HIDDEN, _TOWER_WIDTH = 14, 3
+"""Elements that a block of a vision tower keeps for each patch, in multiples of its hidden size and of its MLP's width."""
+
+
+class Trained(NamedTuple):
+    """Bytes that training adds to a unit, whatever the prompt is."""
+
+    adapters: int = 0
+    gradients: int = 0
+    states: int = 0
+    step: int = 0
+    """Temporaries of the optimizer: torch's AdamW takes the roots of all second moments at once (``foreach``)."""
+
+    def __add__(self, other: object) -> Trained:
+        """Bytes of both."""
+        assert isinstance(other, Trained)
+        return Trained(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+    def __sub__(self, other: Trained) -> Trained:
+        """Bytes of this without the other."""
+        return Trained(*(mine - its for mine, its in zip(self, other, strict=True)))
+
+
+class StepWork(NamedTuple):
+    """Bytes that depend on the prompt."""
+
+    saved: dict[LayerKind, int]
+    """From forward to backward, of each layer."""
+    layer: dict[LayerKind, int]
+    """Of one layer while it goes backward; computed again where there are checkpoints."""
+    flowing: int
+    """Gradients of activations on their way through the MLP."""
+    loss: int
+    tower_saved: int
+    tower_backward: int
+
+
+def trained(unit: Unit, kind: LayerKind | None, profile: ModelProfile, workload: Workload) -> Trained:
+    """What training adds to one unit.
+
+    Args:
+        unit: Any.
+        kind: Of a text layer; ``None`` for all else.
+        profile: The model.
+        workload: ``full`` trains every floating-point weight, ``lora`` adapters in the text layers; nothing without
+            ``training``.
+    """
+    training = workload.training
+    if training is None:
+        return Trained()
+    if training.method == "lora":
+        elements = training.lora_rank * _adapted_edges(kind, profile) if kind is not None else 0
+        size = _ADAPTER_BYTES
+    else:
+        size = computed_item_bytes(profile, workload)
+        elements = unit_bytes(unit, profile, workload) // size
+    gradients = elements * size
+    states = 2 * gradients if training.optimizer == "adamw" else math.ceil(elements * _STATE_BYTES[training.optimizer])
+    step = gradients if training.optimizer == "adamw" else 0
+    return Trained(gradients if training.method == "lora" else 0, gradients, states, step)
+
+
+def largest_step_bytes(units: Iterable[Unit], training: Training | None) -> int:
+    """Temporaries of an optimizer that takes one tensor after another."""
+    if training is None or training.method == "lora" or training.optimizer != "adafactor":
+        return 0
+    return _ADAFACTOR_STEP_BYTES * max((unit.largest_tensor_elements for unit in units), default=0)
+
+
+def _adapted_edges(kind: LayerKind, profile: ModelProfile) -> int:
+    """Inputs and outputs of all linear layers of a text layer; joined experts are no linear layers."""
+    text = profile.text
+    hidden, queries, keys = text.hidden, text.heads * text.head_dim, text.kv_heads * text.head_dim
+    if text.kv_lora_rank is not None:
+        rotated, rest, value = text.qk_rope_head_dim or 0, text.qk_nope_head_dim or 0, text.v_head_dim or text.head_dim
+        queries, values = text.heads * (rest + rotated), text.heads * value
+        edges = 3 * hidden + queries + 2 * text.kv_lora_rank + rotated + text.heads * (rest + value) + values
+    else:
+        edges = 2 * (hidden + queries) + 2 * (hidden + keys)
+    return edges if kind.has_experts else edges + 3 * (hidden + text.intermediate)
+
+
+def step_work(
+    kinds: set[LayerKind], profile: ModelProfile, workload: Workload, images: ImageLoad, text_tokens: int
+) -> StepWork:
+    """Bytes of one forward and backward pass."""
+    training, item = workload.training, computed_item_bytes(profile, workload)
+    assert training is not None
+    tokens = (text_tokens + images.tokens) * workload.batch
+    is_lora, is_checkpointed = training.method == "lora", training.gradient_checkpointing
+    text = profile.text
+    saved, layer = {}, {}
+    for kind in kinds:
+        kept = math.ceil(tokens * _saved_bytes(kind, profile, item, training))
+        if workload.attention == "eager":
+            # Scores before softmax, after it in float32, and cast.
+            kept += text.heads * (text_tokens + images.tokens) ** 2 * workload.batch * (item + 4)
+        saved[kind], layer[kind] = tokens * text.hidden * item if is_checkpointed else kept, kept
+    flowing = tokens * 2 * text.intermediate * (4 if is_lora else item)
+    tower_saved, tower_backward = (0, 0) if is_lora else _tower(profile, workload, images, item, is_checkpointed)
+    final_norm = tokens * text.hidden * (4 if is_lora else 4 + 2 * item)
+    loss = tokens * text.vocabulary * _LOSS_BYTES + final_norm
+    return StepWork(saved, layer, flowing, loss, tower_saved, tower_backward)
+
+
+def _saved_bytes(kind: LayerKind, profile: ModelProfile, item: int, training: Training) -> float:
+    """Bytes a token that a layer keeps for backward, with fused attention."""
+    text, body = profile.text, profile.text.body
+    hidden, width = text.hidden, text.intermediate
+    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    if text.kv_lora_rank is not None:
+        queries = keys = text.heads * ((text.qk_nope_head_dim or 0) + (text.qk_rope_head_dim or 0))
+    normed = _NORMS.get(body, 2) * hidden + (queries + keys if body in _HEAD_NORMS else 0)
+    # Rotated queries and keys, values, the output of attention, its row statistics.
+    attention = item * (2 * queries + 2 * keys) + 4 * text.heads
+    passed = text.active_experts * (text.expert_width or math.ceil(width / max(1, text.active_experts)))
+    if training.method == "full":
+        # A norm keeps its input in float32, the normed one, and the product with its weight. The MLP keeps gate, up, the
+        # activation and the product.
+        mlp = (4 * passed + 3 * text.active_experts * hidden if kind.has_experts else 4 * width) * item
+        return normed * (4 + 2 * item) + attention + mlp
+    # Frozen weights need no input; every adapted layer keeps its own input in float32, and what passed its small matrix.
+    adapted = 4 * hidden + queries
+    if kind.has_experts:
+        mlp = (3 * passed + 3 * text.active_experts * hidden) * item
+    else:
+        mlp, adapted = 3 * width * item, adapted + hidden + width
+    return 4 * normed + attention + mlp + 4 * adapted + 4 * 7 * training.lora_rank
+
+
+def _tower(
+    profile: ModelProfile, workload: Workload, images: ImageLoad, item: int, is_checkpointed: bool
+) -> tuple[int, int]:
+    """Bytes that all blocks of the vision tower keep, and that one needs on its way backward."""
+    vision = profile.vision
+    if vision is None:
+        return 0, 0
+    patches = images.sequences * images.patches * workload.batch
+    block = patches * (_TOWER_HIDDEN * vision.hidden + _TOWER_WIDTH * vision.intermediate) * item
+    flowing = 2 * patches * vision.intermediate * item
+    if is_checkpointed:
+        return patches * vision.hidden * item * vision.layers, block + flowing
+    return block * vision.layers, flowing
+
+
+def peak(
+    *, fixed: Trained, saved: int, again: int, last: int, loss: int, held: int, encode: int, tower: int
+) -> tuple[int, int, str]:
+    """The worst moment of a step: bytes of adapters, states and gradients that are there, of all else beside the
+    weights, and what happens then.
+
+    Args:
+        fixed: Of its units together.
+        saved: Of its layers, and of the tower where it is trained.
+        again: What its neediest layer needs on top of that when it goes backward, the last one first.
+        last: Of the layer that goes backward last, when all gradients are there.
+        loss: Where the head is; else 0.
+        held: Of the prompt where it is embedded.
+        encode: Of a tower that is only read, while it runs.
+        tower: Of one block of a tower that is trained, on its way backward.
+    """
+    moments = {
+        "the vision tower runs": encode,
+        "the loss is computed": saved + held + loss,
+        "a layer goes backward": saved + held + again,
+        "the last gradients are computed": held + fixed.gradients + max(last, tower),
+        "the optimizer steps": fixed.gradients + fixed.step,
+    }
+    moment = max(moments, key=lambda name: moments[name])
+    # Backward runs in a thread of its own, which has a cuBLAS workspace of its own.
+    moments[moment] += _WORKSPACE_BYTES
+    gradients = fixed.gradients if moment in ("the last gradients are computed", "the optimizer steps") else 0
+    return fixed.adapters + fixed.states + gradients, moments[moment] - gradients, moment

@@ -1,0 +1,105 @@
+"""Bytes of a model's parts once they are loaded, and while they are being loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..model import ModelProfile, Unit
+from ..workload import Workload
+from .release import Release, is_before_5
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_CONVERTED = frozenset({"F64", "F32", "F16", "BF16"})
+"""Stored dtypes that loading converts; packed and integer tensors stay as they are."""
+_STORED_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F4": 4,
+}  # fmt: skip
+"""Bits of an element by safetensors' words; every other word (F8_E4M3, I8, U8, BOOL …) is one byte."""
+_NF4_BITS = 4.5
+"""4 bits and one float32 scale for 64 weights. Source: bitsandbytes, quantize_4bit with its default block of 64."""
+_TENSORS_OF_MODULE = 1.5
+"""Bytes of the largest module in multiples of its largest tensor: ``gate_up_proj`` and ``down_proj`` of joined experts.
+Source: modeling_qwen3_vl_moe.py, modeling_glm4v_moe.py and modeling_gpt_oss.py of transformers 5.23."""
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of an element of a torch dtype, such as 2 for ``bfloat16``; 2 for a dtype that is not a plain float."""
+    return _ITEM_BYTES.get(dtype, 2)
+
+
+def loaded_dtype(profile: ModelProfile, workload: Workload) -> str:
+    """Word of torch for the type the weights are loaded in."""
+    return workload.dtype or profile.dtype
+
+
+def unit_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
+    """Bytes of a unit once it is loaded.
+
+    A checkpoint that is already quantized keeps its stored bytes. Otherwise float tensors are converted to the workload's
+    dtype (``None``: the checkpoint's main one), and packed or integer tensors stay. bitsandbytes keeps what it quantizes in
+    1 byte (int8) or 4.5 bits (nf4, scales included) an element and the rest in 16 bit.
+    """
+    if profile.quantization:
+        return unit.stored_bytes
+    size = item_bytes(loaded_dtype(profile, workload))
+    if workload.quantization:
+        size = min(size, 2)
+    converted = sum(count for stored, count in unit.parameters.items() if stored in _CONVERTED)
+    kept_bits = sum(
+        count * _STORED_BITS.get(stored, 8) for stored, count in unit.parameters.items() if stored not in _CONVERTED
+    )
+    quantized = min(unit.quantizable_elements, converted) if workload.quantization else 0
+    quantized_bits = quantized * (8 if workload.quantization == "int8" else _NF4_BITS)
+    return (converted - quantized) * size + math.ceil((quantized_bits + kept_bits) / 8)
+
+
+def copied_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
+    """Most bytes of weights that are on the executing GPU at once while an offloaded unit runs.
+
+    accelerate copies each module that has tensors of its own when it is called, and lets the copy go when it returns
+    (``attach_align_device_hook``, ``AlignDevicesHook.pre_forward`` and ``post_forward`` of accelerate 1.15): a linear layer
+    has its weight, the joined experts of a mixture have two, the larger of twice the other's size.
+    """
+    size = item_bytes(loaded_dtype(profile, workload))
+    of_module = math.ceil(_TENSORS_OF_MODULE * size * unit.largest_tensor_elements)
+    whole = unit_bytes(unit, profile, workload)
+    return min(whole, of_module) if of_module else whole
+
+
+def computed_item_bytes(profile: ModelProfile, workload: Workload) -> int:
+    """Bytes of an element of a hidden state: of the loaded type, 16 bit where weights are quantized."""
+    size = item_bytes(loaded_dtype(profile, workload))
+    return min(size, 2) if profile.quantization or workload.quantization else size
+
+
+def score_bytes(profile: ModelProfile, workload: Workload) -> int:
+    """Bytes that eager attention holds at once for a head and pair of tokens.
+
+    Scores in the model's type, their softmax in float32, and a cast; bfloat16 scores are copied to float32 first, since the
+    kernel that converts takes float16 alone (``softmax`` in aten/src/ATen/native/SoftMax.cpp).
+    """
+    is_bfloat16 = computed_item_bytes(profile, workload) == 2 and loaded_dtype(profile, workload) != "float16"
+    return 10 if is_bfloat16 else 8
+
+
+def loading_bytes(units: Sequence[Unit], profile: ModelProfile, workload: Workload, release: Release) -> int:
+    """Bytes that are needed beside the weights of a device while they are loaded.
+
+    - Plain tensors need none: transformers reserves what they take at once (``caching_allocator_warmup``), copies one after
+      another, and torch converts types on the CPU when a copy blocks (``copy_kernel_cuda`` of ATen's Copy.cu).
+    - transformers 5 joins the experts of a layer on the GPU: those of ``gate`` and of ``up`` are stacked, then both are
+      joined, so that they exist twice (``MergeModulelist`` and ``Concatenate`` of core_model_loading.py, 5.23).
+    - bitsandbytes gets each tensor in 16 bit on the GPU, one after another, since transformers does not read ahead then.
+    """
+    layers = [unit for unit in units if unit.role == "layer"]
+    text = profile.text
+    joined = 0
+    if layers and text.experts and not is_before_5(release) and not profile.quantization:
+        width = text.expert_width or text.intermediate // max(1, text.active_experts)
+        size = computed_item_bytes(profile, workload)
+        joined = min(2 * text.experts * width * text.hidden * size, max(unit_bytes(u, profile, workload) for u in layers))
+    if not workload.quantization:
+        return joined
+    return max(joined, 2 * max((unit.largest_tensor_elements for unit in units if unit.quantizable_elements), default=0))

@@ -1,0 +1,246 @@
+"""Traces of models, from a child process or from the cache.
+
+The child (:mod:`.trace_child`) imports torch and transformers and may crash, hang or meet a model that it cannot run: each
+ends as a :class:`TraceError` with one phrase, and the planner goes on with its formulas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import ModelError
+from ..trace import Event, Trace, TraceRequest, Traces
+from .checkpoint_folder import CONFIG, parse_object
+from .child import Child, Outcome
+from .torch_cache import default_folder
+
+DEADLINE_S = 300.0
+"""The slowest model tried takes 40 s on one slow core."""
+_IDLE_S = 20.0
+_FOLDER = Path(__file__).parent
+_MAX_CACHE_BYTES = 64 * 2**20
+_KEPT_FILES = 64
+"""Cached traces beyond so many go, oldest first."""
+
+
+class TraceError(ModelError):
+    """A model that could not be traced; the message is a phrase that says why."""
+
+
+class _Run(msgspec.Struct):
+    """One run as the child tells it."""
+
+    tokens: int
+    events: list[Event]
+    passes: list[int]
+    same_as: int | None = None
+    """Number of the run that has the same events, but for their sizes."""
+    sizes: list[int] = []
+
+
+class _Answer(msgspec.Struct):
+    """All that the child tells."""
+
+    torch: str
+    transformers: str
+    modules: list[str]
+    weights_bytes: int
+    runs: list[_Run]
+
+
+def trace(
+    request: TraceRequest,
+    config: Mapping[str, Any],
+    *,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    deadline_s: float = DEADLINE_S,
+    cache_folder: Path | None = None,
+    is_fresh: bool = False,
+) -> Traces:
+    """Run a model without GPU, weights and arithmetic, and tell what it allocates.
+
+    Args:
+        request: What to run.
+        config: What config.json holds.
+        folder: The checkpoint, whose image processor is preferred to what is known of the family.
+        environment: Of the child; ``None`` is that of this process.
+        deadline_s: Seconds after which the child is killed.
+        cache_folder: Where traces are kept; ``None`` is the user's cache folder.
+        is_fresh: Trace, even when there is a trace in the cache.
+
+    Raises:
+        TraceError: It could not be traced.
+    """
+    environment = os.environ if environment is None else environment
+    for library in ("torch", "transformers"):
+        if _version(library) is None:
+            raise TraceError(f"{library} is not installed; install pytest-vlmgpu[models]")
+    path = _cache_path(request, config, folder, cache_folder or default_folder())
+    known = None if is_fresh or path is None else _load(path)
+    if known is not None:
+        return known
+    runs = [
+        {
+            "tokens": tokens,
+            "batch": request.batch,
+            "steps": request.steps,
+            "images": request.images,
+            "height": request.height,
+            "width": request.width,
+            "sequences": request.sequences,
+        }
+        for tokens in request.lengths
+    ]
+    arguments = {
+        "config": dict(config),
+        "runs": runs,
+        "folder": None if folder is None else str(folder),
+        **{name: getattr(request, name) for name in ("architecture", "dtype", "attention", "layers", "tower", "has_cudnn")},
+    }
+    outcome = Child(
+        "trace_child",
+        arguments,
+        environment={**environment, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        deadline_s=deadline_s,
+        idle_s=_IDLE_S,
+    ).outcome()
+    traces = understand(outcome, request)
+    if path is not None:
+        _store(path, traces)
+    return traces
+
+
+def understand(outcome: Outcome, request: TraceRequest) -> Traces:
+    """Turn what the child said into a record.
+
+    Raises:
+        TraceError: It did not come to its end, or said something else.
+    """
+    if outcome.state != "ok":
+        reached = f", after {outcome.stage}" if outcome.stage and outcome.state != "failed" else ""
+        raise TraceError(f"{outcome.message}{reached}")
+    try:
+        answer = msgspec.convert(outcome.answer, _Answer)
+        runs = tuple(_run(run, answer, request) for run in answer.runs)
+    except (msgspec.ValidationError, LookupError, ValueError) as error:
+        raise TraceError(f"unreadable answer: {error}") from error
+    return Traces(
+        architecture=request.architecture,
+        attention=request.attention,
+        torch=answer.torch,
+        transformers=answer.transformers,
+        weights_bytes=answer.weights_bytes,
+        runs=runs,
+        seconds=round(outcome.seconds, 3),
+    )
+
+
+def _run(run: _Run, answer: _Answer, request: TraceRequest) -> Trace:
+    events = run.events
+    if run.same_as is not None:
+        events = answer.runs[run.same_as].events
+        if len(run.sizes) != sum(event.size_bytes != 0 for event in events):
+            raise ValueError(f"{len(run.sizes)} sizes do not belong to the events of run {run.same_as}")
+        sizes = iter(run.sizes)
+        events = [
+            Event(event.tensor, next(sizes) if event.size_bytes else 0, event.place, event.module) for event in events
+        ]
+    return Trace(
+        tokens=run.tokens,
+        batch=request.batch,
+        layers=len(request.layers),
+        modules=tuple(answer.modules),
+        events=tuple(events),
+        passes=tuple(run.passes),
+    )
+
+
+def find_config(name: str, *, allow_network: bool = True) -> tuple[dict[str, Any], Path | None]:
+    """The config of a model and its folder, if it lies in one: the same model that ``load_profile`` reads.
+
+    Raises:
+        ModelError: There is none, or it cannot be read.
+    """
+    from .catalogue import find_entry
+    from .hub_cache import find_snapshot, hub_settings
+    from .model_files import find_model
+
+    place = find_model(name)
+    if not isinstance(place, Path):
+        snapshot = find_snapshot(place, hub_settings(os.environ).cache)
+        if snapshot is None or not (snapshot / CONFIG).is_file():
+            entry = find_entry(place.repo)
+            if entry is not None:
+                return entry.config, None
+            if not allow_network:
+                raise TraceError("its config is not on this machine, and the network may not be used")
+            from .hub import read_hub
+
+            return dict(read_hub(place, hub_settings(os.environ)).config), None
+        place = snapshot
+    try:
+        return parse_object((place / CONFIG).read_bytes(), where=CONFIG), place
+    except OSError as error:
+        raise TraceError(f"{place / CONFIG} cannot be read ({error.strerror or error})") from error
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except (metadata.PackageNotFoundError, ValueError, OSError):
+        return None
+
+
+def _cache_path(request: TraceRequest, config: Mapping[str, Any], folder: Path | None, cache: Path | None) -> Path | None:
+    if cache is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(_FOLDER.glob("trace*.py")):
+        digest.update(file.read_bytes())
+    for library in ("torch", "transformers", "torchvision", "pillow"):
+        digest.update(f"{library} {_version(library)}\0".encode())
+    digest.update(msgspec.json.encode([request, dict(config)]))
+    if folder is not None and request.images:
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            with contextlib.suppress(OSError):
+                digest.update((folder / name).read_bytes())
+    return cache / f"trace-{digest.hexdigest()[:32]}.json"
+
+
+def _load(path: Path) -> Traces | None:
+    """A trace of this user's; ``None`` when there is none that can be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            if os.fstat(file.fileno()).st_uid != os.getuid():
+                return None
+            traces = msgspec.json.decode(file.read(_MAX_CACHE_BYTES), type=Traces)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return msgspec.structs.replace(traces, is_cached=True)
+
+
+def _store(path: Path, traces: Traces) -> None:
+    """Keep a trace. A cache that cannot be written is no cache, and never an error."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        others = sorted(path.parent.glob("trace-*.json"), key=lambda other: other.lstat().st_mtime)
+        for other in others[: max(0, len(others) - _KEPT_FILES)]:
+            other.unlink(missing_ok=True)
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(msgspec.json.encode(traces))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,324 @@
+"""Prices by traces: fits, peaks, and the planner that uses them. Traces of real models: ``tests/models/test_trace.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_doctor import load_machine
+from vlm_doctor.machine import Machine
+from vlm_doctor.model import ModelProfile
+from vlm_doctor.planner import plan
+from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.image_tokens import image_load
+from vlm_doctor.planner.memory import Footprint, Holding
+from vlm_doctor.planner.replay import Held
+from vlm_doctor.planner.traced import Growth, IrregularError, Regimes, Timeline, lengths
+from vlm_doctor.planner.traced_footprint import TracedFootprint, obstacle, trace_request
+from vlm_doctor.planner.traced_replay import TracedProgram
+from vlm_doctor.trace import BEFORE, TOWER, Event, Trace, Traces
+from vlm_doctor.units import GIB, MIB
+from vlm_doctor.workload import Training, Workload
+
+from .profiles import glm41v_9b
+from .traces import any_trace, small_trace, traces_of
+
+TEXT = Workload(images=0, text_tokens=1000, new_tokens=2)
+
+
+def runs(**fields: Any) -> list[Trace]:
+    return [small_trace(tokens, **fields) for tokens in (65, 577, 1089, 3649)]
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 8192, 100_000])
+def test_three_lengths_give_every_other(tokens: int) -> None:
+    assert Growth(runs()).at(tokens).events == small_trace(tokens).events
+
+
+def test_what_is_behind_the_prompt_can_be_that_of_later() -> None:
+    grown = Growth(runs()).at(1000, new_tokens=500)
+    begin = grown.decode_begin()
+    assert grown.events[:begin] == small_trace(1000).events[:begin]
+    assert grown.events[begin:] == small_trace(1500).events[begin:]
+
+
+def test_other_code_for_other_lengths_is_refused() -> None:
+    with pytest.raises(IrregularError, match="prompts of 65 and 3649 tokens run different code"):
+        Growth([*runs()[:3], small_trace(3649, layers=2)])
+
+
+def test_a_size_that_follows_no_polynomial_is_refused() -> None:
+    last = small_trace(3649)
+    events = [msgspec.structs.replace(one, size_bytes=one.size_bytes + 1) for one in last.events[:1]]
+    with pytest.raises(IrregularError, match="a tensor of 520 bytes grows in no regular way"):
+        Growth([*runs()[:3], msgspec.structs.replace(last, events=(*events, *last.events[1:]))])
+
+
+def test_short_prompts_have_no_less_than_a_byte() -> None:
+    shape = [
+        Trace(
+            tokens=tokens,
+            layers=1,
+            modules=("",),
+            events=(Event(1, tokens - 50, BEFORE, 0), Event(1, 50 - tokens, 0, 0)),
+            passes=(0,),
+        )
+        for tokens in (65, 577, 1089)
+    ]
+    assert [event.size_bytes for event in Growth(shape).at(10).events] == [1, -1]
+
+
+@given(st.integers(0, 5000), st.none() | st.integers(1, 9000), st.integers(0, 2))
+def test_lengths_are_four_of_each_program(image_tokens: int, window: int | None, steps: int) -> None:
+    found = lengths(image_tokens, window, steps)
+    assert min(found) > image_tokens
+    within = [tokens for tokens in found if window is not None and tokens <= window]
+    assert len(within) in ((0, 4) if window is not None else (0,))
+    assert len(found) - len(within) == 4
+    assert all(tokens + steps <= window for tokens in within if window is not None)
+    assert all(tokens % 8 == 1 for tokens in found)
+    assert list(found) == sorted(set(found))
+
+
+def test_a_window_parts_two_programs() -> None:
+    within = [small_trace(tokens, layers=2) for tokens in (65, 129, 193, 513)]
+    regimes = Regimes(traces_of([*within, *(small_trace(tokens) for tokens in (1033, 1545, 2057, 4617))]), 1024)
+    assert regimes.at(1000).layers == 2
+    assert regimes.at(1000, new_tokens=25).layers == 3
+    assert regimes.at(1025).layers == 3
+    assert Regimes(traces_of(runs()), 32).at(20).layers == 3
+
+
+@given(any_trace(), st.data())
+def test_the_quick_peak_is_the_peak(trace: Trace, data: st.DataObject) -> None:
+    places = frozenset(data.draw(st.sets(st.integers(TOWER, trace.layers))))
+    peak, place, is_decode = Timeline(trace).peak(places)
+    slow = trace.peak(places)
+    assert peak == slow.size_bytes
+    if peak:
+        assert place in places
+        assert not is_decode or len(trace.passes) > 1
+
+
+@given(any_trace(), st.data())
+def test_more_places_never_need_less(trace: Trace, data: st.DataObject) -> None:
+    """But for a copy of what is made elsewhere, which may outlive the tensor itself until its place has done its work."""
+    places = frozenset(data.draw(st.sets(st.integers(TOWER, trace.layers))))
+    more = places | frozenset(data.draw(st.sets(st.integers(TOWER, trace.layers))))
+    copies = sum(-event.size_bytes + 511 for event in trace.events if event.size_bytes < 0)
+    timeline = Timeline(trace)
+    assert timeline.peak(more)[0] + copies >= timeline.peak(places)[0]
+
+
+def test_the_cache_is_what_layers_keep() -> None:
+    timeline = Timeline(small_trace(1000))
+    # The states of the last layer go at the head, whose work is the last of the prompt's.
+    assert timeline.kept(frozenset({0, 1})) == 2 * 128_000
+    assert timeline.kept(frozenset({TOWER, BEFORE, 3})) == 0
+
+
+class TestFootprint:
+    profile = glm41v_9b()
+
+    def prices(self, workload: Workload = TEXT, **fields: Any) -> TracedFootprint:
+        load = image_load(self.profile, workload)
+        layers = self.profile.text.layers
+        made = traces_of([small_trace(tokens, layers=layers, has_tower=bool(load.tokens)) for tokens in (65, 577, 1089)])
+        return TracedFootprint(self.profile, workload, load, chain(self.profile).atoms, traces=made, **fields)
+
+    def test_a_run_of_atoms_has_its_weights_its_peak_and_what_the_allocator_wastes(self) -> None:
+        prices, formulas = (
+            self.prices(),
+            Footprint(self.profile, TEXT, image_load(self.profile, TEXT), chain(self.profile).atoms),
+        )
+        atoms, layers = len(prices.atoms), self.profile.text.layers
+        bare = self.prices(is_bare=True)
+        trace = small_trace(1000, layers=layers, has_tower=False)
+        for run, places in (
+            ((0, atoms), trace.held()),
+            ((0, 4), trace.held(TOWER, 3)),
+            ((4, 9), trace.held(3, 8)),
+            ((9, atoms), trace.held(8)),
+        ):
+            detail, simple = prices.detail(*run, 1000), formulas.detail(*run, 1000)
+            assert detail.weights_bytes == simple.weights_bytes
+            assert detail.kv_cache_bytes + detail.activations_bytes == trace.peak(places).size_bytes
+            assert detail.fragmentation_bytes == simple.fragmentation_bytes
+            assert prices.needs(1000)(*run) == detail.total_bytes
+            assert bare.needs(1000)(*run) == detail.total_bytes - detail.fragmentation_bytes
+        assert "traced: Made of transformers 5.23, torch 2.13" in prices.source
+
+    def test_what_happens_at_the_peak_is_said(self) -> None:
+        layers = self.profile.text.layers
+        parts = {
+            "a layer reads the prompt": Holding(
+                weights_bytes=1, layers=3, has_tower=False, has_embedding=False, has_head=False
+            ),
+            "the vision tower runs": Holding(
+                weights_bytes=1, layers=0, has_tower=True, has_embedding=False, has_head=False
+            ),
+            "the prompt is embedded": Holding(
+                weights_bytes=1, layers=0, has_tower=False, has_embedding=True, has_head=False
+            ),
+            "the head computes logits": Holding(
+                weights_bytes=1, layers=0, has_tower=False, has_embedding=False, has_head=True
+            ),
+        }
+        prices = self.prices(Workload(images=1, image_height=336, text_tokens=1000, new_tokens=2))
+        for moment, holding in parts.items():
+            assert prices.need_of(holding, 1000).moment == moment
+        last = Holding(weights_bytes=1, layers=2, has_tower=False, has_embedding=False, has_head=True)
+        trace = small_trace(1000, layers=layers, has_tower=False)
+        need = self.prices().need_of(last, 1000)
+        assert need.total_bytes - 1 == trace.peak(trace.held(layers - 2)).size_bytes
+
+    def test_a_long_answer_is_the_peak_of_a_short_prompt(self) -> None:
+        prices = self.prices(msgspec.structs.replace(TEXT, text_tokens=1, new_tokens=100_000))
+        assert prices.detail(1, 20, 1).moment == "the next token is made"
+        assert prices.detail(1, 20, 1).kv_cache_bytes > 0
+
+    def test_only_other_lengths_are_told_by_the_same_traces(self) -> None:
+        prices = self.prices()
+        longer = msgspec.structs.replace(TEXT, text_tokens=5000)
+        load = image_load(self.profile, TEXT)
+        assert isinstance(prices.changed(longer, load), TracedFootprint)
+        assert prices.changed(longer, load).needs(5000)(0, 5) == prices.needs(5000)(0, 5)
+        for other in ({"batch": 2}, {"dtype": "float32"}, {"attention": "eager"}, {"new_tokens": 0}):
+            changed = prices.changed(msgspec.structs.replace(TEXT, **other), load)
+            assert type(changed) is Footprint
+
+    def test_few_lengths_are_kept(self) -> None:
+        prices = self.prices()
+        first = prices.needs(1000)(0, 3)
+        for tokens in range(2000, 2020):
+            prices.needs(tokens)(0, 3)
+        assert prices.needs(1000)(0, 3) == first
+
+
+class TestReplay:
+    program = TracedProgram(Regimes(traces_of(runs()), None), ("full", "sliding", "full"), new_tokens=2)
+
+    def test_peaks_are_those_of_the_trace(self) -> None:
+        trace = small_trace(100_000)
+        held = Held(kinds=("full", "sliding", "full"), weights_bytes=3 * MIB, is_first=True, has_head=True)
+        allocated, reserved = self.program.peaks(held, 100_000)
+        # Tensors up to 1 MiB that go again are left out; a block may be up to 1 MiB larger than its tensor.
+        assert allocated == pytest.approx(trace.peak().size_bytes, abs=10 * MIB)
+        assert reserved >= allocated + 3 * MIB
+
+    @pytest.mark.parametrize(
+        ("held", "places"),
+        [
+            (Held(kinds=("full",), weights_bytes=0, is_first=True, has_head=False), {TOWER, BEFORE, 0}),
+            (Held(kinds=("sliding",), weights_bytes=0, is_first=False, has_head=False), {1}),
+            (Held(kinds=("full",), weights_bytes=0, is_first=False, has_head=False), {2}),
+            (Held(kinds=("unknown",), weights_bytes=0, is_first=False, has_head=False), {1}),
+            (Held(kinds=("sliding", "full"), weights_bytes=0, is_first=False, has_head=True), {1, 2, 3}),
+            (Held(kinds=(), weights_bytes=0, is_first=False, has_head=True), {3}),
+        ],
+    )
+    def test_a_stage_is_found_by_its_kinds_of_layers(self, held: Held, places: set[int]) -> None:
+        assert self.program.places_of(held, 1000) == places
+
+    def test_it_runs_in_what_it_reserves_and_not_in_less_than_it_needs(self) -> None:
+        held = Held(kinds=("full", "sliding", "full"), weights_bytes=3 * MIB, is_first=True, has_head=True)
+        allocated, reserved = self.program.peaks(held, 20_000)
+        assert self.program.runs(held, 20_000, reserved)
+        assert not self.program.runs(held, 20_000, allocated)
+
+
+class TestRequest:
+    machine = load_machine("2xL4")
+
+    @pytest.mark.parametrize(
+        ("profile", "workload", "reason"),
+        [
+            ({"is_remote_code": True}, {}, "its class is code of the checkpoint, which is not run"),
+            ({"quantization": "awq"}, {}, "kernels of quantized weights run on GPUs only"),
+            ({}, {"quantization": "nf4"}, "kernels of quantized weights run on GPUs only"),
+            ({}, {"training": Training()}, "a training step is not traced"),
+            ({"image": None}, {"images": 1}, "its image rule is unknown"),
+            ({"image": None}, {}, None),
+            ({}, {}, None),
+        ],
+    )
+    def test_what_cannot_be_traced(self, profile: dict[str, Any], workload: dict[str, Any], reason: str | None) -> None:
+        model = msgspec.structs.replace(glm41v_9b(), **profile)
+        assert obstacle(model, msgspec.structs.replace(TEXT, **workload)) == reason
+
+    def test_text(self) -> None:
+        request = trace_request(glm41v_9b(), TEXT, self.machine)
+        assert len(request.layers) == 40
+        assert request.tower == ()
+        assert (request.images, request.height, request.steps, request.attention) == (0, 0, 2, "sdpa")
+        assert not request.has_cudnn
+
+    def test_images(self) -> None:
+        request = trace_request(glm41v_9b(), Workload(images=2, image_height=336, image_width=672), self.machine)
+        assert request.tower
+        assert (request.images, request.height, request.width) == (2, 336, 672)
+
+    @pytest.mark.parametrize(
+        ("fields", "steps"),
+        [({"logits": "forward"}, 0), ({"new_tokens": 0}, 1), ({"new_tokens": 1}, 1), ({"new_tokens": 9}, 2)],
+    )
+    def test_steps(self, fields: dict[str, Any], steps: int) -> None:
+        assert trace_request(glm41v_9b(), msgspec.structs.replace(TEXT, **fields), self.machine).steps == steps
+
+    @pytest.mark.parametrize(("spec", "has_cudnn"), [("2xH100", True), ("H100+L4", False), ("24GiB", True)])
+    def test_kernels_of_the_gpus(self, spec: str, has_cudnn: bool) -> None:
+        assert trace_request(glm41v_9b(), TEXT, load_machine(spec)).has_cudnn is has_cudnn
+
+    def test_types_without_kernels_are_traced_in_sixteen_bit(self) -> None:
+        model = msgspec.structs.replace(glm41v_9b(), dtype="float8_e4m3fn")
+        assert trace_request(model, TEXT, self.machine).dtype == "bfloat16"
+        assert trace_request(model, msgspec.structs.replace(TEXT, dtype="float32"), self.machine).dtype == "float32"
+
+
+class TestPlan:
+    machine: Machine = load_machine("2x24GiB")
+    profile: ModelProfile = glm41v_9b()
+
+    def traces(self, **fields: Any) -> Traces:
+        return traces_of(
+            [
+                small_trace(tokens, layers=self.profile.text.layers, has_tower=False, **fields)
+                for tokens in (65, 577, 1089, 3649)
+            ]
+        )
+
+    def test_formulas_are_the_usual_tier(self) -> None:
+        assert plan(self.profile, self.machine, TEXT).tier == "formulas"
+
+    def test_a_traced_plan_says_so_and_has_the_peak_of_the_trace(self) -> None:
+        answer = plan(self.profile, self.machine, TEXT, traces=self.traces())
+        trace = small_trace(1000, layers=self.profile.text.layers, has_tower=False)
+        assert answer.tier == "traced"
+        assert answer.fits
+        stage = answer.stages[0]
+        counted = sum(line.size_bytes for line in stage.ledger if line.kind in ("kv_cache", "activations"))
+        assert counted == pytest.approx(trace.peak().size_bytes, abs=50 * MIB)
+        assert "Activations: traced: Made of transformers 5.23, torch 2.13." in answer.notes
+        assert sum(line.size_bytes for line in stage.ledger) == 24 * GIB
+
+    def test_a_plan_that_could_not_be_traced_says_why(self) -> None:
+        answer = plan(self.profile, self.machine, TEXT, untraced="torch is not installed.")
+        assert answer.tier == "formulas"
+        assert answer.notes[-1] == "The model was not traced, so that memory is told by formulas: torch is not installed."
+
+    def test_traces_that_tell_nothing_about_other_lengths_are_not_used(self) -> None:
+        bad = traces_of([small_trace(65), small_trace(577), small_trace(1089, layers=2)])
+        answer = plan(self.profile, self.machine, TEXT, traces=bad)
+        assert answer.tier == "formulas"
+        assert "prompts of 65 and 1089 tokens run different code" in answer.notes[-1]
+
+    def test_a_plan_that_does_not_fit_has_levers_by_formulas(self) -> None:
+        answer = plan(self.profile, load_machine("12GiB"), TEXT, traces=self.traces())
+        assert not answer.fits
+        assert answer.tier == "traced"
+        assert answer.shortage is not None
+        assert answer.shortage.levers

@@ -1,0 +1,251 @@
+"""A training step: formulas against real steps, and what must hold of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_doctor.model import ModelProfile, TextShape
+from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.image_tokens import image_load
+from vlm_doctor.planner.layer_work import LayerKind
+from vlm_doctor.planner.memory import FRAGMENTATION_BYTES, Footprint, StageNeed
+from vlm_doctor.planner.training import Trained, largest_step_bytes, step_work, trained
+from vlm_doctor.units import GIB, MIB
+from vlm_doctor.workload import Optimizer, Training, Workload
+
+from .profiles import glm41v_9b, llava_13b, unit
+
+DENSE, EXPERTS = LayerKind("full", has_experts=False), LayerKind("full", has_experts=True)
+
+
+def small(
+    body: str, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int
+) -> ModelProfile:
+    """The models of benchmarks/count_training.py; weights of norms are those of two a layer."""
+    text = TextShape(
+        layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, head_dim=64,
+        vocabulary=vocabulary, body=body,
+    )  # fmt: skip
+    elements = 2 * hidden * 64 * (heads + kv_heads) + 3 * hidden * intermediate + 2 * hidden
+    units = (
+        unit("model.embed_tokens", "embedding", vocabulary * hidden),
+        *(unit(f"model.layers.{number}", "layer", elements, layer=number) for number in range(layers)),
+        unit("model.norm", "norm", hidden),
+        unit("lm_head", "head", vocabulary * hidden),
+    )
+    return msgspec.structs.replace(
+        glm41v_9b(), model_type=body, units=units, text=text, vision=None, image=None, body_script=None
+    )
+
+
+def prices(profile: ModelProfile, training: Training, **fields: Any) -> Footprint:
+    workload = Workload(**{"images": 0, "training": training, **fields})
+    return Footprint(profile, workload, image_load(profile, workload), chain(profile).atoms)
+
+
+def whole(profile: ModelProfile, training: Training, **fields: Any) -> StageNeed:
+    made = prices(profile, training, **fields)
+    return made.detail(0, len(made.atoms), made.workload.text_tokens)
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "counted_mib"),
+    [
+        ("llama", (512, 1376, 4, 8, 8, 2048), (140.7, 140.7, 96.4, 54.5)),
+        ("llama", (384, 1536, 6, 6, 2, 8000), (190.9, 182.4, 148.1, 83.2)),
+        ("qwen3", (512, 1376, 4, 8, 8, 2048), (140.7, 140.7, 102.5, 56.1)),
+        ("qwen3", (384, 1536, 6, 6, 2, 8000), (197.8, 182.5, None, None)),
+        ("glm4", (512, 1376, 4, 8, 8, 2048), (140.8, 140.8, 99.1, 56.0)),
+        ("glm4", (384, 1536, 6, 6, 2, 8000), (203.0, 182.6, 151.1, 82.7)),
+    ],
+)
+def test_steps_meet_the_counted_ones(body: str, shape: tuple[int, ...], counted_mib: tuple[float | None, ...]) -> None:
+    """benchmarks/count_training.py: second step of real training on a CPU, 384 tokens, bfloat16, AdamW, rank 16.
+
+    There is one workspace less on a CPU.
+    """
+    profile = small(body, *shape)
+    for (method, is_checkpointed), counted in zip(
+        (("full", False), ("full", True), ("lora", False), ("lora", True)), counted_mib, strict=True
+    ):
+        training = Training(method="full" if method == "full" else "lora", gradient_checkpointing=is_checkpointed)
+        need = whole(profile, training, text_tokens=384)
+        predicted = (need.total_bytes - need.fragmentation_bytes) / MIB - 32
+        if counted is not None:
+            assert 0.98 * counted <= predicted <= 1.04 * counted, (method, is_checkpointed, predicted)
+
+
+def test_full_training_keeps_gradients_and_two_states_in_the_type_of_the_weights() -> None:
+    weights = glm41v_9b().stored_bytes
+    need = whole(glm41v_9b(), Training(method="full"), text_tokens=64)
+    assert need.weights_bytes == weights
+    assert need.moment == "the optimizer steps"
+    assert need.training_bytes == 3 * weights
+    assert need.activations_bytes == weights + 32 * MIB  # the roots of all second moments
+    assert need.kv_cache_bytes == 0
+    wide = whole(glm41v_9b(), Training(method="full"), text_tokens=64, dtype="float32")
+    assert wide.training_bytes == 6 * weights
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "states", "step"),
+    [("adamw", 4.0, 2.0), ("adamw_8bit", 2 + 8 / 256, 0.0), ("adafactor", 0.05, 0.0), ("sgd", 0.0, 0.0)],
+)
+def test_states_of_optimizers(optimizer: Optimizer, states: float, step: float) -> None:
+    workload = Workload(training=Training(method="full", optimizer=optimizer))
+    made = trained(unit("layer", "layer", 3000), DENSE, llava_13b(), workload)
+    assert made == (0, 6000, math.ceil(states * 3000), step * 3000)
+
+
+def test_adafactor_takes_one_tensor_after_another() -> None:
+    units = [unit("one", "layer", 3000), unit("two", "layer", 6000)]
+    assert largest_step_bytes(units, Training(method="full", optimizer="adafactor")) == 12 * 2000
+    assert largest_step_bytes([], Training(method="full", optimizer="adafactor")) == 0
+    for other in (None, Training(optimizer="adafactor"), Training(method="full")):
+        assert largest_step_bytes(units, other) == 0
+    training = Training(method="full", optimizer="adafactor")
+    need = prices(glm41v_9b(), training).detail(1, 41, 1)
+    assert need.moment == "the optimizer steps"
+    assert need.activations_bytes == 12 * (203_969_024 // 3) + 32 * MIB
+
+
+def test_adapters_are_in_float32_with_gradients_and_states() -> None:
+    workload = Workload(training=Training(lora_rank=8))
+    made = trained(unit("layer", "layer", 3000), DENSE, llava_13b(), workload)
+    adapters = 4 * 8 * (8 * 5120 + 3 * (5120 + 13824))
+    assert made == (adapters, adapters, 2 * adapters, adapters)
+    assert trained(unit("model.visual", "vision", 3000), None, llava_13b(), workload) == Trained()
+    assert trained(unit("layer", "layer", 3000), DENSE, llava_13b(), Workload()) == Trained()
+    joined = trained(unit("layer", "layer", 3000), EXPERTS, llava_13b(), workload)
+    assert joined.adapters == 4 * 8 * 8 * 5120
+
+
+def test_adapters_of_latent_attention() -> None:
+    text = msgspec.structs.replace(
+        llava_13b().text, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+    )
+    made = trained(unit("l", "layer", 9), EXPERTS, llava_13b(text=text), Workload(training=Training(lora_rank=1)))
+    assert made.adapters == 4 * (3 * 5120 + 40 * 192 + 2 * 512 + 64 + 40 * 256 + 40 * 128)
+    kinds = {DENSE, EXPERTS}
+    workload = Workload(images=0, training=Training(gradient_checkpointing=False))
+    for profile in (llava_13b(text=text), llava_13b()):
+        work = step_work(kinds, profile, workload, image_load(profile, workload), 100)
+        assert work.saved == work.layer
+        assert min(work.layer.values()) > 100 * 5120
+
+
+def test_the_levers_of_the_guides_are_worth_gibibytes() -> None:
+    """GLM-4V-9B's guide: bfloat16, checkpointing, a smaller batch."""
+    fields = {"text_tokens": 2048, "batch": 4}
+
+    def gib(**training: Any) -> float:
+        return whole(glm41v_9b(), Training(**training), **fields).total_bytes / GIB
+
+    plain = gib(gradient_checkpointing=False)
+    assert plain - gib() > 40
+    assert gib(method="full") - gib() > 50
+    assert gib(method="full") - gib(method="full", optimizer="adamw_8bit") > 30
+    assert whole(glm41v_9b(), Training(), text_tokens=2048, batch=2).total_bytes / GIB < gib() - 4
+    assert whole(glm41v_9b(), Training(), **fields, dtype="float32").total_bytes / GIB > gib() + 19
+
+
+def test_full_training_of_the_tower_keeps_what_it_did() -> None:
+    shapes: dict[str, Any] = {"images": 1, "image_height": 1120, "text_tokens": 64}
+    block = 6400 * (14 * 1536 + 3 * 13696) * 2
+    workload = Workload(**shapes, training=Training(method="full", gradient_checkpointing=False))
+    load = image_load(glm41v_9b(), workload)
+    work = step_work({DENSE}, glm41v_9b(), workload, load, 64)
+    assert (work.tower_saved, work.tower_backward) == (24 * block, 2 * 6400 * 13696 * 2)
+    checkpointed = msgspec.structs.replace(workload, training=Training(method="full"))
+    work = step_work({DENSE}, glm41v_9b(), checkpointed, load, 64)
+    assert (work.tower_saved, work.tower_backward) == (24 * 6400 * 1536 * 2, block + 2 * 6400 * 13696 * 2)
+    adapted = msgspec.structs.replace(workload, training=Training())
+    assert step_work({DENSE}, glm41v_9b(), adapted, load, 64).tower_saved == 0
+    assert step_work({DENSE}, glm41v_9b(vision=None), workload, load, 64).tower_saved == 0
+
+
+@pytest.mark.parametrize(
+    ("run", "training", "fields", "moment"),
+    [
+        ((0, 41), Training(), {"text_tokens": 2048}, "a layer goes backward"),
+        ((41, 42), Training(), {"text_tokens": 2048}, "the loss is computed"),
+        ((0, 1), Training(), {"images": 1, "image_height": 2240, "text_tokens": 8}, "the vision tower runs"),
+        ((1, 3), Training(method="full", optimizer="sgd"), {"text_tokens": 2048}, "the last gradients are computed"),
+        ((1, 3), Training(method="full"), {"text_tokens": 64}, "the optimizer steps"),
+    ],
+)
+def test_the_worst_moment_of_a_step_is_named(
+    run: tuple[int, int], training: Training, fields: dict[str, Any], moment: str
+) -> None:
+    made = prices(glm41v_9b(), training, **fields)
+    assert made.detail(*run, made.workload.text_tokens).moment == moment
+
+
+def test_eager_attention_keeps_scores_for_backward() -> None:
+    training = Training(gradient_checkpointing=False)
+    fused, eager = (whole(llava_13b(), training, attention=kind, text_tokens=512) for kind in ("sdpa", "eager"))
+    assert eager.activations_bytes - fused.activations_bytes == 40 * 40 * 512**2 * 6
+
+
+def test_an_allocator_that_expands_wastes_less() -> None:
+    native, expandable = (whole(glm41v_9b(), Training(), allocator=kind) for kind in ("native", "expandable"))
+    assert expandable.fragmentation_bytes == FRAGMENTATION_BYTES
+    assert native.fragmentation_bytes > 2 * FRAGMENTATION_BYTES
+    workload = Workload(images=0, training=Training())
+    atoms = chain(glm41v_9b()).atoms
+    bare = Footprint(glm41v_9b(), workload, image_load(glm41v_9b(), workload), atoms, is_bare=True)
+    assert bare.detail(0, 42, 512).fragmentation_bytes == 0
+    assert bare.least_bytes < bare.needs(512)(0, 42)
+
+
+def test_offloaded_layers_are_trained_where_they_are_executed() -> None:
+    atoms = chain(glm41v_9b()).atoms
+    workload = Workload(images=0, training=Training(gradient_checkpointing=False))
+    load = image_load(glm41v_9b(), workload)
+    part = Footprint(glm41v_9b(), workload, load, atoms[:30], atoms[30:])
+    need = part.detail(0, 30, 512)
+    assert need.total_bytes == part.needs(512)(0, 30)
+    assert need.activations_bytes > 0.9 * whole(glm41v_9b(), workload.training or Training()).activations_bytes
+
+
+@given(
+    st.sampled_from([glm41v_9b(), llava_13b()]),
+    st.builds(
+        Training,
+        method=st.sampled_from(["full", "lora"]),
+        optimizer=st.sampled_from(["adamw", "adamw_8bit", "adafactor", "sgd"]),
+        lora_rank=st.integers(1, 64),
+        gradient_checkpointing=st.booleans(),
+    ),
+    st.integers(1, 20_000),
+    st.integers(1, 4),
+    st.data(),
+)
+def test_a_stage_grows_with_every_atom_token_and_prompt(
+    profile: ModelProfile, training: Training, tokens: int, batch: int, data: st.DataObject
+) -> None:
+    made = prices(profile, training, text_tokens=tokens, batch=batch)
+    first = data.draw(st.integers(0, 41))
+    end = data.draw(st.integers(first + 1, 42))
+    need = made.needs(tokens)
+    detail = made.detail(first, end, tokens)
+    assert need(first, end) == detail.total_bytes
+    assert min(detail.weights_bytes, detail.training_bytes, detail.activations_bytes, detail.fragmentation_bytes) >= 0
+    assert need(first, end) <= made.needs(tokens + 1)(first, end)
+    assert need(first, end) <= prices(profile, training, batch=batch + 1).needs(tokens)(first, end)
+    if end < 42:
+        assert need(first, end) <= need(first, end + 1)
+    if first:
+        assert need(first, end) <= need(first - 1, end)
+
+
+def test_a_trained_sum_is_made_of_its_parts() -> None:
+    one, two = Trained(1, 2, 3, 4), Trained(10, 20, 30, 40)
+    assert one + two == (11, 22, 33, 44)
+    assert one + two - one == two
