@@ -17,6 +17,7 @@ from .image_rule import image_rule
 from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
 from .model_units import Cut, cut_into_units
 from .module_names import by_module_name, with_flat_tower
+from .quantized_tensors import COMPRESSED, join_quantized, quantization_method, quantization_section
 from .registration import registered
 from .shapes_from_tensors import FLOATS
 from .weightless_units import complete_units
@@ -54,7 +55,10 @@ def build_profile(
     is_remote_code = bool(config.get("auto_map")) and ARCHITECTURES.get(model_type) != architecture
     rules = _rules(config, model_type, architecture, is_remote_code=is_remote_code, families=families or {})
     is_flat = are_towers_flat and not is_remote_code and _tower_type(config) in FLAT_TOWERS
+    section = quantization_section(config)
     named = by_module_name(checkpoint.tensors, rules.renames)
+    if section is not None:
+        named = join_quantized(named, section)
     tensors = with_flat_tower(named) if is_flat else named
     cut = cut_into_units(tensors, rules)
     if len(cut.units) > MAX_UNITS:
@@ -64,7 +68,7 @@ def build_profile(
         )
     fields = text_fields(config)
     text = text_shape(fields, tensors, cut.first("layer"))
-    notes = [*checkpoint.notes, *_check_against(text, cut, tensors)]
+    notes = [*checkpoint.notes, *_about_quantization(section), *_check_against(text, cut, tensors)]
     units, tied = complete_units(
         cut,
         body_type=fields.model_type,
@@ -85,7 +89,7 @@ def build_profile(
         text=text,
         vision=vision,
         image=image,
-        quantization=_quantization(config),
+        quantization=quantization_method(section),
         runs_inner_generate=rules.runs_inner_generate,
         text_multiples=rules.text_multiples,
         vision_multiples=rules.vision_multiples,
@@ -210,14 +214,15 @@ def _dtype(config: Mapping[str, Any], units: Iterable[Unit]) -> str:
             return named.removeprefix("torch.")
     stored: Counter[str] = Counter()
     for unit in units:
-        stored.update({dtype: count for dtype, count in unit.parameters.items() if dtype in TORCH_DTYPES})
+        stored.update({dtype: count for dtype, count in unit.parameters.items() if dtype in FLOATS})
     return TORCH_DTYPES[stored.most_common(1)[0][0]] if stored else "bfloat16"
 
 
-def _quantization(config: Mapping[str, Any]) -> str | None:
-    """The method of a checkpoint that is already quantized."""
-    section = config.get("quantization_config")
-    if not isinstance(section, dict):
-        return None
-    method = section.get("quant_method")
-    return method if isinstance(method, str) and method else "unknown"
+def _about_quantization(section: Mapping[str, Any] | None) -> list[str]:
+    """What a plan assumes of weights that are quantized already."""
+    if quantization_method(section) != COMPRESSED:
+        return []
+    return [
+        "The first forward pass unpacks the weights and keeps them in 16 bit (compressed-tensors), so that they take more "
+        "than their files."
+    ]

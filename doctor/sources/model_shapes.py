@@ -30,10 +30,16 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "vocabulary": ("vocab_size", "padded_vocab_size"),
     "max_positions": ("max_position_embeddings", "seq_length", "n_positions"),
     "patch": ("patch_size", "spatial_patch_size"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "active_experts": ("num_experts_per_tok", "moe_topk", "moe_k"),
+    "shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
 }
 """Our word to the families' words, the usual one first. ``num_layers`` to ``seq_length``: ChatGLM (``glm-4v-9b``);
 ``num_multi_query_heads``: CogVLM2; ``depth`` and ``embed_dim``: the Qwen-VL towers; ``layers`` and ``attention_heads``:
-Kosmos-2; ``decoder_...``: BART's heirs (Florence-2); ``d_ff``: T5's (UDOP)."""
+Kosmos-2; ``decoder_...``: BART's heirs (Florence-2); ``d_ff``: T5's (UDOP); ``moe_k`` and its like: ERNIE 4.5 VL."""
+
+_LISTS = frozenset({"moe_intermediate_size", "experts"})
+"""Words that ERNIE 4.5 VL gives twice: for experts that read text and for those that read images. The larger counts."""
 
 _MAX_DIMENSION = 2**31
 """Nothing real comes near; it keeps products of hostile numbers small."""
@@ -75,6 +81,8 @@ class Fields:
         value = self.raw(found[0])
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]  # InternVL writes patch_size and image_size as [height, width].
+        if word in _LISTS and isinstance(value, list) and 0 < len(value) <= 8 and all(type(item) is int for item in value):
+            value = max(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if type(value) is not int or not 0 < value < _MAX_DIMENSION:
@@ -178,8 +186,8 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
         attention_chunk=fields.get("attention_chunk_size"),
         max_positions=fields.get("max_positions"),
         body=fields.model_type,
-        experts=fields.get("num_experts") or fields.get("num_local_experts") or fields.get("n_routed_experts") or 0,
-        active_experts=_active_experts(fields),
+        experts=_count(fields, "experts"),
+        active_experts=_count(fields, "active_experts"),
         expert_width=fields.get("moe_intermediate_size") or 0,
         kv_lora_rank=latent,
         qk_rope_head_dim=_width(fields, "qk_rope_head_dim") if latent else None,
@@ -192,20 +200,21 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
 
 def _width(fields: Fields, key: str) -> int | None:
     """A width that may be 0: GLM-5-Next writes so where a head has no such part."""
-    return None if fields.raw(key) == 0 else fields.get(key)
+    return None if any(fields.raw(spelling) == 0 for spelling in _SPELLINGS.get(key, (key,))) else fields.get(key)
 
 
-def _active_experts(fields: Fields) -> int:
-    return fields.get("num_experts_per_tok") or fields.get("moe_topk") or 0
+def _count(fields: Fields, word: str) -> int:
+    """A number that may be 0 or left out: of experts, where there are some."""
+    return _width(fields, word) or 0
 
 
 def _active_width(fields: Fields) -> int:
     """MLP width that one token passes: the whole MLP, or its share of a mixture of experts."""
-    experts_per_token = _active_experts(fields)
+    experts_per_token = _count(fields, "active_experts")
     if not experts_per_token:
         return fields.need("intermediate")
     expert = fields.get("moe_intermediate_size") or fields.need("intermediate")
-    shared = fields.get("shared_expert_intermediate_size") or (fields.get("n_shared_experts") or 0) * expert
+    shared = fields.get("shared_expert_intermediate_size") or _count(fields, "shared_experts") * expert
     return max(experts_per_token * expert + shared, fields.get("intermediate") or 0)
 
 

@@ -25,9 +25,11 @@ def unit_of(
         parts: What it may be broken into.
     """
     parameters: dict[str, int] = {}
-    quantizable = 0
+    quantizable = kept = 0
     for name, tensor in contents:
         parameters[tensor.dtype] = parameters.get(tensor.dtype, 0) + tensor.elements
+        if tensor.dtype not in FLOATS:
+            kept += tensor.stored_bytes if tensor.loaded_bytes is None else tensor.loaded_bytes
         if role != "head" and _is_linear(name, tensor):
             quantizable += tensor.elements
     return Unit(
@@ -38,6 +40,7 @@ def unit_of(
         stored_bytes=sum(tensor.stored_bytes for _, tensor in contents),
         largest_tensor_elements=max((tensor.elements for _, tensor in contents), default=0),
         quantizable_elements=quantizable,
+        kept_bytes=kept,
         parts=parts,
     )
 

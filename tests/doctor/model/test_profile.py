@@ -29,6 +29,7 @@ PURE = (
     "model_profile",
     "model_shapes",
     "model_units",
+    "quantized_tensors",
     "module_names",
     "shapes_from_tensors",
     "tower_parts",
@@ -196,7 +197,7 @@ def test_a_checkpoint_of_integers_is_assumed_to_compute_in_bfloat16() -> None:
 
 @pytest.mark.parametrize(
     ("section", "expected"),
-    [({"quant_method": "awq"}, "awq"), ({}, "unknown"), ({"quant_method": 4}, "unknown"), (None, None), ("x", None)],
+    [({"quant_method": "awq"}, "awq"), ({}, None), ({"quant_method": 4}, "unknown"), (None, None)],
 )
 def test_a_quantized_checkpoint_names_its_method(section: Any, expected: str | None) -> None:
     assert profile({**TEXT, "quantization_config": section}).quantization == expected
