@@ -73,3 +73,5 @@ class Checkpoint(NamedTuple):
     """preprocessor_config.json, where there is one."""
     notes: tuple[str, ...] = ()
     """What the reader of the files assumed, for the user."""
+    shared: Mapping[str, str] = {}
+    """Name of a tensor that is the same memory as another, to that one's; only files of ``torch.save`` say so."""

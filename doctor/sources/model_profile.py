@@ -50,13 +50,15 @@ def build_profile(
     """
     config = checkpoint.config
     if not checkpoint.tensors:
-        raise ModelFileError(f"{name}: the safetensors files hold no tensors; download the checkpoint again.")
+        raise ModelFileError(f"{name}: its files hold no tensors; download the checkpoint again.")
     model_type, architecture = _class_of(config)
     is_remote_code = bool(config.get("auto_map")) and ARCHITECTURES.get(model_type) != architecture
     rules = _rules(config, model_type, architecture, is_remote_code=is_remote_code, families=families or {})
     is_flat = are_towers_flat and not is_remote_code and _tower_type(config) in FLAT_TOWERS
+    fields = text_fields(config)
+    ties = _ties(config, fields.raw("tie_word_embeddings"))
     section = quantization_section(config)
-    named = by_module_name(checkpoint.tensors, rules.renames)
+    named = by_module_name(_each_once(checkpoint, ties_embeddings=ties), rules.renames)
     if section is not None:
         named = join_quantized(named, section)
     tensors = with_flat_tower(named) if is_flat else named
@@ -66,13 +68,12 @@ def build_profile(
             f"{name}: its tensors are named like {len(cut.units):,} parts of a model (at most {MAX_UNITS:,}); "
             "name the folder of a checkpoint that transformers can load."
         )
-    fields = text_fields(config)
     text = text_shape(fields, tensors, cut.first("layer"))
     notes = [*checkpoint.notes, *_about_quantization(section), *_check_against(text, cut, tensors)]
     units, tied = complete_units(
         cut,
         body_type=fields.model_type,
-        ties_embeddings=_ties(config, fields.raw("tie_word_embeddings")),
+        ties_embeddings=ties,
         rotary=rules.rotary,
     )
     vision, image = _vision(checkpoint, tensors, cut.first("vision"), rules, notes)
@@ -99,6 +100,13 @@ def build_profile(
         registered=registered(named, units, config, model_type=model_type, is_remote_code=is_remote_code),
         notes=tuple(notes),
     )
+
+
+def _each_once(checkpoint: Checkpoint, *, ties_embeddings: bool | None) -> Mapping[str, StoredTensor]:
+    """The tensors, those with two names once. A config that forbids ties makes transformers load both."""
+    if not checkpoint.shared or ties_embeddings is False:
+        return checkpoint.tensors
+    return {name: tensor for name, tensor in checkpoint.tensors.items() if name not in checkpoint.shared}
 
 
 def _class_of(config: Mapping[str, Any]) -> tuple[str, str]:

@@ -139,13 +139,10 @@ def test_more_layers_than_promised_are_noted(write_checkpoint: Write, llava_conf
     assert profile.notes == ("The checkpoint stores 12 text layers, config.json names 11: all are counted.",)
 
 
-def test_only_a_pickle_is_never_opened(write_checkpoint: Write) -> None:
+def test_a_file_that_only_claims_to_be_torchs_is_refused(write_checkpoint: Write) -> None:
     folder = write_checkpoint()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert refusal(folder) == (
-        f"{folder}: has only pytorch_model.bin, a pickle that could run code and is never opened; "
-        "convert it to safetensors (save_pretrained of transformers does)."
-    )
+    assert refusal(folder) == "pytorch_model.bin: is no file of torch.save; download it again."
 
 
 def test_no_weights_at_all_are_an_incomplete_download(write_checkpoint: Write) -> None:
@@ -205,7 +202,7 @@ def test_a_tensor_in_two_shards_is_refused(write_checkpoint: Write) -> None:
 
 def test_a_checkpoint_without_tensors_is_refused(write_checkpoint: Write) -> None:
     folder = write_checkpoint(tensors={})
-    assert refusal(folder) == f"{folder}: the safetensors files hold no tensors; download the checkpoint again."
+    assert refusal(folder) == f"{folder}: its files hold no tensors; download the checkpoint again."
 
 
 @pytest.mark.parametrize("name", ["a..b", ".a", "a.", ""])
