@@ -25,6 +25,9 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 MAX_JSON_BYTES = 100_000_000
 """The largest index in use (hundreds of thousands of experts) has about 20 MB."""
 
+MAX_VALUES = 2_000_000
+"""Of a JSON file; such an index has one a tensor. Counted before it is decoded, it bounds the memory of a hostile one."""
+
 
 def read_folder(folder: Path) -> Checkpoint:
     """Read config and headers.
@@ -76,6 +79,8 @@ def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
     Raises:
         ModelFileError: Not JSON, or not an object.
     """
+    if text.count(b",") > MAX_VALUES:
+        raise ModelFileError(f"{where}: more than {MAX_VALUES:,} values are no {where}; download it again.")
     try:
         value = json.loads(text.decode("utf-8-sig"))
         if _SURROGATE.search(text):

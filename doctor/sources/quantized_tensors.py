@@ -100,11 +100,10 @@ def join_quantized(tensors: Mapping[str, StoredTensor], section: Mapping[str, An
     """
     bits = _bits(section)
     unpacks = quantization_method(section) == COMPRESSED
-    weights = {name: weight for name, tensor in tensors.items() if (weight := _weight(name, tensor, tensors, bits))}
-    taken = {other for weight in weights.values() for other in (*weight.beside, *weight.on_host)}
+    weights, taken = _weights(tensors, bits)
     joined: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
-        if name in taken:  # A scale may be in 8 bit itself, and look like a weight.
+        if name in taken:
             continue
         weight = weights.get(name)
         if weight is None:
@@ -114,6 +113,23 @@ def join_quantized(tensors: Mapping[str, StoredTensor], section: Mapping[str, An
         loaded = moved + _unpacked_bytes(name, tensor, weight) if unpacks else moved
         joined[weight.name] = StoredTensor(weight.dtype, weight.shape, moved + _sum(tensors, weight.on_host), loaded)
     return joined
+
+
+def _weights(tensors: Mapping[str, StoredTensor], bits: int) -> tuple[dict[str, _Weight], set[str]]:
+    """The packed weights by the name of their tensor, and the names of what goes with them; no tensor is in two."""
+    found = {name: weight for name, tensor in tensors.items() if (weight := _weight(name, tensor, tensors, bits))}
+    # A scale may be in 8 bit itself, and look like a weight.
+    scales = {other for weight in found.values() for other in (*weight.beside, *weight.on_host)}
+    weights: dict[str, _Weight] = {}
+    taken: set[str] = set()
+    named: set[str] = set()
+    for name, weight in found.items():
+        others = {*weight.beside, *weight.on_host}
+        if name not in scales and weight.name not in named and not others & taken:
+            weights[name] = weight
+            named.add(weight.name)
+            taken |= others
+    return weights, taken
 
 
 def _unpacked_bytes(name: str, tensor: StoredTensor, weight: _Weight) -> int:

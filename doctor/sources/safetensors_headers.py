@@ -28,6 +28,10 @@ MAX_DIMENSIONS = 64
 MAX_TENSORS = 250_000
 """Of one file; the largest mixtures of experts have about 210,000 in all their files. Bounds the time of a hostile one."""
 
+MAX_VALUES = 16 * MAX_TENSORS
+"""Of the header's JSON; real ones have about 7 a tensor. Counted before it is decoded, it bounds the memory of a hostile
+one to a few hundred MB."""
+
 _NATURALS_END = 2**63
 """No file is as long, and no tensor has as many elements."""
 
@@ -103,6 +107,8 @@ def parse_header(header: bytes, file_bytes: int | None, *, length: int, where: s
     """
     if len(header) < length:
         raise ModelFileError(f"{where}: truncated inside its header; {_AGAIN}.")
+    if header.count(b",") > MAX_VALUES:
+        raise ModelFileError(f"{where}: its header has more than {MAX_VALUES:,} values, as no checkpoint; {_AGAIN}.")
     try:
         entries = msgspec.json.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:

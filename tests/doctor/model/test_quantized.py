@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlm_doctor import Workload
 from vlm_doctor.errors import ModelFileError, UsageError
@@ -151,6 +153,25 @@ def test_a_weight_that_is_stored_twice_is_left_as_it_is() -> None:
 def test_nonsense_for_bits_means_four(bits: Any) -> None:
     joined = join_quantized({"a.qweight": StoredTensor("I32", (8,), 32)}, {"bits": bits, "config_groups": {"x": 3}})
     assert joined["a.weight"].elements == 64
+
+
+NAMES = [*GPTQ, *FP8, *CT_FP8, *CT_PACKED, *BNB_DOUBLE, *BNB_8BIT, "bias", "w_blocks", "w_scales"]
+TENSORS = st.dictionaries(
+    st.builds("{}.{}".format, st.sampled_from(["a", "a.b", "c"]), st.sampled_from(NAMES)),
+    st.builds(
+        StoredTensor,
+        st.sampled_from(["I32", "U8", "I8", "F8_E4M3", "F16", "I64"]),
+        st.lists(st.integers(0, 9), max_size=3).map(tuple),
+        st.integers(0, 99),
+    ),
+)
+
+
+@given(TENSORS, st.dictionaries(st.sampled_from(["bits", "quant_method", "config_groups"]), st.integers() | st.text()))
+def test_no_byte_is_lost_however_odd_the_names(tensors: dict[str, StoredTensor], section: dict[str, Any]) -> None:
+    joined = join_quantized(tensors, section)
+    assert sum(tensor.stored_bytes for tensor in joined.values()) == sum(t.stored_bytes for t in tensors.values())
+    assert all(tensor.elements >= 0 for tensor in joined.values())
 
 
 @pytest.mark.parametrize("section", ["awq", [1], 4])
