@@ -9,7 +9,7 @@ holds the table against the installed transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .image_rules import IMAGE_RULES, ImageConstants
 
@@ -45,6 +45,9 @@ class FamilyRules(NamedTuple):
     vision_multiples: tuple[float, float] | None = None
     """The same for a patch in the tower."""
 
+
+FamilyChanges = Mapping[str, Any]
+"""Fields of ``FamilyRules`` that a user has given, in their types."""
 
 _LLAVA: tuple[Rename, ...] = (
     ("language_model.lm_head", "lm_head"),
@@ -249,10 +252,12 @@ FLAT_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "siglip2_vi
 ``vision_tower.vision_model.encoder`` is ``vision_tower.encoder``. Source: ``PrefixChange`` of ``CLIPVisionModel`` and the
 classes that share it, ``conversion_mapping.py``."""
 
-WHOLE_TOWERS = frozenset({"deepseek_ocr2", "florence2", "mllama", "molmo2", "unlimited_ocr", "vipllava"})
+WHOLE_TOWERS = frozenset(
+    {"deepseek_ocr2", "florence2", "mllama", "molmo2", "qwen2_5_omni_thinker", "unlimited_ocr", "vipllava"}
+)
 """Families whose tower no cut may part: their code stacks or joins the outputs of several blocks, or of two encoders, which
 would be on several GPUs (``torch.stack`` in modeling_mllama.py, ``torch.cat`` in the others). Florence-2's blocks take
-turns with the convolutions of another list."""
+turns with the convolutions of another list. Qwen2.5-Omni names the encoder itself in ``_no_split_modules``."""
 
 _ROTARY_POS_EMB = (
     *("cosmos3_omni", "dots3_note", "ernie4_5_vl_moe", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr"),
@@ -289,6 +294,10 @@ ROTARY: Mapping[str, tuple[str, ...]] = {
 buffer stays on the CPU). Sources: ``modeling_chatglm.py`` of THUDM/glm-4v-9b, ``modeling_minicpmv.py``,
 ``modeling_kosmos2.py``, ``modeling_molmo2.py``. Other text bodies of transformers itself call it ``rotary_emb``, beside the
 layers' list."""
+
+EMBEDDINGS: Mapping[str, tuple[str, ...]] = {"blip": ("embeddings",)}
+"""Family to the name of its token embedding, where that is none of the usual ones. BLIP's adds positions inside a module of
+its own (``_no_split_modules``)."""
 
 HEADS: Mapping[str, tuple[str, ...]] = {"blip": ("cls",)}
 """Family to the name of its output head, where that is none of the usual ones."""
@@ -330,6 +339,7 @@ def rules_of(model_type: str, architecture: str = "") -> FamilyRules:
     """The built-in rules of a family; those of nobody in particular for one that is not listed."""
     return FamilyRules(
         renames=RENAMES.get(model_type, ()),
+        embedding=EMBEDDINGS.get(model_type, ()),
         head=HEADS.get(model_type, ()),
         rotary=ROTARY.get(model_type),
         is_tower_whole=model_type in WHOLE_TOWERS,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ..data.config_defaults import ARCHITECTURES, PARTS
-from ..data.families import FLAT_TOWERS, REMOTE_TYPES, FamilyRules, rules_of
+from ..data.families import FLAT_TOWERS, REMOTE_TYPES, FamilyChanges, FamilyRules, rules_of
 from ..data.image_rules import UNKNOWN
 from ..errors import ModelFileError
 from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
@@ -32,7 +32,7 @@ def build_profile(
     *,
     name: str,
     origin: Literal["checkpoint", "hub", "catalogue"],
-    families: Mapping[str, FamilyRules] | None = None,
+    families: Mapping[str, FamilyChanges] | None = None,
     are_towers_flat: bool = False,
 ) -> ModelProfile:
     """Describe a model from its config and headers.
@@ -41,7 +41,7 @@ def build_profile(
         checkpoint: What was read, or a catalogue entry expanded.
         name: What the user calls it.
         origin: Where it was read from.
-        families: The user's own rules, by ``model_type`` or name of the class; they outdo the built-in ones.
+        families: The user's own rules, by ``model_type`` or name of the class; what they give outdoes what is built in.
         are_towers_flat: The installed transformers has no ``vision_model`` inside CLIP and SigLIP towers (5.x), which
             matters only where a tower is broken into parts.
 
@@ -51,7 +51,7 @@ def build_profile(
     config = checkpoint.config
     if not checkpoint.tensors:
         raise ModelFileError(f"{name}: its files hold no tensors; download the checkpoint again.")
-    model_type, architecture = _class_of(config)
+    model_type, architecture = class_of(config)
     is_remote_code = bool(config.get("auto_map")) and ARCHITECTURES.get(model_type) != architecture
     rules = _rules(config, model_type, architecture, is_remote_code=is_remote_code, families=families or {})
     is_flat = are_towers_flat and not is_remote_code and _tower_type(config) in FLAT_TOWERS
@@ -94,8 +94,8 @@ def build_profile(
         runs_inner_generate=rules.runs_inner_generate,
         text_multiples=rules.text_multiples,
         vision_multiples=rules.vision_multiples,
-        body_script=None if is_remote_code else body_script(text.body),
-        tower_script=None if is_remote_code else tower_script(model_type),
+        body_script=None if is_remote_code or rules.text_multiples else body_script(text.body),
+        tower_script=None if is_remote_code or rules.vision_multiples else tower_script(model_type),
         files=checkpoint.files,
         registered=registered(named, units, config, model_type=model_type, is_remote_code=is_remote_code),
         notes=tuple(notes),
@@ -109,7 +109,7 @@ def _each_once(checkpoint: Checkpoint, *, ties_embeddings: bool | None) -> Mappi
     return {name: tensor for name, tensor in checkpoint.tensors.items() if name not in checkpoint.shared}
 
 
-def _class_of(config: Mapping[str, Any]) -> tuple[str, str]:
+def class_of(config: Mapping[str, Any]) -> tuple[str, str]:
     """Return ``model_type`` and the name of the class.
 
     Raises:
@@ -132,13 +132,14 @@ def _rules(
     architecture: str,
     *,
     is_remote_code: bool,
-    families: Mapping[str, FamilyRules],
+    families: Mapping[str, FamilyChanges],
 ) -> FamilyRules:
     """The user's rules for the model, otherwise the built-in ones; what the config forbids is added."""
-    own = families.get(architecture) or families.get(model_type)
-    rules = own or rules_of(model_type, architecture)
-    if own is None and is_remote_code:
+    rules = rules_of(model_type, architecture)
+    if is_remote_code:
         rules = rules._replace(renames=())
+    for name in (model_type, architecture):
+        rules = rules._replace(**families.get(name, {}))
     layers = config.get("vision_feature_layer", config.get("vision_feature_layers"))
     if isinstance(layers, list) and len(layers) > 1:
         # The outputs of several blocks are joined (``torch.cat`` in modeling_llava.py), so that all must be on one GPU.

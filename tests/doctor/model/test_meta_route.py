@@ -150,6 +150,15 @@ def check_parts(unit: Unit, tensors: dict[str, Any], model: Any) -> None:
     assert all("embed" in key or key.endswith("cls_token") for key in bare)
 
 
+def check_no_split(profile: ModelProfile, model: Any) -> None:
+    """No key lies inside a module that its class wants whole."""
+    names = model._no_split_modules or ()
+    whole = {name for name, module in model.named_modules() if type(module).__name__ in names}
+    keys = [part.key for unit in profile.units for part in unit.parts or (unit,)]
+    cut = [(key, name) for key in keys for name in owners(whole, key) if key != name]
+    assert cut == []
+
+
 @pytest.mark.parametrize("family", families())
 def test_the_class_agrees_with_the_profile(family: str) -> None:
     if family in NO_CHAIN:
@@ -161,6 +170,7 @@ def test_the_class_agrees_with_the_profile(family: str) -> None:
         check_units(profile, tensors, model)
         check_buffers([unit.key for unit in profile.units], model)
         check_ties(profile, model)
+        check_no_split(profile, model)
         for unit in profile.units:
             if unit.parts:
                 check_parts(unit, tensors, model)
