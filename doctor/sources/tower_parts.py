@@ -84,16 +84,17 @@ def _main_list(tower: str, contents: Sequence[Named]) -> str | None:
     for name, tensor in contents:
         path = name.split(".")
         at = next((index for index, part in enumerate(path) if _is_number(part)), None)
-        # A block is a module with modules or parameters in it; a parameter that is itself numbered is none.
-        if at is not None and at + 1 < len(path) and name.startswith(f"{tower}."):
+        # A block is a module with modules in it; a numbered linear layer of a merger is none.
+        if at is not None and at + 2 < len(path) and name.startswith(f"{tower}."):
             blocks = ".".join(path[:at])
             sizes[blocks] = sizes.get(blocks, 0) + tensor.stored_bytes
-    if not sizes:
+    # A list whose name tells its side (Qwen3-VL's mergers) may be as large as it likes.
+    lists = [blocks for blocks in sizes if _side(blocks, is_bare=True) is None]
+    if not lists:
         return None
-    main = max(sizes, key=lambda blocks: sizes[blocks])
-    others = max((size for blocks, size in sizes.items() if blocks != main), default=0)
-    is_tower_itself = main == tower
-    return None if is_tower_itself or others * _SECOND_LIST_SHARE >= sizes[main] else main
+    main = max(lists, key=lambda blocks: sizes[blocks])
+    others = max((sizes[blocks] for blocks in lists if blocks != main), default=0)
+    return None if main == tower or others * _SECOND_LIST_SHARE >= sizes[main] else main
 
 
 def _is_number(part: str) -> bool:

@@ -297,3 +297,15 @@ def test_a_real_fp8_class_takes_what_its_headers_say() -> None:
         plain = transformers.AutoModelForImageTextToText.from_config(config)
     assert found.elements == sum(parameter.numel() for parameter in plain.parameters())
     assert found.quantization == "fp8"
+
+
+@pytest.mark.parametrize(("version", "has_parts"), [("5.23.0", True), ("4.57.6", False), (None, False)])
+def test_a_tower_of_windows_is_broken_by_transformers_5_alone(version: str | None, has_parts: bool) -> None:
+    found = load_profile("Qwen/Qwen2.5-VL-7B-Instruct", allow_network=False)
+    here = machine((9, 0), () if version is None else (("transformers", version),))
+    loaded = as_loaded(found, here)
+    assert any(unit.parts for unit in found.units)
+    assert any(unit.parts for unit in loaded.units) == has_parts
+    assert loaded.stored_bytes == found.stored_bytes
+    other = load_profile("llava-hf/llava-1.5-7b-hf", allow_network=False)
+    assert as_loaded(other, here) is other
