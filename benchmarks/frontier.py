@@ -1,4 +1,4 @@
-"""Hold the planner against real GPUs: longest prompts, brute force over cuts, ``auto``, and predicted beside measured peaks.
+"""Hold the planner against real GPUs: longest prompts, brute force over cuts, ``auto``; predicted and measured peaks.
 
     python benchmarks/frontier.py --out FOLDER [--budget SECONDS] [SCENARIO ...]
 
@@ -10,8 +10,8 @@ that is free on two GPUs, which ``ballast.py`` brings about by holding the rest.
 - ``truth``: peaks of several prompts and images, predicted and measured, allocated and reserved;
 - ``frontier``: the longest text prompt that runs, found by doubling and halving to 1 %, whether what was promised ran, and
   whether a tenth more ran out;
-- ``brute force``: every other contiguous cut in both orders of the GPUs that the replay, or what lives at once, does not rule
-  out is asked for 3 % more than the planner's map reached, and measured when it gives it;
+- ``brute force``: every other contiguous cut in both orders of the GPUs that what lives at once does not rule out is asked
+  for 3 % more than the planner's map reached, and measured when it gives it;
 - ``auto``: accelerate's own map for the same free memory, likewise.
 
 Needs two GPUs of 80 GiB, torch, transformers and accelerate. Rows go to ``frontier.json`` in FOLDER as they come.
@@ -235,7 +235,8 @@ def scenario(name: str, out: Out, deadline: float) -> None:
     own = longest(subject, promised, deadline)
     out.add(
         scenario=name, what="plan", gpus=gpus, layers=layers, seconds=seconds, promised=promised, promise_ran=is_kept,
-        longest=own, promised_over_longest=round(promised / max(1, own), 3), tenth_more_ran=subject.ask(int(promised * 1.1)),
+        longest=own, promised_over_longest=round(promised / max(1, own), 3),
+        tenth_more_ran=subject.ask(int(promised * 1.1)),
     )  # fmt: skip
     brute_force(subject, machine, name, out, own, device_map, deadline)
     careless = auto_map(subject, free)
@@ -311,7 +312,7 @@ def brute_force(
     ranked = []
     for gpus in ((0, 1), (1, 0)):
         for end in range(1, atoms):
-            split = Split(gpus, (end,))
+            split = Split(gpus, (end, atoms))
             bound = problem.bare.longest_text_tokens(split)
             if bound is not None and bound >= own * BETTER:
                 ranked.append((problem.longest_text_tokens(split) or 0, bound, split))

@@ -141,6 +141,8 @@ def check_map(options: Namespace) -> int:
     from .answer import map_report
 
     careful = Policy(gpus=options.gpus or read.gpus)
+    if machine.origin == "live":
+        careful = _calibrated(careful)
     if options.headroom is not None:
         careful = msgspec.structs.replace(careful, headroom_fraction=0.0, headroom_min_bytes=options.headroom)
     report = map_report(read.device_map, profile, machine, workload(options), careful)

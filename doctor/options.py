@@ -32,7 +32,6 @@ COMMANDS = {
     "explain": "Explain a code: what it means, why it matters, how to repair it.",
 }
 
-WORKLOAD_TITLE = "largest call of the model"
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python makes of bytes on the command line that are not UTF-8."""
@@ -94,7 +93,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     }
     _add_check(commands["check"])
     _add_plan(commands["plan"])
-    _add_check_map(commands["check-map"], commands["plan"])
+    _add_check_map(commands["check-map"])
     _add_collect(commands["collect"])
     _add_calibrate(commands["calibrate"])
     commands["explain"].add_argument("code", metavar="CODE", help="such as VLM501")
@@ -111,7 +110,7 @@ def _add_check(parser: Parser) -> None:
 
 
 def _add_plan(parser: Parser) -> None:
-    default, careful = Workload(), Policy()
+    careful = Policy()
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
@@ -120,32 +119,7 @@ def _add_plan(parser: Parser) -> None:
         action="store_true",
         help="tell memory by running the model's code without GPU and weights; takes a minute",
     )
-    work = parser.add_argument_group(WORKLOAD_TITLE)
-    for name, value, text in (
-        ("--images", default.images, "images in each prompt"),
-        ("--text-tokens", default.text_tokens, "text tokens of each prompt"),
-        ("--new-tokens", default.new_tokens, "tokens to generate"),
-        ("--batch", default.batch, "prompts at once"),
-    ):
-        work.add_argument(name, metavar="N", type=int, default=value, help=f"{text} (default: {value})")
-    work.add_argument(
-        "--image-size",
-        metavar="WxH",
-        type=arguments.image_size,
-        default=(None, None),
-        help="pixels; one number: a square",
-    )
-    work.add_argument("--dtype", choices=get_args(DType), help="of the weights (default: the checkpoint's)")
-    work.add_argument("--quantization", choices=get_args(Quantization), help="load with bitsandbytes")
-    work.add_argument("--attention", choices=get_args(Attention), default=default.attention)
-    work.add_argument("--logits", choices=("generate", "forward"), default=default.logits, help="forward keeps all of them")
-    work.add_argument(
-        "--allocator",
-        choices=("native", "expandable"),
-        default=default.allocator,
-        help="torch's, or expandable_segments:True",
-    )
-    _add_training(parser)
+    _add_workload(parser)
     policy = parser.add_argument_group("policy")
     policy.add_argument(
         "--prefer",
@@ -184,8 +158,35 @@ def _add_plan(parser: Parser) -> None:
     _add_output(parser, ("terminal", "json", "python", "yaml"))
 
 
-def _add_training(parser: Parser) -> None:
-    usual = Training()
+def _add_workload(parser: Parser) -> None:
+    """What the model is to do: the same words for a plan and for the judgement of a map, so that the two never differ."""
+    default, usual = Workload(), Training()
+    work = parser.add_argument_group("largest call of the model")
+    for name, value, text in (
+        ("--images", default.images, "images in each prompt"),
+        ("--text-tokens", default.text_tokens, "text tokens of each prompt"),
+        ("--new-tokens", default.new_tokens, "tokens to generate"),
+        ("--batch", default.batch, "prompts at once"),
+    ):
+        work.add_argument(name, metavar="N", type=int, default=value, help=f"{text} (default: {value})")
+    work.add_argument(
+        "--image-size",
+        metavar="WxH",
+        type=arguments.image_size,
+        default=(None, None),
+        help="pixels; one number: a square",
+    )
+    work.add_argument("--dtype", choices=get_args(DType), help="of the weights (default: the checkpoint's)")
+    work.add_argument("--quantization", choices=get_args(Quantization), help="load with bitsandbytes")
+    work.add_argument("--attention", choices=get_args(Attention), default=default.attention)
+    work.add_argument("--logits", choices=("generate", "forward"), default=default.logits, help="forward keeps all of them")
+    work.add_argument(
+        "--allocator",
+        choices=("native", "expandable"),
+        default=default.allocator,
+        help="torch's, or expandable_segments:True",
+    )
+    work.add_argument("--padded", action="store_true", help="prompts of a batch differ in length, so that there is a mask")
     group = parser.add_argument_group("training: one optimizer step instead of a call")
     group.add_argument("--training", choices=("lora", "full"), help="adapters on the text body, or all weights")
     group.add_argument("--optimizer", choices=get_args(Optimizer), help=f"default: {usual.optimizer}")
@@ -195,16 +196,12 @@ def _add_training(parser: Parser) -> None:
     )
 
 
-def _add_check_map(parser: Parser, plan: Parser) -> None:
+def _add_check_map(parser: Parser) -> None:
     parser.add_argument("map", metavar="FILE|-", help="JSON, YAML lines, a Python dict or a plan; - is standard input")
     parser.add_argument("--model", metavar="MODEL", required=True, help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
-    # The workload is described in the same words as for a plan, so that the two never differ.
-    work = next(group for group in plan._action_groups if group.title == WORKLOAD_TITLE)
-    group = parser.add_argument_group(WORKLOAD_TITLE)
-    for action in work._group_actions:
-        group._add_action(action)
+    _add_workload(parser)
     parser.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
     _add_output(parser, ("terminal", "json"))
 
@@ -265,6 +262,7 @@ def workload(options: argparse.Namespace) -> Workload:
         logits=options.logits,
         training=_training(options),
         allocator=options.allocator,
+        is_padded=options.padded,
     )
 
 

@@ -35,8 +35,9 @@ MODULES = sorted(
     dotted(package, path)
     for package, folder in FOLDERS.items()
     for path in folder.rglob("*.py")
-    if path.stem not in ("__init__", "__main__")
+    if path.stem not in ("__init__", "__main__") and not path.stem.startswith("trace_")
 )
+"""Without those of the child that traces a model, which has torch."""
 DATA_FILES = sorted(
     (package, path.relative_to(folder).as_posix())
     for package, folder in FOLDERS.items()

@@ -3,8 +3,8 @@
     python tools/make_scripts.py [MODEL_TYPE ...]
 
 A small model of the installed transformers whose dimensions all differ runs its real code without arithmetic
-(``benchmarks/trace_memory.py``). Every tensor's shape is then read back as a product of dimensions, so that the list holds for
-every size of the family. What is kept of a tensor: its elements as a product, the bytes of one, and when it goes.
+(``benchmarks/trace_memory.py``). Every tensor's shape is then read back as a product of dimensions, so that the list holds
+for every size of the family. What is kept of a tensor: its elements as a product, the bytes of one, and when it goes.
 
 Needs torch and transformers. ``tests/models/test_allocation_scripts.py`` holds the file against true-size models.
 """
@@ -58,7 +58,7 @@ class AsOnGpu(trace_memory.AsOnGpu):
 
     is_statistic = False
 
-    def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:
+    def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:  # noqa: ARG002
         held = []
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
@@ -81,6 +81,7 @@ class Recorder(trace_memory.Recorder):
         self._count = 0
 
     def note(self, tensor: torch.Tensor) -> None:
+        """Keep that a tensor came, and when it goes."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known or not storage.nbytes():
@@ -97,6 +98,7 @@ class Recorder(trace_memory.Recorder):
 
 
 def text_config(**fields: Any) -> dict[str, Any]:
+    """A text body whose dimensions all differ."""
     return {
         "hidden_size": HIDDEN,
         "intermediate_size": WIDTH,
@@ -271,6 +273,7 @@ TOWERS: dict[str, Tower] = {
 
 
 def main() -> None:
+    """Write the scripts of the families that are named, or of all."""
     warnings.simplefilter("ignore")
     wanted = sys.argv[1:] or [*MODELS, *TOWERS]
     known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {"bodies": {}, "towers": {}}
@@ -482,7 +485,7 @@ def kept_caches(events: list[Shape | int], place: int) -> dict[int, int]:
     kept = [
         event.number for event in events if isinstance(event, Shape) and event.place == place and event.number not in gone
     ]
-    return dict(zip(kept, (-2, -3)))
+    return dict(zip(kept, (-2, -3), strict=False))  # Linear attention keeps neither.
 
 
 def symbols_of(config: Any) -> dict[int, tuple[Fraction, str]]:
@@ -526,8 +529,8 @@ def events_of(
     """Events of one place.
 
     Returns:
-        ``[elements, symbols, item bytes (0: that of the loaded type)]`` for a tensor that comes, with a fourth entry for row
-        statistics of attention; for one that goes its number in this list, -1 for the hidden states that the place was
+        ``[elements, symbols, item bytes (0: that of the loaded type)]`` for a tensor that comes, with a fourth entry for
+        row statistics of attention; for one that goes its number in this list, -1 for the hidden states that the place was
         given, -2 and -3 for the keys and values so far.
     """
     mine: dict[int, int] = {}

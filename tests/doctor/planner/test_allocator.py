@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_no_two_tensors_share_memory_and_nothing_is_lost(
                 assert capacity_bytes is not None
                 break
         spans = sorted((block.address, block.address + block.size) for block in alive)
-        assert all(before[1] <= behind[0] for before, behind in zip(spans, spans[1:], strict=False))
+        assert all(before[1] <= behind[0] for before, behind in pairwise(spans))
         assert allocator.allocated_bytes == sum(block.size for block in alive)
         assert allocator.allocated_bytes <= allocator.reserved_bytes <= allocator.peak_reserved_bytes
         assert capacity_bytes is None or allocator.reserved_bytes <= capacity_bytes

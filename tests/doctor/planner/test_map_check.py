@@ -143,7 +143,7 @@ def test_every_plan_checks_clean_and_tight_ones_too(free: list[int], text: int, 
     planned = plan(profile, where, work)
     if planned.fits:
         numbers = [stage.gpu for stage in planned.stages]
-        theirs: Map = {key: numbers[position] for key, position in planned.device_map.items()}
+        theirs: Map = {key: numbers[int(position)] for key, position in planned.device_map.items()}
         checked = check_map(theirs, profile, where, work)
         assert codes(checked, "error", "warning") == []
 

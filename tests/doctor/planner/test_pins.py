@@ -63,7 +63,7 @@ def test_a_pin_on_the_tower_covers_its_parts_when_it_is_cut() -> None:
     assert short is not None
     assert short.message.endswith("Cuts between the blocks of the vision tower were allowed.")
     # Neither GPU 1 nor another one would help: the pin asks for GPU 0.
-    assert [(lever.change, lever.fits) for lever in short.levers] == [("drop --pin tower=0", True)]
+    assert [lever.change for lever in short.levers if lever.fits] == ["drop --pin tower=0"]
 
 
 @pytest.mark.parametrize(
