@@ -253,11 +253,12 @@ FLAT_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "siglip2_vi
 classes that share it, ``conversion_mapping.py``."""
 
 WHOLE_TOWERS = frozenset(
-    {"deepseek_ocr2", "florence2", "mllama", "molmo2", "qwen2_5_omni_thinker", "unlimited_ocr", "vipllava"}
+    {"deepseek_ocr2", "florence2", "mllama", "molmo2", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"}
+    | {"unlimited_ocr", "vipllava"}
 )
 """Families whose tower no cut may part: their code stacks or joins the outputs of several blocks, or of two encoders, which
 would be on several GPUs (``torch.stack`` in modeling_mllama.py, ``torch.cat`` in the others). Florence-2's blocks take
-turns with the convolutions of another list. Qwen2.5-Omni names the encoder itself in ``_no_split_modules``."""
+turns with the convolutions of another list. Qwen Omni names the encoder itself in ``_no_split_modules``."""
 
 _ROTARY_POS_EMB = (
     *("cosmos3_omni", "dots3_note", "ernie4_5_vl_moe", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr"),

@@ -156,7 +156,7 @@ def test_more_tensors_than_any_checkpoint_has_are_refused(monkeypatch: pytest.Mo
 
 
 NUMBERS = st.integers(-2, 9) | st.sampled_from([2**62, 2**63, 2**64, 1.0, True, None, "4"])
-ENTRIES = st.dictionaries(
+ENTRIES: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
     st.sampled_from(["a", "b", "__metadata__", "x" * 1025]),
     st.fixed_dictionaries(
         {},
