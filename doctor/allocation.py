@@ -27,8 +27,9 @@ class Made(msgspec.Struct, frozen=True, array_like=True):
     """Names of the dimensions that multiply ``elements``, such as ``hidden tokens``: those of ``planner/replay.py``."""
     item_bytes: int = 0
     """Of one element; 0 is that of the type the weights are loaded in."""
-    kind: Literal["", "statistic"] = ""
-    """``statistic``: what fused attention holds beside its output, which depends on the kernel."""
+    kind: Literal["", "flash", "cudnn", "padding"] = ""
+    """What only one kernel of attention makes. ``flash``: its row statistics. ``cudnn``: a copy of the output, which cuDNN
+    lays out as the query is. ``padding``: a copy of the mask with rows of whole vectors, which cuDNN does without."""
 
 
 Event = Made | int
@@ -48,6 +49,8 @@ class LayerScript(msgspec.Struct, frozen=True, kw_only=True):
 class AllocationScript(msgspec.Struct, frozen=True, kw_only=True):
     """A text body, from its embedding to the logits of the last token."""
 
+    position_rows: int = 1
+    """Positions of each token: those of multimodal rotary embeddings are several."""
     before: tuple[Event, ...]
     layers: dict[str, LayerScript]
     """By kind of layer, in the words of ``layer_types`` of config.json."""

@@ -37,17 +37,15 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     ledger: tuple[LedgerLine, ...]
     """Adds up to ``total_bytes`` exactly; the line ``left`` is what remains and is negative when it does not fit."""
     total_bytes: int
+    reserved_bytes: int | None = None
+    """Predicted peak of torch's ``max_memory_reserved`` for this workload, in a process that has done nothing before;
+    ``None`` in plans of versions that did not tell."""
 
     @property
     def peak_bytes(self) -> int:
         """Predicted peak of torch's ``max_memory_allocated``: workspace, weights, KV cache and activations."""
         counted = ("workspace", "weights", "kv_cache", "activations", "training")
         return sum(line.size_bytes for line in self.ledger if line.kind in counted)
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Predicted need of torch's allocator: the peak, and what it cannot use beside it."""
-        return self.peak_bytes + sum(line.size_bytes for line in self.ledger if line.kind == "fragmentation")
 
     @property
     def left_bytes(self) -> int:

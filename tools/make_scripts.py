@@ -49,27 +49,48 @@ class Shape(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     size_bytes: int
-    is_statistic: bool
-    """Row statistics of fused attention, which depend on the kernel."""
+    kind: str = ""
+    """What only some kernels make, see ``allocation.Made``."""
 
 
 class AsOnGpu(trace_memory.AsOnGpu):
     """Marks what a kernel of attention makes beside its output."""
 
-    is_statistic = False
+    kind = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.softmax and kwargs.get("dtype") is not None and args[0].dtype == torch.bfloat16:
+            # Converted first: only float16 has a kernel that reads one type and writes another.
+            converted = torch.empty(args[0].shape, dtype=kwargs["dtype"])
+            return torch.empty_like(converted)
+        if func is torch.sort:
+            result = func(*args, **kwargs)
+            # Seen in memory histories of an H100: the numbers once more, and twice as much for CUB.
+            held = [torch.empty(count, dtype=torch.int64) for count in (args[0].numel(), 2 * args[0].numel())]
+            del held
+            return result
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _attention(self, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:  # noqa: ARG002
         held = []
-        if attn_mask is not None:
+        batch, heads, tokens, _ = query.shape
+        if attn_mask is None:
+            held.append(self._marked("flash", (batch, heads, tokens), torch.float32))
+        else:
             if attn_mask.dtype == torch.bool:
                 held.append(torch.empty(attn_mask.shape, dtype=query.dtype))
-            if attn_mask.shape[-1] % 8:
-                held.append(torch.empty(attn_mask.shape, dtype=query.dtype))
-        batch, heads, tokens, _ = query.shape
-        AsOnGpu.is_statistic = attn_mask is None
-        held.append(torch.empty(batch, heads, tokens, dtype=torch.float32))
-        AsOnGpu.is_statistic = False
+            held.append(self._marked("padding", attn_mask.shape, query.dtype))
+        if query.is_contiguous():
+            held.append(self._marked("cudnn", (batch, tokens, heads, value.shape[-1]), query.dtype))
         return torch.empty(batch, tokens, heads, value.shape[-1], dtype=query.dtype).transpose(1, 2)
+
+    @staticmethod
+    def _marked(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        AsOnGpu.kind = kind
+        tensor = torch.empty(shape, dtype=dtype)
+        AsOnGpu.kind = ""
+        return tensor
 
 
 class Recorder(trace_memory.Recorder):
@@ -89,7 +110,7 @@ class Recorder(trace_memory.Recorder):
         self._known[key] = number = self._count
         self._count += 1
         shape = tuple(tensor.shape)
-        self.events.append(Shape(number, self.place, shape, tensor.dtype, storage.nbytes(), AsOnGpu.is_statistic))
+        self.events.append(Shape(number, self.place, shape, tensor.dtype, storage.nbytes(), AsOnGpu.kind))
         weakref.finalize(storage, self._end, key, number)
 
     def _end(self, key: int, number: int) -> None:
@@ -298,7 +319,8 @@ def _pretty(known: dict[str, Any]) -> str:
     for body, parts in sorted(known["bodies"].items()):
         layers = ",\n".join(f"    {json.dumps(kind)}: {_layer(events)}" for kind, events in parts["layers"].items())
         bodies.append(
-            f'  {json.dumps(body)}: {{\n   "before": {json.dumps(parts["before"])},\n   "layers": {{\n{layers}\n   }},\n'
+            f'  {json.dumps(body)}: {{\n   "position_rows": {parts["position_rows"]},\n'
+            f'   "before": {json.dumps(parts["before"])},\n   "layers": {{\n{layers}\n   }},\n'
             f'   "behind": {json.dumps(parts["behind"])}\n  }}'
         )
     towers = [f"  {json.dumps(name)}: {_layer(parts)}" for name, parts in sorted(known["towers"].items())]
@@ -331,6 +353,7 @@ def script(body: str) -> dict[str, Any]:
             "decode": events_of(decode, at, symbols, caches, is_large_only=True),
         }
     return {
+        "position_rows": position_rows(config),
         "before": events_of(prefill, BEFORE, symbols),
         "layers": layers,
         "behind": events_of(prefill, LAYERS, symbols),
@@ -342,7 +365,13 @@ def record(config: Any) -> tuple[list[Shape | int], list[Shape | int], dict[int,
     beside the hidden states, which accelerate's hooks copy to a layer's GPU when it is another one.
     """
     model = trace_memory.build(config, "sdpa")
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            # 5.17 masks the output of the experts always, 5.23 only where they are spread over processes.
+            module._is_expert_parallel = True
     inputs = traced_models.text_inputs(config, TOKENS, 1)
+    rows = position_rows(config)
+    inputs["position_ids"] = torch.arange(TOKENS).expand(rows, 1, -1) if rows > 1 else torch.arange(TOKENS)[None]
     path = next(path for path in ("model.language_model", "model.text_model") if path in trace_memory._names(model))
     layers = model.get_submodule(path).layers
     recorder = Recorder(model)
@@ -365,12 +394,11 @@ def record(config: Any) -> tuple[list[Shape | int], list[Shape | int], dict[int,
         layer.register_forward_pre_hook(arrive(number), with_kwargs=True)
     layers[-1].register_forward_hook(leave)
     with torch.no_grad(), recorder, AsOnGpu():
-        for value in inputs.values():
-            recorder.note(value)
+        # The caller's tensors are replayed apart, since they may be on another GPU.
         output = model(**inputs, use_cache=True, logits_to_keep=1)
         prefill = list(recorder.events)
         recorder.place = BEFORE
-        more = {name: value[:, -1:] for name, value in inputs.items()}
+        more = {name: value[..., -1:] for name, value in inputs.items()}
         more["attention_mask"] = torch.ones(1, TOKENS + 1, dtype=torch.int64)
         output = model(**more, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
         decode = [*prefill, *recorder.events[len(prefill) :]]
@@ -378,8 +406,14 @@ def record(config: Any) -> tuple[list[Shape | int], list[Shape | int], dict[int,
     return prefill, decode[len(prefill) :], arrivals
 
 
+def position_rows(config: Any) -> int:
+    """Rows of ``position_ids`` as ``generate`` makes them: text, and time, height and width where there are such."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return 4 if "mrope_section" in rope else 1
+
+
 def _shape_of(tensor: torch.Tensor) -> Shape:
-    return Shape(0, 0, tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.dtype.itemsize, is_statistic=False)
+    return Shape(0, 0, tuple(tensor.shape), tensor.dtype, tensor.numel() * tensor.dtype.itemsize)
 
 
 def tower_script(tower: Tower) -> dict[str, Any]:
@@ -402,8 +436,7 @@ def tower_script(tower: Tower) -> dict[str, Any]:
     blocks[-1].register_forward_hook(arrive(BLOCKS))
     layers[0].register_forward_pre_hook(arrive(BLOCKS + 1))
     with torch.no_grad(), recorder, AsOnGpu():
-        for value in inputs.values():
-            recorder.note(value)
+        recorder.note(inputs["pixel_values"])
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     events = list(recorder.events)
     del output
@@ -530,7 +563,7 @@ def events_of(
 
     Returns:
         ``[elements, symbols, item bytes (0: that of the loaded type)]`` for a tensor that comes, with a fourth entry for
-        row statistics of attention; for one that goes its number in this list, -1 for the hidden states that the place was
+        what only some kernels make; for one that goes its number in this list, -1 for the hidden states that the place was
         given, -2 and -3 for the keys and values so far.
     """
     mine: dict[int, int] = {}
@@ -569,7 +602,7 @@ def made(event: Shape, symbols: dict[int, tuple[Fraction, str]]) -> list[Any]:
         names[names.index("kv_heads")] = "heads"
     number = int(elements) if elements.denominator == 1 else float(elements)
     entry: list[Any] = [number, " ".join(sorted(names)), 0 if event.dtype == torch.bfloat16 else item]
-    return [*entry, "statistic"] if event.is_statistic else entry
+    return [*entry, event.kind] if event.kind else entry
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
         keys=tuple(unit.key for unit in units),
         ledger=tuple(line for line in lines if line.size_bytes or line.kind in ("kv_cache", "activations", "left")),
         total_bytes=budget.total_bytes,
+        reserved_bytes=budget.workspace_bytes + (need.total_bytes if need.reserved_bytes is None else need.reserved_bytes),
     )
 
 

@@ -19,6 +19,8 @@ CUDNN_SINCE = (9, 0)
 """From this compute capability torch prefers cuDNN's fused attention, which keeps no row statistics and leaves its output
 in an order that is copied at once; before, flash attention keeps them and needs no copy. Source: ``sdp_utils.cpp`` of torch
 2.6 and later (check_prefer_cudnn_attention); seen in memory histories of H100 cards."""
+MASK_ALIGNMENT = 8
+"""Elements of a row of a mask; source: preprocess_mask of aten/src/ATen/native/transformers/attention.cpp."""
 _GOES = -(2**20)
 """A tensor that goes, in a list of sizes: this less its number."""
 
@@ -32,6 +34,8 @@ class Held(msgspec.Struct, frozen=True):
     is_first: bool
     """The prompt is embedded here, images included."""
     has_head: bool
+    has_inputs: bool = False
+    """Token numbers, mask and positions of the prompt are here, where its first module is or where the caller put them."""
 
 
 class Program:
@@ -76,9 +80,13 @@ class Program:
             return False
         return True
 
-    def peaks(self, held: Held, tokens: int) -> tuple[int, int]:
-        """Most bytes allocated, without weights and workspace, and most bytes reserved, where memory has no end."""
-        allocator = Allocator(None, _reserved(held))
+    def peaks(self, held: Held, tokens: int, capacity_bytes: int | None = None) -> tuple[int, int]:
+        """Most bytes allocated, without weights and workspace, and most bytes reserved.
+
+        Raises:
+            OutOfMemoryError: It does not run in so much memory.
+        """
+        allocator = Allocator(capacity_bytes, _reserved(held))
         self._play(held, tokens, allocator)
         return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
 
@@ -86,6 +94,7 @@ class Program:
         if tokens != self._tokens:
             self._tokens, self._sized = tokens, {}
         carried: Block | None = None
+        inputs = self._inputs(allocator, tokens) if held.has_inputs else []
         if held.is_first:
             self._embed(allocator)
         elif held.kinds:
@@ -102,10 +111,16 @@ class Program:
             self._run(self._script.behind, allocator, {INPUT: carried})
         elif carried is not None:
             allocator.free(carried)
+        inputs += self._inputs(allocator, tokens + 1) if held.has_inputs else []
         for kind, cache in zip(held.kinds, caches, strict=True):
             self._run(
                 self._layer(kind).decode, allocator, dict(zip((KEYS, VALUES), cache, strict=False)), more=self._new_tokens
             )
+
+    def _inputs(self, allocator: Allocator, tokens: int) -> list[Block]:
+        """Token numbers, mask and positions, which ``generate`` makes anew, longer by one, for each further token."""
+        each = 8 * tokens * self._batch
+        return [allocator.make(size) for size in (each, each, self._script.position_rows * each)]
 
     def _embed(self, allocator: Allocator) -> None:
         """What comes before the layers; what is left of it stays."""
@@ -193,15 +208,20 @@ class Program:
         return [ENTRY - number for number in range(count) if number not in gone]
 
     def _size(self, made: Made, tokens: int) -> int:
+        if made.kind and not self._is_made(made.kind, tokens):
+            return 0
         symbols = made.symbols.split()
         item_bytes = made.item_bytes or self._item_bytes
-        if made.kind == "statistic" and self._is_cudnn:
-            prefix = "vision_" if "vision_heads" in symbols else ""
-            symbols, item_bytes = [*symbols, f"{prefix}head_dim"], self._item_bytes
         elements = made.elements
         for symbol in symbols:
             elements *= tokens if symbol == "tokens" else self._values[symbol]
         return int(elements * item_bytes) * (self._batch if _OF_PROMPT.intersection(symbols) else 1)
+
+    def _is_made(self, kind: str, tokens: int) -> bool:
+        """Whether the kernel that attention has here makes such a tensor."""
+        if kind == "padding":
+            return not self._is_cudnn and bool(tokens % MASK_ALIGNMENT)
+        return self._is_cudnn == (kind == "cudnn")
 
 
 _OF_PROMPT = frozenset({"tokens", "vocabulary", "patches", "features"})

@@ -53,12 +53,23 @@ class Replay:
         self._footprint = footprint
         self._programs = {is_cudnn: _program(footprint, is_cudnn=is_cudnn) for is_cudnn in {*map(_has_cudnn, gpus)}}
         self._kernels = [_has_cudnn(gpu) for gpu in gpus]
+        self._default = min(range(len(gpus)), key=lambda position: gpus[position].index, default=0)
         self._held: dict[tuple[int, int], Held] = {}
         self._known: dict[tuple[object, ...], bool] = {}
 
     def runs(self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int) -> bool:
-        """Whether a run of atoms on a GPU takes a prompt with so much text, in so much memory."""
+        """Whether a run of atoms on a GPU takes a prompt with so much text, in so much memory.
+
+        The caller's tensors may be where the model begins or on the first GPU that torch sees; it has to run both ways.
+        """
         held, kernel = self._hold(run), self._kernels[position]
+        places = {held.has_inputs, held.has_inputs or position == self._default}
+        return all(
+            self._runs(msgspec.structs.replace(held, has_inputs=place), kernel, text_tokens, capacity_bytes)
+            for place in places
+        )
+
+    def _runs(self, held: Held, kernel: bool, text_tokens: int, capacity_bytes: int) -> bool:
         question = held, kernel, text_tokens, capacity_bytes
         if question not in self._known:
             tokens = text_tokens + self._footprint.images.tokens
@@ -74,10 +85,12 @@ class Replay:
         rough = self._footprint.detail(*run, text_tokens)
         program = self._programs[self._kernels[position]]
         held = self._hold(run)
-        peak, reserved = program.peaks(held, text_tokens + self._footprint.images.tokens)
+        tokens = text_tokens + self._footprint.images.tokens
+        peak, reserved = program.peaks(held, tokens)
         low, high = held.weights_bytes + peak, max(reserved, held.weights_bytes + peak)
         if self.runs(run, position, text_tokens, min(capacity_bytes, high)):
             high = min(capacity_bytes, high)
+            reserved = program.peaks(held, tokens, capacity_bytes)[1]
         while high - low > _NEED_STEP:
             middle = (low + high) // 2
             if self.runs(run, position, text_tokens, middle):
@@ -88,6 +101,7 @@ class Replay:
             rough,
             activations_bytes=peak - rough.kv_cache_bytes,
             fragmentation_bytes=max(0, high - held.weights_bytes - peak),
+            reserved_bytes=reserved,
         )
 
     def _hold(self, run: tuple[int, int]) -> Held:
@@ -100,6 +114,7 @@ class Replay:
                 weights_bytes=self._footprint.weights_of(*run),
                 is_first=any(atom.has_embedding for atom in atoms),
                 has_head=any(atom.has_head for atom in atoms),
+                has_inputs=any(atom.has_embedding for atom in atoms),
             )
         return self._held[run]
 

@@ -18,6 +18,9 @@ class StageNeed(msgspec.Struct, frozen=True):
     """What happens when the activations are largest."""
     training_bytes: int = 0
     """Adapters, gradients and states of the optimizer, as far as they are there then."""
+    reserved_bytes: int | None = None
+    """What torch's allocator is seen to take from the driver, workspace not counted, where that is replayed. It takes more
+    than it needs as long as there is some."""
 
     @property
     def total_bytes(self) -> int:

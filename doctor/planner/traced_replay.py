@@ -39,13 +39,19 @@ class TracedProgram:
             return False
         return True
 
-    def peaks(self, held: Held, tokens: int) -> tuple[int, int]:
-        """Most bytes allocated, without weights and workspace, and most bytes reserved, where memory has no end."""
-        return self.peaks_places(self.places_of(held, tokens), held.weights_bytes, tokens)
+    def peaks(self, held: Held, tokens: int, capacity_bytes: int | None = None) -> tuple[int, int]:
+        """Most bytes allocated, without weights and workspace, and most bytes reserved.
 
-    def peaks_places(self, places: frozenset[int], weights_bytes: int, tokens: int) -> tuple[int, int]:
+        Raises:
+            OutOfMemoryError: It does not run in so much memory.
+        """
+        return self.peaks_places(self.places_of(held, tokens), held.weights_bytes, tokens, capacity_bytes)
+
+    def peaks_places(
+        self, places: frozenset[int], weights_bytes: int, tokens: int, capacity_bytes: int | None = None
+    ) -> tuple[int, int]:
         """The same of any device's part, told by its places."""
-        allocator = Allocator(None, _reserved(weights_bytes))
+        allocator = Allocator(capacity_bytes, _reserved(weights_bytes))
         self._play(places, tokens, allocator)
         return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
 
