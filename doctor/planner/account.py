@@ -266,7 +266,7 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
         result.append(footprint.images.note)
     result.append(f"Activations: {activations_source(problem)}.")
     if profile.quantization and workload.dtype:
-        result.append(f"The checkpoint is quantized ({profile.quantization}): its weights keep their stored size.")
+        result.append(f"The checkpoint is quantized ({profile.quantization}): those weights keep their type.")
     positions = profile.text.max_positions
     if positions is not None:
         needed = workload.text_tokens + footprint.images.tokens + workload.new_tokens

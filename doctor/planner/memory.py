@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..data.activations import vision_coefficient
 from ..model import ModelProfile
 from ..units import MIB
 from ..workload import Workload
@@ -25,6 +24,7 @@ from .layer_work import LayerKind, coefficient_of, layer_kinds
 from .prompt_work import Work, prompt_work
 from .release import Release
 from .stage_need import Holding, StageNeed
+from .vision_work import tower_coefficient
 from .weights import computed_item_bytes, copied_bytes, item_bytes, loaded_dtype, loading_bytes, unit_bytes
 
 __all__ = ["Footprint", "Holding", "StageNeed", "Work", "copied_bytes", "item_bytes", "loaded_dtype", "unit_bytes"]
@@ -164,7 +164,7 @@ class Footprint:
         text = coefficient_of(self.profile).text
         if not self.profile.vision or not self.images.patches:
             return text
-        return f"{text}; {vision_coefficient(self.profile.model_type).text}"
+        return f"{text}; {tower_coefficient(self.profile).text}"
 
     def work(self, text_tokens: int) -> Work:
         """Bytes of the work on one prompt with ``text_tokens`` tokens of text and the workload's images."""

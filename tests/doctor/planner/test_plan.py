@@ -231,7 +231,7 @@ def test_what_was_assumed_is_noted() -> None:
         "Images of 1008 x 1008 pixels (height x width): 1,296 tokens each.",
         "Activations: 4 x intermediate + 3.07 x hidden elements a token (counted, and measured on an H200); "
         "18.2 x hidden elements a patch (counted, and measured on an H200).",
-        "The checkpoint is quantized (awq): its weights keep their stored size.",
+        "The checkpoint is quantized (awq): those weights keep their type.",
     )
 
 
