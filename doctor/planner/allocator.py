@@ -99,7 +99,14 @@ class Allocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Let a tensor go."""
+        """Let a tensor go.
+
+        Raises:
+            ValueError: It is gone already: whoever wrote the program counts a tensor twice.
+        """
+        if block.is_free:
+            raise ValueError(f"a block of {block.size} bytes is freed twice")
+        block.is_free = True  # also where it is joined with the one before it, which then stands for both
         free = self._small if block.is_small else self._large
         self.allocated_bytes -= block.size
         before, behind = block.before, block.behind
@@ -116,7 +123,6 @@ class Allocator:
             block.behind = behind.behind
             if behind.behind is not None:
                 behind.behind.before = block
-        block.is_free = True
         insort(free, (block.size, block.address, block))
 
     def _segment(self, size: int, *, is_small: bool) -> Block:

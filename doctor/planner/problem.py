@@ -23,7 +23,7 @@ from .pins import pinned
 from .place import smallest_count
 from .release import release_of
 from .search import Choice, choose, closest, longest_text_tokens
-from .settle import Replay, longest, replay_of, settle, takes
+from .settle import Replay, replay_of, settle, takes
 from .traced_footprint import TracedFootprint
 from .validate import MAX_TOKENS
 
@@ -173,10 +173,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         return found[1] if found else None
 
     def longest_text_tokens(self, split: Split) -> int | None:
-        """Most text tokens of one prompt that a split can take; ``None`` when the workload itself does not fit."""
-        if self.replay is None:
-            return longest_text_tokens(self.footprint, self.fleet.rooms, split, self.most_text_tokens)
-        return longest(self, split)
+        """Most text tokens of a prompt by the formulas; ``None`` when the workload itself does not fit."""
+        return longest_text_tokens(self.footprint, self.fleet.rooms, split, self.most_text_tokens)
 
     def takes(self, split: Split, text_tokens: int) -> bool:
         """Whether a split takes a prompt with so much text."""

@@ -128,7 +128,10 @@ class Program:
             self._run(self._script.before, allocator)
             return
         left: dict[int, Block | None] = {}
-        *_, carried = self._run(self._tower.entry, allocator, left=left)
+        self._run(self._tower.entry, allocator, left=left)
+        code = _states_code(self._tower)
+        # Some towers hold the first block's input themselves until the exit.
+        carried = None if code in self._tower.exit else left.pop(code)
         for _ in range(self._values["vision_layers"]):
             *_, carried = self._run(self._tower.block, allocator, {INPUT: carried})
         self._run(self._tower.exit, allocator, {INPUT: carried, **left})
@@ -173,7 +176,7 @@ class Program:
                 allocator.free(block)
                 blocks[_GOES - event] = None
         if left is not None:
-            left.update(zip(self._left_codes(events), (block for block in blocks if block is not None), strict=True))
+            left.update(zip(_left_codes(events), (block for block in blocks if block is not None), strict=True))
         return [block for block in blocks if block is not None]
 
     def _sizes(self, events: Sequence[Event], more: int) -> list[int]:
@@ -201,12 +204,6 @@ class Program:
             self._sized[key] = sizes
         return self._sized[key]
 
-    def _left_codes(self, events: Sequence[Event]) -> list[int]:
-        """Codes of the tensors of a tower's entry that outlive it, in the order of coming."""
-        gone = {event for event in events if not isinstance(event, Made)}
-        count = sum(isinstance(event, Made) for event in events)
-        return [ENTRY - number for number in range(count) if number not in gone]
-
     def _size(self, made: Made, tokens: int) -> int:
         if made.kind and not self._is_made(made.kind, tokens):
             return 0
@@ -226,6 +223,19 @@ class Program:
 
 _OF_PROMPT = frozenset({"tokens", "vocabulary", "patches", "features"})
 """Symbols of which each prompt of a batch has its own."""
+
+
+def _left_codes(events: Sequence[Event]) -> list[int]:
+    """Codes of the tensors of a tower's entry that outlive it, in the order of coming."""
+    gone = {event for event in events if not isinstance(event, Made)}
+    count = sum(isinstance(event, Made) for event in events)
+    return [ENTRY - number for number in range(count) if number not in gone]
+
+
+def _states_code(tower: TowerScript) -> int:
+    """Code of the hidden states that the entry leaves for the first block; rotary tables may be made after them."""
+    made = [event for event in tower.entry if isinstance(event, Made)]
+    return next(code for code in _left_codes(tower.entry) if "vision_hidden" in made[ENTRY - code].symbols.split())
 
 
 def dimensions(profile: ModelProfile, images: ImageLoad) -> dict[str, int]:

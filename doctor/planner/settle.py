@@ -190,15 +190,6 @@ def _furthest(problem: Problem, choice: Choice) -> Choice | None:
     return Choice(best, _refined(problem, best, lengths, reached), is_rounded=choice.is_rounded)
 
 
-def longest(problem: Problem, split: Split) -> int | None:
-    """Most text tokens up to which a split takes every prompt; ``None`` when it does not take the workload itself."""
-    bound = problem.bare.longest_text_tokens(split)
-    if bound is None or not takes(problem, split, problem.workload.text_tokens):
-        return None
-    lengths = _lengths(problem.workload.text_tokens, bound)
-    return _refined(problem, split, lengths, _reach(problem, split, lengths))
-
-
 def _reach(problem: Problem, split: Split, lengths: Sequence[int]) -> int:
     """How many of the lengths behind the first run without a gap. The first is taken to run.
 

@@ -310,7 +310,7 @@ def asked(question: tuple[list[int], list[int], bool, int, int]) -> tuple[ModelP
 
 
 @given(questions)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=70, deadline=None)
 def test_plans_are_as_good_as_brute_force(question: tuple[list[int], list[int], bool, int, int]) -> None:
     profile, there, workload, policy = asked(question)
     made = plan(profile, there, workload, policy)
@@ -336,7 +336,7 @@ def test_plans_are_as_good_as_brute_force(question: tuple[list[int], list[int], 
 
 
 @given(questions)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=70, deadline=None)
 def test_every_plan_is_contiguous_complete_and_adds_up(question: tuple[list[int], list[int], bool, int, int]) -> None:
     profile, there, workload, policy = asked(question)
     made = plan(profile, there, workload, policy)
@@ -359,7 +359,7 @@ def test_every_plan_is_contiguous_complete_and_adds_up(question: tuple[list[int]
 
 
 @given(questions, st.integers(0, 2), st.integers(1, 500))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_more_free_memory_never_fits_less(
     question: tuple[list[int], list[int], bool, int, int], which: int, more_mib: int
 ) -> None:
