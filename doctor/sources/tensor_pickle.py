@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -122,7 +123,10 @@ def tensors_of_pickle(data: bytes, *, where: str) -> dict[str, PickledTensor]:
     """
     machine = _Machine(where)
     try:
-        result = machine.run(data)
+        with warnings.catch_warnings():
+            # Python warns of odd escapes in texts that no checkpoint has, and that are refused right after.
+            warnings.simplefilter("ignore")
+            result = machine.run(data)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError, UnicodeError) as error:
         raise ModelFileError(f"{where}: its pickle is damaged ({str(error)[:120]}); download it again.") from error
     items = result.items() if isinstance(result, dict) else ()

@@ -79,7 +79,17 @@ def test_the_description_of_a_model_is_made_without_touching_the_world(module: s
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level == 0
     }
-    assert imported <= {"__future__", "collections", "functools", "math", "pickletools", "re", "typing", "msgspec"}
+    assert imported <= {
+        "__future__",
+        "collections",
+        "functools",
+        "math",
+        "pickletools",
+        "re",
+        "typing",
+        "warnings",
+        "msgspec",
+    }
 
 
 @pytest.mark.parametrize("part", ["text_config", "llm_config", "language_config", None])

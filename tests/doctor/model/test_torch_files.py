@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vlm_doctor.errors import ModelError, ModelFileError
@@ -180,6 +180,7 @@ def test_a_mutated_file_is_read_or_refused(tmp_path: Path, data: st.DataObject) 
         assert read_torch_file(path).tensors
 
 
+@example(b"\\\x00\n", 3)
 @settings(max_examples=500, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 60))
 def test_any_pickle_is_read_or_refused(tail: bytes, keep: int) -> None:
