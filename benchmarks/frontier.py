@@ -170,8 +170,8 @@ class Subject:
             assert rule is not None
             side = edge // (rule.patch * rule.merge)
             made = image_inputs(config, side**2, text_tokens, 1, edge=side * rule.patch * rule.merge, sequences=1)
-            return {key: value.to(0) for key, value in made.items()}
-        ids = torch.full((1, text_tokens), 5, device=0)
+            return {key: value.to(self.model.device) for key, value in made.items()}
+        ids = torch.full((1, text_tokens), 5, device=self.model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if config.model_type == "gemma3":
             inputs["token_type_ids"] = torch.zeros_like(ids)
