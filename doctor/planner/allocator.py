@@ -20,6 +20,7 @@ and failures are the same to the byte (tests/doctor/planner/test_allocator.py).
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from operator import itemgetter
 
 from ..units import MIB
 
@@ -52,6 +53,7 @@ class Block:
 
 
 _Free = list[tuple[int, int, Block]]
+_place = itemgetter(0, 1)
 
 
 class Allocator:
@@ -124,6 +126,10 @@ class Allocator:
             if behind.behind is not None:
                 behind.behind.before = block
         insort(free, (block.size, block.address, block))
+
+    def state(self) -> object:
+        """Free blocks and reserved bytes: from equal states with equal tensors in use, equal requests do the same."""
+        return tuple(map(_place, self._large)), tuple(map(_place, self._small)), self.reserved_bytes
 
     def _segment(self, size: int, *, is_small: bool) -> Block:
         if is_small:

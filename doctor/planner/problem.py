@@ -23,7 +23,7 @@ from .pins import pinned
 from .place import smallest_count
 from .release import release_of
 from .search import Choice, choose, closest, longest_text_tokens
-from .settle import Replay, replay_of, settle, takes
+from .settle import Replay, replay_of, settle, takes_anyway
 from .traced_footprint import TracedFootprint
 from .validate import MAX_TOKENS
 
@@ -180,7 +180,7 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         """Whether a split takes a prompt with so much text."""
         if self.replay is None:
             return split.margin(self.footprint.needs(text_tokens), self.fleet.rooms) >= 0
-        return takes(self, split, text_tokens)
+        return takes_anyway(self, split, text_tokens)
 
     def margin_bytes(self) -> int | None:
         """Margin in the tightest GPU of the best split; negative when nothing fits, ``None`` when there is no split."""

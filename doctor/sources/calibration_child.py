@@ -77,7 +77,8 @@ def _first_calls(torch: Any, gpu: Any) -> None:
     functional.softmax(states, dim=-1, dtype=torch.float32)
     table = torch.ones(16, 64, **options)
     functional.embedding(torch.zeros(1, 8, device=gpu, dtype=torch.int64), table)
-    torch.cat([states, states], dim=1).masked_scatter(torch.ones(1, 512, 1, device=gpu, dtype=torch.bool), states)
+    is_image = torch.arange(512, device=gpu)[None, :, None] < 256
+    torch.cat([states, states], dim=1).masked_scatter(is_image, states)
     states.float().argmax(-1).cumsum(-1)
 
 
