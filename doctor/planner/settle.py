@@ -97,10 +97,11 @@ class Replay:
         held = self._hold(run)
         tokens = text_tokens + self._footprint.images.tokens
         peak, reserved = program.peaks(held, tokens)
-        low, high = held.weights_bytes + peak, max(reserved, held.weights_bytes + peak)
+        low = held.weights_bytes + peak
+        high = max(reserved, low) + SLACK_BYTES
         if self.runs_anyway(run, position, text_tokens, min(capacity_bytes, high)):
             high = min(capacity_bytes, high)
-            reserved = program.peaks(held, tokens, capacity_bytes)[1]
+            reserved = program.peaks(held, tokens, high - SLACK_BYTES)[1]
         while high - low > _NEED_STEP:
             middle = (low + high) // 2
             if self.runs_anyway(run, position, text_tokens, middle):
