@@ -244,14 +244,17 @@ def _refined(problem: Problem, split: Split, lengths: Sequence[int], reached: in
 
 
 def _without_gaps(problem: Problem, split: Split, longest: int, wanted: int) -> int:
-    """The longest prompt, not above a given one, with no gap right below it."""
+    """The longest prompt, not above one that runs, with no gap right below it. What is wanted is taken to run."""
     step = max(1, int(longest * FINE_STEP))
-    for tokens in range(longest - step, longest - FINE_STEPS * step - 1, -step):
-        if tokens <= wanted:
-            break
+    is_sure = True
+    for number, tokens in enumerate(range(longest - step, wanted, -step)):
+        if is_sure and number == FINE_STEPS:
+            return longest
         if not takes_anyway(problem, split, tokens):
-            longest = max(wanted, tokens - step)
-    return longest
+            is_sure = False
+        elif not is_sure:
+            longest, is_sure = tokens, True
+    return longest if is_sure else wanted
 
 
 def takes(problem: Problem, split: Split, text_tokens: int) -> bool:
