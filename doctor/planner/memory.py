@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -26,6 +26,9 @@ from .release import Release
 from .stage_need import Holding, StageNeed
 from .vision_work import tower_coefficient
 from .weights import computed_item_bytes, copied_bytes, item_bytes, loaded_dtype, loading_bytes, unit_bytes
+
+if TYPE_CHECKING:
+    from .traced_replay import TracedProgram
 
 __all__ = ["Footprint", "Holding", "StageNeed", "Work", "copied_bytes", "item_bytes", "loaded_dtype", "unit_bytes"]
 
@@ -140,6 +143,10 @@ class Footprint:
         result = copy(self)
         result.workload, result.images = workload, images
         return result
+
+    def traced_program(self) -> TracedProgram | None:
+        """What to replay through torch's allocator, where the model was traced."""
+        return None
 
     def weights_of(self, first: int, end: int) -> int:
         """Bytes of the weights of a run of atoms."""

@@ -24,7 +24,6 @@ from .place import smallest_count
 from .release import release_of
 from .search import Choice, choose, closest, longest_text_tokens
 from .settle import Replay, replay_of, settle, takes_anyway
-from .traced_footprint import TracedFootprint
 from .validate import MAX_TOKENS
 
 _UNKNOWN_HOP = 2_000
@@ -72,6 +71,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
             return self.alike.changed(self.workload, images)
         release = release_of(self.machine)
         if self.traces is not None:
+            from .traced_footprint import TracedFootprint  # most plans have no trace
+
             return TracedFootprint(
                 self.profile,
                 self.workload,

@@ -21,11 +21,10 @@ from .order import Split
 from .release import is_before_5
 from .replay import CUDNN_SINCE, Held, Program, dimensions
 from .search import Choice
-from .traced_footprint import TracedFootprint
-from .traced_replay import TracedProgram
 
 if TYPE_CHECKING:
     from .problem import Problem
+    from .traced_replay import TracedProgram
 
 MOST_CANDIDATES = 40
 MOST_SPREAD = 3
@@ -135,8 +134,9 @@ def _has_cudnn(gpu: Gpu) -> bool:
 
 
 def _program(footprint: Footprint, *, is_cudnn: bool) -> Program | TracedProgram:
-    if isinstance(footprint, TracedFootprint):
-        return footprint.program()
+    traced = footprint.traced_program()
+    if traced is not None:
+        return traced
     profile, workload = footprint.profile, footprint.workload
     assert profile.body_script is not None
     return Program(
@@ -164,7 +164,7 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
         and not (profile.text.experts and is_before_5(footprint.release))
         and profile.quantization is None
     )
-    if isinstance(footprint, TracedFootprint):
+    if footprint.traced_program() is not None:
         is_scripted, is_plain = True, workload.allocator == "native"
     has_whole_tower = not any(atom.has_tower and not atom.has_embedding for atom in footprint.atoms)
     if footprint.is_bare or footprint.offloaded or not (is_scripted and is_plain and has_whole_tower):
