@@ -26,10 +26,14 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     """Module path in the *installed* class, such as ``model.language_model.layers.7``; a bare parameter has its own."""
     role: Role
     parameters: dict[str, int]
-    """Stored dtype (safetensors' word, such as ``BF16`` or ``F32``) to number of elements. Empty for a module without
-    weights that the map must still name, such as ``model.language_model.rotary_emb``."""
+    """Stored dtype (safetensors' word, such as ``BF16`` or ``F32``) to number of elements; quantized weights count as what
+    they stand for, under ``INT4``, ``INT8``, ``FP8``, ``NF4``, ``FP4`` or ``MXFP4``. Empty for a module without weights
+    that the map must still name, such as ``model.language_model.rotary_emb``."""
     stored_bytes: int
     """Bytes in the checkpoint; tied tensors are counted once, where they are stored."""
+    kept_bytes: int | None = None
+    """Bytes on the GPU of what loading converts to no other type: quantized weights with their scales, integers. ``None``
+    where only ``stored_bytes`` are known."""
     largest_tensor_elements: int = 0
     quantizable_elements: int = 0
     """Elements of the linear weights that bitsandbytes would quantize."""
@@ -161,6 +165,11 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     runs_inner_generate: bool = False
     """True when the class calls ``self.language_model.generate`` (InternVL-Chat and others), so that the logits must end
     on the device of the inputs."""
+    text_multiples: tuple[float, float] | None = None
+    """From the user's own rules: elements a token while a text layer runs, in multiples of the MLP's width and of the
+    hidden size; outdoes ``data/activations.py``."""
+    vision_multiples: tuple[float, float] | None = None
+    """The same for a patch in the tower."""
     body_script: AllocationScript | None = None
     """Which tensors come and go in the text body, where that is known."""
     tower_script: TowerScript | None = None

@@ -522,11 +522,11 @@ def tower_script(tower: Tower) -> dict[str, Any]:
         inputs = ghosts_of(inputs, recorder)
         recorder.listen()
         pictures = {name: value.to(CUDA) for name, value in pictures.items()}
-        # As generate does, before it embeds the prompt.
-        encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(pictures))
-        output = model(**inputs, **encoded, use_cache=True, logits_to_keep=1)
+        # A plain call embeds the prompt first, as generate of transformers 5.17 does; that of 5.23 encodes images before, and
+        # has the embedding not yet while the tower runs. A script holds for both, so it takes what needs more.
+        output = model(**inputs, **pictures, use_cache=True, logits_to_keep=1)
     events = list(recorder.shapes)
-    del output, encoded, pictures
+    del output, pictures
     pixels = next(event for event in events if isinstance(event, Shape)).size_bytes // 2
     symbols = tower_symbols(config, blocks_width(blocks[0]), pixels, patches, features)
     entry = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..machine import Libraries
 from ..placement import Offload, Plan, Stage
 from ..units import format_gib
+from ..workload import Training
 from .chain_text import write_auto, write_chain
 from .key_runs import runs
 from .ledger_text import write_bars, write_ledger, write_sources
@@ -24,6 +25,8 @@ def write_plan(page: Page, plan: Plan, *, gpu_count: int, code: str = "", verbos
     page.item(("Machine", "dim"), plan.machine, indent=2, marker_width=9)
     page.item(("Prompt", "dim"), _prompt(plan), indent=2, marker_width=9)
     page.item(("Loaded", "dim"), _loaded(plan), indent=2, marker_width=9)
+    if plan.workload.training is not None:
+        page.item(("Training", "dim"), _training(plan.workload.training), indent=2, marker_width=9)
     if plan.stages:
         page.gap()
         if not plan.fits:
@@ -65,7 +68,8 @@ def _prompt(plan: Plan) -> str:
         size = f" of {work.image_width} x {work.image_height}" if work.image_width and work.image_height else ""
         parts.append(f"{work.images} {noun}{size} ({plan.image_tokens:,} tokens)")
     parts.append(f"{work.text_tokens:,} text tokens")
-    parts.append(f"then {work.new_tokens:,} new tokens")
+    if work.training is None:
+        parts.append(f"then {work.new_tokens:,} new tokens")
     parts.append(f"batch {work.batch}")
     return ", ".join(parts)
 
@@ -75,6 +79,12 @@ def _loaded(plan: Plan) -> str:
     kind = {"int8": "8 bit (int8)", "nf4": "4 bit (nf4)", None: plan.dtype}[work.quantization]
     logits = "" if work.logits == "generate" else ", logits of every token"
     return f"{kind}, {work.attention} attention{logits}"
+
+
+def _training(training: Training) -> str:
+    method = "all weights" if training.method == "full" else f"LoRA adapters of rank {training.lora_rank}"
+    kept = "gradient checkpointing" if training.gradient_checkpointing else "all activations kept"
+    return f"{method}, {training.optimizer}, {kept}"
 
 
 def _write_keys(page: Page, plan: Plan) -> None:
@@ -111,12 +121,18 @@ def _write_limits(page: Page, plan: Plan) -> None:
     limits = plan.limits
     if limits is None:
         return
-    others = [f"{limits.new_tokens:,} new tokens", f"batch {limits.batch:,}"]
+    others = [f"batch {limits.batch:,}"]
+    if plan.workload.training is None:
+        others.insert(0, f"{limits.new_tokens:,} new tokens")
     if limits.images is not None:
         others.append(f"{limits.images:,} {'image' if limits.images == 1 else 'images'} in each prompt")
     if limits.image_edge is not None:
         others.append(f"images of {limits.image_edge:,} x {limits.image_edge:,} pixels")
-    page.text(f"Or, with the rest as asked: {', '.join(others[:-1])}, or {others[-1]}.")
+    page.text(f"Or, with the rest as asked: {_any(others)}.")
+
+
+def _any(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])}, or {words[-1]}" if len(words) > 1 else words[0]
 
 
 def _write_cuts(page: Page, plan: Plan) -> None:

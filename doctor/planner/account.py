@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..health import fault_of_link
-from ..model import Role, Unit
+from ..model import ModelProfile, Role, Unit
 from ..placement import Cut, LedgerKind, LedgerLine, Stage
 from ..units import format_gib
 from .budget import Budget, Exclusion
@@ -158,14 +158,14 @@ def cuts(problem: Problem, split: Split, longest: int | None) -> tuple[Cut, ...]
                 before=atoms[border - 1].units[-1].key,
                 after=atoms[border].units[0].key,
                 link=link.label if link else "?",
-                reason=f"GPU {gpu} has {free} free and takes {_contents(atoms[first:border])}: "
+                reason=f"GPU {gpu} has {free} free and takes {_contents(atoms[first:border], problem.profile)}: "
                 f"{_why(problem, split, number, longest)}.",
             )
         )
     return tuple(result)
 
 
-def _contents(atoms: Sequence[Atom]) -> str:
+def _contents(atoms: Sequence[Atom], profile: ModelProfile) -> str:
     """What a stage holds, in words."""
     layers = sum(atom.layers for atom in atoms)
     units = [unit for atom in atoms for unit in atom.units]
@@ -176,7 +176,8 @@ def _contents(atoms: Sequence[Atom]) -> str:
         parts = [f"{blocks} block{'' if blocks == 1 else 's'} of the vision tower"]
     elif "vision" in roles:
         # Of a tower that is cut, what is behind its blocks; as it stands next to the embedding, it is not worth more words.
-        parts = ["the vision tower"] if any(unit.role == "vision" and not unit.parts for unit in units) else []
+        whole = {unit.key for unit in profile.units}
+        parts = ["the vision tower"] if any(unit.role == "vision" and unit.key in whole for unit in units) else []
     parts += ["the embedding"] if "embedding" in roles else []
     parts += [_counted(layers)] if layers else []
     parts += ["the head"] if "head" in roles else []
@@ -266,7 +267,7 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
         result.append(footprint.images.note)
     result.append(f"Activations: {activations_source(problem)}.")
     if profile.quantization and workload.dtype:
-        result.append(f"The checkpoint is quantized ({profile.quantization}): its weights keep their stored size.")
+        result.append(f"The checkpoint is quantized ({profile.quantization}): those weights keep their type.")
     positions = profile.text.max_positions
     if positions is not None:
         needed = workload.text_tokens + footprint.images.tokens + workload.new_tokens

@@ -20,6 +20,7 @@ and failures are the same to the byte (tests/doctor/planner/test_allocator.py).
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from operator import itemgetter
 
 from ..units import MIB
 
@@ -52,6 +53,7 @@ class Block:
 
 
 _Free = list[tuple[int, int, Block]]
+_place = itemgetter(0, 1)
 
 
 class Allocator:
@@ -99,7 +101,14 @@ class Allocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Let a tensor go."""
+        """Let a tensor go.
+
+        Raises:
+            ValueError: It is gone already: whoever wrote the program counts a tensor twice.
+        """
+        if block.is_free:
+            raise ValueError(f"a block of {block.size} bytes is freed twice")
+        block.is_free = True  # also where it is joined with the one before it, which then stands for both
         free = self._small if block.is_small else self._large
         self.allocated_bytes -= block.size
         before, behind = block.before, block.behind
@@ -116,8 +125,11 @@ class Allocator:
             block.behind = behind.behind
             if behind.behind is not None:
                 behind.behind.before = block
-        block.is_free = True
         insort(free, (block.size, block.address, block))
+
+    def state(self) -> object:
+        """Free blocks and reserved bytes: from equal states with equal tensors in use, equal requests do the same."""
+        return tuple(map(_place, self._large)), tuple(map(_place, self._small)), self.reserved_bytes
 
     def _segment(self, size: int, *, is_small: bool) -> Block:
         if is_small:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import msgspec
+
 from ..data.activations import ATTENTION_STATES, DENSE_EXPERTS_BEFORE_5, TextCoefficient, text_coefficient
 from ..model import LayerCache, ModelProfile, TextShape
 from ..workload import Workload
@@ -52,7 +54,13 @@ def layer_kinds(profile: ModelProfile) -> dict[str, LayerKind]:
 
 def coefficient_of(profile: ModelProfile) -> TextCoefficient:
     """The coefficient of a model's text body."""
-    return text_coefficient(profile.model_type, profile.text.body, profile.architecture)
+    known = text_coefficient(profile.model_type, profile.text.body, profile.architecture)
+    if profile.text_multiples is None:
+        return known
+    of_mlp, of_hidden = profile.text_multiples
+    return msgspec.structs.replace(
+        known, intermediate_multiple=of_mlp, hidden_multiple=of_hidden, source="your own rules for this family"
+    )
 
 
 def elements_of(kind: LayerKind, profile: ModelProfile, release: Release) -> float:

@@ -84,15 +84,18 @@ def _proof(problem: Problem) -> str:
     work_bytes = _least_work_bytes(problem)
     roomiest = sorted((max(0, room.capacity_bytes) for room in rooms), reverse=True)
     together = "this GPU" if len(rooms) == 1 else f"all {len(rooms)} GPUs together"
+    what = "Weights and KV cache"
+    if problem.workload.training is not None:
+        what = "Weights and optimizer states"
     if fixed_bytes > sum(roomiest):
         given = format_gib(sum(roomiest))
-        return f"Weights and KV cache alone take {format_gib(fixed_bytes)}, and {together} can give {given}."
+        return f"{what} alone take {format_gib(fixed_bytes)}, and {together} can give {given}."
     if all(fixed_bytes + work_bytes(count) > sum(roomiest[:count]) for count in problem.counts):
         count = problem.counts[-1]
         together = "this GPU" if len(rooms) == 1 else f"the roomiest {count}" if count < len(rooms) else together
         work, given = format_gib(work_bytes(count)), format_gib(sum(roomiest[:count]))
         return (
-            f"Weights and KV cache take {format_gib(fixed_bytes)}, the work on them at least {work} on {_gpus(count)}, "
+            f"{what} take {format_gib(fixed_bytes)}, the work on them at least {work} on {_gpus(count)}, "
             f"and {together} can give {given}."
         )
     largest_bytes = max(need(atom, atom + 1) for atom in atoms)

@@ -24,6 +24,7 @@ from .map_pieces import Anatomy
 from .map_question import Question, finding
 from .map_repair import amended, changes_between, in_numbers_of, keys_of, moved_pieces, rebalanced
 from .planning import plan
+from .quantized import as_loaded
 from .validate import validate_policy, validate_workload
 
 MAX_KEYS = 20_000
@@ -80,6 +81,7 @@ def check_map(
     """
     if not 0 < len(device_map) <= MAX_KEYS:
         raise MapError(f"The map has {len(device_map):,} keys; give one with 1 to {MAX_KEYS:,}.")
+    profile = as_loaded(profile, machine)
     validate_workload(workload, profile)
     validate_policy(policy, machine)
     question = Question.of(profile, machine, workload, policy)

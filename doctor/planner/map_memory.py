@@ -11,12 +11,11 @@ from ..model import Role
 from ..units import format_gib
 from .budget import Budget
 from .constraints import chain
-from .image_tokens import image_load
 from .map_devices import shown
 from .map_layout import Device, Layout
 from .map_question import Question, finding
-from .memory import Footprint, Holding
-from .release import release_of
+from .memory import Holding
+from .problem import Problem, ask
 
 _WORDS: dict[Role, str] = {
     "vision": "vision tower",
@@ -30,9 +29,14 @@ _WORDS: dict[Role, str] = {
 
 def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
     """What is on each device of a map, in the order in which the model meets them."""
-    atoms = chain(question.profile).atoms
-    images = image_load(question.profile, question.workload)
-    footprint = Footprint(question.profile, question.workload, images, atoms, release=release_of(question.machine))
+    problem = ask(
+        question.profile,
+        question.workload,
+        question.policy,
+        question.machine,
+        chain=chain(question.profile),
+        found=question.budgets,
+    )
     full = {name: layout.device_of.get(name, "missing") for names in layout.anatomy.tensors_of.values() for name in names}
     weights = layout.anatomy.weights(full)
     weights.pop("missing", None)
@@ -63,7 +67,7 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
                 layers=roles.count("layer"),
                 parts=_parts(layout, device),
                 weights_bytes=weights[device],
-                need_bytes=_need(footprint, holding, question.workload.text_tokens) if budget else None,
+                need_bytes=_need(problem, layout, device, holding, budget) if budget else None,
                 available_bytes=budget.available_bytes if budget else None,
             )
         )
@@ -81,8 +85,17 @@ def _parts(layout: Layout, device: Device) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _need(footprint: Footprint, holding: Holding, text_tokens: int) -> int:
-    """Bytes at the worst moment, with what the allocator loses on a stage of the same kind."""
+def _need(problem: Problem, layout: Layout, device: Device, holding: Holding, budget: Budget) -> int:
+    """Bytes at the worst moment.
+
+    Of a stage as the planner makes them by the planner's own account; of anything else by what it holds, with what the
+    allocator loses on a stage of the same kind.
+    """
+    footprint, text_tokens = problem.footprint, problem.workload.text_tokens
+    stage = _stage(problem, layout, device)
+    if stage is not None and problem.replay is not None:
+        position = problem.budgets.index(budget)
+        return problem.replay.need(stage, position, budget.available_bytes).total_bytes
     atoms = len(footprint.atoms)
     if holding.has_embedding or holding.has_tower:
         run = (0, min(atoms, 1 + holding.layers))
@@ -92,6 +105,17 @@ def _need(footprint: Footprint, holding: Holding, text_tokens: int) -> int:
         run = (1, max(2, min(atoms, 1 + holding.layers)))
     lost = footprint.detail(*run, text_tokens).fragmentation_bytes if atoms > 1 else 0
     return footprint.need_of(holding, text_tokens).total_bytes + lost
+
+
+def _stage(problem: Problem, layout: Layout, device: Device) -> tuple[int, int] | None:
+    """The run of atoms that is all that a device holds, or ``None`` when that is no run of whole atoms."""
+    holders = [
+        {layout.device_of.get(name) for unit in atom.units for name in layout.anatomy.tensors_of[unit.key]}
+        for atom in problem.atoms
+    ]
+    here = [number for number, devices in enumerate(holders) if device in devices]
+    is_run = bool(here) and here[-1] - here[0] + 1 == len(here)
+    return (here[0], here[-1] + 1) if is_run and all(holders[number] == {device} for number in here) else None
 
 
 def about_memory(question: Question, uses: tuple[DeviceUse, ...]) -> Iterator[Finding]:

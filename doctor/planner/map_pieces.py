@@ -50,7 +50,8 @@ class Anatomy:
         if not self.elements:
             self.elements = {leaf.key: leaf.elements for leaf in leaves if leaf.elements}
         towers = [unit.key for unit in profile.units if unit.role == "vision" and profile.model_type in TOWER_ENTRY]
-        known = [leaf.key for leaf in (*profile.units, *leaves)] + [f"{tower}.{TOWER_ROTARY}" for tower in towers]
+        modules = [leaf.key for leaf in (*profile.units, *leaves) if leaf.key not in profile.tensors]
+        known = [*modules, *(f"{tower}.{TOWER_ROTARY}" for tower in towers)]
         self.names = Names(self.elements, known)
         self.units = {unit.key: unit for unit in profile.units}
         self._bytes = {unit.key: unit_bytes(unit, profile, workload) for unit in profile.units}

@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from ..data.activations import vision_coefficient
 from ..model import ModelProfile
 from ..units import MIB
 from ..workload import Workload
@@ -25,7 +24,11 @@ from .layer_work import LayerKind, coefficient_of, layer_kinds
 from .prompt_work import Work, prompt_work
 from .release import Release
 from .stage_need import Holding, StageNeed
+from .vision_work import tower_coefficient
 from .weights import computed_item_bytes, copied_bytes, item_bytes, loaded_dtype, loading_bytes, unit_bytes
+
+if TYPE_CHECKING:
+    from .traced_replay import TracedProgram
 
 __all__ = ["Footprint", "Holding", "StageNeed", "Work", "copied_bytes", "item_bytes", "loaded_dtype", "unit_bytes"]
 
@@ -141,6 +144,10 @@ class Footprint:
         result.workload, result.images = workload, images
         return result
 
+    def traced_program(self) -> TracedProgram | None:
+        """What to replay through torch's allocator, where the model was traced."""
+        return None
+
     def weights_of(self, first: int, end: int) -> int:
         """Bytes of the weights of a run of atoms."""
         return self._weights[end] - self._weights[first]
@@ -164,7 +171,7 @@ class Footprint:
         text = coefficient_of(self.profile).text
         if not self.profile.vision or not self.images.patches:
             return text
-        return f"{text}; {vision_coefficient(self.profile.model_type).text}"
+        return f"{text}; {tower_coefficient(self.profile).text}"
 
     def work(self, text_tokens: int) -> Work:
         """Bytes of the work on one prompt with ``text_tokens`` tokens of text and the workload's images."""

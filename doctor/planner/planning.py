@@ -22,6 +22,7 @@ from .memory import loaded_dtype
 from .offload import offloaded, with_offload
 from .pins import validate_pins
 from .problem import Problem, ask
+from .quantized import as_loaded
 from .search import Choice
 from .traced import IrregularError, Regimes
 from .validate import validate_policy, validate_workload
@@ -69,6 +70,7 @@ def plan(
         UsageError: Workload or policy make no sense, alone or for this model and machine.
         ModelFileError: The profile cannot be placed: it has no layers, or ties units that it does not have.
     """
+    profile = as_loaded(profile, machine)
     validate_workload(workload, profile)
     validate_policy(policy, machine)
     found = budgets(machine, policy)

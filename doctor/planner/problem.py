@@ -23,8 +23,7 @@ from .pins import pinned
 from .place import smallest_count
 from .release import release_of
 from .search import Choice, choose, closest, longest_text_tokens
-from .settle import Replay, longest, replay_of, settle, takes
-from .traced_footprint import TracedFootprint
+from .settle import Replay, replay_of, settle, takes_anyway
 from .validate import MAX_TOKENS
 
 _UNKNOWN_HOP = 2_000
@@ -72,6 +71,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
             return self.alike.changed(self.workload, images)
         release = release_of(self.machine)
         if self.traces is not None:
+            from .traced_footprint import TracedFootprint  # most plans have no trace
+
             return TracedFootprint(
                 self.profile,
                 self.workload,
@@ -173,16 +174,14 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         return found[1] if found else None
 
     def longest_text_tokens(self, split: Split) -> int | None:
-        """Most text tokens of one prompt that a split can take; ``None`` when the workload itself does not fit."""
-        if self.replay is None:
-            return longest_text_tokens(self.footprint, self.fleet.rooms, split, self.most_text_tokens)
-        return longest(self, split)
+        """Most text tokens of a prompt by the formulas; ``None`` when the workload itself does not fit."""
+        return longest_text_tokens(self.footprint, self.fleet.rooms, split, self.most_text_tokens)
 
     def takes(self, split: Split, text_tokens: int) -> bool:
         """Whether a split takes a prompt with so much text."""
         if self.replay is None:
             return split.margin(self.footprint.needs(text_tokens), self.fleet.rooms) >= 0
-        return takes(self, split, text_tokens)
+        return takes_anyway(self, split, text_tokens)
 
     def margin_bytes(self) -> int | None:
         """Margin in the tightest GPU of the best split; negative when nothing fits, ``None`` when there is no split."""

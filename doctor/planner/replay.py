@@ -155,13 +155,24 @@ class Program:
             return
         left: dict[int, Block | None] = {}
         self._run(self._tower.entry, allocator, left=left)
+        # Some towers hold the first block's input themselves until the exit.
         carried = left.pop(self._tower.given, None)
         blocks, taps = self._values["vision_layers"], self._tower.taps
-        for number in range(blocks):
+        seen: dict[object, int] = {}
+        number = 0
+        while number < blocks:
             *_, carried = self._run(self._tower.block, allocator, {INPUT: carried})
+            number += 1
             # Evenly, the last one before the last block: those of Qwen3-VL differ from that by a block.
-            if number + 1 < blocks and (number + 1) * taps // (blocks - 1) > number * taps // (blocks - 1):
+            if number < blocks and number * taps // (blocks - 1) > (number - 1) * taps // (blocks - 1):
                 self._run(self._tower.tap, allocator)
+            # Blocks that are not tapped keep nothing but hidden states: from a state that was there before, all goes on as
+            # it did then.
+            state = allocator.state(), carried.address
+            if not taps and state in seen:
+                period = number - seen[state]
+                number += (blocks - number) // period * period
+            seen[state] = number
         self._run(self._tower.exit, allocator, {INPUT: carried, **left})
 
     def _layer(self, kind: str) -> LayerScript:
@@ -204,7 +215,7 @@ class Program:
                 allocator.free(block)
                 blocks[_GOES - event] = None
         if left is not None:
-            left.update(zip(self._left_codes(events), (block for block in blocks if block is not None), strict=True))
+            left.update(zip(_left_codes(events), (block for block in blocks if block is not None), strict=True))
         return [block for block in blocks if block is not None]
 
     def _sizes(self, events: Sequence[Event], more: int) -> list[int]:
@@ -232,12 +243,6 @@ class Program:
             self._sized[key] = sizes
         return self._sized[key]
 
-    def _left_codes(self, events: Sequence[Event]) -> list[int]:
-        """Codes of the tensors of a tower's entry that outlive it, in the order of coming."""
-        gone = {event for event in events if not isinstance(event, Made)}
-        count = sum(isinstance(event, Made) for event in events)
-        return [ENTRY - number for number in range(count) if number not in gone]
-
     def _size(self, made: Made, tokens: int) -> int:
         symbols = made.symbols.split()
         width = "vision_head_dim" if "vision_heads" in symbols else "head_dim"
@@ -262,6 +267,13 @@ class Program:
 
 _OF_PROMPT = frozenset({"tokens", "vocabulary", "patches", "features"})
 """Symbols of which each prompt of a batch has its own."""
+
+
+def _left_codes(events: Sequence[Event]) -> list[int]:
+    """Codes of the tensors of a tower's entry that outlive it, in the order of coming."""
+    gone = {event for event in events if not isinstance(event, Made)}
+    count = sum(isinstance(event, Made) for event in events)
+    return [ENTRY - number for number in range(count) if number not in gone]
 
 
 def dimensions(profile: ModelProfile, images: ImageLoad) -> dict[str, int]:

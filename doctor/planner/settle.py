@@ -7,7 +7,7 @@ whose prompts run without a gap up to the longest is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,10 @@ from .order import Split
 from .release import is_before_5
 from .replay import CUDNN_SINCE, Held, Program, dimensions
 from .search import Choice
-from .traced_footprint import TracedFootprint
-from .traced_replay import TracedProgram
 
 if TYPE_CHECKING:
     from .problem import Problem
+    from .traced_replay import TracedProgram
 
 MOST_CANDIDATES = 40
 MOST_SPREAD = 3
@@ -38,7 +37,13 @@ LOWEST_SHARE = 0.55
 """Of the longest prompt: where trying begins."""
 GAP_STEPS = 8
 """A tenth of the longest prompt: gaps seen in replays and on GPUs lie there."""
+SLACK_BYTES = 16 * MIB
+"""Left free for what a script does not tell: small tensors, of which 2 to 4 MiB more were seen on GPUs than replayed."""
+FINE_STEP = 1 / 400
+FINE_STEPS = 12
+"""Where a prompt is promised, lengths just below it are tried again: gaps there are narrow, and none is worth its risk."""
 _NEED_STEP = 16 * MIB
+_Takes = Callable[["Problem", Split, int], bool]
 
 
 class Replay:
@@ -60,8 +65,12 @@ class Replay:
     def runs(self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int) -> bool:
         """Whether a run of atoms on a GPU takes a prompt with so much text, in so much memory.
 
-        The caller's tensors may be where the model begins or on the first GPU that torch sees; it has to run both ways.
+        The caller's tensors are where the model begins.
         """
+        return self._runs(self._hold(run), self._kernels[position], text_tokens, capacity_bytes)
+
+    def runs_anyway(self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int) -> bool:
+        """The same, also if the caller put them on the first GPU that torch sees, as ``inputs.to("cuda")`` does."""
         held, kernel = self._hold(run), self._kernels[position]
         places = {held.has_inputs, held.has_inputs or position == self._default}
         return all(
@@ -73,7 +82,7 @@ class Replay:
         question = held, kernel, text_tokens, capacity_bytes
         if question not in self._known:
             tokens = text_tokens + self._footprint.images.tokens
-            self._known[question] = self._programs[kernel].runs(held, tokens, capacity_bytes)
+            self._known[question] = self._programs[kernel].runs(held, tokens, capacity_bytes - SLACK_BYTES)
         return self._known[question]
 
     def need(self, run: tuple[int, int], position: int, capacity_bytes: int) -> StageNeed:
@@ -87,13 +96,14 @@ class Replay:
         held = self._hold(run)
         tokens = text_tokens + self._footprint.images.tokens
         peak, reserved = program.peaks(held, tokens)
-        low, high = held.weights_bytes + peak, max(reserved, held.weights_bytes + peak)
-        if self.runs(run, position, text_tokens, min(capacity_bytes, high)):
+        low = held.weights_bytes + peak
+        high = max(reserved, low) + SLACK_BYTES
+        if self.runs_anyway(run, position, text_tokens, min(capacity_bytes, high)):
             high = min(capacity_bytes, high)
-            reserved = program.peaks(held, tokens, capacity_bytes)[1]
+            reserved = program.peaks(held, tokens, high - SLACK_BYTES)[1]
         while high - low > _NEED_STEP:
             middle = (low + high) // 2
-            if self.runs(run, position, text_tokens, middle):
+            if self.runs_anyway(run, position, text_tokens, middle):
                 high = middle
             else:
                 low = middle
@@ -124,8 +134,9 @@ def _has_cudnn(gpu: Gpu) -> bool:
 
 
 def _program(footprint: Footprint, *, is_cudnn: bool) -> Program | TracedProgram:
-    if isinstance(footprint, TracedFootprint):
-        return footprint.program()
+    traced = footprint.traced_program()
+    if traced is not None:
+        return traced
     profile, workload = footprint.profile, footprint.workload
     assert profile.body_script is not None
     return Program(
@@ -153,7 +164,7 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
         and not (profile.text.experts and is_before_5(footprint.release))
         and profile.quantization is None
     )
-    if isinstance(footprint, TracedFootprint):
+    if footprint.traced_program() is not None:
         is_scripted, is_plain = True, workload.allocator == "native"
     has_whole_tower = not any(atom.has_tower and not atom.has_embedding for atom in footprint.atoms)
     if footprint.is_bare or footprint.offloaded or not (is_scripted and is_plain and has_whole_tower):
@@ -181,25 +192,17 @@ def _furthest(problem: Problem, choice: Choice) -> Choice | None:
     for split in islice(_candidates(problem, choice), MOST_CANDIDATES):
         if reached + 1 == len(lengths):
             break
-        if takes(problem, split, lengths[reached + 1]) and takes(problem, split, lengths[0]):
-            goes = _reach(problem, split, lengths)
+        if takes(problem, split, lengths[reached + 1]) and takes_anyway(problem, split, lengths[0]):
+            goes = _reach(problem, split, lengths, takes)
             if goes > reached:
                 best, reached = split, goes
     if best is None:
         return None
+    reached = _reach(problem, best, lengths, takes_anyway)
     return Choice(best, _refined(problem, best, lengths, reached), is_rounded=choice.is_rounded)
 
 
-def longest(problem: Problem, split: Split) -> int | None:
-    """Most text tokens up to which a split takes every prompt; ``None`` when it does not take the workload itself."""
-    bound = problem.bare.longest_text_tokens(split)
-    if bound is None or not takes(problem, split, problem.workload.text_tokens):
-        return None
-    lengths = _lengths(problem.workload.text_tokens, bound)
-    return _refined(problem, split, lengths, _reach(problem, split, lengths))
-
-
-def _reach(problem: Problem, split: Split, lengths: Sequence[int]) -> int:
+def _reach(problem: Problem, split: Split, lengths: Sequence[int], takes: _Takes) -> int:
     """How many of the lengths behind the first run without a gap. The first is taken to run.
 
     Gaps are looked for in the last :data:`GAP_STEPS` lengths alone: where memory is plenty there are none.
@@ -233,21 +236,51 @@ def _refined(problem: Problem, split: Split, lengths: Sequence[int], reached: in
     least = (high - low) // 8
     while high - low > max(1, least):
         middle = (low + high) // 2
-        if takes(problem, split, middle):
+        if takes_anyway(problem, split, middle):
             low = middle
         else:
             high = middle
-    return low
+    return _without_gaps(problem, split, low, lengths[0])
+
+
+def _without_gaps(problem: Problem, split: Split, longest: int, wanted: int) -> int:
+    """The longest prompt, not above one that runs, with no gap right below it. What is wanted is taken to run."""
+    step = max(1, int(longest * FINE_STEP))
+    is_sure = True
+    for number, tokens in enumerate(range(longest - step, wanted, -step)):
+        if is_sure and number == FINE_STEPS:
+            return longest
+        if not takes_anyway(problem, split, tokens):
+            is_sure = False
+        elif not is_sure:
+            longest, is_sure = tokens, True
+    return longest if is_sure else wanted
 
 
 def takes(problem: Problem, split: Split, text_tokens: int) -> bool:
-    """Whether a split takes a prompt with so much text."""
-    replay, rooms = problem.replay, problem.fleet.rooms
+    """Whether a split takes a prompt with so much text; the caller's tensors are where the model begins."""
+    replay = problem.replay
     assert replay is not None
+    return _all_run(problem, split, text_tokens, replay.runs)
+
+
+def takes_anyway(problem: Problem, split: Split, text_tokens: int) -> bool:
+    """The same, also if the caller put them on the first GPU that torch sees.
+
+    Where that costs, the choice does not depend on it, but what is promised does.
+    """
+    replay = problem.replay
+    assert replay is not None
+    return _all_run(problem, split, text_tokens, replay.runs_anyway)
+
+
+def _all_run(
+    problem: Problem, split: Split, text_tokens: int, runs: Callable[[tuple[int, int], int, int, int], bool]
+) -> bool:
+    rooms = problem.fleet.rooms
     # Whether what lives at once fits is quicker to tell.
     return _can_run(problem, split, text_tokens) and all(
-        replay.runs(run, gpu, text_tokens, rooms[gpu].capacity_bytes)
-        for gpu, run in zip(split.gpus, split.runs, strict=True)
+        runs(run, gpu, text_tokens, rooms[gpu].capacity_bytes) for gpu, run in zip(split.gpus, split.runs, strict=True)
     )
 
 

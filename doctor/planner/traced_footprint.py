@@ -127,7 +127,7 @@ class TracedFootprint(Footprint):
             f"traced: {self._traces.architecture} of transformers {self._traces.transformers}, torch {self._traces.torch}"
         )
 
-    def program(self) -> TracedProgram:
+    def traced_program(self) -> TracedProgram:
         """The same traces for torch's allocator."""
         caches = self.profile.text.cached_layers
         return TracedProgram(self._regimes, caches, new_tokens=self.workload.new_tokens)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ..data.activations import vision_coefficient
+import msgspec
+
+from ..data.activations import VisionCoefficient, vision_coefficient
 from ..model import ModelProfile
 from ..workload import Workload
 from .image_tokens import ImageLoad
@@ -14,6 +16,17 @@ _PIXEL_ELEMENTS = 3 * 2
 """Channels of a pixel, and the two frames that Qwen2-VL and GLM-4.1V stack even for a still image; others have one."""
 
 
+def tower_coefficient(profile: ModelProfile) -> VisionCoefficient:
+    """The coefficient of a model's vision tower."""
+    known = vision_coefficient(profile.model_type)
+    if profile.vision_multiples is None:
+        return known
+    of_mlp, of_hidden = profile.vision_multiples
+    return msgspec.structs.replace(
+        known, intermediate_multiple=of_mlp, hidden_multiple=of_hidden, source="your own rules for this family"
+    )
+
+
 def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, item_bytes: int) -> tuple[int, int, int]:
     """Bytes of the pixels, of the vision tower at work with them, and of what stays of its work until the answer."""
     vision, batch = profile.vision, workload.batch
@@ -21,7 +34,7 @@ def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, i
     pixels = patches * _PIXEL_ELEMENTS * images.patch**2 * item_bytes
     if vision is None:
         return pixels, pixels, 0
-    coefficient = vision_coefficient(profile.model_type)
+    coefficient = tower_coefficient(profile)
     elements = coefficient.elements(intermediate=vision.intermediate, hidden=vision.hidden, layers=vision.layers)
     work = math.ceil(patches * elements * item_bytes)
     work += math.ceil(coefficient.pair_elements * patches**2 * item_bytes)

@@ -37,13 +37,17 @@ def loaded_dtype(profile: ModelProfile, workload: Workload) -> str:
 def unit_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
     """Bytes of a unit once it is loaded.
 
-    A checkpoint that is already quantized keeps its stored bytes. Otherwise float tensors are converted to the workload's
-    dtype (``None``: the checkpoint's main one), and packed or integer tensors stay. bitsandbytes keeps what it quantizes in
-    1 byte (int8) or 4.5 bits (nf4, scales included) an element and the rest in 16 bit.
+    A checkpoint that is already quantized keeps its quantized weights, and what it left in floats is converted. Otherwise
+    float tensors are converted to the workload's dtype (``None``: the checkpoint's main one), and packed or integer tensors
+    stay. bitsandbytes keeps what it quantizes in 1 byte (int8) or 4.5 bits (nf4, scales included) an element, and the rest
+    in 16 bit.
     """
-    if profile.quantization:
+    if profile.quantization and unit.kept_bytes is None:
         return unit.stored_bytes
     size = item_bytes(loaded_dtype(profile, workload))
+    if profile.quantization:
+        plain = sum(count for stored, count in unit.parameters.items() if stored in _CONVERTED)
+        return (unit.kept_bytes or 0) + plain * size
     if workload.quantization:
         size = min(size, 2)
     converted = sum(count for stored, count in unit.parameters.items() if stored in _CONVERTED)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from importlib.resources import files
 
 import msgspec
 
 from ..allocation import AllocationScript, TowerScript
+from .data_files import read_data
 
 
 class _Scripts(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,4 +43,4 @@ def tower_script(family: str, vision: str | None = None) -> TowerScript | None:
 
 @functools.cache
 def _scripts() -> _Scripts:
-    return msgspec.json.decode(files("vlm_doctor.data").joinpath("allocations.json").read_bytes(), type=_Scripts)
+    return msgspec.json.decode(read_data("allocations.json"), type=_Scripts)

@@ -77,7 +77,8 @@ def _first_calls(torch: Any, gpu: Any) -> None:
     functional.softmax(states, dim=-1, dtype=torch.float32)
     table = torch.ones(16, 64, **options)
     functional.embedding(torch.zeros(1, 8, device=gpu, dtype=torch.int64), table)
-    torch.cat([states, states], dim=1).masked_scatter(torch.ones(1, 512, 1, device=gpu, dtype=torch.bool), states)
+    is_text, is_image = (make(1, 256, 1, device=gpu, dtype=torch.bool) for make in (torch.zeros, torch.ones))
+    torch.cat([states, states], dim=1).masked_scatter(torch.cat([is_text, is_image], dim=1), states)
     states.float().argmax(-1).cumsum(-1)
 
 

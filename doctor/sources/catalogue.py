@@ -11,12 +11,12 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from typing import Any
 
 import msgspec
 
 from .checkpoint import DTYPE_BITS, Checkpoint, StoredTensor
+from .data_files import read_all_data
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -66,10 +66,7 @@ def expand(pattern: str) -> Iterator[str]:
 @functools.cache
 def catalogue() -> Mapping[str, CatalogueEntry]:
     """All entries by hub id, in alphabetical order."""
-    texts = (
-        item.read_bytes() for item in files("vlm_doctor.data").joinpath("models").iterdir() if item.name.endswith(".json")
-    )
-    entries = (msgspec.json.decode(text, type=CatalogueEntry) for text in texts)
+    entries = (msgspec.json.decode(text, type=CatalogueEntry) for text in read_all_data("models", ".json"))
     return {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name.lower())}
 
 

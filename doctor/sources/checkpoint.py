@@ -47,9 +47,12 @@ class StoredTensor(NamedTuple):
     """One tensor as a safetensors header describes it."""
 
     dtype: str
-    """safetensors' word, a key of ``DTYPE_BITS``."""
+    """safetensors' word, a key of ``DTYPE_BITS``; for a quantized weight joined with its scales what it is quantized to,
+    such as ``INT4`` or ``NF4``."""
     shape: tuple[int, ...]
     stored_bytes: int
+    loaded_bytes: int | None = None
+    """On a GPU, where a quantized weight takes something else there than in its file."""
 
     @property
     def elements(self) -> int:
@@ -70,3 +73,5 @@ class Checkpoint(NamedTuple):
     """preprocessor_config.json, where there is one."""
     notes: tuple[str, ...] = ()
     """What the reader of the files assumed, for the user."""
+    shared: Mapping[str, str] = {}
+    """Name of a tensor that is the same memory as another, to that one's; only files of ``torch.save`` say so."""

@@ -1,4 +1,4 @@
-"""Read a checkpoint from a folder: config.json and the headers of its safetensors files, never a weight."""
+"""Read a checkpoint from a folder: config.json and what describes its tensors, never a weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TORCH = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Half of a character beyond the first 65,536, or of a pair of halves, as JSON escapes it."""
@@ -24,12 +25,16 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 MAX_JSON_BYTES = 100_000_000
 """The largest index in use (hundreds of thousands of experts) has about 20 MB."""
 
+MAX_VALUES = 2_000_000
+"""Of a JSON file; such an index has one a tensor. Counted before it is decoded, it bounds the memory of a hostile one."""
+
 
 def read_folder(folder: Path) -> Checkpoint:
     """Read config and headers.
 
     Args:
-        folder: Holds config.json and model.safetensors, or shards with model.safetensors.index.json.
+        folder: Holds config.json and model.safetensors, or shards with model.safetensors.index.json; or, as older ones do,
+            pytorch_model.bin or shards of it, whose pickles are read without running them.
 
     Raises:
         ModelNotFoundError: There is no such folder.
@@ -51,8 +56,21 @@ def _read(folder: Path) -> Checkpoint:
         raise ModelFileError(f"{folder}: has no config.json; name the folder of a checkpoint.")
     config = parse_object(_read_text(folder / CONFIG), where=CONFIG)
     shards, notes = _shards(folder)
+    if not shards:
+        return _read_torch_files(folder, config)
     tensors = join_shards({shard: read_header(folder / shard) for shard in shards})
     return Checkpoint(config, tensors, tuple(shards), _processor(folder), tuple(notes))
+
+
+def _read_torch_files(folder: Path, config: dict[str, Any]) -> Checkpoint:
+    # Late: the tools for zip and pickle cost 10 ms.
+    from .torch_archive import read_torch_file
+
+    shards = [TORCH] if (folder / TORCH).exists() else _listed(folder, TORCH_INDEX)
+    files = {shard: read_torch_file(folder / shard) for shard in shards}
+    tensors = join_shards({shard: file.tensors for shard, file in files.items()})
+    shared = {name: first for file in files.values() for name, first in file.shared.items()}
+    return Checkpoint(config, tensors, tuple(shards), _processor(folder), shared=shared)
 
 
 def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
@@ -61,6 +79,8 @@ def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
     Raises:
         ModelFileError: Not JSON, or not an object.
     """
+    if text.count(b",") > MAX_VALUES:
+        raise ModelFileError(f"{where}: more than {MAX_VALUES:,} values are no {where}; download it again.")
     try:
         value = json.loads(text.decode("utf-8-sig"))
         if _SURROGATE.search(text):
@@ -73,20 +93,24 @@ def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
     return value
 
 
-def shards_of_index(text: bytes) -> list[str]:
+def shards_of_index(text: bytes, *, where: str = INDEX) -> list[str]:
     """Names of the shards that an index lists, sorted.
+
+    Args:
+        text: The index.
+        where: Its name, for the message of the error.
 
     Raises:
         ModelFileError: No valid index, or a name that leads out of the folder.
     """
-    weight_map = parse_object(text, where=INDEX).get("weight_map")
+    weight_map = parse_object(text, where=where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelFileError(f"{INDEX}: has no weight_map from tensors to files; download it again.")
+        raise ModelFileError(f"{where}: has no weight_map from tensors to files; download it again.")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         if not _stays_inside(shard):
             raise ModelFileError(
-                f"{INDEX}: lists the file {shard[:120]!r}, which is not a name inside the folder; do not trust it."
+                f"{where}: lists the file {shard[:120]!r}, which is not a name inside the folder; do not trust it."
             )
     return shards
 
@@ -118,26 +142,28 @@ def join_shards(headers: Mapping[str, Mapping[str, StoredTensor]]) -> dict[str, 
 
 
 def _shards(folder: Path) -> tuple[list[str], list[str]]:
-    """The files that make up the checkpoint, chosen as transformers does, and notes."""
+    """The safetensors files of the checkpoint, chosen as transformers does, and notes; none where it takes a torch file."""
     if (folder / SINGLE).exists():
         return [SINGLE], []
     if (folder / INDEX).exists():
-        shards = shards_of_index(_read_text(folder / INDEX))
-        for shard in shards:
-            if not (folder / shard).exists():
-                raise ModelFileError(f"{folder / shard}: is missing, though {INDEX} lists it; complete the download.")
-        return shards, []
+        return _listed(folder, INDEX), []
+    if (folder / TORCH).exists() or (folder / TORCH_INDEX).exists():
+        return [], []
     loose = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(loose) == 1 and "-of-" not in loose[0]:
         return loose, [f"{loose[0]} is read as the checkpoint; transformers looks for {SINGLE}."]
     if loose:
         raise ModelFileError(f"{folder}: has {len(loose)} safetensors files and no {INDEX}; complete the download.")
-    if any((folder / pickle).exists() for pickle in PICKLES):
-        raise ModelFileError(
-            f"{folder}: has only {PICKLES[0]}, a pickle that could run code and is never opened; convert it to safetensors "
-            "(save_pretrained of transformers does)."
-        )
     raise ModelFileError(f"{folder}: has config.json but no safetensors file; complete the download.")
+
+
+def _listed(folder: Path, index: str) -> list[str]:
+    """The shards of an index, all of them there."""
+    shards = shards_of_index(_read_text(folder / index), where=index)
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise ModelFileError(f"{folder / shard}: is missing, though {index} lists it; complete the download.")
+    return shards
 
 
 def _processor(folder: Path) -> dict[str, Any] | None:

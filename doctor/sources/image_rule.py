@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..data.image_rules import IMAGE_RULES, MERGE_DEFAULT_EDGE, UNKNOWN, ImageConstants
+from ..data.image_rules import MERGE_DEFAULT_EDGE, ImageConstants
 from ..model import ImageRule, VisionShape
 from .model_shapes import Fields
 
 
 def image_rule(
-    family: str,
+    constants: ImageConstants,
     config: Mapping[str, Any],
     vision: VisionShape,
     fields: Fields,
@@ -23,7 +23,7 @@ def image_rule(
     """Work out the rule, or ``None`` when neither the family nor the config tells.
 
     Args:
-        family: Key of ``IMAGE_RULES``; a family that is not listed is taken to resize each image to ``image_size``.
+        constants: Of the family; ``UNKNOWN`` resizes each image to ``image_size``.
         config: config.json.
         vision: Dimensions of the tower.
         fields: ``vision_config``.
@@ -33,7 +33,6 @@ def image_rule(
     Raises:
         ModelFileError: ``image_size`` or the like is no positive integer.
     """
-    constants = IMAGE_RULES.get(family, UNKNOWN)
     if constants.kind == "merge":
         return _any_size(constants, vision, fields, processor)
     forced = config.get("force_image_size")  # InternVL-Chat: wins over vision_config

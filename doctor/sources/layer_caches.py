@@ -30,6 +30,9 @@ _WORDS: Mapping[str, LayerCache] = {
 """Words of transformers (``ALLOWED_LAYER_TYPES`` in ``configuration_utils.py``, and older ones remapped there). A word
 that is not here (``indexed_attention``, ``hybrid``) keeps every token: the upper bound."""
 
+_LISTS = ("layer_types", "layers_block_type")
+"""Keys under which a config names its layers one by one."""
+
 _MAX_LAYERS = 10_000
 """Far more than any model has; the profile of one that promises more is refused once its tensors are counted."""
 
@@ -60,12 +63,18 @@ def layer_caches(fields: Fields, layers: int, sliding_window: int | None) -> tup
     return () if all(kind == usual for kind in found) else tuple(found)
 
 
+def named_layers(fields: Fields) -> int:
+    """Number of layers in a list of their kinds, which is all that Nemotron-H's config says; 0 where there is none."""
+    words = next((words for key in _LISTS if isinstance(words := fields.raw(key), list)), [])
+    return len(words) if len(words) <= _MAX_LAYERS else 0
+
+
 def _named(fields: Fields, layers: int) -> list[LayerCache] | None:
     """What the file says layer by layer, unless it contradicts the number of layers."""
     letters = fields.raw("hybrid_override_pattern")
     if isinstance(letters, str) and len(letters) == layers:
         return [_LETTERS.get(letter, "full") for letter in letters]
-    for key in ("layer_types", "layers_block_type"):
+    for key in _LISTS:
         words = fields.raw(key)
         if isinstance(words, list) and len(words) == layers and all(isinstance(word, str) for word in words):
             return [_WORDS.get(word, "full") for word in words]

@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
+from ..data.config_defaults import ARCHITECTURES
+from ..data.families import REMOTE_TYPES, FamilyChanges
 from ..errors import ModelFileError, ModelNotFoundError
 from ..model import ModelProfile
 from .catalogue import catalogue, find_entry
+from .checkpoint import Checkpoint
 from .checkpoint_folder import read_folder
 from .hub_cache import DEFAULT_REVISION, HubId, find_snapshot, hub_settings, parse_hub_id
-from .model_profile import build_profile
+from .installed_transformers import has_flat_towers
+from .model_profile import build_profile, class_of
+from .user_families import families_of_user, family_of_package
 
 
-def load_profile(name: str, *, allow_network: bool = True) -> ModelProfile:
+def load_profile(name: str, *, allow_network: bool = True, families: str | os.PathLike[str] | None = None) -> ModelProfile:
     """Describe a model from config.json and safetensors headers, without torch and without its weights.
 
     Args:
         name: A folder, a catalogue name, or a hub id ``org/name``, optionally ``org/name@revision``. A copy in the hub's
             local cache is preferred to the catalogue, and both to the network.
         allow_network: May ask the hub when nothing local answers; ``HF_HUB_OFFLINE=1`` forbids it as well.
+        families: TOML file with rules for families of models that are not built in (docs/models.md); the environment
+            variable ``VLM_DOCTOR_FAMILIES`` names one as well.
 
     Raises:
+        UsageError: The file of families cannot be read, or is nonsense.
         ModelNotFoundError: No such folder, catalogue name or hub id.
         ModelFileError: A file is damaged or lacks what a plan needs.
     """
+    own = families_of_user(families)
     place = find_model(name)
     if isinstance(place, Path):
         # transformers does not know "~".
-        return build_profile(read_folder(place), name=str(place) if name.startswith("~") else name, origin="checkpoint")
-    profile = _load_hub_model(name, place, allow_network=allow_network)
+        return _describe(read_folder(place), str(place) if name.startswith("~") else name, "checkpoint", own)
+    profile = _load_hub_model(name, place, own, allow_network=allow_network)
     revision = None if place.revision == DEFAULT_REVISION else place.revision
     return msgspec.structs.replace(profile, name=place.repo, revision=revision)
 
@@ -51,6 +62,19 @@ def find_model(name: str) -> Path | HubId:
     if model is None:
         raise ModelNotFoundError(f"{name[:200]!r}: no folder, catalogue name or hub id (org/name) of that name{_end(name)}")
     return model
+
+
+def _describe(
+    checkpoint: Checkpoint,
+    name: str,
+    origin: Literal["checkpoint", "hub", "catalogue"],
+    own: Mapping[str, FamilyChanges],
+) -> ModelProfile:
+    names = class_of(checkpoint.config)
+    # Packages are asked about families that nobody here knows, so that the others need not wait for it.
+    if not own.keys() & set(names) and names[0] not in ARCHITECTURES and names[0] not in REMOTE_TYPES.values():
+        own = family_of_package(*names)
+    return build_profile(checkpoint, name=name, origin=origin, families=own, are_towers_flat=has_flat_towers())
 
 
 def catalogue_names() -> tuple[str, ...]:
@@ -73,18 +97,18 @@ def _as_folder(name: str) -> Path | None:
     return path if is_path else None
 
 
-def _load_hub_model(name: str, model: HubId, *, allow_network: bool) -> ModelProfile:
+def _load_hub_model(name: str, model: HubId, own: Mapping[str, FamilyChanges], *, allow_network: bool) -> ModelProfile:
     entry = find_entry(model.repo) if model.revision == DEFAULT_REVISION else None
     settings = hub_settings(os.environ)
     snapshot = find_snapshot(model, settings.cache)
     problem: ModelFileError | None = None
     if snapshot is not None:
         try:
-            return build_profile(read_folder(snapshot), name=name, origin="hub")
+            return _describe(read_folder(snapshot), name, "hub", own)
         except ModelFileError as error:
             problem = error
     if entry is not None:
-        profile = build_profile(entry.checkpoint(), name=name, origin="catalogue")
+        profile = _describe(entry.checkpoint(), name, "catalogue", own)
     elif not allow_network or settings.is_offline:
         raise problem or ModelNotFoundError(
             f"{name}: no such folder, not in the catalogue nor in {settings.cache}, and the network may not be used; "
@@ -94,7 +118,7 @@ def _load_hub_model(name: str, model: HubId, *, allow_network: bool) -> ModelPro
         # Late: http costs more than everything else here, and local models do without.
         from .hub import read_hub
 
-        profile = build_profile(read_hub(model, settings), name=name, origin="hub")
+        profile = _describe(read_hub(model, settings), name, "hub", own)
     if problem is None:
         return profile
     return msgspec.structs.replace(profile, notes=(*profile.notes, f"The copy in the hub cache was not used: {problem}"))

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from ..data.config_defaults import ARCHITECTURES
-from ..data.families import INNER_GENERATE, REMOTE_TYPES
-from ..data.image_rules import IMAGE_RULES
+from ..data.config_defaults import ARCHITECTURES, PARTS
+from ..data.families import FLAT_TOWERS, REMOTE_TYPES, FamilyChanges, FamilyRules, rules_of
+from ..data.image_rules import UNKNOWN
 from ..errors import ModelFileError
 from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
 from .allocation_scripts import body_script, tower_script
@@ -16,7 +16,8 @@ from .checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
 from .image_rule import image_rule
 from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
 from .model_units import Cut, cut_into_units
-from .module_names import by_module_name
+from .module_names import by_module_name, with_flat_tower
+from .quantized_tensors import COMPRESSED, join_quantized, quantization_method, quantization_section
 from .registration import registered
 from .shapes_from_tensors import FLOATS
 from .weightless_units import complete_units
@@ -26,39 +27,56 @@ MAX_UNITS = 2_000
 _RIGHT_CONFIG = "use the config.json that belongs to this checkpoint"
 
 
-def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpoint", "hub", "catalogue"]) -> ModelProfile:
+def build_profile(
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    origin: Literal["checkpoint", "hub", "catalogue"],
+    families: Mapping[str, FamilyChanges] | None = None,
+    are_towers_flat: bool = False,
+) -> ModelProfile:
     """Describe a model from its config and headers.
 
     Args:
         checkpoint: What was read, or a catalogue entry expanded.
         name: What the user calls it.
         origin: Where it was read from.
+        families: The user's own rules, by ``model_type`` or name of the class; what they give outdoes what is built in.
+        are_towers_flat: The installed transformers has no ``vision_model`` inside CLIP and SigLIP towers (5.x), which
+            matters only where a tower is broken into parts.
 
     Raises:
         ModelFileError: The config lacks a key that a plan needs, or contradicts the tensors.
     """
     config = checkpoint.config
     if not checkpoint.tensors:
-        raise ModelFileError(f"{name}: the safetensors files hold no tensors; download the checkpoint again.")
-    model_type, architecture = _class_of(config)
+        raise ModelFileError(f"{name}: its files hold no tensors; download the checkpoint again.")
+    model_type, architecture = class_of(config)
     is_remote_code = bool(config.get("auto_map")) and ARCHITECTURES.get(model_type) != architecture
-    tensors = by_module_name(checkpoint.tensors, "" if is_remote_code else model_type)
-    cut = cut_into_units(tensors)
+    rules = _rules(config, model_type, architecture, is_remote_code=is_remote_code, families=families or {})
+    is_flat = are_towers_flat and not is_remote_code and _tower_type(config) in FLAT_TOWERS
+    fields = text_fields(config)
+    ties = _ties(config, fields.raw("tie_word_embeddings"))
+    section = quantization_section(config)
+    named = by_module_name(_each_once(checkpoint, ties_embeddings=ties), rules.renames)
+    if section is not None:
+        named = join_quantized(named, section)
+    tensors = with_flat_tower(named) if is_flat else named
+    cut = cut_into_units(tensors, rules)
     if len(cut.units) > MAX_UNITS:
         raise ModelFileError(
             f"{name}: its tensors are named like {len(cut.units):,} parts of a model (at most {MAX_UNITS:,}); "
             "name the folder of a checkpoint that transformers can load."
         )
-    fields = text_fields(config)
     text = text_shape(fields, tensors, cut.first("layer"))
-    notes = [*checkpoint.notes, *_check_against(text, cut, tensors)]
+    notes = [*checkpoint.notes, *_about_quantization(section), *_check_against(text, cut, tensors)]
     units, tied = complete_units(
         cut,
-        family=model_type,
         body_type=fields.model_type,
-        ties_embeddings=_ties(config, fields.raw("tie_word_embeddings")),
+        ties_embeddings=ties,
+        rotary=rules.rotary,
     )
-    vision, image = _vision(checkpoint, tensors, model_type, cut.first("vision"), notes)
+    vision, image = _vision(checkpoint, tensors, cut.first("vision"), rules, notes)
     return ModelProfile(
         name=name,
         origin=origin,
@@ -72,12 +90,14 @@ def build_profile(checkpoint: Checkpoint, *, name: str, origin: Literal["checkpo
         text=text,
         vision=vision,
         image=image,
-        quantization=_quantization(config),
-        runs_inner_generate=architecture.startswith(INNER_GENERATE),
-        body_script=None if is_remote_code else body_script(text.body),
-        tower_script=None if is_remote_code else tower_script(model_type, _vision_type(config)),
+        quantization=quantization_method(section),
+        runs_inner_generate=rules.runs_inner_generate,
+        text_multiples=rules.text_multiples,
+        vision_multiples=rules.vision_multiples,
+        body_script=None if is_remote_code or rules.text_multiples else body_script(text.body),
+        tower_script=None if is_remote_code or rules.vision_multiples else tower_script(model_type, _vision_type(config)),
         files=checkpoint.files,
-        registered=registered(tensors, units, config, model_type=model_type, is_remote_code=is_remote_code),
+        registered=registered(named, units, config, model_type=model_type, is_remote_code=is_remote_code),
         notes=tuple(notes),
     )
 
@@ -89,7 +109,14 @@ def _vision_type(config: Mapping[str, Any]) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def _class_of(config: Mapping[str, Any]) -> tuple[str, str]:
+def _each_once(checkpoint: Checkpoint, *, ties_embeddings: bool | None) -> Mapping[str, StoredTensor]:
+    """The tensors, those with two names once. A config that forbids ties makes transformers load both."""
+    if not checkpoint.shared or ties_embeddings is False:
+        return checkpoint.tensors
+    return {name: tensor for name, tensor in checkpoint.tensors.items() if name not in checkpoint.shared}
+
+
+def class_of(config: Mapping[str, Any]) -> tuple[str, str]:
     """Return ``model_type`` and the name of the class.
 
     Raises:
@@ -104,6 +131,37 @@ def _class_of(config: Mapping[str, Any]) -> tuple[str, str]:
     if not architecture:
         raise ModelFileError(f"config.json has no architectures; {_RIGHT_CONFIG}.")
     return model_type, architecture
+
+
+def _rules(
+    config: Mapping[str, Any],
+    model_type: str,
+    architecture: str,
+    *,
+    is_remote_code: bool,
+    families: Mapping[str, FamilyChanges],
+) -> FamilyRules:
+    """The user's rules for the model, otherwise the built-in ones; what the config forbids is added."""
+    rules = rules_of(model_type, architecture)
+    if is_remote_code:
+        rules = rules._replace(renames=())
+    for name in (model_type, architecture):
+        rules = rules._replace(**families.get(name, {}))
+    layers = config.get("vision_feature_layer", config.get("vision_feature_layers"))
+    if isinstance(layers, list) and len(layers) > 1:
+        # The outputs of several blocks are joined (``torch.cat`` in modeling_llava.py), so that all must be on one GPU.
+        rules = rules._replace(is_tower_whole=True)
+    return rules
+
+
+def _tower_type(config: Mapping[str, Any]) -> str:
+    """``model_type`` of the vision tower."""
+    section = config.get("vision_config")
+    named = section.get("model_type") if isinstance(section, dict) else None
+    if isinstance(named, str) and named:
+        return named
+    family = config.get("model_type")
+    return PARTS.get(family, {}).get("vision_config", "") if isinstance(family, str) else ""
 
 
 def _check_against(text: TextShape, cut: Cut, tensors: Mapping[str, StoredTensor]) -> list[str]:
@@ -137,7 +195,11 @@ def _ties(config: Mapping[str, Any], of_body: Any) -> bool | None:
 
 
 def _vision(
-    checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor], model_type: str, tower: str, notes: list[str]
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, StoredTensor],
+    tower: str,
+    rules: FamilyRules,
+    notes: list[str],
 ) -> tuple[VisionShape | None, ImageRule | None]:
     """Dimensions of the tower and its processor's rule; what is unknown becomes a note."""
     if not tower:
@@ -149,11 +211,11 @@ def _vision(
         notes.append("config.json does not give the dimensions of the vision tower: its working memory is not counted.")
         return None, None
     has_conv = f"{tower}.conv.weight" in tensors
-    rule = image_rule(model_type, checkpoint.config, shape, fields, checkpoint.processor, has_conv=has_conv)
-    family = model_type or "this family"
+    rule = image_rule(rules.image or UNKNOWN, checkpoint.config, shape, fields, checkpoint.processor, has_conv=has_conv)
+    family = checkpoint.config.get("model_type") or "this family"
     if rule is None:
         notes.append(f"How {family} turns images into tokens is unknown: image tokens are not counted.")
-    elif model_type not in IMAGE_RULES:
+    elif rules.image is None:
         notes.append(
             f"How {family} turns images into tokens is assumed: each is resized to {rule.size} x {rule.size} pixels."
         )
@@ -168,14 +230,15 @@ def _dtype(config: Mapping[str, Any], units: Iterable[Unit]) -> str:
             return named.removeprefix("torch.")
     stored: Counter[str] = Counter()
     for unit in units:
-        stored.update({dtype: count for dtype, count in unit.parameters.items() if dtype in TORCH_DTYPES})
+        stored.update({dtype: count for dtype, count in unit.parameters.items() if dtype in FLOATS})
     return TORCH_DTYPES[stored.most_common(1)[0][0]] if stored else "bfloat16"
 
 
-def _quantization(config: Mapping[str, Any]) -> str | None:
-    """The method of a checkpoint that is already quantized."""
-    section = config.get("quantization_config")
-    if not isinstance(section, dict):
-        return None
-    method = section.get("quant_method")
-    return method if isinstance(method, str) and method else "unknown"
+def _about_quantization(section: Mapping[str, Any] | None) -> list[str]:
+    """What a plan assumes of weights that are quantized already."""
+    if quantization_method(section) != COMPRESSED:
+        return []
+    return [
+        "The first forward pass unpacks the weights and keeps them in 16 bit (compressed-tensors), so that they take more "
+        "than their files."
+    ]

@@ -9,26 +9,37 @@ from ..data.config_defaults import PARTS, SHAPES
 from ..errors import ModelFileError
 from ..model import TextShape, VisionShape
 from .checkpoint import StoredTensor
-from .layer_caches import layer_caches
+from .layer_caches import layer_caches, named_layers
 from .shapes_from_tensors import kv_heads as kv_heads_of
 from .shapes_from_tensors import mlp_width
 
-_TEXT_PARTS = ("text_config", "llm_config", "language_config")
-"""Where families keep the text body: most; InternVL-Chat; DeepSeek-VL2. Otherwise the root is the text config."""
+_TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder")
+"""Where families keep the text body: most; InternVL-Chat; DeepSeek-VL2; encoder-decoders. Otherwise the root is the text
+config."""
+
+_WHOLE = "vlm_config"
+"""Where PI0 keeps the config of the model that it wraps."""
 
 _SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"),
+    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "layers", "decoder_layers"),
     "hidden": ("hidden_size", "embed_dim", "n_embd", "d_model", "dim", "width"),
-    "intermediate": ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "mlp_dim"),
-    "heads": ("num_attention_heads", "num_heads", "n_head", "attention_heads"),
+    "intermediate": ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "mlp_dim", "decoder_ffn_dim", "d_ff"),
+    "heads": ("num_attention_heads", "num_heads", "n_head", "attention_heads", "decoder_attention_heads"),
     "kv_heads": ("num_key_value_heads", "num_multi_query_heads", "multi_query_group_num", "n_head_kv"),
     "head_dim": ("head_dim", "kv_channels", "attention_head_dim"),
     "vocabulary": ("vocab_size", "padded_vocab_size"),
     "max_positions": ("max_position_embeddings", "seq_length", "n_positions"),
     "patch": ("patch_size", "spatial_patch_size"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "active_experts": ("num_experts_per_tok", "moe_topk", "moe_k"),
+    "shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
 }
 """Our word to the families' words, the usual one first. ``num_layers`` to ``seq_length``: ChatGLM (``glm-4v-9b``);
-``num_multi_query_heads``: CogVLM2; ``depth`` and ``embed_dim``: the Qwen-VL towers."""
+``num_multi_query_heads``: CogVLM2; ``depth`` and ``embed_dim``: the Qwen-VL towers; ``layers`` and ``attention_heads``:
+Kosmos-2; ``decoder_...``: BART's heirs (Florence-2); ``d_ff``: T5's (UDOP); ``moe_k`` and its like: ERNIE 4.5 VL."""
+
+_LISTS = frozenset({"moe_intermediate_size", "experts"})
+"""Words that ERNIE 4.5 VL gives twice: for experts that read text and for those that read images. The larger counts."""
 
 _MAX_DIMENSION = 2**31
 """Nothing real comes near; it keeps products of hostile numbers small."""
@@ -70,6 +81,8 @@ class Fields:
         value = self.raw(found[0])
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]  # InternVL writes patch_size and image_size as [height, width].
+        if word in _LISTS and isinstance(value, list) and 0 < len(value) <= 8 and all(type(item) is int for item in value):
+            value = max(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if type(value) is not int or not 0 < value < _MAX_DIMENSION:
@@ -98,6 +111,9 @@ def text_fields(config: Mapping[str, Any]) -> Fields:
     Raises:
         ModelFileError: ``text_config`` (or its like) is no JSON object.
     """
+    whole = config.get(_WHOLE)
+    if isinstance(whole, dict) and "text_config" in whole:
+        config = whole
     for part in _TEXT_PARTS:
         if config.get(part) is not None:
             return _part(config, part)
@@ -125,8 +141,11 @@ def _part(config: Mapping[str, Any], part: str) -> Fields:
         raise ModelFileError(
             f"config.json: {part} is not a JSON object; use the config.json that belongs to this checkpoint."
         )
-    family = PARTS.get(_word(config.get("model_type")), {})
-    return Fields(values, _word(values.get("model_type")) or family.get(part, ""), f"{part}.")
+    named = _word(values.get("model_type"))
+    usual = PARTS.get(_word(config.get("model_type")), {}).get(part, "")
+    # 4.57 writes "Glm4vMoe_text" where 5.x has "glm4v_moe_text".
+    is_usual = not named or named.replace("_", "").lower() == usual.replace("_", "")
+    return Fields(values, usual if is_usual else named, f"{part}.")
 
 
 def _word(value: Any) -> str:
@@ -145,15 +164,13 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
         ModelFileError: A key that a plan needs is missing or no positive integer.
     """
     hidden, heads = fields.need("hidden"), fields.need("heads")
-    head_dim = fields.get("head_dim") or max(1, hidden // heads)
+    head_dim = _width(fields, "head_dim") or max(1, hidden // heads)
     kv_heads = heads if fields.raw("multi_query_attention") is False else fields.get("kv_heads")
     kv_heads = kv_heads or kv_heads_of(tensors, layer, heads, head_dim) or heads
-    layers, latent = fields.need("layers"), fields.get("kv_lora_rank")
+    layers, latent = fields.get("layers") or named_layers(fields) or fields.need("layers"), fields.get("kv_lora_rank")
     if latent:
         # Multi-head latent attention: transformers 4.57 caches the expanded keys (nope + rope) and values of every head.
-        expanded = (
-            (fields.get("qk_nope_head_dim") or 0) + (fields.get("qk_rope_head_dim") or 0) + (fields.get("v_head_dim") or 0)
-        )
+        expanded = sum(_width(fields, key) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
         kv_heads, head_dim = heads, max(1, (expanded + 1) // 2)
     has_no_window = fields.raw("use_sliding_window") is False or fields.says_none("sliding_window")
     window = None if has_no_window else fields.get("sliding_window")
@@ -169,29 +186,35 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
         attention_chunk=fields.get("attention_chunk_size"),
         max_positions=fields.get("max_positions"),
         body=fields.model_type,
-        experts=fields.get("num_experts") or fields.get("num_local_experts") or fields.get("n_routed_experts") or 0,
-        active_experts=_active_experts(fields),
+        experts=_count(fields, "experts"),
+        active_experts=_count(fields, "active_experts"),
         expert_width=fields.get("moe_intermediate_size") or 0,
         kv_lora_rank=latent,
-        qk_rope_head_dim=fields.get("qk_rope_head_dim") if latent else None,
-        qk_nope_head_dim=fields.get("qk_nope_head_dim") if latent else None,
-        v_head_dim=fields.get("v_head_dim") if latent else None,
+        qk_rope_head_dim=_width(fields, "qk_rope_head_dim") if latent else None,
+        qk_nope_head_dim=_width(fields, "qk_nope_head_dim") if latent else None,
+        v_head_dim=_width(fields, "v_head_dim") if latent else None,
         linear_width=(fields.get("linear_num_value_heads") or 0) * (fields.get("linear_value_head_dim") or 0),
         cached_layers=layer_caches(fields, layers, window),
     )
 
 
-def _active_experts(fields: Fields) -> int:
-    return fields.get("num_experts_per_tok") or fields.get("moe_topk") or 0
+def _width(fields: Fields, key: str) -> int | None:
+    """A width that may be 0: GLM-5-Next writes so where a head has no such part."""
+    return None if any(fields.raw(spelling) == 0 for spelling in _SPELLINGS.get(key, (key,))) else fields.get(key)
+
+
+def _count(fields: Fields, word: str) -> int:
+    """A number that may be 0 or left out: of experts, where there are some."""
+    return _width(fields, word) or 0
 
 
 def _active_width(fields: Fields) -> int:
     """MLP width that one token passes: the whole MLP, or its share of a mixture of experts."""
-    experts_per_token = _active_experts(fields)
+    experts_per_token = _count(fields, "active_experts")
     if not experts_per_token:
         return fields.need("intermediate")
     expert = fields.get("moe_intermediate_size") or fields.need("intermediate")
-    shared = fields.get("shared_expert_intermediate_size") or (fields.get("n_shared_experts") or 0) * expert
+    shared = fields.get("shared_expert_intermediate_size") or _count(fields, "shared_experts") * expert
     return max(experts_per_token * expert + shared, fields.get("intermediate") or 0)
 
 
@@ -206,6 +229,8 @@ def vision_shape(fields: Fields, tensors: Mapping[str, StoredTensor], tower: str
     Raises:
         ModelFileError: A value is no positive integer.
     """
+    if isinstance(fields.raw("depths"), list):
+        return None  # Florence-2's tower has stages of different widths.
     layers, heads = fields.get("layers"), fields.get("heads")
     # Qwen2-VL's tower is embed_dim wide and calls the width of its output hidden_size.
     hidden = fields.get("embed_dim") or fields.get("hidden")

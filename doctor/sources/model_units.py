@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ..data.families import FamilyRules
 from ..model import Role, Unit
 from .checkpoint import StoredTensor
-from .shapes_from_tensors import FLOATS
+from .tower_parts import tower_parts
+from .unit_contents import Named, unit_of
 
 _VISION = ("vis", "vit", "vpm", "image_tower", "image_encoder", "image_embed", "img_", "video_tower", "vqmodel", "sam_")
 """Beginnings of components that hold a vision tower: ``visual``, ``vision_tower``, ``vpm`` (MiniCPM-V) and so on."""
@@ -59,54 +61,62 @@ class Cut(NamedTuple):
         return next((unit.key for unit in self.units if unit.role == role), "")
 
 
-def cut_into_units(tensors: Mapping[str, StoredTensor]) -> Cut:
+def cut_into_units(tensors: Mapping[str, StoredTensor], rules: FamilyRules = FamilyRules()) -> Cut:  # noqa: B008
     """Cut a checkpoint into units.
 
     Args:
         tensors: By parameter name in the class.
+        rules: Of the family.
     """
-    stack = _text_stack(tensors)
+    stack = rules.layers or _text_stack(tensors, rules)
     body = stack.rpartition(".")[0]
-    places: dict[str, _Place | None] = {name: _recognize(name, stack, body) for name in tensors}
+    places: dict[str, _Place | None] = {name: _recognize(name, stack, body, rules) for name in tensors}
     taken = _ancestors(place.key for place in places.values() if place)
     complete = {name: place or _Place(_free_prefix(name, taken), "other") for name, place in places.items()}
     merged = _merge_nested(complete)
-    members: dict[_Place, list[tuple[str, StoredTensor]]] = {}
+    members: dict[_Place, list[Named]] = {}
     for name, tensor in tensors.items():
         members.setdefault(merged[name], []).append((name, tensor))
-    units = [_unit(place, contents) for place, contents in members.items()]
+    units = [
+        unit_of(place.key, place.role, contents, layer=place.layer, parts=_parts(place, contents, rules))
+        for place, contents in members.items()
+    ]
     units.sort(key=lambda unit: (_ORDER[unit.role], -1 if unit.layer is None else unit.layer))
     return Cut(tuple(units), body)
 
 
-def _text_stack(tensors: Mapping[str, StoredTensor]) -> str:
+def _parts(place: _Place, contents: list[Named], rules: FamilyRules) -> tuple[Unit, ...]:
+    return tower_parts(place.key, contents, rules) if place.role == "vision" else ()
+
+
+def _text_stack(tensors: Mapping[str, StoredTensor], rules: FamilyRules) -> str:
     """Find the list of text layers: of the numbered lists outside towers the one with the most bytes, usual names first."""
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
         parts = name.split(".")
         at = _first_number(parts)
-        if at and _tower(parts[:at]) is None:
+        if at and _tower(parts[:at], rules) is None:
             stack = ".".join(parts[:at])
             sizes[stack] = sizes.get(stack, 0) + tensor.stored_bytes
     usual = [stack for stack in sizes if stack.rpartition(".")[2] in _LAYER_LISTS]
     return max(usual or sizes, key=lambda stack: sizes[stack], default="")
 
 
-def _recognize(name: str, stack: str, body: str) -> _Place | None:
+def _recognize(name: str, stack: str, body: str, rules: FamilyRules) -> _Place | None:
     """Tell a tensor's unit by its name; ``None`` when the name says nothing."""
     parts = name.split(".")
     at = _first_number(parts)
     if stack and at is not None and ".".join(parts[:at]) == stack:
         return _Place(".".join(parts[: at + 1]), "layer", int(parts[at]))
     above = parts if at is None else parts[:at]
-    tower = _tower(above)
+    tower = _tower(above, rules)
     if tower is not None:
         return _Place(".".join(parts[: tower[0] + 1]), tower[1])
     for index, part in enumerate(above[:-1] if at is None else above):
         key = ".".join(parts[: index + 1])
-        if part in _EMBEDDING:
+        if part in _EMBEDDING or part in rules.embedding:
             return _Place(key, "embedding")
-        if part in _HEAD:
+        if part in _HEAD or part in rules.head:
             return _Place(key, "head")
         if key.rpartition(".")[0] == body:
             if part == "embeddings":
@@ -121,9 +131,13 @@ def _first_number(parts: list[str]) -> int | None:
     return next((at for at, part in enumerate(parts) if len(part) <= 6 and part.isascii() and part.isdigit()), None)
 
 
-def _tower(parts: list[str]) -> tuple[int, Role] | None:
+def _tower(parts: list[str], rules: FamilyRules) -> tuple[int, Role] | None:
     """The first component that names a projector, a vision tower or an audio tower, and which."""
     for index, part in enumerate(parts):
+        if rules.projector and part.startswith(rules.projector):
+            return index, "projector"
+        if rules.vision and part.startswith(rules.vision):
+            return index, "vision"
         if part.startswith(_AUDIO):
             return index, "other"
         if part in _PROJECTOR_EXACT or any(word in part for word in _PROJECTOR):
@@ -162,29 +176,3 @@ def _merge_nested(places: Mapping[str, _Place]) -> dict[str, _Place]:
             top = by_key.get(key, top)
         merged[name] = top
     return merged
-
-
-def _unit(place: _Place, contents: list[tuple[str, StoredTensor]]) -> Unit:
-    parameters: dict[str, int] = {}
-    quantizable = 0
-    for name, tensor in contents:
-        parameters[tensor.dtype] = parameters.get(tensor.dtype, 0) + tensor.elements
-        if place.role != "head" and _is_linear(name, tensor):
-            quantizable += tensor.elements
-    return Unit(
-        key=place.key,
-        role=place.role,
-        layer=place.layer,
-        parameters=parameters,
-        stored_bytes=sum(tensor.stored_bytes for _, tensor in contents),
-        largest_tensor_elements=max(tensor.elements for _, tensor in contents),
-        quantizable_elements=quantizable,
-    )
-
-
-def _is_linear(name: str, tensor: StoredTensor) -> bool:
-    """True for a weight of ``nn.Linear``, which bitsandbytes quantizes; an embedding's is a matrix as well."""
-    parts = name.rsplit(".", 2)
-    parent = parts[-2] if len(parts) > 1 else ""
-    is_table = "embed" in parent or parent == "wte"
-    return parts[-1] == "weight" and len(tensor.shape) == 2 and tensor.dtype in FLOATS and not is_table

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 
@@ -28,6 +29,10 @@ MAX_DIMENSIONS = 64
 MAX_TENSORS = 250_000
 """Of one file; the largest mixtures of experts have about 210,000 in all their files. Bounds the time of a hostile one."""
 
+MAX_VALUES = 16 * MAX_TENSORS
+"""Of the header's JSON; real ones have about 7 a tensor. Counted before it is decoded, it bounds the memory of a hostile
+one to a few hundred MB."""
+
 _NATURALS_END = 2**63
 """No file is as long, and no tensor has as many elements."""
 
@@ -35,6 +40,19 @@ MAX_NAME = 1024
 """Letters of a tensor's name; real ones have about 120. Bounds the time that hostile names can cost."""
 
 _AGAIN = "download it again"
+
+_Natural = Annotated[int, msgspec.Meta(ge=0, lt=_NATURALS_END - 1)]
+
+
+class _Entry(msgspec.Struct):
+    """One tensor. ``__metadata__``, whose values are texts, fits as well, since every field may be missing."""
+
+    dtype: str = ""
+    shape: Annotated[tuple[_Natural, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)] | None = None
+    data_offsets: tuple[_Natural, _Natural] = (0, 0)
+
+
+_DECODER = msgspec.json.Decoder(dict[str, _Entry])
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -103,6 +121,49 @@ def parse_header(header: bytes, file_bytes: int | None, *, length: int, where: s
     """
     if len(header) < length:
         raise ModelFileError(f"{where}: truncated inside its header; {_AGAIN}.")
+    if header.count(b",") > MAX_VALUES:
+        raise ModelFileError(f"{where}: its header has more than {MAX_VALUES:,} values, as no checkpoint; {_AGAIN}.")
+    quick = _quick(header)
+    if quick is not None:
+        tensors, spans = quick
+    else:
+        tensors, spans = _slow(header, where)
+    data_bytes = _check_cover(spans, where)
+    expected = PREFIX_BYTES + length + data_bytes
+    if file_bytes is not None and file_bytes < expected:
+        raise ModelFileError(f"{where}: truncated, {file_bytes:,} of {expected:,} bytes are there; {_AGAIN}.")
+    if file_bytes is not None and file_bytes > expected:
+        raise ModelFileError(f"{where}: {file_bytes - expected:,} bytes follow the last tensor; {_AGAIN}.")
+    return tensors
+
+
+def _quick(header: bytes) -> tuple[dict[str, StoredTensor], list[tuple[int, int, str]]] | None:
+    """Tensors and spans of a header without faults; ``None`` when it has one, which the slow way names."""
+    try:
+        entries = _DECODER.decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
+        return None
+    entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS or max(map(len, entries), default=0) > MAX_NAME:
+        return None
+    tensors: dict[str, StoredTensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in entries.items():
+        begin, end = entry.data_offsets
+        bits = DTYPE_BITS.get(entry.dtype)
+        if bits is None or entry.shape is None or prod(entry.shape) * bits != 8 * (end - begin):
+            return None
+        tensors[name] = StoredTensor(entry.dtype, entry.shape, end - begin)
+        spans.append((begin, end, name))
+    return tensors, spans
+
+
+def _slow(header: bytes, where: str) -> tuple[dict[str, StoredTensor], list[tuple[int, int, str]]]:
+    """The same, entry by entry.
+
+    Raises:
+        ModelFileError: What is wrong with the header.
+    """
     try:
         entries = msgspec.json.decode(header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
@@ -119,13 +180,7 @@ def parse_header(header: bytes, file_bytes: int | None, *, length: int, where: s
         begin, tensor = _tensor(name, entry, where)
         spans.append((begin, begin + tensor.stored_bytes, name))
         tensors[name] = tensor
-    data_bytes = _check_cover(spans, where)
-    expected = PREFIX_BYTES + length + data_bytes
-    if file_bytes is not None and file_bytes < expected:
-        raise ModelFileError(f"{where}: truncated, {file_bytes:,} of {expected:,} bytes are there; {_AGAIN}.")
-    if file_bytes is not None and file_bytes > expected:
-        raise ModelFileError(f"{where}: {file_bytes - expected:,} bytes follow the last tensor; {_AGAIN}.")
-    return tensors
+    return tensors, spans
 
 
 def _tensor(name: str, entry: Any, where: str) -> tuple[int, StoredTensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..data.config_defaults import SHAPES
-from ..data.families import NO_ROTARY, ROTARY
+from ..data.families import NO_ROTARY
 from ..model import Role, Unit
 from .model_units import Cut
 
@@ -17,14 +17,16 @@ class Completed(NamedTuple):
     tied: tuple[tuple[str, ...], ...]
 
 
-def complete_units(cut: Cut, *, family: str, body_type: str, ties_embeddings: bool | None) -> Completed:
+def complete_units(
+    cut: Cut, *, body_type: str, ties_embeddings: bool | None, rotary: tuple[str, ...] | None = None
+) -> Completed:
     """Add the tied head and the position buffers.
 
     Args:
         cut: What the checkpoint stores.
-        family: ``model_type`` of the model.
         body_type: ``model_type`` of its text body.
         ties_embeddings: ``tie_word_embeddings``, ``None`` when the config does not say.
+        rotary: Modules with position buffers, ``None`` where the family says nothing.
     """
     units = list(cut.units)
     embedding = next((unit.key for unit in units if unit.role == "embedding"), None)
@@ -38,10 +40,11 @@ def complete_units(cut: Cut, *, family: str, body_type: str, ties_embeddings: bo
             tied = ((embedding, head),)
     elif embedding is not None and head is not None and ties_embeddings:
         tied = ((embedding, head),)
-    rotary = _free(_rotary_module(cut.body, family, body_type), units)
-    if rotary is not None:
-        first_layer = next((at for at, unit in enumerate(units) if unit.role in ("layer", "norm", "head")), len(units))
-        units.insert(first_layer, _weightless(rotary, "other"))
+    for module in _rotary_modules(cut.body, body_type) if rotary is None else rotary:
+        key = _free(module, units)
+        if key is not None:
+            first_layer = next((at for at, unit in enumerate(units) if unit.role in ("layer", "norm", "head")), len(units))
+            units.insert(first_layer, _weightless(key, "other"))
     return Completed(tuple(units), tied)
 
 
@@ -56,11 +59,9 @@ def _head_beside(body: str) -> str | None:
     return None if beside is None else ".".join([*parts[:beside], "lm_head"])
 
 
-def _rotary_module(body: str, family: str, body_type: str) -> str | None:
+def _rotary_modules(body: str, body_type: str) -> tuple[str, ...]:
     """Where the position buffers stand: beside the layers' list in every text body of transformers that has some."""
-    if family in ROTARY:
-        return ROTARY[family]
-    return f"{body}.rotary_emb" if body and body_type in SHAPES and body_type not in NO_ROTARY else None
+    return (f"{body}.rotary_emb",) if body and body_type in SHAPES and body_type not in NO_ROTARY else ()
 
 
 def _free(key: str | None, units: list[Unit]) -> str | None:

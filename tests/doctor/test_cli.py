@@ -474,8 +474,8 @@ def test_an_interrupt_is_130_without_traceback() -> None:
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
 
-    assert first == "{"
-    assert len(out) < 2**17
+    # A write that was cut short goes on before Python looks at the signal, so that the report may be whole or not.
+    assert (first + out).startswith("{")
     assert (child.returncode, err) == (130, "")
 
 

@@ -25,7 +25,7 @@ def places(model: Any) -> set[int]:
 
 
 def answer(model: Any) -> Any:
-    tokens = torch.arange(20, 40, device="cuda:0")[None]
+    tokens = torch.arange(20, 40, device=model.device)[None]
     with torch.no_grad():
         return model(input_ids=tokens).logits.float().cpu()
 

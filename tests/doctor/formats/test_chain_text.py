@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,16 +17,17 @@ from vlm_doctor.machine import Host
 from vlm_doctor.placement import AutoPlacement, Cut, LedgerLine, Offload, Plan, Stage
 from vlm_doctor.report import Report
 from vlm_doctor.units import GIB
+from vlm_doctor.workload import Training
 
 Golden = Callable[[str, str], None]
 
 
-def report(model: str, spec: str, policy: Policy, **workload: object) -> Report:
+def report(model: str, spec: str, policy: Policy, **workload: Any) -> Report:
     machine = load_machine(spec)
     if policy.offload:
         machine = msgspec.structs.replace(machine, host=Host(os="Linux", kernel="6", memory_available_bytes=64 * GIB))
     profile = load_profile(model, allow_network=False)
-    return report_of(profile, machine, msgspec.convert(workload, Workload), policy)
+    return report_of(profile, machine, Workload(**workload), policy)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,30 @@ def report(model: str, spec: str, policy: Policy, **workload: object) -> Report:
 )
 def test_whole_text_of_a_real_plan(name: str, model: str, spec: str, policy: Policy, golden: Golden) -> None:
     golden(f"terminal/{name}.txt", render(report(model, spec, policy), "terminal"))
+
+
+@pytest.mark.parametrize(
+    ("training", "line"),
+    [
+        (Training(), "Training  LoRA adapters of rank 16, adamw, gradient checkpointing"),
+        (
+            Training(method="full", optimizer="adamw_8bit", gradient_checkpointing=False),
+            "Training  all weights, adamw_8bit, all activations kept",
+        ),
+    ],
+)
+def test_a_training_step_is_described_and_makes_no_tokens(training: Training, line: str) -> None:
+    text = render(report("zai-org/GLM-4.1V-9B-Thinking", "8x80GiB", Policy(), images=0, training=training), "terminal")
+    assert f"  {line}\n" in text
+    assert "new tokens" not in text
+    assert "Or, with the rest as asked: batch " in text
+
+
+def test_what_no_split_can_avoid_is_named_after_what_is_asked() -> None:
+    model, machine = "Qwen/Qwen2.5-VL-72B-Instruct", "4x24GiB"
+    text = render(report(model, machine, Policy(), training=Training(method="full")), "terminal")
+    assert " Weights and optimizer states alone take " in " ".join(text.split())
+    assert " Weights and KV cache alone take " in " ".join(render(report(model, machine, Policy()), "terminal").split())
 
 
 def chain(plan: Plan, *, width: int = 80) -> list[str]:

@@ -11,6 +11,8 @@ from vlm_doctor.errors import ModelError, ModelFileError, ModelNotFoundError
 from vlm_doctor.sources import checkpoint_folder
 from vlm_doctor.sources.model_files import load_profile
 
+from .conftest import LLAVA_CONFIG
+
 Write = Callable[..., Path]
 
 
@@ -139,13 +141,10 @@ def test_more_layers_than_promised_are_noted(write_checkpoint: Write, llava_conf
     assert profile.notes == ("The checkpoint stores 12 text layers, config.json names 11: all are counted.",)
 
 
-def test_only_a_pickle_is_never_opened(write_checkpoint: Write) -> None:
+def test_a_file_that_only_claims_to_be_torchs_is_refused(write_checkpoint: Write) -> None:
     folder = write_checkpoint()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert refusal(folder) == (
-        f"{folder}: has only pytorch_model.bin, a pickle that could run code and is never opened; "
-        "convert it to safetensors (save_pretrained of transformers does)."
-    )
+    assert refusal(folder) == "pytorch_model.bin: is no file of torch.save; download it again."
 
 
 def test_no_weights_at_all_are_an_incomplete_download(write_checkpoint: Write) -> None:
@@ -205,7 +204,7 @@ def test_a_tensor_in_two_shards_is_refused(write_checkpoint: Write) -> None:
 
 def test_a_checkpoint_without_tensors_is_refused(write_checkpoint: Write) -> None:
     folder = write_checkpoint(tensors={})
-    assert refusal(folder) == f"{folder}: the safetensors files hold no tensors; download the checkpoint again."
+    assert refusal(folder) == f"{folder}: its files hold no tensors; download the checkpoint again."
 
 
 @pytest.mark.parametrize("name", ["a..b", ".a", "a.", ""])
@@ -281,3 +280,63 @@ def test_a_shard_with_a_name_that_no_disk_takes_is_refused(write_checkpoint: Wri
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
 
     assert refusal(folder) == f"{folder}: cannot be read (File name too long); correct its permissions."
+
+
+HUGE = "1" + "0" * 30
+
+
+@pytest.mark.parametrize("text", ["1e999", "NaN", "-Infinity", HUGE, "-" + HUGE, '"12"', "[12, 13]", "{}", "true", "1.5"])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "num_attention_heads"])
+def test_a_number_that_is_none_is_named(write_checkpoint: Write, key: str, text: str) -> None:
+    config = json.dumps({**LLAVA_CONFIG, "text_config": {**LLAVA_CONFIG["text_config"], key: "@"}}).replace('"@"', text)
+    message = refusal(write_checkpoint(config))
+    assert message.startswith(f"config.json: text_config.{key} is ")
+    assert message.endswith(", not a positive integer; correct it.")
+
+
+def test_a_number_of_many_digits_is_no_json(write_checkpoint: Write) -> None:
+    assert refusal(write_checkpoint('{"a": ' + "9" * 5000 + "}")).startswith("config.json: is not JSON (Exceeds the limit")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("target", ["itself", "/dev/zero", "/dev/stdin", ".", "nowhere"])
+def test_a_link_to_anything_but_a_file_is_refused(write_checkpoint: Write, name: str, target: str) -> None:
+    folder = write_checkpoint()
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / name if target == "itself" else target)
+    assert str(folder) in refusal(folder)
+
+
+def test_a_link_out_of_the_folder_shows_nothing_of_what_it_names(write_checkpoint: Write, tmp_path: Path) -> None:
+    folder = write_checkpoint(folder=tmp_path / "model")
+    secret = tmp_path / "secret"
+    secret.write_text("password of somebody", encoding="utf-8")
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(secret)
+        assert "password" not in refusal(folder)
+        folder = write_checkpoint(folder=tmp_path / "other")
+
+
+def test_an_index_that_lists_itself_is_refused(write_checkpoint: Write) -> None:
+    folder = write_checkpoint(shards=2)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}), encoding="utf-8")
+    assert refusal(folder).startswith(f"{index.name}: not a safetensors file, its header would have ")
+
+
+def test_json_of_more_values_than_any_checkpoint_has_is_not_decoded(write_checkpoint: Write) -> None:
+    folder = write_checkpoint('{"a": [' + "[]," * 2_000_001 + "[]]}")
+    assert refusal(folder) == "config.json: more than 2,000,000 values are no config.json; download it again."
+    (write_checkpoint() / "model.safetensors").write_bytes((8_000_012).to_bytes(8, "little") + b"," * 8_000_012)
+    assert refusal(folder) == (
+        "model.safetensors: its header has more than 4,000,000 values, as no checkpoint; download it again."
+    )
+
+
+def test_a_key_given_twice_counts_once_or_leaves_a_hole(write_checkpoint: Write) -> None:
+    folder = write_checkpoint()
+    entry = '"a":{"dtype":"U8","shape":[4],"data_offsets":[%d,%d]}'
+    header = ("{" + entry % (0, 4) + "," + entry % (4, 8) + "}").encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    assert refusal(folder) == "model.safetensors: tensor 'a' leaves a hole before it; download it again."

@@ -130,9 +130,9 @@ def store(site: Site) -> Iterator[Site]:
     served.close()
 
 
-def refusal(name: str = "org/vlm", **options: bool) -> str:
+def refusal(name: str = "org/vlm", allow_network: bool = True) -> str:
     with pytest.raises(ModelError) as raised:
-        load_profile(name, **options)
+        load_profile(name, allow_network=allow_network)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 

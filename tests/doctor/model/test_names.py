@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from vlm_doctor.data.config_defaults import ARCHITECTURES, PARTS, SHAPES
+from vlm_doctor.data.families import RENAMES
 from vlm_doctor.errors import ModelFileError
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.sources.checkpoint import StoredTensor
@@ -224,7 +225,7 @@ def test_names_that_are_new_already_stay(family: str) -> None:
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
     tensors = {name: StoredTensor("F32", tuple(tensor.shape), 0) for name, tensor in model.named_parameters()}
-    assert by_module_name(tensors, family) == tensors
+    assert by_module_name(tensors, RENAMES.get(family, ())) == tensors
 
 
 @pytest.mark.models
@@ -264,13 +265,13 @@ def test_the_tables_of_classes_and_defaults_agree(family: str) -> None:
 )
 def test_names_of_checkpoints_become_names_of_modules(family: str, old: str, new: str) -> None:
     tensor = StoredTensor("F32", (1,), 4)
-    assert by_module_name({old: tensor}, family) == {new: tensor}
+    assert by_module_name({old: tensor}, RENAMES.get(family, ())) == {new: tensor}
 
 
 def test_two_names_for_one_parameter_are_refused() -> None:
     tensor = StoredTensor("F32", (1,), 4)
     with pytest.raises(ModelFileError) as raised:
-        by_module_name({"visual.x": tensor, "model.visual.x": tensor}, "qwen2_vl")
+        by_module_name({"visual.x": tensor, "model.visual.x": tensor}, RENAMES["qwen2_vl"])
     assert str(raised.value) == (
         "tensor 'model.visual.x' is stored under its old and its new name; save the checkpoint again."
     )

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vlm_doctor.errors import ModelFileError
 from vlm_doctor.sources import safetensors_headers
@@ -151,3 +153,35 @@ def test_more_tensors_than_any_checkpoint_has_are_refused(monkeypatch: pytest.Mo
 
     with pytest.raises(ModelFileError, match=r"^s: 2 tensors are no checkpoint \(at most 1\); download it again\.$"):
         safetensors_headers.parse_header(header, None, length=len(header), where="s")
+
+
+NUMBERS = st.integers(-2, 9) | st.sampled_from([2**62, 2**63, 2**64, 1.0, True, None, "4"])
+ENTRIES: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
+    st.sampled_from(["a", "b", "__metadata__", "x" * 1025]),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "dtype": st.sampled_from(["U8", "F16", "F4", "F17", 4, None]),
+            "shape": st.lists(NUMBERS, max_size=3) | st.just([1] * 65) | st.none(),
+            "data_offsets": st.lists(NUMBERS, max_size=3),
+            "more": st.just({}),
+        },
+    )
+    | st.just({"dtype": "U8", "shape": [4], "data_offsets": [0, 4]})
+    | st.just({"dtype": "F16", "shape": [], "data_offsets": [4, 6]})
+    | NUMBERS,
+)
+
+
+@given(ENTRIES)
+def test_the_quick_way_says_what_the_slow_one_does_or_nothing(entries: dict[str, Any]) -> None:
+    header = json.dumps(entries).encode()
+    quick = safetensors_headers._quick(header)
+    if quick is not None:
+        assert quick == safetensors_headers._slow(header, "x")
+    try:
+        slow = safetensors_headers._slow(header, "x")
+    except ModelFileError:
+        assert quick is None
+    else:
+        assert quick in (slow, None)

@@ -137,16 +137,14 @@ def test_only_linear_weights_are_quantizable() -> None:
 )
 def test_a_head_that_is_not_stored_is_tied_and_named(layers: str, head: str) -> None:
     table = layers.rpartition(".")[0] + ".embed_tokens"
-    done = complete_units(cut(f"{table}.weight", f"{layers}.0.w"), family="x", body_type="x", ties_embeddings=None)
+    done = complete_units(cut(f"{table}.weight", f"{layers}.0.w"), body_type="x", ties_embeddings=None)
     assert done.tied == ((table, head),)
     assert done.units[-1].key == head
     assert (done.units[-1].role, done.units[-1].stored_bytes, done.units[-1].parameters) == ("head", 0, {})
 
 
 def test_a_head_is_not_made_up_where_no_class_has_one() -> None:
-    done = complete_units(
-        cut("bert.embed_tokens.w", "bert.encoder.layer.0.w"), family="x", body_type="x", ties_embeddings=True
-    )
+    done = complete_units(cut("bert.embed_tokens.w", "bert.encoder.layer.0.w"), body_type="x", ties_embeddings=True)
     assert done.tied == ()
     assert [unit.role for unit in done.units] == ["embedding", "layer"]
 
@@ -154,28 +152,26 @@ def test_a_head_is_not_made_up_where_no_class_has_one() -> None:
 @pytest.mark.parametrize(("flag", "tied"), [(True, (("model.embed_tokens", "lm_head"),)), (False, ()), (None, ())])
 def test_a_stored_head_is_tied_only_when_the_config_says_so(flag: bool | None, tied: tuple[tuple[str, str], ...]) -> None:
     stored = cut("model.embed_tokens.weight", "model.layers.0.w", "lm_head.weight")
-    done = complete_units(stored, family="x", body_type="x", ties_embeddings=flag)
+    done = complete_units(stored, body_type="x", ties_embeddings=flag)
     assert done.tied == tied
     assert sum(unit.stored_bytes for unit in done.units) == 36
 
 
 def test_position_buffers_are_named_before_the_layers() -> None:
     stored = cut("model.language_model.embed_tokens.weight", "model.language_model.layers.0.w", "lm_head.weight")
-    done = complete_units(stored, family="qwen2_5_vl", body_type="qwen2_5_vl_text", ties_embeddings=False)
+    done = complete_units(stored, body_type="qwen2_5_vl_text", ties_embeddings=False)
     assert [unit.key for unit in done.units][1] == "model.language_model.rotary_emb"
 
 
-@pytest.mark.parametrize(("family", "body_type"), [("blip-2", "opt"), ("unheard_of", "unheard_of")])
-def test_position_buffers_are_not_made_up(family: str, body_type: str) -> None:
-    done = complete_units(
-        cut("model.embed_tokens.weight", "model.layers.0.w"), family=family, body_type=body_type, ties_embeddings=None
-    )
+@pytest.mark.parametrize("body_type", ["opt", "unheard_of"])
+def test_position_buffers_are_not_made_up(body_type: str) -> None:
+    done = complete_units(cut("model.embed_tokens.weight", "model.layers.0.w"), body_type=body_type, ties_embeddings=None)
     assert "model.rotary_emb" not in {unit.key for unit in done.units}
 
 
 def test_position_buffers_that_are_stored_are_named_once() -> None:
     stored = cut("transformer.rotary_pos_emb.inv_freq", "transformer.encoder.layers.0.w")
-    done = complete_units(stored, family="chatglm", body_type="chatglm", ties_embeddings=False)
+    done = complete_units(stored, body_type="chatglm", ties_embeddings=False, rotary=("transformer.rotary_pos_emb",))
     assert [unit.key for unit in done.units] == ["transformer.rotary_pos_emb", "transformer.encoder.layers.0"]
     assert done.units[0].stored_bytes == 12
 
@@ -226,14 +222,14 @@ def test_every_tensor_belongs_to_exactly_one_unit(tensors: dict[str, StoredTenso
 
 @given(
     TENSORS,
-    st.sampled_from(["llava", "chatglm", "x"]),
+    st.sampled_from([None, (), ("transformer.rotary_pos_emb", "model.x")]),
     st.sampled_from(["llama", "opt", "x"]),
     st.sampled_from([True, False, None]),
 )
 def test_no_key_is_the_parent_of_another(
-    tensors: dict[str, StoredTensor], family: str, body_type: str, flag: bool | None
+    tensors: dict[str, StoredTensor], rotary: tuple[str, ...] | None, body_type: str, flag: bool | None
 ) -> None:
-    done = complete_units(cut_into_units(tensors), family=family, body_type=body_type, ties_embeddings=flag)
+    done = complete_units(cut_into_units(tensors), body_type=body_type, ties_embeddings=flag, rotary=rotary)
     keys = [unit.key for unit in done.units]
     assert len(keys) == len(set(keys))
     assert not [(a, b) for a in keys for b in keys if b.startswith(f"{a}.")]

@@ -133,3 +133,14 @@ def test_no_two_tensors_share_memory_and_nothing_is_lost(
         allocator.free(block)
     allocator.free(allocator.make(1)) if capacity_bytes is None else None
     assert allocator.allocated_bytes == 0
+
+
+def test_what_is_freed_twice_is_refused_alone_and_joined_with_its_neighbor() -> None:
+    allocator = Allocator()
+    before, block, behind = (allocator.make(4 * MIB) for _ in range(3))
+    allocator.free(before)
+    allocator.free(block)
+    for gone in (before, block):
+        with pytest.raises(ValueError, match="freed twice"):
+            allocator.free(gone)
+    assert allocator.allocated_bytes == behind.size

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.model import LayerCache
+from vlm_doctor.planner import plan
 from vlm_doctor.planner.kv_cache import Cached, cached, kept_elements
 from vlm_doctor.planner.release import Release, is_before_5, release_of
 from vlm_doctor.workload import Workload
@@ -86,3 +87,22 @@ def test_more_tokens_or_prompts_keep_no_less(
     for other in (of(1, 0), of(0, 1)):
         assert other.prefill >= here.prefill
         assert other.final >= here.final
+
+
+@pytest.mark.parametrize(
+    ("transformers", "told"),
+    [
+        ("4.57.6", "layers x 5120 x bytes x tokens x batch (transformers 4 keeps keys and values expanded)"),
+        ("5.23.0", "layers x 576 x bytes x tokens x batch (transformers 5 keeps them compressed)"),
+    ],
+)
+def test_the_ledger_says_what_is_kept_of_a_latent_cache(transformers: str, told: str) -> None:
+    """Expanded: 16 heads with keys of 128 + 64 and values of 128; compressed: 512 and the rotary part, 64."""
+    packages = (Package(name="transformers", version=transformers),)
+    libraries = Libraries(python="3.12", executable="python", packages=packages)
+    made = plan(glm41v_9b(text=LATENT), machine([40], libraries=libraries), Workload(images=0))
+    (stage,) = made.stages
+    (line,) = [line for line in stage.ledger if line.kind == "kv_cache"]
+    assert line.source == told
+    elements = int(told.split()[2])
+    assert line.size_bytes == pytest.approx(40 * elements * 2 * (512 + 256), rel=0.001)

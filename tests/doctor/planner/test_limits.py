@@ -33,7 +33,7 @@ def fits(profile: ModelProfile, there: Machine, workload: Workload, **fields: An
 
 
 @given(st.integers(21, 40), st.integers(0, 2), st.integers(1, 3), st.integers(1, 4_000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_each_limit_is_the_last_that_fits(free_gib: int, images: int, batch: int, text_tokens: int) -> None:
     profile, there = glm41v_9b(), machine([free_gib])
     workload = Workload(images=images, batch=batch, text_tokens=text_tokens, image_height=504)

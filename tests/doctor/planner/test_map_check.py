@@ -20,6 +20,7 @@ from vlm_doctor.planner.map_check import MAX_KEYS, check_map
 from vlm_doctor.planner.map_devices import main_device, spelled
 from vlm_doctor.planner.map_names import Names, loaded_by, outermost, owner, trapped
 from vlm_doctor.planner.map_repair import fewest_moves
+from vlm_doctor.sources.installed_transformers import has_flat_towers
 from vlm_doctor.sources.model_files import catalogue_names, load_profile
 from vlm_doctor.units import GIB
 from vlm_doctor.workload import Policy, Workload
@@ -27,6 +28,7 @@ from vlm_doctor.workload import Policy, Workload
 from .profiles import BODY, glm41v_9b, gpu, machine
 
 Map = dict[str, int | str]
+TOWER = "model.vision_tower" if has_flat_towers() else "model.vision_tower.vision_model"
 LLAVA = load_profile("llava-hf/llava-1.5-7b-hf", allow_network=False)
 QWEN = load_profile("Qwen/Qwen2.5-VL-7B-Instruct", allow_network=False)
 GLM = load_profile("zai-org/GLM-4.1V-9B-Thinking", allow_network=False)
@@ -130,7 +132,7 @@ def test_the_planners_own_maps_are_clean(name: str, gpus: int) -> None:
     assert codes(checked, "error", "warning") == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     free=st.lists(st.integers(8, 60), min_size=1, max_size=4),
     text=st.integers(1, 20_000),
@@ -146,7 +148,7 @@ def test_every_plan_checks_clean_and_tight_ones_too(free: list[int], text: int, 
         assert codes(checked, "error", "warning") == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), profile=st.sampled_from([LLAVA, QWEN, CHAT, COG]))
 def test_whatever_the_map_the_corrected_one_is_clean(seed: int, profile: ModelProfile) -> None:
     dice = random.Random(seed)
@@ -194,7 +196,7 @@ def test_a_wrong_key_is_named_with_what_it_may_have_meant(key: str, message: str
 
 def test_many_wrong_keys_end_in_one_sentence_and_weightless_ones_are_let_pass() -> None:
     many: Map = {f"wrong{n}": 0 for n in range(30)}
-    many["model.vision_tower.vision_model.embeddings.position_ids"] = 0
+    many[f"{TOWER}.embeddings.position_ids"] = 0
 
     checked = judged({**split(LLAVA, 16), **many})
 
@@ -366,7 +368,7 @@ def test_many_cut_blocks_end_in_one_sentence() -> None:
 
 
 def test_modules_that_add_their_parts_must_be_whole() -> None:
-    tower = "model.vision_tower.vision_model"
+    tower = TOWER
     base = {key: device for key, device in split(LLAVA, 16).items() if key != "model.vision_tower"}
     base.update({f"{tower}.{name}": 0 for name in ("pre_layrnorm", "encoder", "post_layernorm")})
     embeddings = f"{tower}.embeddings"

@@ -15,6 +15,7 @@ from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.kv_cache import Cached
 from vlm_doctor.planner.memory import Footprint, Holding, StageNeed, item_bytes, loaded_dtype, unit_bytes
 from vlm_doctor.planner.weights import loading_bytes
+from vlm_doctor.units import MIB
 from vlm_doctor.workload import Workload
 
 from .profiles import glm41v_9b, llava_13b, unit
@@ -188,6 +189,22 @@ def test_a_stage_costs_no_less_with_the_anchor_than_without_however_little_is_lo
     long = 10_000_000
     assert prices.needs(long)(0, 41) == prices.needs(long)(1, 41) == prices.detail(0, 41, long).total_bytes
     assert prices.needs(512)(0, 41) > prices.needs(512)(1, 41)
+
+
+def test_a_stage_of_tower_blocks_that_executes_offloaded_layers_wastes_what_the_first_gpu_does() -> None:
+    """LLaVA's text body wastes more of a layer's work on the first GPU (0.49) than later (0.41)."""
+    known = llava_13b()
+    blocks = tuple(unit(f"tower.blocks.{number}", "vision", 10 * MIB, layer=number) for number in range(2))
+    tower = msgspec.structs.replace(unit("tower", "vision", 20 * MIB), parts=blocks)
+    profile = msgspec.structs.replace(known, units=(tower, *known.units[1:]))
+    workload = Workload(images=0, text_tokens=2_000, new_tokens=0)
+    atoms = chain(profile, breaks_tower=True).atoms
+    prices = Footprint(profile, workload, image_load(profile, workload), atoms[:-6], atoms[-6:])
+    (layer,) = set(prices.work(2_000).layer.values())
+    need = prices.detail(0, 1, 2_000)
+    shares = 0.49 * layer + 0.25 * need.kv_cache_bytes
+    assert need.moment == "a layer reads the prompt"
+    assert need.fragmentation_bytes == pytest.approx(64 * MIB + shares, abs=1_000)
 
 
 def test_a_long_answer_to_a_short_prompt_pays_for_the_copy_of_a_growing_cache() -> None:

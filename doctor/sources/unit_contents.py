@@ -1,0 +1,53 @@
+"""From the tensors of a unit to its figures. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..model import Role, Unit
+from .checkpoint import StoredTensor
+from .shapes_from_tensors import FLOATS
+
+Named = tuple[str, StoredTensor]
+"""A tensor with its parameter name."""
+
+
+def unit_of(
+    key: str, role: Role, contents: Sequence[Named], *, layer: int | None = None, parts: tuple[Unit, ...] = ()
+) -> Unit:
+    """Describe a unit, or a part of one.
+
+    Args:
+        key: Its key in the ``device_map``.
+        role: Of the unit.
+        contents: Its tensors; none for a module that has buffers only.
+        layer: Number of the text layer, or of the tower's block.
+        parts: What it may be broken into.
+    """
+    parameters: dict[str, int] = {}
+    quantizable = kept = 0
+    for name, tensor in contents:
+        parameters[tensor.dtype] = parameters.get(tensor.dtype, 0) + tensor.elements
+        if tensor.dtype not in FLOATS:
+            kept += tensor.stored_bytes if tensor.loaded_bytes is None else tensor.loaded_bytes
+        if role != "head" and _is_linear(name, tensor):
+            quantizable += tensor.elements
+    return Unit(
+        key=key,
+        role=role,
+        layer=layer,
+        parameters=parameters,
+        stored_bytes=sum(tensor.stored_bytes for _, tensor in contents),
+        largest_tensor_elements=max((tensor.elements for _, tensor in contents), default=0),
+        quantizable_elements=quantizable,
+        kept_bytes=kept,
+        parts=parts,
+    )
+
+
+def _is_linear(name: str, tensor: StoredTensor) -> bool:
+    """True for a weight of ``nn.Linear``, which bitsandbytes quantizes; an embedding's is a matrix as well."""
+    parts = name.rsplit(".", 2)
+    parent = parts[-2] if len(parts) > 1 else ""
+    is_table = "embed" in parent or parent == "wte"
+    return parts[-1] == "weight" and len(tensor.shape) == 2 and tensor.dtype in FLOATS and not is_table
