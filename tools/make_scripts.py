@@ -522,8 +522,8 @@ def tower_script(tower: Tower) -> dict[str, Any]:
         inputs = ghosts_of(inputs, recorder)
         recorder.listen()
         pictures = {name: value.to(CUDA) for name, value in pictures.items()}
-        # A plain call embeds the prompt first, as generate of transformers 5.17 does; that of 5.23 encodes images before, and
-        # has the embedding not yet while the tower runs. A script holds for both, so it takes what needs more.
+        # A plain call embeds the prompt first, as generate of transformers 5.17 does; that of 5.23 encodes images before,
+        # so that the embedding is not there yet while the tower runs. A script holds for both, so it takes what needs more.
         output = model(**inputs, **pictures, use_cache=True, logits_to_keep=1)
     events = list(recorder.shapes)
     del output, pictures
