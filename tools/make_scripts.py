@@ -3,7 +3,7 @@
     python tools/make_scripts.py [MODEL_TYPE ...]
 
 A small model of the installed transformers whose dimensions all differ runs its real code without arithmetic
-(``benchmarks/trace_memory.py``). Every tensor's shape is then read back as a product of dimensions, so that the list holds
+(the doctor's own tracer). Every tensor's shape is then read back as a product of dimensions, so that the list holds
 for every size of the family. What is kept of a tensor: its elements as a product, the bytes of one, and when it goes.
 
 Needs torch and transformers. ``tests/models/test_allocation_scripts.py`` holds the file against true-size models.
@@ -214,7 +214,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": (
         "paligemma",
         {
-            "text_config": text_config(model_type="gemma", head_dim=HEAD_DIM),
+            # One head of keys and values, as all that are published: repeated for every head, it takes no memory.
+            "text_config": text_config(model_type="gemma", head_dim=HEAD_DIM, num_key_value_heads=1),
             "vision_config": {**_SIGLIP, "projection_dim": HIDDEN},
             "projection_dim": HIDDEN,
         },

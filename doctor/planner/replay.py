@@ -252,6 +252,8 @@ class Program:
         elements = made.elements
         for symbol in symbols:
             elements *= tokens if symbol == "tokens" else self._values[symbol]
+        if made.kind == "padding":
+            elements = elements // tokens * (-(-tokens // MASK_ALIGNMENT) * MASK_ALIGNMENT)
         return int(elements * item_bytes) * (self._batch if _OF_PROMPT.intersection(symbols) else 1)
 
     def _is_made(self, kind: str, tokens: int, width: str) -> bool:

@@ -114,6 +114,8 @@ TOWERS = {
     "glm4v": "zai-org/GLM-4.1V-9B-Thinking",
     "qwen2_vl": "Qwen/Qwen2.5-VL-7B-Instruct",
     "qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3_vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "internvl": "OpenGVLab/InternVL3-8B-hf",
     "llava": "llava-hf/llava-1.5-7b-hf",
     "gemma3": "llava-hf/llava-1.5-7b-hf",
     "paligemma": "llava-hf/llava-1.5-7b-hf",
@@ -124,8 +126,10 @@ TOWERS = {
 @pytest.mark.parametrize("family", TOWERS)
 def test_a_tower_costs_no_less_with_more_images_and_more_blocks(family: str) -> None:
     """Nothing that a block leaves is forgotten or let go twice, so that twice the blocks cost the same peak."""
-    profile = msgspec.structs.replace(profile_of(TOWERS[family]), tower_script=tower_script(family))
+    tower = tower_script(family)
+    profile = msgspec.structs.replace(profile_of(TOWERS[family]), tower_script=tower)
     assert profile.vision is not None
+    assert tower is not None
     deeper = msgspec.structs.replace(
         profile, vision=msgspec.structs.replace(profile.vision, layers=2 * profile.vision.layers)
     )
@@ -134,7 +138,8 @@ def test_a_tower_costs_no_less_with_more_images_and_more_blocks(family: str) -> 
         need = replay(model, Workload(images=images, text_tokens=64, new_tokens=2)).need((0, 3), 0, 80 * GIB)
         needs.append(need.activations_bytes + need.kv_cache_bytes)
     once, deep, twice = needs
-    assert deep == once
+    # Where blocks are tapped, what lies between two taps differs, and with it what the allocator gives beyond the request.
+    assert deep == (pytest.approx(once, rel=0.004) if tower.taps else once)
     assert 1.8 * once < twice < 2.2 * once
 
 
@@ -181,6 +186,41 @@ def test_flash_attention_keeps_statistics_that_cudnn_does_not() -> None:
     kernels = [replay(profile, workload, capability).need((3, 6), 0, 80 * GIB) for capability in (HOPPER, ADA, None)]
     assert kernels[1] == kernels[2]
     assert kernels[0].kv_cache_bytes == kernels[1].kv_cache_bytes
+
+
+def test_heads_that_are_too_wide_for_cudnn_are_the_same_on_every_gpu() -> None:
+    known = profile_of("llava-hf/llava-1.5-7b-hf")
+    workload = Workload(images=0, text_tokens=4_001)
+
+    def peaks(body: str, head_dim: int) -> list[int]:
+        text = msgspec.structs.replace(known.text, head_dim=head_dim)
+        profile = msgspec.structs.replace(known, text=text, body_script=body_script(body))
+        needs = [replay(profile, workload, capability).need((3, 6), 0, 80 * GIB) for capability in (HOPPER, ADA)]
+        return [need.kv_cache_bytes + need.activations_bytes for need in needs]
+
+    for body in ("gemma", "gemma3_text"):
+        assert len({*peaks(body, 256)}) == 1
+
+
+def test_layers_that_read_images_alone_are_skipped_by_text() -> None:
+    known = profile_of("llava-hf/llava-1.5-7b-hf")
+    kinds = tuple("cross" if layer == 3 else "full" for layer in range(known.text.layers))
+    script = body_script("mllama_text_model")
+    full = msgspec.structs.replace(known, body_script=script)
+    crossed = msgspec.structs.replace(full, text=msgspec.structs.replace(known.text, cached_layers=kinds))
+    workload = Workload(images=0, text_tokens=2_000, new_tokens=4)
+
+    def peak(profile: ModelProfile, run: tuple[int, int]) -> int:
+        need = replay(profile, workload).need(run, 0, 80 * GIB)
+        return need.activations_bytes + need.kv_cache_bytes
+
+    assert peak(crossed, (3, 6)) == peak(full, (3, 5))  # layers 2 to 4, the middle one skipped
+
+
+def test_a_tower_script_is_of_one_kind_of_tower() -> None:
+    assert tower_script("llava", "clip_vision_model") == tower_script("llava") is not None
+    assert tower_script("llava", "pixtral") is None
+    assert tower_script("nothing") is None
 
 
 def test_what_is_not_written_down_is_not_replayed() -> None:
