@@ -22,6 +22,9 @@ from vlm_doctor.tracing import trace_model
 from vlm_doctor.units import GIB
 from vlm_doctor.workload import Workload
 
+CLOSE = 0.0005 if int(pytest.importorskip("transformers").__version__.split(".")[0]) >= 5 else 0.004
+"""The figures are of transformers 5; older code holds the text's embeddings while it writes image features into them."""
+
 pytestmark = pytest.mark.models
 
 MACHINE = load_machine("4xA100")
@@ -60,7 +63,7 @@ def test_peaks_of_true_size_models_are_those_of_the_table(
     for tokens, peak_gib in peaks_gib.items():
         found_gib = (traces.weights_bytes + regimes.at(tokens).peak().size_bytes) / GIB
         # With a softmax in bfloat16 input torch makes a float32 copy first on every GPU, which the table lacks.
-        assert found_gib == pytest.approx(peak_gib, rel=0.06 if "attention" in fields else 0.0005)
+        assert found_gib == pytest.approx(peak_gib, rel=0.06 if "attention" in fields else CLOSE)
 
 
 @pytest.mark.parametrize(("logits", "peak_gib"), [("forward", 20.547), ("generate", 20.498)])
@@ -71,7 +74,7 @@ def test_an_image_of_any_size_and_its_tower(logits: Any, peak_gib: float, cache:
     traces = traced(GLM, Workload(images=1, image_height=2240, text_tokens=64, new_tokens=0, logits=logits), cache)
     run = Regimes(traces, None).at(64 + 6402)
     peak = run.peak(run.held(TOWER, 0))
-    assert (traces.weights_bytes + peak.size_bytes) / GIB == pytest.approx(peak_gib, rel=0.0005)
+    assert (traces.weights_bytes + peak.size_bytes) / GIB == pytest.approx(peak_gib, rel=CLOSE)
     assert peak.module.startswith("model.visual")
     assert run.peak(run.held(has_tower=False)).module.startswith(("model.language_model", "lm_head"))
 
