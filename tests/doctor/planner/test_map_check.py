@@ -25,6 +25,7 @@ from vlm_doctor.sources.model_files import catalogue_names, load_profile
 from vlm_doctor.units import GIB
 from vlm_doctor.workload import Policy, Workload
 
+from .examples import examples
 from .profiles import BODY, glm41v_9b, gpu, machine
 
 Map = dict[str, int | str]
@@ -132,7 +133,7 @@ def test_the_planners_own_maps_are_clean(name: str, gpus: int) -> None:
     assert codes(checked, "error", "warning") == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(16), deadline=None)
 @given(
     free=st.lists(st.integers(8, 60), min_size=1, max_size=4),
     text=st.integers(1, 20_000),
@@ -148,7 +149,7 @@ def test_every_plan_checks_clean_and_tight_ones_too(free: list[int], text: int, 
         assert codes(checked, "error", "warning") == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(16), deadline=None)
 @given(seed=st.integers(0, 10_000), profile=st.sampled_from([LLAVA, QWEN, CHAT, COG]))
 def test_whatever_the_map_the_corrected_one_is_clean(seed: int, profile: ModelProfile) -> None:
     dice = random.Random(seed)

@@ -14,6 +14,7 @@ from vlm_doctor.planner.order import Split, even_out, fastest_split
 from vlm_doctor.planner.place import Need, extend, extents, largest, smallest_count
 
 from .brute_force import all_splits
+from .examples import examples
 
 
 def priced(weights: Sequence[int], anchor: int, peak: int) -> Need:
@@ -41,7 +42,7 @@ instances = st.tuples(
 
 
 @given(instances)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_the_fewest_gpus_are_those_of_brute_force(instance: tuple[list[int], list[int], int, int]) -> None:
     weights, capacities, anchor, peak = instance
     need, atoms = priced(weights, anchor, peak), len(weights)
@@ -52,7 +53,7 @@ def test_the_fewest_gpus_are_those_of_brute_force(instance: tuple[list[int], lis
 
 
 @given(instances, st.lists(st.integers(0, 3), min_size=6, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_links_are_as_fast_as_those_of_brute_force(
     instance: tuple[list[int], list[int], int, int], ranks: list[int]
 ) -> None:
@@ -80,7 +81,7 @@ def test_links_are_as_fast_as_those_of_brute_force(
 
 
 @given(instances)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_evening_out_keeps_a_split_valid_and_never_lowers_its_margin(
     instance: tuple[list[int], list[int], int, int],
 ) -> None:
