@@ -69,11 +69,11 @@ def reach(asked: Problem, split: Split, step: int) -> int:
     return tokens
 
 
-@given(st.lists(st.floats(5.2, 8.0), min_size=2, max_size=2), st.sampled_from(["balanced", "context"]))
-# Which splits are looked at is a rule of thumb, so that the same questions are asked each time.
-@settings(max_examples=examples(8), derandomize=True, deadline=None)
+# Below 4 GiB these few layers reach less than half of what a perfect allocator would: there the choice is not as good.
+@given(st.lists(st.floats(4.0, 6.5), min_size=2, max_size=2), st.sampled_from(["balanced", "context"]))
+@settings(max_examples=examples(12), deadline=None, derandomize=True)
 def test_the_settled_split_runs_and_goes_about_as_far_as_any(free_gib: list[float], prefer: Preference) -> None:
-    asked = problem(few_layers(16), machine(free_gib), prefer=prefer, min_gpus=2)
+    asked = problem(few_layers(), machine(free_gib), prefer=prefer, min_gpus=2)
     choice = asked.choose()
     bare = asked.bare.choose()
     splits = [split for split in every_split(asked, 2) if takes(asked, split, 256)]
@@ -81,11 +81,15 @@ def test_the_settled_split_runs_and_goes_about_as_far_as_any(free_gib: list[floa
         assert not splits
         return
     assert bare is not None
-    assert takes(asked, choice.split, choice.text_tokens)
-    assert choice.text_tokens <= bare.text_tokens
-    # In such coarse steps a gap may be stepped over, which a promise may not.
     step = max(1, bare.text_tokens // 40)
-    assert choice.text_tokens >= 0.9 * max(reach(asked, split, step) for split in splits)
+    own = reach(asked, choice.split, step)
+    # A length is tried each 1.25 % of the longest that a perfect allocator could do, and gaps beside it are looked for:
+    # what goes further in long steps has a gap where steps are short.
+    most = own + max(2 * step, 0.06 * own)
+    further = [split for split in splits if reach(asked, split, step) > most]
+    assert all(reach(asked, split, max(1, step // 16)) <= most for split in further)
+    assert choice.text_tokens <= bare.text_tokens
+    assert takes(asked, choice.split, choice.text_tokens)
 
 
 def test_where_a_perfect_allocator_would_do_and_torch_would_not_nothing_fits() -> None:
