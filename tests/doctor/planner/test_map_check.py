@@ -158,6 +158,16 @@ def test_whatever_the_map_the_corrected_one_is_clean(seed: int, profile: ModelPr
     judged({key: dice.choice(values) for key in dice.sample(keys, dice.randint(1, len(keys)))}, profile)
 
 
+def test_a_tower_inside_the_whole_model_keeps_the_outer_hooks_in_its_blocks() -> None:
+    checked = judged({"": 0, "model.visual": 1}, QWEN)
+    assert codes(checked, "error")[0] == "VLM612"
+    assert codes(checked, "error")[1:] == ["VLM614"] * len(codes(checked, "error")[1:])
+    assert "found at least two devices, cuda:0 and cuda:1" in said(checked, "VLM614")
+    assert checked.corrected is not None
+    assert checked.corrected["model.visual"] == 1
+    assert {device for key, device in checked.corrected.items() if key != "model.visual"} == {0}
+
+
 def test_unknown_names_are_answered_with_those_of_this_version() -> None:
     old: Map = {"visual": 0, "model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     old.update({f"model.layers.{n}": n // 14 for n in range(28)})

@@ -135,6 +135,17 @@ def test_a_search_that_dropped_every_way_through_gives_the_links_up_and_says_so(
     assert found.margin(need, Fleet([2, 5, 5]).rooms) >= 0
 
 
+def test_no_broken_link_is_used_even_where_every_kept_way_was_a_dead_end() -> None:
+    # GPUs 0 and 1 must not be neighbors, so that 2 stands between them; a beam of one state begins without it.
+    ranks = {(0, 1): None, (0, 2): 0, (1, 2): 1}
+    fleet = Fleet([2, 3, 3], lambda a, b: ranks[min(a, b), max(a, b)])
+    need = priced([1, 1, 1], 0, 0)
+    found = fastest_split(3, need, fleet, 3, width=1)
+    assert found.gpus[1] == 2
+    assert not found.is_exact
+    assert found.margin(need, fleet.rooms) >= 0
+
+
 def test_many_different_capacities_are_rounded_down_just_enough() -> None:
     few = [10 * 2**30 + number for number in range(10)]
     assert Fleet(few).rounded().rooms == Fleet(few).rooms
