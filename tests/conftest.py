@@ -1,4 +1,4 @@
-"""For all tests: where coverage is measured, laws are tried with the same examples each time, so that its bar cannot waver."""
+"""For all tests: where coverage is measured, laws get the same examples each time, so that its bar cannot waver."""
 
 from __future__ import annotations
 
