@@ -170,12 +170,12 @@ def test_a_tower_inside_the_whole_model_keeps_the_outer_hooks_in_its_blocks() ->
 
 def test_where_nothing_says_what_a_block_is_given_it_is_taken_to_come_from_where_most_of_the_block_is() -> None:
     block = "model.visual.blocks.0"
-    parts = {"norm1": 1, "attn.qkv.weight": 0, "attn.proj.weight": 0, "norm2.weight": 0, "mlp.up_proj.weight": 1}
+    parts = {"norm1": 0, "attn.qkv.weight": 0, "attn.proj.weight": 0, "norm2.weight": 0, "mlp.up_proj.weight": 1}
     checked = judged({f"{block}.{name}": device for name, device in parts.items()}, QWEN)
     (cut,) = [finding for finding in checked.findings if finding.code == "VLM614"]
-    assert f"Block {block} is cut: it is on cuda:0 (attn, norm2) and cuda:1 (norm1, mlp)." in cut.message
+    assert f"Block {block} is cut: it is on cuda:0 (norm1, norm2, attn) and cuda:1 (mlp)." in cut.message
     assert cut.cause is not None
-    assert cut.cause.startswith("A block adds what goes in, which is on cuda:")
+    assert cut.cause.startswith("A block adds what goes in, which is on cuda:0,")
 
 
 def test_unknown_names_are_answered_with_those_of_this_version() -> None:
