@@ -27,6 +27,7 @@ from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Policy, Preference, Workload
 
 from .brute_force import best_of, holding_splits
+from .examples import examples
 from .profiles import glm41v_9b, machine, unit
 
 TEXT = TextShape(layers=5, hidden=512, intermediate=2048, heads=8, kv_heads=2, head_dim=64, vocabulary=20_000)
@@ -98,7 +99,7 @@ def instances(draw: st.DrawFn) -> Instance:
 
 
 @given(instances())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_the_choice_is_that_of_brute_force(instance: Instance) -> None:
     footprint, fleet, counts, prefer = instance
     splits = holding_splits(footprint, fleet, counts, 20_000)
@@ -117,7 +118,7 @@ def test_the_choice_is_that_of_brute_force(instance: Instance) -> None:
 
 
 @given(instances(), st.sampled_from([0.0, 0.05, 0.5]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_near_best_splits_are_all_there_are(instance: Instance, share: float) -> None:
     footprint, fleet, counts, prefer = instance
     choice = choose(footprint, fleet, counts, 20_000, prefer)
@@ -162,7 +163,7 @@ def rooms_of(there: Machine, policy: Policy) -> list[Room]:
 
 
 @given(towers, st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_tower_is_cut_and_layers_leave_the_gpus_only_where_they_must(question: Question, offload: bool) -> None:
     layer_mib, block_mib, free_mib, text_tokens, host_mib = question
     profile = small(layer_mib, block_mib=block_mib)
@@ -209,7 +210,7 @@ def test_tower_is_cut_and_layers_leave_the_gpus_only_where_they_must(question: Q
 
 
 @given(towers, st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_every_parameter_is_placed_once_and_every_gpu_keeps_its_budget(question: Question, offload: bool) -> None:
     layer_mib, block_mib, free_mib, text_tokens, _ = question
     profile = small(layer_mib, block_mib=block_mib)
@@ -236,7 +237,7 @@ def test_every_parameter_is_placed_once_and_every_gpu_keeps_its_budget(question:
 
 
 @given(towers, st.permutations([0, 1, 2]), st.integers(1, 400), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_more_memory_and_other_numbers_change_nothing_for_the_worse(
     question: Question, order: list[int], more_mib: int, offload: bool
 ) -> None:
@@ -258,7 +259,7 @@ def test_more_memory_and_other_numbers_change_nothing_for_the_worse(
 
 
 @given(towers)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_the_plan_for_the_gpus_of_a_plan_is_the_same_plan(question: Question) -> None:
     layer_mib, block_mib, free_mib, text_tokens, _ = question
     profile = small(layer_mib, block_mib=block_mib)

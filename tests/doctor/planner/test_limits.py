@@ -16,6 +16,7 @@ from vlm_doctor.planner import plan
 from vlm_doctor.planner.validate import MAX_BATCH, MAX_TOKENS
 from vlm_doctor.workload import Policy, Workload
 
+from .examples import examples
 from .profiles import glm41v_9b, llava_13b, machine
 
 ONE_GPU = Policy(max_gpus=1)
@@ -33,7 +34,7 @@ def fits(profile: ModelProfile, there: Machine, workload: Workload, **fields: An
 
 
 @given(st.integers(21, 40), st.integers(0, 2), st.integers(1, 3), st.integers(1, 4_000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 def test_each_limit_is_the_last_that_fits(free_gib: int, images: int, batch: int, text_tokens: int) -> None:
     profile, there = glm41v_9b(), machine([free_gib])
     workload = Workload(images=images, batch=batch, text_tokens=text_tokens, image_height=504)

@@ -25,6 +25,7 @@ from vlm_doctor.sources.model_files import catalogue_names, load_profile
 from vlm_doctor.units import GIB
 from vlm_doctor.workload import Policy, Workload
 
+from .examples import examples
 from .profiles import BODY, glm41v_9b, gpu, machine
 
 Map = dict[str, int | str]
@@ -132,7 +133,7 @@ def test_the_planners_own_maps_are_clean(name: str, gpus: int) -> None:
     assert codes(checked, "error", "warning") == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(16), deadline=None)
 @given(
     free=st.lists(st.integers(8, 60), min_size=1, max_size=4),
     text=st.integers(1, 20_000),
@@ -148,13 +149,33 @@ def test_every_plan_checks_clean_and_tight_ones_too(free: list[int], text: int, 
         assert codes(checked, "error", "warning") == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(16), deadline=None)
 @given(seed=st.integers(0, 10_000), profile=st.sampled_from([LLAVA, QWEN, CHAT, COG]))
 def test_whatever_the_map_the_corrected_one_is_clean(seed: int, profile: ModelProfile) -> None:
     dice = random.Random(seed)
     keys = [unit.key for unit in profile.units] + dice.sample(list(profile.tensors), 5) + ["", "nothing.here", "lm_head.x"]
     values: list[int | str] = [0, 1, 2, 3, 4, "cuda:1", "2", "cpu", "gpu"]
     judged({key: dice.choice(values) for key in dice.sample(keys, dice.randint(1, len(keys)))}, profile)
+
+
+def test_a_tower_inside_the_whole_model_keeps_the_outer_hooks_in_its_blocks() -> None:
+    checked = judged({"": 0, "model.visual": 1}, QWEN)
+    assert codes(checked, "error")[0] == "VLM612"
+    assert codes(checked, "error")[1:] == ["VLM614"] * len(codes(checked, "error")[1:])
+    assert "found at least two devices, cuda:0 and cuda:1" in said(checked, "VLM614")
+    assert checked.corrected is not None
+    assert checked.corrected["model.visual"] == 1
+    assert {device for key, device in checked.corrected.items() if key != "model.visual"} == {0}
+
+
+def test_where_nothing_says_what_a_block_is_given_it_is_taken_to_come_from_where_most_of_the_block_is() -> None:
+    block = "model.visual.blocks.0"
+    parts = {"norm1": 0, "attn.qkv.weight": 0, "attn.proj.weight": 0, "norm2.weight": 0, "mlp.up_proj.weight": 1}
+    checked = judged({f"{block}.{name}": device for name, device in parts.items()}, QWEN)
+    (cut,) = [finding for finding in checked.findings if finding.code == "VLM614"]
+    assert f"Block {block} is cut: it is on cuda:0 (norm1, norm2, attn) and cuda:1 (mlp)." in cut.message
+    assert cut.cause is not None
+    assert cut.cause.startswith("A block adds what goes in, which is on cuda:0,")
 
 
 def test_unknown_names_are_answered_with_those_of_this_version() -> None:

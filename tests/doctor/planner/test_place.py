@@ -14,6 +14,7 @@ from vlm_doctor.planner.order import Split, even_out, fastest_split
 from vlm_doctor.planner.place import Need, extend, extents, largest, smallest_count
 
 from .brute_force import all_splits
+from .examples import examples
 
 
 def priced(weights: Sequence[int], anchor: int, peak: int) -> Need:
@@ -41,7 +42,7 @@ instances = st.tuples(
 
 
 @given(instances)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_the_fewest_gpus_are_those_of_brute_force(instance: tuple[list[int], list[int], int, int]) -> None:
     weights, capacities, anchor, peak = instance
     need, atoms = priced(weights, anchor, peak), len(weights)
@@ -52,7 +53,7 @@ def test_the_fewest_gpus_are_those_of_brute_force(instance: tuple[list[int], lis
 
 
 @given(instances, st.lists(st.integers(0, 3), min_size=6, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_links_are_as_fast_as_those_of_brute_force(
     instance: tuple[list[int], list[int], int, int], ranks: list[int]
 ) -> None:
@@ -80,7 +81,7 @@ def test_links_are_as_fast_as_those_of_brute_force(
 
 
 @given(instances)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_evening_out_keeps_a_split_valid_and_never_lowers_its_margin(
     instance: tuple[list[int], list[int], int, int],
 ) -> None:
@@ -132,6 +133,17 @@ def test_a_search_that_dropped_every_way_through_gives_the_links_up_and_says_so(
     found = fastest_split(3, need, Fleet([2, 5, 5]), 2, width=1)
     assert not found.is_exact
     assert found.margin(need, Fleet([2, 5, 5]).rooms) >= 0
+
+
+def test_no_broken_link_is_used_even_where_every_kept_way_was_a_dead_end() -> None:
+    # GPUs 0 and 1 must not be neighbors, so that 2 stands between them; a beam of one state begins without it.
+    ranks = {(0, 1): None, (0, 2): 0, (1, 2): 1}
+    fleet = Fleet([2, 3, 3], lambda a, b: ranks[min(a, b), max(a, b)])
+    need = priced([1, 1, 1], 0, 0)
+    found = fastest_split(3, need, fleet, 3, width=1)
+    assert found.gpus[1] == 2
+    assert not found.is_exact
+    assert found.margin(need, fleet.rooms) >= 0
 
 
 def test_many_different_capacities_are_rounded_down_just_enough() -> None:

@@ -22,6 +22,7 @@ from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Policy, Preference, Workload
 
 from .brute_force import all_splits
+from .examples import examples
 from .profiles import BODY, glm41v_9b, gpu, machine, qwen25_vl_72b, unit
 
 PREFERENCES: tuple[Preference, ...] = ("balanced", "speed", "context")
@@ -310,7 +311,7 @@ def asked(question: tuple[list[int], list[int], bool, int, int]) -> tuple[ModelP
 
 
 @given(questions)
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=examples(70), deadline=None)
 def test_plans_are_as_good_as_brute_force(question: tuple[list[int], list[int], bool, int, int]) -> None:
     profile, there, workload, policy = asked(question)
     made = plan(profile, there, workload, policy)
@@ -336,7 +337,7 @@ def test_plans_are_as_good_as_brute_force(question: tuple[list[int], list[int], 
 
 
 @given(questions)
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=examples(70), deadline=None)
 def test_every_plan_is_contiguous_complete_and_adds_up(question: tuple[list[int], list[int], bool, int, int]) -> None:
     profile, there, workload, policy = asked(question)
     made = plan(profile, there, workload, policy)
@@ -359,7 +360,7 @@ def test_every_plan_is_contiguous_complete_and_adds_up(question: tuple[list[int]
 
 
 @given(questions, st.integers(0, 2), st.integers(1, 500))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_more_free_memory_never_fits_less(
     question: tuple[list[int], list[int], bool, int, int], which: int, more_mib: int
 ) -> None:

@@ -23,6 +23,7 @@ from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Workload
 
+from .examples import examples
 from .profiles import gpu
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "h100-peaks.json").read_text())["models"]
@@ -162,7 +163,7 @@ BODIES = (
 @pytest.mark.parametrize("capability", [HOPPER, ADA, None])
 @pytest.mark.parametrize("body", BODIES)
 @given(tokens=st.integers(1, 3_000), batch=st.integers(1, 3))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=examples(5), deadline=None)
 def test_a_stage_needs_more_for_more(body: str, capability: tuple[int, int] | None, tokens: int, batch: int) -> None:
     script = body_script(body)
     assert script is not None

@@ -26,6 +26,7 @@ from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Policy, Preference, Workload
 
+from .examples import examples
 from .profiles import glm41v_9b, machine
 
 GLM = "zai-org/GLM-4.1V-9B-Thinking"
@@ -70,7 +71,7 @@ def reach(asked: Problem, split: Split, step: int) -> int:
 
 # Below 4 GiB these few layers reach less than half of what a perfect allocator would: there the choice is not as good.
 @given(st.lists(st.floats(4.0, 6.5), min_size=2, max_size=2), st.sampled_from(["balanced", "context"]))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=examples(12), deadline=None, derandomize=True)
 def test_the_settled_split_runs_and_goes_about_as_far_as_any(free_gib: list[float], prefer: Preference) -> None:
     asked = problem(few_layers(), machine(free_gib), prefer=prefer, min_gpus=2)
     choice = asked.choose()
@@ -143,7 +144,7 @@ def test_the_need_of_a_stage_is_the_least_memory_in_which_it_runs() -> None:
     assert not any(asked.replay.runs(run, 0, 3_000, need.total_bytes - less * MIB) for less in range(32, 320, 32))
 
 
-MACHINES = (("80GiB", 0), ("2x24GiB", 0), ("2x24GiB", 1), ("4x80GiB", 1), ("4x80GiB", 2))
+MACHINES = (("80GiB", 0), ("2x24GiB", 1), ("4x80GiB", 2))
 
 
 @pytest.mark.parametrize(("spec", "images"), MACHINES)
