@@ -14,9 +14,9 @@ import msgspec
 
 from ..calibration import Calibration
 from ..machine import Gpu, Machine
+from .cache_files import default_folder, load_record, store_record
 from .calibration_child import LEAST_FREE_BYTES
 from .child import Child
-from .torch_cache import default_folder
 
 DEADLINE_S = 120.0
 _IDLE_S = 20.0
@@ -129,34 +129,13 @@ def load_calibrations(cache_folder: Path | None = None) -> tuple[Calibration, ..
     found = []
     with contextlib.suppress(OSError):
         for path in sorted(folder.glob("calibration-*.json")):
-            calibration = _load(path)
+            calibration = load_record(path, Calibration, most_bytes=_MAX_BYTES)
             if calibration is not None and calibration.torch_version.partition("+")[0] == installed:
                 found.append(calibration)
     return tuple(found)
 
 
-def _load(path: Path) -> Calibration | None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
-                return None
-            return msgspec.json.decode(file.read(_MAX_BYTES), type=Calibration)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
 def _store(folder: Path, calibration: Calibration) -> None:
-    """Keep a reading. A cache that cannot be written is no cache, and never an error."""
+    """Keep a reading, one for each card, driver and torch."""
     key = "\0".join((calibration.gpu_name, calibration.driver_version, calibration.torch_version))
-    path = folder / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.json.encode(calibration))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    store_record(folder / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json", calibration)

@@ -6,8 +6,6 @@ data. ``data_offsets`` count from the end of the header; the tensors cover the d
 
 from __future__ import annotations
 
-import os
-import stat
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -16,6 +14,7 @@ import msgspec
 
 from ..errors import ModelFileError
 from .checkpoint import DTYPE_BITS, StoredTensor
+from .regular_file import open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that the safetensors library reads (``MAX_HEADER_SIZE`` in ``safetensors/src/tensor.rs``)."""
@@ -62,15 +61,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         ModelFileError: No regular file, not readable, truncated, or not a valid safetensors header.
     """
     where = path.name
-    try:
-        # Not blocking: somebody's named pipe must be refused below, not waited for.
-        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelFileError(f"{path}: not a regular file; {_AGAIN}.")
-            return _read_open(file, status.st_size, where)
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions.") from error
+    with open_regular(path, again=_AGAIN) as (file, file_bytes):
+        return _read_open(file, file_bytes, where)
 
 
 def _read_open(file: BinaryIO, file_bytes: int, where: str) -> dict[str, StoredTensor]:

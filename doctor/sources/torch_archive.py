@@ -7,8 +7,6 @@ and so on are the storages (``torch/serialization.py``, ``caffe2/serialize/inlin
 from __future__ import annotations
 
 import math
-import os
-import stat
 import struct
 import zipfile
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 from ..errors import ModelFileError
 from .checkpoint import DTYPE_BITS, StoredTensor
+from .regular_file import open_regular
 from .tensor_pickle import PickledTensor, last_element, tensors_of_pickle
 
 MAX_PICKLE_BYTES = 32_000_000
@@ -49,15 +48,9 @@ def read_torch_file(path: Path) -> TorchFile:
     """
     where = path.name
     try:
-        # Not blocking: somebody's named pipe must be refused below, not waited for.
-        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelFileError(f"{path}: not a regular file; {_AGAIN}.")
-            _check_kind(file, status.st_size, where)
-            return _read(file, status.st_size, where)
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions.") from error
+        with open_regular(path, again=_AGAIN) as (file, file_bytes):
+            _check_kind(file, file_bytes, where)
+            return _read(file, file_bytes, where)
     except (zipfile.BadZipFile, struct.error, ValueError, RuntimeError, EOFError, LookupError, OverflowError) as error:
         raise ModelFileError(f"{where}: its archive is damaged ({str(error)[:120]}); {_AGAIN}.") from error
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from ..machine import TorchView
+from .cache_files import load_record, store_record
 
 MAX_AGE_S = 600.0
 _MAX_BYTES = 64 * 1024
@@ -36,47 +36,22 @@ class TorchCache:
 
     def load(self) -> TorchView | None:
         """The answer, marked as cached; ``None`` when there is none, or it is too old, unreadable or somebody else's."""
-        try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with os.fdopen(descriptor, "rb") as file:
-                state = os.fstat(file.fileno())
-                if state.st_uid != os.getuid() or not 0 <= time.time() - state.st_mtime <= MAX_AGE_S:
-                    return None
-                view = msgspec.json.decode(file.read(_MAX_BYTES), type=TorchView)
-        except (OSError, msgspec.MsgspecError):
-            return None
-        return msgspec.structs.replace(view, is_cached=True) if view.state == "ok" else None
+        view = load_record(self._path, TorchView, most_bytes=_MAX_BYTES, max_age_s=MAX_AGE_S)
+        return msgspec.structs.replace(view, is_cached=True) if view is not None and view.state == "ok" else None
 
     def store(self, view: TorchView) -> None:
         """Keep an answer, unless it names a trouble: the next run is likely to follow a repair, and shall see it."""
         if view.state != "ok" or (view.cuda is not None and not view.is_available):
             return
-        temporary = self._path.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._forget_old()
-            try:
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(msgspec.json.encode(view))
-                temporary.replace(self._path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            store_record(self._path, view)
 
     def _forget_old(self) -> None:
         for path in self._path.parent.glob("torch-*"):
             with contextlib.suppress(OSError):
                 if time.time() - path.lstat().st_mtime > MAX_AGE_S:
                     path.unlink()
-
-
-def default_folder() -> Path | None:
-    """The user's cache folder for this program; ``None`` when there is no home to put it in."""
-    import platformdirs
-
-    with contextlib.suppress(RuntimeError, OSError):
-        return Path(platformdirs.user_cache_dir("vlm-doctor", appauthor=False))
-    return None
 
 
 def key_parts(

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 
 from ..machine import TorchDevice, TorchView
+from .cache_files import default_folder
 from .child import Child, Outcome
 from .driver import device_files, read_driver_files
 from .torch_build import find_torch
-from .torch_cache import TorchCache, default_folder, key_parts
+from .torch_cache import TorchCache, key_parts
 
 _IDLE_S = 5.0
 """An import that does nothing for so long hangs; one from a slow disk always has a page to read or a line to run."""

@@ -18,9 +18,9 @@ import msgspec
 
 from ..errors import ModelError
 from ..trace import Event, Trace, TraceRequest, Traces
+from .cache_files import default_folder, load_record, store_record
 from .checkpoint_folder import CONFIG, parse_object
 from .child import Child, Outcome
-from .torch_cache import default_folder
 
 DEADLINE_S = 300.0
 """The slowest model tried takes 40 s on one slow core."""
@@ -218,29 +218,14 @@ def _cache_path(request: TraceRequest, config: Mapping[str, Any], folder: Path |
 
 def _load(path: Path) -> Traces | None:
     """A trace of this user's; ``None`` when there is none that can be read."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
-                return None
-            traces = msgspec.json.decode(file.read(_MAX_CACHE_BYTES), type=Traces)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return msgspec.structs.replace(traces, is_cached=True)
+    traces = load_record(path, Traces, most_bytes=_MAX_CACHE_BYTES)
+    return None if traces is None else msgspec.structs.replace(traces, is_cached=True)
 
 
 def _store(path: Path, traces: Traces) -> None:
-    """Keep a trace. A cache that cannot be written is no cache, and never an error."""
-    temporary = path.with_suffix(f".{os.getpid()}")
+    """Keep a trace, and of the others the newest."""
     with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         others = sorted(path.parent.glob("trace-*.json"), key=lambda other: other.lstat().st_mtime)
         for other in others[: max(0, len(others) - _KEPT_FILES)]:
             other.unlink(missing_ok=True)
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.json.encode(traces))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        store_record(path, traces)

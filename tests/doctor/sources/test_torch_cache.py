@@ -8,7 +8,8 @@ import platformdirs
 import pytest
 
 from vlm_doctor.machine import TorchView
-from vlm_doctor.sources.torch_cache import MAX_AGE_S, TorchCache, default_folder, key_parts
+from vlm_doctor.sources.cache_files import default_folder
+from vlm_doctor.sources.torch_cache import MAX_AGE_S, TorchCache, key_parts
 
 OK = TorchView(state="ok", version="2.13.0+cpu", is_available=False, device_count=0, seconds=1.5)
 

@@ -1,0 +1,34 @@
+"""Open files of a checkpoint that somebody else made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import ModelFileError
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, *, again: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file for reading, with its size in bytes.
+
+    Args:
+        path: The file.
+        again: What to do about one that is damaged.
+
+    Raises:
+        ModelFileError: No regular file, or it cannot be opened or read.
+    """
+    try:
+        # Not blocking: somebody's named pipe must be refused below, not waited for.
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ModelFileError(f"{path}: not a regular file; {again}.")
+            yield file, status.st_size
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions.") from error
