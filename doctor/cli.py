@@ -24,7 +24,7 @@ from .errors import ModelError, UsageError, VlmDoctorError
 from .formats.look import Look
 from .machine import Machine
 from .model import ModelProfile
-from .options import parse, policy, workload
+from .options import parse, policy, with_headroom, workload
 from .report import Report
 from .workload import Policy
 
@@ -103,15 +103,17 @@ def plan(options: Namespace) -> int:
 
         tracing = trace_model(options.model, profile, machine, wanted, allow_network=not options.offline)
         traces, untraced = tracing.traces, tracing.reason
-    chosen = _calibrated(policy(options)) if machine.origin == "live" else policy(options)
+    chosen = _calibrated(policy(options), machine)
     report = plan_report(
         profile, machine, wanted, chosen, suggest_gpus=options.suggest_gpus, traces=traces, untraced=untraced
     )
     return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
 
 
-def _calibrated(chosen: Policy) -> Policy:
-    """A policy that knows what was measured on this machine."""
+def _calibrated(chosen: Policy, machine: Machine) -> Policy:
+    """A policy that knows what was measured on this machine, if it is this one."""
+    if machine.origin != "live":
+        return chosen
     from .sources.calibration import load_calibrations
 
     return msgspec.structs.replace(chosen, calibrations=load_calibrations())
@@ -140,12 +142,8 @@ def check_map(options: Namespace) -> int:
     profile, machine = _model_and_machine(options)
     from .answer import map_report
 
-    careful = Policy(gpus=options.gpus or read.gpus)
-    if machine.origin == "live":
-        careful = _calibrated(careful)
-    if options.headroom is not None:
-        careful = msgspec.structs.replace(careful, headroom_fraction=0.0, headroom_min_bytes=options.headroom)
-    report = map_report(read.device_map, profile, machine, workload(options), careful)
+    careful = with_headroom(Policy(gpus=options.gpus or read.gpus), options.headroom)
+    report = map_report(read.device_map, profile, machine, workload(options), _calibrated(careful, machine))
     return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
 
 

@@ -289,7 +289,7 @@ def _training(options: argparse.Namespace) -> Training | None:
 
 
 def policy(options: argparse.Namespace) -> Policy:
-    """Put the policy of ``plan`` together. A headroom that was asked for replaces both parts of the default one."""
+    """Put the policy of ``plan`` together."""
     chosen = Policy(
         gpus=options.gpus,
         max_gpus=options.max_gpus,
@@ -300,6 +300,11 @@ def policy(options: argparse.Namespace) -> Policy:
         max_memory=tuple(limit for limits in options.max_memory for limit in limits),
         offload=options.offload,
     )
-    if options.headroom is None:
+    return with_headroom(chosen, options.headroom)
+
+
+def with_headroom(chosen: Policy, size_bytes: int | None) -> Policy:
+    """A policy with a headroom that was asked for, in the place of both parts of the default one."""
+    if size_bytes is None:
         return chosen
-    return msgspec.structs.replace(chosen, headroom_fraction=0.0, headroom_min_bytes=options.headroom)
+    return msgspec.structs.replace(chosen, headroom_fraction=0.0, headroom_min_bytes=size_bytes)

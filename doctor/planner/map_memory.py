@@ -10,12 +10,11 @@ from ..findings import Finding
 from ..model import Role
 from ..units import format_gib
 from .budget import Budget
-from .constraints import chain
 from .map_devices import shown
 from .map_layout import Device, Layout
 from .map_question import Question, finding
 from .memory import Holding
-from .problem import Problem, ask
+from .problem import Problem
 
 _WORDS: dict[Role, str] = {
     "vision": "vision tower",
@@ -29,14 +28,7 @@ _WORDS: dict[Role, str] = {
 
 def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
     """What is on each device of a map, in the order in which the model meets them."""
-    problem = ask(
-        question.profile,
-        question.workload,
-        question.policy,
-        question.machine,
-        chain=chain(question.profile),
-        found=question.budgets,
-    )
+    problem = question.problem
     full = {name: layout.device_of.get(name, "missing") for names in layout.anatomy.tensors_of.values() for name in names}
     weights = layout.anatomy.weights(full)
     weights.pop("missing", None)

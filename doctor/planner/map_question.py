@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import msgspec
 
@@ -13,7 +13,10 @@ from ..model import ModelProfile
 from ..visibility import visible_gpus
 from ..workload import Policy, Workload
 from .budget import Budgets, budgets
+from .constraints import chain
 from .map_devices import shown
+from .problem import Problem, ask
+from .release import Release, release_of
 
 TITLES = {
     "VLM610": "the map names a module that the model does not have",
@@ -36,10 +39,9 @@ TITLES = {
 }
 """Codes of findings about a map; the page of each is in ``data/pages``."""
 _MANY = 4
-_VERSION = re.compile(r"(\d+)\.(\d+)", re.ASCII)
 
 
-class Question(msgspec.Struct, frozen=True):
+class Question(msgspec.Struct, frozen=True, dict=True):
     """A model, what it is to do, and where."""
 
     profile: ModelProfile
@@ -57,11 +59,15 @@ class Question(msgspec.Struct, frozen=True):
         return cls(profile, machine, workload, policy, policy.gpus or visible, budgets(machine, policy))
 
     @property
-    def release(self) -> tuple[int, int] | None:
+    def release(self) -> Release:
         """Major and minor version of the transformers installed on the machine."""
-        libraries = self.machine.libraries
-        match = _VERSION.match((libraries.version("transformers") or "") if libraries else "")
-        return (int(match[1]), int(match[2])) if match else None
+        return release_of(self.machine)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The same model, workload and GPUs, as the planner asks about them."""
+        found, parts = self.budgets, chain(self.profile)
+        return ask(self.profile, self.workload, self.policy, self.machine, chain=parts, found=found)
 
     def gpu_of(self, device: int | str | None) -> int | None:
         """GPU index behind a number of the map."""

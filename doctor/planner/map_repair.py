@@ -6,14 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..data.joins import TOWER_ENTRY, TOWER_ROTARY
 from ..placement import Plan
-from .constraints import chain
-from .image_tokens import image_load
 from .map_devices import OFF_GPU, main_device, shown
 from .map_joins import broken_joins, entry_of_broken_tower, parts_at_inputs
 from .map_layout import Device, Layout
 from .map_pieces import Anatomy, Piece
 from .map_question import Question, listed
-from .memory import Footprint
 from .place import Need
 
 Place = dict[str, Device]
@@ -119,8 +116,8 @@ def rebalanced(question: Question, layout: Layout, place: Place) -> Place | None
     Returns:
         ``None`` when there are none, or when the map keeps weights off the GPUs.
     """
-    atoms = chain(question.profile).atoms
-    footprint = Footprint(question.profile, question.workload, image_load(question.profile, question.workload), atoms)
+    footprint = question.problem.footprint
+    atoms = footprint.atoms
     own = [_most(layout, place, [unit.key for unit in atom.units]) for atom in atoms]
     order = list(dict.fromkeys(own))
     rooms = {budget.gpu.index: budget.available_bytes for budget in question.budgets.usable}

@@ -28,7 +28,7 @@ from .vision_work import tower_coefficient
 from .weights import computed_item_bytes, copied_bytes, item_bytes, loaded_dtype, loading_bytes, unit_bytes
 
 if TYPE_CHECKING:
-    from .traced_replay import TracedProgram
+    from .replay import Replayed
 
 __all__ = ["Footprint", "Holding", "StageNeed", "Work", "copied_bytes", "item_bytes", "loaded_dtype", "unit_bytes"]
 
@@ -144,7 +144,7 @@ class Footprint:
         result.workload, result.images = workload, images
         return result
 
-    def traced_program(self) -> TracedProgram | None:
+    def traced_program(self) -> Replayed | None:
         """What to replay through torch's allocator, where the model was traced."""
         return None
 

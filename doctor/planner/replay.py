@@ -6,6 +6,7 @@ memory fails in gaps: a prompt of 11,496 tokens may run where one of 11,054 does
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -41,7 +42,36 @@ class Held(msgspec.Struct, frozen=True):
     """Token numbers, mask and positions of the prompt are here, where its first module is or where the caller put them."""
 
 
-class Program:
+class Replayed(ABC):
+    """What torch's allocator is made to serve, by whatever tells what a stage allocates."""
+
+    has_movable_inputs = False
+    """Where ``Held.has_inputs`` is heeded."""
+
+    def runs(self, held: Held, tokens: int, capacity_bytes: int) -> bool:
+        """Whether a stage survives a prompt of so many tokens, image tokens counted, in so much memory."""
+        try:
+            self.peaks(held, tokens, capacity_bytes)
+        except OutOfMemoryError:
+            return False
+        return True
+
+    def peaks(self, held: Held, tokens: int, capacity_bytes: int | None = None) -> tuple[int, int]:
+        """Most bytes allocated, without weights and workspace, and most bytes reserved.
+
+        Raises:
+            OutOfMemoryError: It does not run in so much memory.
+        """
+        allocator = Allocator(capacity_bytes, _reserved(held))
+        self._play(held, tokens, allocator)
+        return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+
+    @abstractmethod
+    def _play(self, held: Held, tokens: int, allocator: Allocator) -> None:
+        """Ask the allocator for everything, in order."""
+
+
+class Program(Replayed):
     """The scripts of a model bound to its dimensions: sizes as functions of the prompt alone.
 
     Args:
@@ -53,6 +83,8 @@ class Program:
         new_tokens: Tokens that are made.
         is_cudnn: Attention is cuDNN's, see :data:`CUDNN_SINCE`.
     """
+
+    has_movable_inputs = True
 
     def __init__(
         self,
@@ -74,24 +106,6 @@ class Program:
         self._is_cudnn = is_cudnn
         self._tokens = -1
         self._sized: dict[tuple[int, int], list[int]] = {}
-
-    def runs(self, held: Held, tokens: int, capacity_bytes: int) -> bool:
-        """Whether a stage survives a prompt of so many tokens, image tokens counted, in so much memory."""
-        try:
-            self._play(held, tokens, Allocator(capacity_bytes, _reserved(held)))
-        except OutOfMemoryError:
-            return False
-        return True
-
-    def peaks(self, held: Held, tokens: int, capacity_bytes: int | None = None) -> tuple[int, int]:
-        """Most bytes allocated, without weights and workspace, and most bytes reserved.
-
-        Raises:
-            OutOfMemoryError: It does not run in so much memory.
-        """
-        allocator = Allocator(capacity_bytes, _reserved(held))
-        self._play(held, tokens, allocator)
-        return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
 
     def _play(self, held: Held, tokens: int, allocator: Allocator) -> None:
         if tokens != self._tokens:

@@ -19,12 +19,11 @@ from .memory import Footprint, StageNeed
 from .near import near_best
 from .order import Split
 from .release import is_before_5
-from .replay import CUDNN_SINCE, Held, Program, dimensions
+from .replay import CUDNN_SINCE, Held, Program, Replayed, dimensions
 from .search import Choice
 
 if TYPE_CHECKING:
     from .problem import Problem
-    from .traced_replay import TracedProgram
 
 MOST_CANDIDATES = 40
 MOST_SPREAD = 3
@@ -72,7 +71,8 @@ class Replay:
     def runs_anyway(self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int) -> bool:
         """The same, also if the caller put them on the first GPU that torch sees, as ``inputs.to("cuda")`` does."""
         held, kernel = self._hold(run), self._kernels[position]
-        places = {held.has_inputs, held.has_inputs or position == self._default}
+        is_moved = self._programs[kernel].has_movable_inputs and position == self._default
+        places = {held.has_inputs, held.has_inputs or is_moved}
         return all(
             self._runs(msgspec.structs.replace(held, has_inputs=place), kernel, text_tokens, capacity_bytes)
             for place in places
@@ -133,7 +133,7 @@ def _has_cudnn(gpu: Gpu) -> bool:
     return gpu.compute_capability is not None and gpu.compute_capability >= CUDNN_SINCE
 
 
-def _program(footprint: Footprint, *, is_cudnn: bool) -> Program | TracedProgram:
+def _program(footprint: Footprint, *, is_cudnn: bool) -> Replayed:
     traced = footprint.traced_program()
     if traced is not None:
         return traced
@@ -202,7 +202,7 @@ def _furthest(problem: Problem, choice: Choice) -> Choice | None:
     return Choice(best, _refined(problem, best, lengths, reached), is_rounded=choice.is_rounded)
 
 
-def _reach(problem: Problem, split: Split, lengths: Sequence[int], takes: _Takes) -> int:
+def _reach(problem: Problem, split: Split, lengths: Sequence[int], runs: _Takes) -> int:
     """How many of the lengths behind the first run without a gap. The first is taken to run.
 
     Gaps are looked for in the last :data:`GAP_STEPS` lengths alone: where memory is plenty there are none.
@@ -210,14 +210,14 @@ def _reach(problem: Problem, split: Split, lengths: Sequence[int], takes: _Takes
     low, high = 0, len(lengths) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if takes(problem, split, lengths[middle]):
+        if runs(problem, split, lengths[middle]):
             low = middle
         else:
             high = middle - 1
     at = low
     while at > max(0, low - GAP_STEPS):
         at -= 1
-        if not takes(problem, split, lengths[at]):
+        if not runs(problem, split, lengths[at]):
             low = max(0, at - 1)
     return low
 
@@ -278,7 +278,6 @@ def _all_run(
     problem: Problem, split: Split, text_tokens: int, runs: Callable[[tuple[int, int], int, int, int], bool]
 ) -> bool:
     rooms = problem.fleet.rooms
-    # Whether what lives at once fits is quicker to tell.
     return _can_run(problem, split, text_tokens) and all(
         runs(run, gpu, text_tokens, rooms[gpu].capacity_bytes) for gpu, run in zip(split.gpus, split.runs, strict=True)
     )

@@ -14,6 +14,7 @@ from .constraints import Atom
 from .image_tokens import ImageLoad, image_edges, image_load
 from .memory import Footprint, Holding, StageNeed
 from .release import Release
+from .replay import CUDNN_SINCE
 from .traced import Regimes, Timeline, lengths
 from .traced_replay import TracedProgram
 
@@ -48,7 +49,7 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
         architecture=profile.architecture,
         dtype=dtype if dtype in _TRACED_DTYPES else "bfloat16",
         attention="eager" if workload.attention == "eager" else "sdpa",
-        has_cudnn=workload.attention == "sdpa" and all(one is None or one >= (9, 0) for one in capabilities),
+        has_cudnn=workload.attention == "sdpa" and all(one is None or one >= CUDNN_SINCE for one in capabilities),
         layers=tuple(unit.key for unit in profile.units if unit.role == "layer"),
         tower=tuple(unit.key for unit in profile.units if unit.role in _TOWER_ROLES) if has_images else (),
         lengths=lengths(load.tokens, profile.text.sliding_window, steps),

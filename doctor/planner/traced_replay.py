@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..trace import BEFORE, TOWER
-from .allocator import SMALL_BYTES, SMALL_SEGMENT_BYTES, Allocator, Block, OutOfMemoryError
-from .replay import Held
+from .allocator import SMALL_BYTES, Allocator, Block
+from .replay import Held, Replayed
 from .traced import Growth, Regimes
 
 
-class TracedProgram:
+class TracedProgram(Replayed):
     """The events of a model's real code, at any length of the prompt.
 
     Args:
@@ -26,34 +26,6 @@ class TracedProgram:
         self._tokens = -1
         self._sizes: list[int] = []
         self._programs: dict[tuple[int, frozenset[int]], list[tuple[int, int, bool]]] = {}
-
-    def runs(self, held: Held, tokens: int, capacity_bytes: int) -> bool:
-        """Whether a stage survives a prompt of so many tokens, image tokens counted, in so much memory."""
-        return self.runs_places(self.places_of(held, tokens), held.weights_bytes, tokens, capacity_bytes)
-
-    def runs_places(self, places: frozenset[int], weights_bytes: int, tokens: int, capacity_bytes: int) -> bool:
-        """The same of any device's part, told by its places (see ``Trace.held``)."""
-        try:
-            self._play(places, tokens, Allocator(capacity_bytes, _reserved(weights_bytes)))
-        except OutOfMemoryError:
-            return False
-        return True
-
-    def peaks(self, held: Held, tokens: int, capacity_bytes: int | None = None) -> tuple[int, int]:
-        """Most bytes allocated, without weights and workspace, and most bytes reserved.
-
-        Raises:
-            OutOfMemoryError: It does not run in so much memory.
-        """
-        return self.peaks_places(self.places_of(held, tokens), held.weights_bytes, tokens, capacity_bytes)
-
-    def peaks_places(
-        self, places: frozenset[int], weights_bytes: int, tokens: int, capacity_bytes: int | None = None
-    ) -> tuple[int, int]:
-        """The same of any device's part, told by its places."""
-        allocator = Allocator(capacity_bytes, _reserved(weights_bytes))
-        self._play(places, tokens, allocator)
-        return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
 
     def places_of(self, held: Held, tokens: int) -> frozenset[int]:
         """Places of a stage that is told by its kinds of layers: the first run of layers that has them."""
@@ -82,13 +54,13 @@ class TracedProgram:
             self._programs[key] = [(tensor, index, tensor in ends) for tensor, index in events]
         return self._programs[key]
 
-    def _play(self, places: frozenset[int], tokens: int, allocator: Allocator) -> None:
+    def _play(self, held: Held, tokens: int, allocator: Allocator) -> None:
         """Small tensors that go again are left out, as in ``replay``: they share one segment."""
         growth = self._growth(tokens)
         if tokens != self._tokens:
             self._tokens, self._sizes = tokens, growth.sizes(tokens, new_tokens=self._later)
         blocks: dict[int, Block] = {}
-        for tensor, index, goes in self._program(growth, places):
+        for tensor, index, goes in self._program(growth, self.places_of(held, tokens)):
             if index < 0:
                 block = blocks.pop(tensor, None)
                 if block is not None:
@@ -97,8 +69,3 @@ class TracedProgram:
             size = abs(self._sizes[index])
             if size > SMALL_BYTES or not goes:
                 blocks[tensor] = allocator.make(size)
-
-
-def _reserved(weights_bytes: int) -> int:
-    """Segments that are there before the prompt: weights in one, and one of small tensors, as in ``replay``."""
-    return -(-weights_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES + SMALL_SEGMENT_BYTES

@@ -250,4 +250,7 @@ def test_the_command(
 
 def test_a_plan_of_this_machine_knows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "load_calibrations", lambda: (READING,))
-    assert cli._calibrated(Policy(max_gpus=2)) == Policy(max_gpus=2, calibrations=(READING,))
+    made_up = load_machine("2xL4")
+    live = msgspec.structs.replace(made_up, origin="live")
+    assert cli._calibrated(Policy(max_gpus=2), live) == Policy(max_gpus=2, calibrations=(READING,))
+    assert cli._calibrated(Policy(max_gpus=2), made_up) == Policy(max_gpus=2)
