@@ -53,7 +53,7 @@ WORKLOAD = Workload(images=0, text_tokens=256, new_tokens=NEW_TOKENS)
 POLICY = Policy(min_gpus=2, max_gpus=2, headroom_fraction=0.0, headroom_min_bytes=0)
 BETTER = 1.03
 MOST_CUTS = 8
-"""Of those that the replay ranks highest, the planner's own not counted."""
+"""Of those that the formulas rank highest, the planner's own not counted."""
 ASKED = {
     "glm": ((23.5, 23.5), (12, 23.5), (23.5, 12), (16, 10), (40, 12)),
     "qwen": ((23.5, 23.5), (12, 23.5), (16, 8)),
@@ -311,7 +311,7 @@ def split_of(problem: Any, stages: Any) -> Split:
 def brute_force(
     subject: Subject, machine: Any, name: str, out: Out, own: int, chosen: dict[str, int], deadline: float
 ) -> None:
-    """Ask the other cuts for 3 % more, those that the replay ranks highest first."""
+    """Ask the other cuts for 3 % more, those that the formulas rank highest first."""
     problem = problem_of(subject, machine, WORKLOAD)
     atoms = len(problem.atoms)
     ranked = []
@@ -324,7 +324,7 @@ def brute_force(
     ranked.sort(key=lambda entry: (-entry[0], -entry[1]))
     asked = better = 0
     best = own
-    for replayed, bound, split in ranked:
+    for priced, bound, split in ranked:
         device_map = map_of(problem, split)
         if device_map == chosen:
             continue
@@ -341,7 +341,7 @@ def brute_force(
                 what="other cut",
                 gpus=split.gpus,
                 end=split.ends[0],
-                replayed=replayed,
+                priced=priced,
                 bound=bound,
                 longest=reached,
             )
