@@ -246,13 +246,16 @@ def _refined(problem: Problem, split: Split, lengths: Sequence[int], reached: in
 def _without_gaps(problem: Problem, split: Split, longest: int, wanted: int) -> int:
     """The longest prompt, not above one that runs, with no gap right below it. What is wanted is taken to run."""
     step = max(1, int(longest * FINE_STEP))
-    is_sure = True
+    is_sure, ran = True, 0
     for number, tokens in enumerate(range(longest - step, wanted, -step)):
-        if is_sure and number == FINE_STEPS:
-            return longest
+        # Behind a gap that is further down, as many lengths have to run again.
+        if is_sure and FINE_STEPS in (number, ran):
+            break
         if not takes_anyway(problem, split, tokens):
-            is_sure = False
-        elif not is_sure:
+            is_sure, ran = False, 0
+        elif is_sure:
+            ran += 1
+        else:
             longest, is_sure = tokens, True
     return longest if is_sure else wanted
 
