@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..machine import Gpu
+from ..machine import Gpu, Libraries
 from ..units import MIB
+from .kernels import cudnn_width
 from .memory import Footprint, StageNeed
 from .near import near_best
 from .order import Split
 from .release import is_before_5
-from .replay import CUDNN_SINCE, Held, Program, Replayed, dimensions
+from .replay import Held, Program, Replayed, dimensions
 from .search import Choice
 
 if TYPE_CHECKING:
@@ -51,12 +52,13 @@ class Replay:
     Args:
         footprint: The model, its workload and its atoms.
         gpus: By position.
+        libraries: What will run it, where that is known.
     """
 
-    def __init__(self, footprint: Footprint, gpus: Sequence[Gpu]) -> None:
+    def __init__(self, footprint: Footprint, gpus: Sequence[Gpu], libraries: Libraries | None = None) -> None:
         self._footprint = footprint
-        self._programs = {is_cudnn: _program(footprint, is_cudnn=is_cudnn) for is_cudnn in {*map(_has_cudnn, gpus)}}
-        self._kernels = [_has_cudnn(gpu) for gpu in gpus]
+        self._kernels = [cudnn_width(gpu, libraries) for gpu in gpus]
+        self._programs = {width: _program(footprint, cudnn_width=width) for width in {*self._kernels}}
         self._default = min(range(len(gpus)), key=lambda position: gpus[position].index, default=0)
         self._held: dict[tuple[int, int], Held] = {}
         self._known: dict[tuple[object, ...], bool] = {}
@@ -78,7 +80,7 @@ class Replay:
             for place in places
         )
 
-    def _runs(self, held: Held, kernel: bool, text_tokens: int, capacity_bytes: int) -> bool:
+    def _runs(self, held: Held, kernel: int, text_tokens: int, capacity_bytes: int) -> bool:
         question = held, kernel, text_tokens, capacity_bytes
         if question not in self._known:
             tokens = text_tokens + self._footprint.images.tokens
@@ -122,6 +124,8 @@ class Replay:
             self._held[run] = Held(
                 kinds=tuple(caches[layer] if layer is not None and layer < len(caches) else "full" for layer in layers),
                 weights_bytes=self._footprint.weights_of(*run),
+                small_weights_bytes=self._footprint.item_bytes
+                * sum(unit.small_elements for atom in atoms for unit in atom.units),
                 is_first=any(atom.has_embedding for atom in atoms),
                 has_head=any(atom.has_head for atom in atoms),
                 has_inputs=any(atom.has_embedding for atom in atoms),
@@ -129,11 +133,7 @@ class Replay:
         return self._held[run]
 
 
-def _has_cudnn(gpu: Gpu) -> bool:
-    return gpu.compute_capability is not None and gpu.compute_capability >= CUDNN_SINCE
-
-
-def _program(footprint: Footprint, *, is_cudnn: bool) -> Replayed:
+def _program(footprint: Footprint, *, cudnn_width: int) -> Replayed:
     traced = footprint.traced_program()
     if traced is not None:
         return traced
@@ -146,11 +146,11 @@ def _program(footprint: Footprint, *, is_cudnn: bool) -> Replayed:
         item_bytes=footprint.item_bytes,
         batch=workload.batch,
         new_tokens=workload.new_tokens,
-        is_cudnn=is_cudnn,
+        cudnn_width=cudnn_width,
     )
 
 
-def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
+def replay_of(footprint: Footprint, gpus: Sequence[Gpu], libraries: Libraries | None = None) -> Replay | None:
     """A judge, where it is known what the model allocates for the workload."""
     profile, workload = footprint.profile, footprint.workload
     is_scripted = profile.body_script is not None and (not footprint.images.tokens or profile.tower_script is not None)
@@ -169,7 +169,7 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
     has_whole_tower = not any(atom.has_tower and not atom.has_embedding for atom in footprint.atoms)
     if footprint.is_bare or footprint.offloaded or not (is_scripted and is_plain and has_whole_tower):
         return None
-    return Replay(footprint, gpus)
+    return Replay(footprint, gpus, libraries)
 
 
 def settle(problem: Problem) -> Choice | None:
