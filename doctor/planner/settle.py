@@ -40,7 +40,7 @@ GAP_STEPS = 8
 SLACK_BYTES = 16 * MIB
 """Left free for what a script does not tell: small tensors, of which 2 to 4 MiB more were seen on GPUs than replayed."""
 FINE_STEP = 1 / 400
-FINE_STEPS = 12
+FINE_STEPS = 6
 """Where a prompt is promised, lengths just below it are tried again: gaps there are narrow, and none is worth its risk."""
 _NEED_STEP = 16 * MIB
 _Takes = Callable[["Problem", Split, int], bool]
