@@ -39,6 +39,9 @@ GAP_STEPS = 8
 """A tenth of the longest prompt: gaps seen in replays and on GPUs lie there."""
 SLACK_BYTES = 16 * MIB
 """Left free for what a script does not tell: small tensors, of which 2 to 4 MiB more were seen on GPUs than replayed."""
+NARROW_SHARE = 1 / 300
+"""Of a length: gaps that are narrower do not count. LLaVA-1.5 13B fails at 5,119 and 5,120 tokens, where a tensor fills its
+segment to the byte, and runs 5,839."""
 FINE_STEP = 1 / 400
 FINE_STEPS = 6
 """Where a prompt is promised, lengths just below it are tried again: gaps there are narrow, and none is worth its risk."""
@@ -192,14 +195,21 @@ def _furthest(problem: Problem, choice: Choice) -> Choice | None:
     for split in islice(_candidates(problem, choice), MOST_CANDIDATES):
         if reached + 1 == len(lengths):
             break
-        if takes(problem, split, lengths[reached + 1]) and takes_anyway(problem, split, lengths[0]):
-            goes = _reach(problem, split, lengths, takes)
+        if _nearly(takes)(problem, split, lengths[reached + 1]) and takes_anyway(problem, split, lengths[0]):
+            goes = _reach(problem, split, lengths, _nearly(takes))
             if goes > reached:
                 best, reached = split, goes
     if best is None:
         return None
-    reached = _reach(problem, best, lengths, takes_anyway)
+    reached = _reach(problem, best, lengths, _nearly(takes_anyway))
     return Choice(best, _refined(problem, best, lengths, reached), is_rounded=choice.is_rounded)
+
+
+def _nearly(runs: _Takes) -> _Takes:
+    """Whether a length runs, or one right below it: a gap of a few tokens is no reason to prefer another split."""
+    return lambda problem, split, tokens: (
+        runs(problem, split, tokens) or runs(problem, split, tokens - int(tokens * NARROW_SHARE))
+    )
 
 
 def _reach(problem: Problem, split: Split, lengths: Sequence[int], runs: _Takes) -> int:
@@ -233,6 +243,8 @@ def _refined(problem: Problem, split: Split, lengths: Sequence[int], reached: in
     """The longest prompt that runs, between a length that does and the next one."""
     low = lengths[reached]
     high = lengths[reached + 1] if reached + 1 < len(lengths) else low
+    if not takes_anyway(problem, split, low):
+        high, low = low, low - int(low * NARROW_SHARE)
     least = (high - low) // 8
     while high - low > max(1, least):
         middle = (low + high) // 2

@@ -6,7 +6,7 @@ import pytest
 
 from vlm_doctor.planner import plan, sketch
 from vlm_doctor.planner.problem import Problem
-from vlm_doctor.planner.replay import Program
+from vlm_doctor.planner.replay import Held, Program
 from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.workload import Policy, Workload
@@ -27,9 +27,14 @@ def test_it_fits_where_the_plan_does_on_as_many_gpus(name: str, spec: str) -> No
 
 
 def test_it_asks_the_allocator_once_where_that_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[int] = []
     runs = Program.runs
-    monkeypatch.setattr(Program, "runs", lambda *arguments: asked.append(arguments) or runs(*arguments))
+
+    def counted(program: Program, held: Held, tokens: int, capacity_bytes: int) -> bool:
+        asked.append(tokens)
+        return runs(program, held, tokens, capacity_bytes)
+
+    monkeypatch.setattr(Program, "runs", counted)
     sketch(load_profile(NAMES[0], allow_network=False), load_machine("2xL4"), Workload(), Policy())
     assert len(asked) == 1
 
