@@ -33,6 +33,9 @@ COMMANDS = {
 }
 
 
+JUDGEMENT_FORMATS = ("terminal", "json", "github", "junit", "sarif", "markdown")
+"""Of commands whose answer is verdicts on a machine."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python makes of bytes on the command line that are not UTF-8."""
 
@@ -106,7 +109,7 @@ def _add_check(parser: Parser) -> None:
     parser.add_argument("--model", metavar="NAME", help="hub id or folder of the model to suggest a placement for")
     parser.add_argument("--ignore", metavar="CODE", action="append", default=[], help="demote findings to info; repeatable")
     parser.add_argument("--strict", action="store_true", help="warnings count like errors")
-    _add_output(parser, ("terminal", "json"))
+    _add_output(parser, JUDGEMENT_FORMATS)
 
 
 def _add_plan(parser: Parser) -> None:

@@ -43,7 +43,7 @@ def head(report: Report, look: Look) -> str:
     origin = {"live": "this machine", "recorded": "recorded", "synthetic": "made up"}[machine.origin]
     page.text((f"vlm-doctor {report.version}", "dim"), "  ", (machine.description, "bold"), (f" ({origin})", "dim"))
     findings = report.diagnosis.findings if report.diagnosis else ()
-    write_findings(page, findings, verbose=look.verbose)
+    write_findings(page, findings, diagnosis=report.diagnosis, verbose=look.verbose)
     write_machine(page, machine, report.diagnosis)
     return page.render()
 
@@ -61,7 +61,8 @@ def tail(report: Report, look: Look, *, earlier: Report | None = None) -> str:
     if earlier is not None:
         write_torch(page, report.machine.torch)
         seen = earlier.diagnosis.findings if earlier.diagnosis else ()
-        write_findings(page, [finding for finding in diagnosis.findings if finding not in seen], verbose=look.verbose)
+        news = [finding for finding in diagnosis.findings if finding not in seen]
+        write_findings(page, news, diagnosis=diagnosis, verbose=look.verbose)
     write_unknowns(page, report.machine, diagnosis, verbose=look.verbose)
     page.gap()
     write_tally(page, report.machine, diagnosis, verbose=look.verbose)
