@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from . import __version__
+from .answers import ErrorAnswer
 from .checks import diagnose
+from .error_answer import confirm
 from .errors import UsageError
 from .machine import Machine
 from .model import ModelProfile
 from .placement import Plan
 from .report import Report
 from .trace import Traces
-from .verdict import PROBLEM, USABLE, exit_status, focus
+from .verdict import COULD_NOT_LOOK, PROBLEM, USABLE, exit_status, focus
 from .workload import Policy, Workload
 
 
@@ -118,6 +120,19 @@ def map_report(
         diagnosis=diagnosis,
         map_check=checked,
         exit_status=PROBLEM if status == USABLE and not checked.is_clean else status,
+    )
+
+
+def error_report(answer: ErrorAnswer, machine: Machine) -> Report:
+    """Compare what a log says with a machine."""
+    diagnosis = diagnose(machine)
+    return Report(
+        version=__version__,
+        command="explain-error",
+        machine=machine,
+        diagnosis=diagnosis,
+        error_text=confirm(answer, diagnosis),
+        exit_status=USABLE if answer.is_recognized else COULD_NOT_LOOK,
     )
 
 

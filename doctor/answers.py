@@ -94,6 +94,8 @@ class ErrorAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """One sentence: what happened."""
     facts: dict[str, str] = {}
     """What the text itself tells, such as ``tried to allocate``: ``2.0 GiB``."""
+    checks: tuple[str, ...] = ()
+    """Codes of the checks that see the same trouble on a machine."""
     confirmation: Literal["confirmed", "not_seen", "unknown", "no_check"] = "no_check"
     """``confirmed``: a check finds the same here; ``not_seen``: the checks that could see it find nothing; ``unknown``:
     they could not tell; ``no_check``: no check can see this kind of error."""

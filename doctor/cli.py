@@ -19,6 +19,7 @@ from typing import NoReturn
 import msgspec
 
 from . import __version__, arguments
+from .answers import ErrorAnswer
 from .delivery import is_utf8, look_of, write_file, write_stdout
 from .errors import ModelError, UsageError, VlmDoctorError
 from .formats.look import Look
@@ -31,6 +32,8 @@ from .workload import Policy
 DEFAULT_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
 """Model of the closing suggestion: an open 9B vision-language model that the catalogue knows, so no network is needed."""
 
+TORCH_CHECKS = frozenset({"VLM206", "VLM304", "VLM305"})
+"""Checks that need torch's own answer."""
 MAX_MESSAGE_CHARS = 600
 INTERRUPTED = 130
 FAILED = 3
@@ -176,16 +179,47 @@ def calibrate(options: Namespace) -> int:
 
 
 def explain(options: Namespace) -> int:
-    """Explain a code."""
+    """Explain a code, or list all of them."""
     from .codes import explain as explain_code
+    from .codes import list_text
 
-    text = explain_code(options.code)
+    text = list_text() if options.code is None else explain_code(options.code)
     if _is_terminal():
         from .formats.markdown_text import render
 
         text = render(text, look_of(sys.stdout, environment=os.environ))
     write_stdout(text)
     return 0
+
+
+def explain_error(options: Namespace) -> int:
+    """Explain a log or a traceback."""
+    started = time.perf_counter()
+    look = _look(options)
+    from .sources.log_file import read_log
+
+    if options.file == "-" and sys.stdin is not None and sys.stdin.isatty() and sys.stderr is not None:
+        sys.stderr.write("Paste a log or a traceback, then press Ctrl-D.\n")
+    log = read_log(options.file)
+    from .error_answer import answer_error
+
+    where = "standard input" if options.file == "-" else options.file
+    answer = answer_error(log.text, where=where, skipped_bytes=log.skipped_bytes)
+    from .answer import error_report
+
+    report = error_report(answer, _machine_for(answer, options))
+    return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+
+
+def _machine_for(answer: ErrorAnswer, options: Namespace) -> Machine:
+    """The machine to compare with. torch is asked only where one of the checks that count needs its answer."""
+    from .sources import collect as collect_machine
+    from .sources import load_machine
+
+    if options.machine != "live":
+        return load_machine(options.machine)
+    needs_torch = not options.no_torch and not TORCH_CHECKS.isdisjoint(answer.checks)
+    return collect_machine(with_torch=needs_torch, fresh_torch=options.fresh_torch)
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
@@ -195,6 +229,7 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "collect": collect,
     "calibrate": calibrate,
     "explain": explain,
+    "explain-error": explain_error,
 }
 
 

@@ -29,7 +29,8 @@ COMMANDS = {
     "check-map": "Judge a device_map before anything loads: what fails, why, and the map that would do.",
     "collect": "Write a snapshot of this machine as JSON, for --machine elsewhere and for bug reports.",
     "calibrate": "Measure what torch takes of each GPU of this machine, for later plans; makes a CUDA context on each.",
-    "explain": "Explain a code: what it means, why it matters, how to repair it.",
+    "explain": "Explain a code: what it means, why it matters, how to repair it; without a code, list them.",
+    "explain-error": "Explain a log or a traceback: one cause, whether this machine agrees, what to do.",
 }
 
 
@@ -99,7 +100,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     _add_check_map(commands["check-map"])
     _add_collect(commands["collect"])
     _add_calibrate(commands["calibrate"])
-    commands["explain"].add_argument("code", metavar="CODE", help="such as VLM501")
+    commands["explain"].add_argument("code", metavar="CODE", nargs="?", help="such as VLM501; left out: list them all")
+    _add_explain_error(commands["explain-error"])
     return parser, commands
 
 
@@ -206,6 +208,13 @@ def _add_check_map(parser: Parser) -> None:
     parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
     _add_workload(parser)
     parser.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
+    _add_output(parser, ("terminal", "json"))
+
+
+def _add_explain_error(parser: Parser) -> None:
+    parser.add_argument("file", metavar="FILE|-", nargs="?", default="-", help="a log; - or nothing: standard input")
+    _add_machine(parser)
+    _add_torch(parser)
     _add_output(parser, ("terminal", "json"))
 
 

@@ -11,6 +11,7 @@ import shlex
 from ..findings import Diagnosis
 from ..report import Report
 from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
+from .error_text import write_error
 from .finding_text import write_findings, write_tally, write_unknowns
 from .look import Look
 from .machine_text import write_machine, write_torch
@@ -29,6 +30,10 @@ def render(report: Report, look: Look) -> str:
         return _plan(report, look)
     if report.command == "check-map":
         return _map_check(report, look)
+    if report.error_text is not None:
+        page = _page(look)
+        write_error(page, report.error_text, report.machine, verbose=look.verbose)
+        return page.render()
     return head(report, look) + tail(report, look)
 
 

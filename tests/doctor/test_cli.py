@@ -406,6 +406,76 @@ def test_collect_redacts_unless_told_otherwise(run: Run, tmp_path: Path, monkeyp
     assert redacted.out != whole.out
 
 
+def test_explain_without_a_code_lists_them(run: Run) -> None:
+    ran = run("explain")
+
+    assert ran.status == 0
+    assert "- VLM501: GPU memory held by other processes\n" in ran.out
+
+
+LOGS = Path(__file__).parents[1] / "logs"
+
+
+def test_an_error_is_explained_and_confirmed_by_a_machine(run: Run, golden: Callable[[str, str], None]) -> None:
+    words = ("explain-error", str(LOGS / "driver-warning-first.txt"), "--machine", recorded("old-driver"))
+
+    text, data = run(*words), run(*words, "--json")
+
+    assert (text.status, data.status, data.json["exit_status"]) == (0, 0, 0)
+    golden("terminal/explain_error.txt", text.out)
+    assert data.json["command"] == "explain-error"
+    assert data.json["error_text"]["cause"]["name"] == "driver-too-old"
+    assert data.json["error_text"]["confirmation"] == "confirmed"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in LOGS.glob("*.txt")))
+@pytest.mark.parametrize("machine", ["2xl4-idle", "nvml-crashed", "masked", "2xa10-half-taken"])
+def test_an_explanation_is_at_most_80_columns_of_ascii_where_asked(
+    run: Run, name: str, machine: str, tmp_path: Path
+) -> None:
+    ran = run("explain-error", str(LOGS / name), "--machine", recorded(machine), "--verbose")
+
+    assert ran.status == 0
+    assert all(len(line) <= 80 or line.startswith("    ") for line in ran.out.splitlines())
+    assert "Do this next:" in ran.out
+    assert "Then verify with:" in ran.out
+
+
+def test_an_error_that_is_not_known_is_3(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"KeyError: 'foo'\n")))
+
+    ran = run("explain-error", "--machine", "2xL4")
+
+    assert ran.status == 3
+    assert ran.out.startswith(
+        "Not recognized: nothing in this text is known to the doctor.\n  It ends with: KeyError: 'foo'\n"
+    )
+
+
+def test_an_empty_log_is_bad_usage_in_json_too(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+
+    ran = run("explain-error", str(tmp_path / "log"), "--json", "--machine", "2xL4")
+
+    assert (ran.status, ran.json["error"]["type"]) == (2, "UsageError")
+
+
+def test_only_errors_about_torch_ask_torch(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def collect(*, with_torch: bool, fresh_torch: bool) -> Machine:
+        asked.append(with_torch)
+        return load_machine(recorded("2xl4-idle"))
+
+    monkeypatch.setattr("vlm_doctor.sources.collect", collect, raising=False)
+    for text in ("RuntimeError: No CUDA GPUs are available", "Segmentation fault", "uncorrectable ECC error encountered"):
+        (tmp_path / "log").write_text(text, "utf-8")
+        run("explain-error", str(tmp_path / "log"))
+    run("explain-error", str(tmp_path / "log"), "--no-torch")
+
+    assert asked == [True, True, False, False]
+
+
 def process(*words: str, **options: Any) -> subprocess.Popen[str]:
     """Run a command line in a process of its own."""
     return subprocess.Popen(
