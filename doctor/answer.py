@@ -14,6 +14,8 @@ from .answers import ErrorAnswer
 from .checks import diagnose
 from .error_answer import confirm
 from .errors import UsageError
+from .expectations import Expectations
+from .gate import answer_gate, choose, refused
 from .machine import Machine
 from .model import ModelProfile
 from .placement import Plan
@@ -120,6 +122,47 @@ def map_report(
         diagnosis=diagnosis,
         map_check=checked,
         exit_status=PROBLEM if status == USABLE and not checked.is_clean else status,
+    )
+
+
+def gate_report(
+    wanted: Expectations,
+    machine: Machine,
+    profile: ModelProfile | None = None,
+    *,
+    ignore: Sequence[str] = (),
+    strict: bool = False,
+) -> Report:
+    """Say whether a machine is what a job expects.
+
+    Args:
+        wanted: What it expects.
+        machine: What was seen.
+        profile: The model that has to fit, if there is one.
+        ignore: Codes, or beginnings of codes, whose findings decide nothing.
+        strict: Warnings about the machine, or about the GPUs that would be used, stand against it.
+
+    Raises:
+        UsageError: The model cannot be planned for this machine as asked.
+        ModelFileError: The model cannot be placed.
+    """
+    diagnosis = diagnose(machine, ignore=ignore)
+    choice = choose(wanted, machine, diagnosis)
+    plan = None
+    if profile is not None and choice.gpus:
+        from .planner import plan as place
+
+        plan = place(profile, machine, Workload(), Policy(gpus=choice.gpus))
+        if not plan.fits and len(choice.able) > len(choice.gpus) and not wanted.nvlink:
+            plan = place(profile, machine, Workload(), Policy(gpus=choice.able))
+    answer = answer_gate(wanted, machine, choice, plan)
+    if answer.is_met:
+        diagnosis = focus(diagnosis, answer.gpus)
+        if strict and diagnosis.count("warning"):
+            answer = refused(answer, diagnosis)
+    status = USABLE if answer.is_met else PROBLEM if answer.unmet else COULD_NOT_LOOK
+    return Report(
+        version=__version__, command="gate", machine=machine, diagnosis=diagnosis, gate=answer, exit_status=status
     )
 
 

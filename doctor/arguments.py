@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 
 from .errors import UsageError
+from .expectations import capability, gpu_count
 from .units import parse_bytes
 
 _SIZE = re.compile(r"(\d{1,6})(?:[xX](\d{1,6}))?", re.ASCII)
@@ -95,7 +96,34 @@ def headroom_bytes(text: str) -> int:
     return parse_bytes(text, where="--headroom")
 
 
-def codes(texts: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+def vram_bytes(text: str) -> int:
+    """Read ``20GiB`` as bytes.
+
+    Raises:
+        UsageError: It is not a size with a unit.
+    """
+    return parse_bytes(text, where="--vram")
+
+
+def gpu_number(text: str) -> int:
+    """Read ``2`` as a number of GPUs.
+
+    Raises:
+        UsageError: It is not a whole number from 1 on.
+    """
+    return gpu_count(text, where="--gpus")
+
+
+def compute_capability(text: str) -> tuple[int, int]:
+    """Read ``8.0`` as a compute capability.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    return capability(text, where="--capability")
+
+
+def codes(texts: Sequence[str], known: Collection[str], *, where: str = "--ignore") -> tuple[str, ...]:
     """Read codes, or beginnings of codes, for ``--ignore``: ``VLM503``, ``vlm5``; several may share one option.
 
     Raises:
@@ -105,7 +133,7 @@ def codes(texts: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
     for entry in wanted:
         if not _CODE_START.fullmatch(entry) or not any(code.startswith(entry) for code in known):
             raise UsageError(
-                f"--ignore: {entry!r} is not the beginning of a code; write one such as VLM503, or VLM5 for a family."
+                f"{where}: {entry!r} is not the beginning of a code; write one such as VLM503, or VLM5 for a family."
             )
     return tuple(wanted)
 

@@ -45,7 +45,7 @@ def check(options: Namespace) -> int:
     look = _look(options)
     from .sources import Collection, load_machine
 
-    demoted = _known_codes(options.ignore) if options.ignore else ()
+    demoted, notes = _with_project(options)
 
     def judge(machine: Machine) -> Report:
         from .answer import check_report
@@ -53,7 +53,8 @@ def check(options: Namespace) -> int:
         return check_report(machine, ignore=demoted, gpus=options.gpus, strict=options.strict)
 
     def complete(report: Report) -> Report:
-        return msgspec.structs.replace(_suggest(report, options), seconds=time.perf_counter() - started)
+        done = _suggest(report, options)
+        return msgspec.structs.replace(done, notes=(*notes, *done.notes), seconds=time.perf_counter() - started)
 
     if options.machine != "live":
         return _finish(complete(judge(load_machine(options.machine))), options, look)
@@ -71,10 +72,78 @@ def check(options: Namespace) -> int:
         return final.exit_status
 
 
-def _known_codes(texts: Sequence[str]) -> tuple[str, ...]:
+def _with_project(options: Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Add what the project's file says to the options: ``ignore``, ``strict``, ``model``.
+
+    Returns:
+        Codes to demote, and notes that say what came from the file.
+    """
+    from .sources.project_file import read_project
+
+    project = None if options.no_project else read_project(Path.cwd())
+    options.project = project
+    demoted = _known_codes(options.ignore, "--ignore") if options.ignore else ()
+    if project is None or project.path is None:
+        return demoted, ()
+    where = f"{project.path}: [tool.vlm-doctor]"
+    settings = project.settings
+    said = []
+    if settings.ignore:
+        demoted = (*demoted, *_known_codes(settings.ignore, f"{where} ignore"))
+        said.append(f"ignore {', '.join(settings.ignore)}")
+    if settings.strict and not options.strict:
+        options.strict = True
+        said.append("strict")
+    if settings.model is not None and options.model is None:
+        options.model = settings.model
+        said.append(f"model {settings.model}")
+    return demoted, (f"From {where}: {'; '.join(said)}.",) if said else ()
+
+
+def _known_codes(texts: Sequence[str], where: str) -> tuple[str, ...]:
     from .codes import all_codes
 
-    return arguments.codes(texts, all_codes())
+    return arguments.codes(texts, all_codes(), where=where)
+
+
+def gate(options: Namespace) -> int:
+    """Say whether a machine is what a job expects."""
+    started = time.perf_counter()
+    look = _look(options)
+    from .expectations import ProjectSettings, expectations
+    from .sources import collect as collect_machine
+    from .sources import load_machine
+
+    demoted, notes = _with_project(options)
+    project = options.project
+    wanted = expectations(
+        ProjectSettings() if project is None else project.settings,
+        gpus=options.gpus,
+        vram_bytes=options.vram,
+        nvlink=options.nvlink,
+        capability_wanted=options.capability,
+        model=options.model,
+        where="pyproject.toml" if project is None else str(project.path),
+    )
+    profile = None
+    if wanted.model is not None:
+        from .sources.model_files import load_profile
+
+        profile = load_profile(wanted.model, allow_network=not options.offline)
+    if options.machine == "live":
+        machine = collect_machine(with_torch=not options.no_torch, fresh_torch=options.fresh_torch)
+    else:
+        machine = load_machine(options.machine)
+    from .answer import gate_report
+
+    report = gate_report(wanted, machine, profile, ignore=demoted, strict=options.strict)
+    report = msgspec.structs.replace(report, notes=notes, seconds=time.perf_counter() - started)
+    if options.github_output and report.gate is not None:
+        from .formats.gate_text import step_outputs
+        from .sources.github_output import write_outputs
+
+        write_outputs(step_outputs(report.gate), os.environ)
+    return _finish(report, options, look)
 
 
 def _suggest(report: Report, options: Namespace) -> Report:
@@ -224,6 +293,7 @@ def _machine_for(answer: ErrorAnswer, options: Namespace) -> Machine:
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "check": check,
+    "gate": gate,
     "plan": plan,
     "check-map": check_map,
     "collect": collect,

@@ -13,6 +13,7 @@ from ..report import Report
 from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
 from .error_text import write_error
 from .finding_text import write_findings, write_tally, write_unknowns
+from .gate_text import write_gate
 from .look import Look
 from .machine_text import write_machine, write_torch
 from .map_text import write_map_check
@@ -33,6 +34,10 @@ def render(report: Report, look: Look) -> str:
     if report.error_text is not None:
         page = _page(look)
         write_error(page, report.error_text, report.machine, verbose=look.verbose)
+        return page.render()
+    if report.gate is not None:
+        page = _page(look)
+        write_gate(page, report, report.gate, verbose=look.verbose)
         return page.render()
     return head(report, look) + tail(report, look)
 

@@ -476,6 +476,59 @@ def test_only_errors_about_torch_ask_torch(run: Run, monkeypatch: pytest.MonkeyP
     assert asked == [True, True, False, False]
 
 
+def test_a_gate_is_a_status_one_line_and_outputs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "output"))
+    words = ("gate", "--machine", "8xH100:nvswitch", "--gpus", "2", "--vram", "20GiB", "--nvlink", "--capability", "8.0")
+
+    ran = run(*words, "--model", MODEL, "--github-output")
+
+    assert (ran.status, ran.err, ran.out.count("\n")) == (0, "", 1)
+    assert ran.out.startswith("Met: GPUs 0, 1 (NVIDIA H100 80GB HBM3), 20.0 GiB free each, joined by NVLink")
+    assert "run-gpu-tests<<" in (tmp_path / "output").read_text("utf-8")
+    data = run(*words, "--json")
+    assert data.json["gate"]["is_met"] is True
+    assert data.json["command"] == "gate"
+    assert run("gate", "--machine", "T4", "--gpus", "2").status == 1
+    assert run("gate", "--machine", recorded("nvml-crashed"), "--no-project").status == 3
+
+
+def test_github_output_outside_of_a_job_is_bad_usage(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_OUTPUT", raising=False)
+
+    ran = run("gate", "--machine", "2xL4", "--github-output", "--json")
+
+    assert (ran.status, ran.json["error"]["type"]) == (2, "UsageError")
+
+
+def test_the_project_says_what_is_expected_and_the_report_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = '[tool.vlm-doctor]\ngpus = 2\nvram = "20GiB"\nignore = ["VLM501"]\nstrict = true\n'
+    (tmp_path / "pyproject.toml").write_text(table, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    machine = ("--machine", recorded("2xa10-half-taken"))
+
+    assert run("gate", *machine).status == 1
+    assert run("gate", *machine, "--gpus", "1").status == 0
+    assert run("gate", *machine, "--no-project").status == 0
+    checked = run(*machine)
+    assert checked.status == 0
+    assert "Demoted from warning: --ignore VLM501." in checked.out
+    assert f"From {tmp_path}/pyproject.toml: [tool.vlm-doctor]: ignore VLM501; strict." in " ".join(checked.out.split())
+    (tmp_path / "pyproject.toml").write_text("[tool.vlm-doctor]\nignore = ['VLM999']\n", "utf-8")
+    wrong = run(*machine)
+    assert wrong.status == 2
+    assert "[tool.vlm-doctor] ignore: 'VLM999' is not the beginning of a code" in wrong.err
+
+
+def test_the_model_of_the_project_is_suggested(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = next(name for name in catalogue_names() if name != MODEL)
+    (tmp_path / "pyproject.toml").write_text(f"[tool.vlm-doctor]\nmodel = '{other}'\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    assert f"{other}: " in run("--machine", "2xH200").out
+
+
 def process(*words: str, **options: Any) -> subprocess.Popen[str]:
     """Run a command line in a process of its own."""
     return subprocess.Popen(

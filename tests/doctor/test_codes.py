@@ -15,7 +15,7 @@ from vlm_doctor.errors import UsageError
 from vlm_doctor.planner.map_question import TITLES
 
 ROOT = Path(__file__).parents[2]
-DOCTOR = ["VLM001", "VLM002"]
+DOCTOR = [f"VLM00{number}" for number in range(1, 7)]
 ERRORS = [one.code for one in ERROR_CODES]
 MAP = list(TITLES)
 SECTIONS = [
