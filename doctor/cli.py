@@ -46,15 +46,30 @@ def check(options: Namespace) -> int:
     from .sources import Collection, load_machine
 
     demoted, notes = _with_project(options)
+    saved = None
+    if options.since is not None:
+        from .sources.saved_report import read_saved
+
+        saved = read_saved(options.since)
 
     def judge(machine: Machine) -> Report:
         from .answer import check_report
 
-        return check_report(machine, ignore=demoted, gpus=options.gpus, strict=options.strict)
+        report = check_report(machine, ignore=demoted, gpus=options.gpus, strict=options.strict)
+        if saved is None:
+            return report
+        from .changes import with_changes
+
+        return with_changes(report, saved)
 
     def complete(report: Report) -> Report:
         done = _suggest(report, options)
-        return msgspec.structs.replace(done, notes=(*notes, *done.notes), seconds=time.perf_counter() - started)
+        done = msgspec.structs.replace(done, notes=(*notes, *done.notes), seconds=time.perf_counter() - started)
+        if options.save is not None:
+            from . import codec
+
+            write_file(options.save, codec.to_json(done), option="--save")
+        return done
 
     if options.machine != "live":
         return _finish(complete(judge(load_machine(options.machine))), options, look)

@@ -112,6 +112,8 @@ def _add_check(parser: Parser) -> None:
     _add_torch(parser)
     parser.add_argument("--model", metavar="NAME", help="hub id or folder of the model to suggest a placement for")
     _add_severity(parser)
+    parser.add_argument("--save", metavar="FILE", type=Path, help="keep this report, for --since when something broke")
+    parser.add_argument("--since", metavar="FILE", type=Path, help="say what changed since a saved report or snapshot")
     _add_output(parser, JUDGEMENT_FORMATS)
 
 

@@ -21,6 +21,10 @@ def render(report: Report, look: Look) -> str:
     lines = []
     if report.gate is not None and not report.gate.is_met:
         lines.append(command("error", "vlm-doctor gate", headline(report)))
+    if report.changes is not None and report.changes.changes:
+        since = report.changes.saved_at or report.changes.where
+        body = "\n".join(inert(change.text) for change in report.changes.changes)
+        lines.append(command("notice", f"changed since {since}", body))
     for finding in report.diagnosis.findings if report.diagnosis is not None else ():
         body = "\n".join([inert(finding.message), *advice(finding)])
         lines.append(command(_LEVELS[finding.severity], f"{finding.code} {finding.title}", body))

@@ -11,6 +11,7 @@ import shlex
 from ..findings import Diagnosis
 from ..report import Report
 from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
+from .changes_text import write_changes
 from .error_text import write_error
 from .finding_text import write_findings, write_tally, write_unknowns
 from .gate_text import write_gate
@@ -52,6 +53,8 @@ def head(report: Report, look: Look) -> str:
     machine = report.machine
     origin = {"live": "this machine", "recorded": "recorded", "synthetic": "made up"}[machine.origin]
     page.text((f"vlm-doctor {report.version}", "dim"), "  ", (machine.description, "bold"), (f" ({origin})", "dim"))
+    if report.changes is not None:
+        write_changes(page, report.changes, verbose=look.verbose)
     findings = report.diagnosis.findings if report.diagnosis else ()
     write_findings(page, findings, diagnosis=report.diagnosis, verbose=look.verbose)
     write_machine(page, machine, report.diagnosis)
@@ -70,6 +73,8 @@ def tail(report: Report, look: Look, *, earlier: Report | None = None) -> str:
     diagnosis = report.diagnosis or Diagnosis(outcomes=())
     if earlier is not None:
         write_torch(page, report.machine.torch)
+        if report.changes is not None and earlier.changes is not None:
+            write_changes(page, report.changes, shown=earlier.changes.changes, verbose=look.verbose)
         seen = earlier.diagnosis.findings if earlier.diagnosis else ()
         news = [finding for finding in diagnosis.findings if finding not in seen]
         write_findings(page, news, diagnosis=diagnosis, verbose=look.verbose)

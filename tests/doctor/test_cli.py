@@ -529,6 +529,26 @@ def test_the_model_of_the_project_is_suggested(run: Run, tmp_path: Path, monkeyp
     assert f"{other}: " in run("--machine", "2xH200").out
 
 
+def test_a_report_is_saved_and_compared_with(run: Run, tmp_path: Path) -> None:
+    good = str(tmp_path / "good.json")
+
+    first = run("--machine", recorded("2xl4-idle"), "--save", good)
+    later = run("--machine", recorded("cpu-torch"), "--since", good, "--save", good)
+
+    assert (first.status, later.status) == (0, 1)
+    assert "Changed since 2026-11-22T12:00:00Z, when it was usable\n" in later.out
+    again = run("--machine", recorded("cpu-torch"), "--since", good, "--json")
+    assert again.json["changes"] == {
+        "where": good,
+        "saved_at": "2026-11-22T12:00:00Z",
+        "saved_exit_status": 1,
+        "changes": [],
+    }
+    unwritable = run("--machine", "2xL4", "--save", str(tmp_path / "missing" / "x.json"))
+    assert (unwritable.status, unwritable.out) == (2, "")
+    assert unwritable.err.startswith(f"vlm-doctor: --save {tmp_path}/missing/x.json: cannot be written: ")
+
+
 def process(*words: str, **options: Any) -> subprocess.Popen[str]:
     """Run a command line in a process of its own."""
     return subprocess.Popen(
