@@ -9,7 +9,7 @@ import msgspec
 
 from .answers import Change, ChangeKind, Changes
 from .findings import Diagnosis, Finding
-from .machine import Gpu, Machine
+from .machine import Gpu, Host, Libraries, Machine
 from .report import Report
 from .units import GIB, format_gib
 
@@ -151,13 +151,10 @@ def _driver_facts(machine: Machine) -> dict[str, str]:
 def _libraries(before: Machine, after: Machine) -> Iterable[Change]:
     if before.libraries is None or after.libraries is None:
         return ()
-    return _each("library", _library_facts(before), _library_facts(after))
+    return _each("library", _library_facts(before.libraries), _library_facts(after.libraries))
 
 
-def _library_facts(machine: Machine) -> dict[str, str]:
-    libraries = machine.libraries
-    if libraries is None:
-        return {}
+def _library_facts(libraries: Libraries) -> dict[str, str]:
     facts = {package.name: package.version for package in libraries.packages}
     facts |= {"Python": libraries.python, "Python's path": libraries.executable}
     build = libraries.torch_build
@@ -195,13 +192,10 @@ def _link_text(label: str, p2p_read: str | None) -> str:
 def _host(before: Machine, after: Machine) -> Iterable[Change]:
     if before.host is None or after.host is None:
         return ()
-    return _each("host", _host_facts(before), _host_facts(after))
+    return _each("host", _host_facts(before.host), _host_facts(after.host))
 
 
-def _host_facts(machine: Machine) -> dict[str, str]:
-    host = machine.host
-    if host is None:
-        return {}
+def _host_facts(host: Host) -> dict[str, str]:
     facts = {
         "operating system": host.os,
         "Linux": host.kernel,

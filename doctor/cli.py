@@ -238,9 +238,17 @@ def collect(options: Namespace) -> int:
     """Write a snapshot of this machine."""
     from . import codec
     from .sources import collect as collect_machine
+    from .sources import load_machine
 
-    machine = collect_machine(with_torch=not options.no_torch, fresh_torch=options.fresh_torch)
-    _write(codec.to_json(machine if options.no_redact else codec.redact(machine)), options.output)
+    if options.machine == "live":
+        machine = collect_machine(with_torch=not options.no_torch, fresh_torch=options.fresh_torch)
+    else:
+        machine = load_machine(options.machine)
+    if options.redact:
+        from .sources.identity import private_words
+
+        machine = codec.redact(machine, secrets=private_words(os.environ))
+    _write(codec.to_json(machine), options.output)
     return 0
 
 

@@ -254,7 +254,14 @@ def _add_explain_error(parser: Parser) -> None:
 def _add_collect(parser: Parser) -> None:
     _add_torch(parser)
     parser.add_argument(
-        "--no-redact", action="store_true", help="keep UUIDs, user names, commands and home folders as they are"
+        "--machine", metavar="live|FILE|SPEC", default="live", help="a snapshot to redact, in the place of this machine"
+    )
+    parser.add_argument(
+        "--redact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="replace user and host names, commands, folders, UUIDs, addresses and tokens (default); --no-redact "
+        "keeps them",
     )
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
 

@@ -131,6 +131,12 @@ def test_what_was_found_comes_first() -> None:
     assert (changes[0].subject, changes[0].after) == ("torch without CUDA (VLM303)", "error")
 
 
+def test_findings_are_compared_only_with_findings() -> None:
+    bare = Saved("machine.json", machine())
+
+    assert {change.kind for change in compare(bare, check_report(machine("cpu-torch"))).changes} == {"library"}
+
+
 def test_a_demoted_finding_has_not_gone() -> None:
     one = machine("cpu-torch")
 

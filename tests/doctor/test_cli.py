@@ -549,6 +549,16 @@ def test_a_report_is_saved_and_compared_with(run: Run, tmp_path: Path) -> None:
     assert unwritable.err.startswith(f"vlm-doctor: --save {tmp_path}/missing/x.json: cannot be written: ")
 
 
+def test_a_snapshot_of_somebody_else_can_be_redacted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USER", "half")
+
+    ran = run("collect", "--redact", "--machine", recorded("2xa10-half-taken"))
+
+    assert ran.status == 0
+    assert "ana" not in ran.out
+    assert codec.machine_from_json(ran.out.encode(), where="snapshot").gpus[1].processes[0].pid == 4711
+
+
 def process(*words: str, **options: Any) -> subprocess.Popen[str]:
     """Run a command line in a process of its own."""
     return subprocess.Popen(

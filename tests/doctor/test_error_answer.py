@@ -179,6 +179,38 @@ def test_of_a_message_of_many_lines_every_line_counts() -> None:
     assert "raised in" in answer.facts
 
 
+def test_where_several_ranks_failed_the_first_one_counts() -> None:
+    text = (
+        "[rank1]: RuntimeError: CUDA error: invalid device ordinal\n"
+        "[rank0]: RuntimeError: operator torchvision::nms does not exist\n"
+    )
+
+    answer = answer_error(text, where="log")
+
+    assert answer.cause is not None
+    assert (answer.cause.name, answer.cause.line) == ("invalid-device-ordinal", 1)
+
+
+def test_a_message_has_an_end() -> None:
+    text = HEADER + '  File "a", line 1, in f\nRuntimeError: x\n' + "more\n" * 100 + "Segmentation fault\n"
+
+    answer = answer_error(text, where="log")
+
+    assert answer.cause is not None
+    assert answer.cause.name == "process-crashed"
+    assert "raised in" not in answer.facts
+
+
+def test_of_thousands_of_hits_the_first_and_the_last_are_looked_at() -> None:
+    text = "GPU is lost\n" + "Bus error\n" * 5_000 + "uncorrectable ECC error encountered\n"
+
+    answer = answer_error(text, where="log")
+
+    assert answer.cause is not None
+    assert answer.cause.name == "gpu-lost"
+    assert [seen.name for seen in answer.also] == ["shared-memory", "memory-fault"]
+
+
 def test_a_long_line_is_shown_around_what_matters() -> None:
     answer = answer_error("x" * 3000 + " CUDA error: invalid device ordinal " + "y" * 3000, where="log")
 
