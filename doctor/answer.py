@@ -1,21 +1,19 @@
 """From a machine to the report of a command: judge it, plan for it, and come to a verdict. Pure.
 
-The planner is imported where it is used: a check of a machine without GPUs has no use for it.
+What only one command needs is imported there: a check of a machine without GPUs has no use for the planner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from . import __version__
 from .answers import ErrorAnswer
 from .checks import diagnose
-from .error_answer import confirm
 from .errors import UsageError
-from .expectations import Expectations
-from .gate import answer_gate, choose, refused
 from .machine import Machine
 from .model import ModelProfile
 from .placement import Plan
@@ -23,6 +21,9 @@ from .report import Report
 from .trace import Traces
 from .verdict import COULD_NOT_LOOK, PROBLEM, USABLE, exit_status, focus
 from .workload import Policy, Workload
+
+if TYPE_CHECKING:
+    from .expectations import Expectations
 
 
 def check_report(
@@ -146,6 +147,8 @@ def gate_report(
         UsageError: The model cannot be planned for this machine as asked.
         ModelFileError: The model cannot be placed.
     """
+    from .gate import answer_gate, choose, refused
+
     diagnosis = diagnose(machine, ignore=ignore)
     choice = choose(wanted, machine, diagnosis)
     plan = None
@@ -168,6 +171,8 @@ def gate_report(
 
 def error_report(answer: ErrorAnswer, machine: Machine) -> Report:
     """Compare what a log says with a machine."""
+    from .error_answer import confirm
+
     diagnosis = diagnose(machine)
     return Report(
         version=__version__,

@@ -26,6 +26,7 @@ from .formats.look import Look
 from .machine import Machine
 from .model import ModelProfile
 from .options import parse, policy, with_headroom, workload
+from .progress import Progress
 from .report import Report
 from .workload import Policy
 
@@ -74,15 +75,25 @@ def check(options: Namespace) -> int:
     if options.machine != "live":
         return _finish(complete(judge(load_machine(options.machine))), options, look)
     with Collection(with_torch=not options.no_torch, fresh_torch=options.fresh_torch) as collection:
-        first = judge(collection.without_torch())
-        if options.no_torch or first.machine.torch.state != "not_asked":
-            return _finish(complete(first), options, look)
-        if options.format != "terminal" or options.output is not None or not _is_terminal():
-            return _finish(complete(judge(collection.complete())), options, look)
-        from .formats.to_terminal import head, tail
 
-        write_stdout(head(first, look))
-        final = complete(judge(collection.complete()))
+        def waiting() -> Progress:
+            return Progress(lambda: collection.waiting_for, sys.stderr)
+
+        with waiting():
+            machine = collection.without_torch()
+        first = judge(machine)
+        if options.no_torch or machine.torch.state != "not_asked":
+            return _finish(complete(first), options, look)
+        is_page = options.format == "terminal" and options.output is None and _is_terminal()
+        if is_page:
+            from .formats.to_terminal import head, tail
+
+            write_stdout(head(first, look))
+        with waiting():
+            machine = collection.complete()
+        final = complete(judge(machine))
+        if not is_page:
+            return _finish(final, options, look)
         write_stdout(tail(final, look, earlier=first))
         return final.exit_status
 

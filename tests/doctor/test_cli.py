@@ -306,6 +306,7 @@ class FakeCollection:
     screen: Screen | None = None
     before_torch = ""
     machine = load_machine(recorded("2xl4-idle"))
+    waiting_for = ""
 
     def __init__(self, *, with_torch: bool = True, fresh_torch: bool = False) -> None:
         self.with_torch = with_torch
