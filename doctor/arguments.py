@@ -18,7 +18,18 @@ _CODE_START = re.compile(r"VLM\d{1,3}", re.ASCII)
 
 def asks_for_json(words: Sequence[str]) -> bool:
     """Tell whether a command line asks for JSON, even one that cannot be understood otherwise."""
-    return "--json" in words or "--format=json" in words or ("--format", "json") in pairwise(words)
+    return "--json" in words or _asks_for(words, "json")
+
+
+def failure_style(words: Sequence[str]) -> str:
+    """How a run that fails has to say so: ``json``, ``github``, or ``text``; also of a command line that is wrong."""
+    if asks_for_json(words):
+        return "json"
+    return "github" if _asks_for(words, "github") else "text"
+
+
+def _asks_for(words: Sequence[str], format: str) -> bool:  # noqa: A002 - the word of the command line
+    return f"--format={format}" in words or ("--format", format) in pairwise(words)
 
 
 def gpu_indices(text: str, *, option: str = "--gpus") -> tuple[int, ...]:

@@ -368,15 +368,15 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         words: Arguments without the program's name; ``None`` takes those of the process.
     """
     given = list(sys.argv[1:] if words is None else words)
-    is_json = arguments.asks_for_json(given)
+    style = arguments.failure_style(given)
     try:
         status = _run(given)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except VlmDoctorError as error:
-        status = _fail(type(error).__name__, str(error), error.exit_status, is_json=is_json)
+        status = _fail(type(error).__name__, str(error), error.exit_status, style=style)
     except Exception as error:  # noqa: BLE001 - last border: a defect must not reach the user as a traceback
-        status = _fail("InternalError", _confession(error), FAILED, is_json=is_json)
+        status = _fail("InternalError", _confession(error), FAILED, style=style)
     sys.exit(status)
 
 
@@ -388,18 +388,24 @@ def _run(words: list[str]) -> int:
     return COMMANDS[options.command](options)
 
 
-def _fail(kind: str, message: str, exit_status: int, *, is_json: bool) -> int:
-    """Say what stopped the run: as JSON on standard output where JSON was asked for, else on standard error."""
-    from .formats.page import inert
+def _fail(kind: str, message: str, exit_status: int, *, style: str) -> int:
+    """Say what stopped the run: on standard output as JSON or as an annotation where that was asked for, else on stderr."""
+    from .formats.inert import inert
     from .formats.to_json import error_json
 
     if len(message) > MAX_MESSAGE_CHARS:
         # Somebody's name or value is huge: what is wrong stands at the beginning, what to do at the end.
         message = f"{message[: MAX_MESSAGE_CHARS // 2]} ... {message[-MAX_MESSAGE_CHARS // 3 :]}"
     message = inert(message)
-    if is_json:
+    if style in ("json", "github"):
         try:
-            write_stdout(error_json(kind, message, exit_status))
+            if style == "json":
+                write_stdout(error_json(kind, message, exit_status))
+            else:
+                from .formats.to_github import command
+
+                is_unicode = sys.stdout is not None and is_utf8(sys.stdout)
+                write_stdout(f"{command('error', 'vlm-doctor', inert(message, is_unicode=is_unicode))}\n")
             return exit_status
         except UsageError as error:
             message = f"{message} {error}"

@@ -128,3 +128,18 @@ def test_what_a_gate_expects() -> None:
     ):
         with pytest.raises(UsageError, match=f"^{option}: "):
             read(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "style"),
+    [
+        (["--json"], "json"),
+        (["--format", "github"], "github"),
+        (["gate", "--format=github"], "github"),
+        (["--format", "github", "--json"], "json"),
+        (["--format", "junit"], "text"),
+        (["github"], "text"),
+    ],
+)
+def test_how_a_failure_is_said(words: list[str], style: str) -> None:
+    assert arguments.failure_style(words) == style

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import msgspec
 import pytest
 
@@ -558,6 +559,29 @@ def test_a_snapshot_of_somebody_else_can_be_redacted(run: Run, monkeypatch: pyte
     assert ran.status == 0
     assert "ana" not in ran.out
     assert codec.machine_from_json(ran.out.encode(), where="snapshot").gpus[1].processes[0].pid == 4711
+
+
+def test_a_failure_in_a_job_is_an_annotation(run: Run) -> None:
+    ran = run("gate", "--format", "github", "--gpus", "%:,")
+
+    assert (ran.status, ran.err) == (2, "")
+    assert ran.out.startswith("::error title=vlm-doctor::--gpus: '%25:,' is not a number of GPUs")
+    assert ran.out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("gate", "--machine", "2xL4", "--gpus", "2", "--model", MODEL),
+        ("gate", "--machine", "T4", "--gpus", "2"),
+        ("explain-error", str(LOGS / "nccl-shm.txt"), "--machine", "2xL4"),
+        ("--machine", "2xL4", "--since", recorded("2xl4-idle")),
+    ],
+)
+def test_every_report_follows_the_published_schema(run: Run, words: tuple[str, ...]) -> None:
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text("utf-8"))
+
+    jsonschema.validate(run(*words, "--json").json, schema)
 
 
 def process(*words: str, **options: Any) -> subprocess.Popen[str]:
