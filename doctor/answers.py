@@ -77,7 +77,7 @@ class SeenText(msgspec.Struct, frozen=True, kw_only=True):
     """Of the known text, such as ``driver-too-old``."""
     code: str
     line: int
-    """Counted from 1."""
+    """Counted from 1; of a log with ``skipped_bytes``, among the lines that were looked at."""
     text: str
     """The line without prefixes, shortened."""
 

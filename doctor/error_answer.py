@@ -15,13 +15,15 @@ import msgspec
 
 from .answers import ErrorAnswer, SeenText
 from .data.known_texts import RANKS, KnownText, all_known_texts
-from .findings import Diagnosis, Fix
+from .findings import Diagnosis, Fix, Outcome
 from .log_text import ExceptionText, LogLine, clean_lines, exceptions_of
 from .oom_text import explain, figures_of, parse_out_of_memory
 
 MAX_SHOWN_CHARS = 300
 _MAX_ALSO = 8
 _MAX_HITS = 2_000
+_NO_GPU = "VLM101"
+"""A machine without GPUs is in order, but it explains why a program finds none."""
 _OUT_OF_MEMORY = "gpu-out-of-memory"
 _MODEL_FILE = re.compile(r"(?:modeling|modular|processing|visual|configuration|tokenization_(?!utils))\w{0,60}\.py$")
 _CALL = re.compile(r"\bself\.(?P<path>[A-Za-z_]\w{0,60}(?:\.[A-Za-z_]\w{0,60}){0,4})\(")
@@ -86,17 +88,22 @@ def confirm(answer: ErrorAnswer, diagnosis: Diagnosis) -> ErrorAnswer:
     if not checks:
         return answer
     findings = tuple(
-        finding for code in checks for finding in diagnosis.findings if finding.code == code and finding.severity != "info"
+        finding
+        for code in checks
+        for finding in diagnosis.findings
+        if finding.code == code and (finding.severity != "info" or code == _NO_GPU)
     )
     if findings:
         fix = findings[0].fix or answer.fix
         return msgspec.structs.replace(answer, confirmation="confirmed", confirmed_by=findings, fix=fix)
     outcomes = [outcome for outcome in diagnosis.outcomes if outcome.code in checks]
-    is_blind = any(
-        outcome.state in ("unknown", "crashed") or (outcome.reason or "").startswith("explained by") for outcome in outcomes
-    )
-    is_known = not is_blind and any(outcome.state == "passed" for outcome in outcomes)
-    return msgspec.structs.replace(answer, confirmation="not_seen" if is_known else "unknown")
+    return msgspec.structs.replace(answer, confirmation="unknown" if any(map(_is_blind, outcomes)) else "not_seen")
+
+
+def _is_blind(outcome: Outcome) -> bool:
+    """Whether a check could not tell: what it needs could not be read, is hidden by a cause, or was made up."""
+    reason = outcome.reason or ""
+    return outcome.state in ("unknown", "crashed") or reason.startswith("explained by") or "made-up" in reason
 
 
 @cache

@@ -13,7 +13,8 @@ def write_error(page: Page, answer: ErrorAnswer, machine: Machine, *, verbose: b
         _write_unknown(page, answer)
         return
     page.ends([("Cause", "bold red"), "  ", (answer.explanation, "bold")], (answer.cause.code, "dim"))
-    page.item(f"Line {answer.cause.line}:", answer.cause.text, indent=2)
+    # Of a log that was not read in full, lines cannot be counted.
+    page.item("Text:" if answer.skipped_bytes else f"Line {answer.cause.line}:", answer.cause.text, indent=2)
     for name, value in answer.facts.items():
         page.item(f"{name[0].upper()}{name[1:]}:", value, indent=2)
     _write_confirmation(page, answer, machine)
@@ -21,7 +22,8 @@ def write_error(page: Page, answer: ErrorAnswer, machine: Machine, *, verbose: b
         page.gap()
         page.text(("Also in the text, explained by it or after it", "bold"))
         for one in answer.also:
-            page.item("-", f"line {one.line}: {one.text} ({one.code})", indent=2)
+            where = "" if answer.skipped_bytes else f"line {one.line}: "
+            page.item("-", f"{where}{one.text} ({one.code})", indent=2)
     if answer.last_error is not None:
         page.gap()
         page.item("Not known:", f"the text ends with {answer.last_error}")

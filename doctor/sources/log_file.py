@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -63,22 +64,23 @@ def _read(file: BinaryIO) -> LogFile:
     if total < HEAD_BYTES + TAIL_BYTES:
         return LogFile(_decoded(head), 0)
     kept: list[bytes] = [head[:HEAD_BYTES]]
-    pending = head[HEAD_BYTES:]
-    found = 0
+    blocks = deque([head[HEAD_BYTES:]])
+    pending, found = len(blocks[0]), 0
     while total < MAX_READ_BYTES:
         block = file.read(_BLOCK_BYTES)
         if not block:
             break
         total += len(block)
-        pending += block
-        while len(pending) > TAIL_BYTES + _BLOCK_BYTES:
-            leaving, pending = pending[:_BLOCK_BYTES], pending[_BLOCK_BYTES:]
+        pending += len(block)
+        blocks.append(block)
+        while pending - len(blocks[0]) >= TAIL_BYTES:
+            leaving = blocks.popleft()
+            pending -= len(leaving)
             if found < MAX_AROUND:
-                part = _around_error(leaving, pending)
-                if part:
-                    kept.append(part)
-                    found += 1
-    kept.append(pending[-TAIL_BYTES:])
+                part = _around_error(leaving, blocks[0])
+                kept += [part] if part else []
+                found += bool(part)
+    kept.append(b"".join(blocks))
     text = "\n".join(_decoded(part) for part in kept)
     return LogFile(text, max(0, total - sum(map(len, kept))))
 

@@ -16,6 +16,7 @@ from vlm_doctor.codes import all_codes
 from vlm_doctor.data.error_codes import ERROR_CODES
 from vlm_doctor.data.known_texts import RANKS, KnownText, all_known_texts
 from vlm_doctor.error_answer import answer_error
+from vlm_doctor.formats import render
 from vlm_doctor.sources import load_machine
 
 TESTS = Path(__file__).parents[1]
@@ -299,6 +300,8 @@ def confirmation(log: str, machine: str) -> tuple[str, list[str]]:
         ("RuntimeError: No CUDA GPUs are available", "driver-missing", "confirmed", ["VLM102"]),
         ("RuntimeError: No CUDA GPUs are available", "8xh100-fabric-down", "confirmed", ["VLM403"]),
         ("RuntimeError: No CUDA GPUs are available", "2xl4-idle", "not_seen", []),
+        ("RuntimeError: No CUDA GPUs are available", "laptop-no-gpu", "confirmed", ["VLM101"]),
+        ("RuntimeError: CUDA error: uncorrectable ECC error encountered", "laptop-no-gpu", "not_seen", []),
         ("Failed to initialize NVML: Driver/library version mismatch", "driver-mismatch", "confirmed", ["VLM104"]),
         ("AssertionError: Torch not compiled with CUDA enabled", "2xl4-idle", "not_seen", []),
         (
@@ -317,6 +320,26 @@ def confirmation(log: str, machine: str) -> tuple[str, list[str]]:
 )
 def test_a_machine_confirms_or_does_not(log: str, machine: str, state: str, codes: list[str]) -> None:
     assert confirmation(log, machine) == (state, codes)
+
+
+def test_of_a_made_up_machine_it_is_not_known() -> None:
+    report = error_report(
+        answer_error("CUDA error: uncorrectable ECC error encountered", where="log"), load_machine("2xL4")
+    )
+
+    assert report.error_text is not None
+    assert report.error_text.confirmation == "unknown"
+
+
+def test_lines_of_a_log_in_parts_have_no_numbers() -> None:
+    text = LOGS["driver-warning-first.txt"]
+    machine = load_machine("2xL4")
+
+    parts = render(error_report(answer_error(text, where="log", skipped_bytes=1_000_000), machine), "terminal")
+
+    assert "Line 1" not in parts
+    assert "line 6" not in parts
+    assert "1,000,000 bytes from the middle of log were only searched for errors." in " ".join(parts.split())
 
 
 def test_a_finding_of_the_machine_has_the_better_advice() -> None:
