@@ -73,7 +73,22 @@ _PUBLIC = frozenset(
         *("content", "app", "kaggle", "colab", "pip", "uv", "pyenv", ".pyenv", "versions", "nix", "store"),
         *("snapshots", "blobs", "modules", "include", "extras", "CUPTI", "python", "python3", "x86_64-linux-gnu"),
         *("aarch64-linux-gnu", "x86_64-linux", "sbsa-linux", "openmpi", "mpi", "hpcx", "nccl", "cudnn", "cublas"),
-        *("bus", "pci", "devices", "class", "module", "nvidia_uvm", "memory.max", "self", "cgroup", "fs", "kernel"),
+        *(
+            "bus",
+            "pci",
+            "devices",
+            "class",
+            "module",
+            "nvidia_uvm",
+            "memory.max",
+            "nccl.conf",
+            ".nccl.conf",
+            "nccl.conf.d",
+            "self",
+            "cgroup",
+            "fs",
+            "kernel",
+        ),
         *("gpus", "version"),
     }
 )

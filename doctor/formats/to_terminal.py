@@ -22,9 +22,6 @@ from .page import Page
 from .plan_text import write_gpu_sets, write_levers, write_plan, write_snippet, write_suggestion
 
 EXAMPLE_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
-SLOW_S = 1.0
-"""A source that takes longer is named."""
-_SOURCE_NAMES = {"nvml": "NVML", "pci_devices": "the PCI bus", "gpus": "NVML"}
 MISFITS = ("VLM601", "VLM602")
 """Codes that say why a plan does not fit."""
 
@@ -159,15 +156,6 @@ def _write_machine_trouble(page: Page, report: Report, look: Look) -> None:
 
 
 def _write_time(page: Page, report: Report) -> None:
-    if report.seconds is None:
-        return
-    page.gap()
-    page.text((f"Took {report.seconds:.2f} s{_slow_source(report)}.", "dim"))
-
-
-def _slow_source(report: Report) -> str:
-    """``, of which NVML 5.0 s``: the source that made a run of this machine slow."""
-    if report.machine.origin != "live" or not report.machine.seconds or report.seconds is None:
-        return ""
-    name, seconds = max(report.machine.seconds.items(), key=lambda pair: pair[1])
-    return f", of which {_SOURCE_NAMES.get(name, name)} {seconds:.1f} s" if seconds >= SLOW_S else ""
+    if report.seconds is not None:
+        page.gap()
+        page.text((f"Took {report.seconds:.2f} s.", "dim"))

@@ -103,12 +103,12 @@ def test_of_a_gate_that_could_not_be_judged_the_test_case_is_an_error() -> None:
 def test_no_text_can_become_a_workflow_command(text: str) -> None:
     lines = render(saying(text), "github").splitlines()
 
-    assert [line.split(" ")[0] for line in lines[:-1]] == ["::error", "::notice"]
+    assert [line.split(" ")[0] for line in lines[:-1]] == ["::notice", "::error", "::notice"]
     assert lines[-1] == "Not ready: 1 error."
 
 
 def test_separators_of_a_title_are_escaped() -> None:
-    first = render(saying("a: 50%, b::error::c"), "github").splitlines()[0]
+    first = render(saying("a: 50%, b::error::c"), "github").splitlines()[1]
 
     assert first.startswith("::error title=VLM501 a%3A 50%25%2C b%3A%3Aerror%3A%3Ac::a: 50%25, b::error::c%0ACause: a: ")
 

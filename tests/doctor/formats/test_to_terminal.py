@@ -268,22 +268,3 @@ def test_names_in_commands_are_quoted(check_report: Report) -> None:
     text = render(replace(check_report, plan=msgspec.structs.replace(plan, model="a model; rm -rf /")), "terminal")
 
     assert "vlm-doctor plan 'a model; rm -rf /'" in text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "line"),
-    [
-        ({"nvml": 5.0, "libraries": 0.1}, "Took 6.00 s, of which NVML 5.0 s."),
-        ({"libraries": 3.2, "nvml": 0.2}, "Took 6.00 s, of which libraries 3.2 s."),
-        ({"nvml": 0.2}, "Took 6.00 s."),
-        ({}, "Took 6.00 s."),
-    ],
-)
-def test_a_slow_source_is_named(check_report: Report, seconds: dict[str, float], line: str) -> None:
-    live = replace(
-        check_report, seconds=6.0, machine=msgspec.structs.replace(check_report.machine, origin="live", seconds=seconds)
-    )
-
-    assert render(live, "terminal").splitlines()[-1] == line
-    recorded = replace(live, machine=msgspec.structs.replace(live.machine, origin="recorded"))
-    assert render(recorded, "terminal").splitlines()[-1] == "Took 6.00 s."
