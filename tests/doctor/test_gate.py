@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -438,13 +439,36 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, text: str, s
 
 
 def test_where_there_is_no_file_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Path] = []
+    looked: list[Path] = []
 
-    def refuse(self: Path, *_: object, **__: object) -> Any:
-        opened.append(self)
-        raise FileNotFoundError
+    def nowhere(self: Path) -> bool:
+        looked.append(self)
+        return False
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "is_file", nowhere)
 
     assert read_project(tmp_path).path is None
-    assert opened[-1] == Path("/pyproject.toml")
+    assert looked[-1] == Path("/pyproject.toml")
+
+
+def test_a_pipe_and_a_file_that_may_not_be_read_are_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project(tmp_path, "[tool.vlm-doctor]\ngpus = 2\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    os.mkfifo(tmp_path / "a" / "b" / "pyproject.toml")
+
+    assert read_project(tmp_path / "a" / "b").settings.gpus == 2
+
+    def refuse(self: Path, *_: object, **__: object) -> Any:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert read_project(tmp_path).path is None
+
+
+def test_a_working_folder_that_was_removed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    assert read_project().path is None

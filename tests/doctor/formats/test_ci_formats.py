@@ -63,9 +63,8 @@ def saying(text: str) -> Report:
 
 
 @pytest.mark.parametrize("style", CI)
-@pytest.mark.parametrize("machine", ["cpu-torch", "2xa10-half-taken"])
-def test_whole_text(style: str, machine: str, golden: Golden) -> None:
-    golden(f"{style}/{machine}.txt", render(report_of(machine), style))
+def test_whole_text(style: str, check_report: Report, golden: Golden) -> None:
+    golden(f"{style}/check_report.txt", render(check_report, style))
 
 
 @pytest.mark.parametrize("style", CI)
