@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -399,6 +400,19 @@ def test_a_number_of_gpus_is_bounded() -> None:
     for text in ("0", "-1", "1.5", "99999", "٣", ""):
         with pytest.raises(UsageError, match=r"--gpus: .* is not a number of GPUs; write one from 1 to 1,000\."):
             gpu_count(text, where="--gpus")
+
+
+TOML = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*ProjectSettings.__struct_fields__, "other"]), TOML, max_size=4))
+def test_any_table_is_read_or_one_sentence(table: dict[str, Any]) -> None:
+    with suppress(UsageError):
+        expectations(read_settings(table, where="p.toml"))
 
 
 def project(folder: Path, text: str) -> Path:

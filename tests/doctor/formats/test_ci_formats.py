@@ -86,6 +86,11 @@ def test_a_gate_is_the_headline(style: str) -> None:
     assert "2 GPUs are wanted" in render(report, style)
 
 
+@pytest.mark.parametrize("style", CI)
+def test_what_a_cause_also_explains_is_said(style: str) -> None:
+    assert "Also explains: torch sees fewer GPUs (VLM206)" in render(report_of("cpu-torch"), style)
+
+
 def test_of_a_gate_that_could_not_be_judged_the_test_case_is_an_error() -> None:
     gate = GateAnswer(is_met=False, reason="Not known.")
     report = msgspec.structs.replace(report_of("2xl4-idle"), command="gate", gate=gate, exit_status=3)
