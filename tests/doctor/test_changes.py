@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -45,6 +45,7 @@ def test_a_machine_has_not_changed_since_itself(name: str) -> None:
     assert texts(machine(name), machine(name)) == []
 
 
+@settings(deadline=None)
 @given(st.sampled_from(NAMES), st.sampled_from(NAMES))
 def test_what_is_new_one_way_is_gone_the_other_way(first: str, second: str) -> None:
     there = compare(saved(machine(first)), check_report(machine(second))).changes

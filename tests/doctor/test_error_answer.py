@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlm_doctor.answer import error_report
@@ -220,6 +220,7 @@ def test_a_long_line_is_shown_around_what_matters() -> None:
     assert len(answer.cause.text) < 320
 
 
+@settings(deadline=None)
 @given(st.text(max_size=300))
 @example("\x1b]" * 100)
 @example("Traceback (most recent call last):\n" * 5)
@@ -244,6 +245,7 @@ PIECES = [known.example for known in KNOWN] + [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=30))
 def test_any_order_of_pieces_has_one_cause_of_the_best_rank(pieces: list[str]) -> None:
     answer = answer_error("\n".join(pieces), where="log")
@@ -358,6 +360,7 @@ def test_what_is_not_recognized_is_3() -> None:
     assert error_report(answer_error("KeyError: 5", where="log"), machine).exit_status == 3
 
 
+@settings(deadline=None)
 @given(st.sampled_from([known.example for known in KNOWN]), st.text(max_size=40), st.text(max_size=40))
 @example("RuntimeError: No CUDA GPUs are available", "\x1b]0;x\x07\x1b[2J", "\u202e\x9b31m")
 def test_a_hostile_log_does_nothing_on_a_terminal(text: str, before: str, after: str) -> None:

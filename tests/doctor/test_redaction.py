@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -96,6 +96,7 @@ def secrets(draw: st.DrawFn) -> tuple[str, str]:
     return word, texts[kind]
 
 
+@settings(deadline=None)
 @given(secrets(), st.sampled_from(["message", "gap", "environment", "path", "process", "location", "error", "description"]))
 def test_no_secret_of_the_original_is_left_wherever_it_stood(secret: tuple[str, str], place: str) -> None:
     word, text = secret
@@ -129,6 +130,7 @@ def planted(one: Machine, text: str, place: str) -> Machine:
     return replace(one, gpus=(replace(one.gpus[0], processes=(process,)), one.gpus[1]))
 
 
+@settings(deadline=None)
 @given(WORD, WORD)
 def test_names_of_the_host_and_the_user_go_as_whole_words(user: str, host: str) -> None:
     assume(user not in host and host not in user)
@@ -213,6 +215,7 @@ def test_addresses_of_public_hosts_stay_and_others_have_one_name_each() -> None:
     assert cleaned == "https://huggingface.co and http://host1 and https://host1 and https://host2"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_can_be_redacted(text: str) -> None:
     redact(replace(machine(), description=text, environment={"HF_HOME": text}), secrets=(text,))

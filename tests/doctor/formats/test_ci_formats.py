@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_doctor.answer import check_report as judge
@@ -103,6 +103,7 @@ def test_of_a_gate_that_could_not_be_judged_the_test_case_is_an_error() -> None:
 # --- GitHub ---
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_no_text_can_become_a_workflow_command(text: str) -> None:
     lines = render(saying(text), "github").splitlines()
@@ -145,6 +146,7 @@ ALLOWED = {
 }
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_a_valid_test_suite(text: str) -> None:
     for element in ET.fromstring(render(saying(text), "junit")).iter():
