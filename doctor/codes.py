@@ -45,6 +45,11 @@ def all_codes() -> dict[str, str]:
     return titles
 
 
+def _quoted(text: str) -> str:
+    """Text as Markdown code, also where it has backticks itself."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
 def list_text() -> str:
     """All codes with their titles, Markdown text."""
     lines = ["# Codes", ""]
@@ -82,7 +87,7 @@ def _error_pages() -> dict[str, str]:
     pages = {}
     for one in ERROR_CODES:
         own = [known for known in texts if known.code == one.code]
-        examples = "\n".join(f"- `{known.example}`\n  {known.says}" for known in own)
+        examples = "\n".join(f"- {_quoted(known.example)}\n  {known.says}" for known in own)
         meanings = "An error that a program meets; `vlm-doctor explain-error` recognizes it in a log."
         sources = "; ".join(dict.fromkeys(known.source for known in own))
         pages[one.code] = (

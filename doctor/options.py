@@ -20,7 +20,8 @@ from .workload import Attention, DType, Optimizer, Policy, Preference, Quantizat
 
 _DESCRIPTION = "Examine a machine with NVIDIA GPUs, say what is wrong, and place a vision-language model on it."
 _EPILOG = (
-    "Without a command: check. Exit status: 0 usable; 1 an error was found, or the plan does not fit; 2 bad usage or "
+    "Without a command: check. Exit status: 0 usable; 1 an error was found, the plan does not fit or the gate is not "
+    "met; 2 bad usage or "
     "unreadable input; 3 could not look; 130 interrupted. Try 'vlm-doctor plan --help'."
 )
 COMMANDS = {
