@@ -58,6 +58,8 @@ class Collection:
         self._nvml = Child("nvml", {}, environment=self._environment, deadline_s=deadline_s)
         self._torch: TorchQuestion | None = None
         self._machine: Machine | None = None
+        self.waiting_for = ""
+        """The source that is being read now, for whoever shows it; empty in between."""
         if not with_torch:
             return
         try:
@@ -83,6 +85,7 @@ class Collection:
         machine = self.without_torch()
         if self._torch is None:
             return machine
+        self.waiting_for = "torch"
         view = self._torch.view()
         seconds = machine.seconds if view.seconds is None else {**machine.seconds, "torch": view.seconds}
         return msgspec.structs.replace(machine, torch=view, seconds=seconds)
@@ -112,6 +115,7 @@ class Collection:
         files = self._read("driver", lambda: read_driver_files(self._root), no_files)
         host = self._read("host", lambda: read_host(self._root, self._environment, devices), None)
         libraries = self._read("libraries", lambda: read_libraries(self._search_path, home=home), None)
+        self.waiting_for = "NVML"
         outcome = self._nvml.outcome()
         self._seconds["nvml"] = round(outcome.seconds, 4)
         seen = self._read("gpus", lambda: understand(outcome), NvmlView(driver=Driver()))
@@ -141,12 +145,14 @@ class Collection:
     def _read(self, part: str, source: Callable[[], ResultT], otherwise: ResultT) -> ResultT:
         """Read one source; one that fails becomes a gap, so that the others still count."""
         started = time.perf_counter()
+        self.waiting_for = part
         try:
             return source()
         except Exception as error:  # noqa: BLE001 - border: reading one source
             self._note_gap(part, error)
             return otherwise
         finally:
+            self.waiting_for = ""
             self._seconds[part] = round(time.perf_counter() - started, 4)
 
     def _note_gap(self, part: str, error: Exception) -> None:
