@@ -275,7 +275,7 @@ CHECKS = (
         title="GPU lost between bus and driver",
         run=gpus_lost,
         needs=("pci_devices",),
-        explained_by=("VLM102", "VLM103", "VLM104", "VLM105", "VLM106", "VLM205"),
+        explained_by=("VLM102", "VLM103", "VLM104", "VLM105", "VLM106", "VLM113", "VLM205"),
     ),
     Check(code="VLM108", title="GPU fails when asked", run=gpu_fails),
     Check(code="VLM109", title="compute mode restricted", run=compute_mode, needs=("gpus[].compute_mode",)),
