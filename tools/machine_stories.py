@@ -66,6 +66,10 @@ def peers(links: tuple[Link, ...], answer: str) -> tuple[Link, ...]:
 def _8xa100_nvswitch() -> Machine:
     """DGX A100: two sockets, every pair NV12. Source: NVIDIA DGX A100 user guide, ``nvidia-smi topo -m``."""
     base = with_host(healthy("8xA100:nvswitch", "8 x NVIDIA A100, NVSwitch, two sockets"), numa_nodes=TWO_SOCKETS)
+    installed = packages(bitsandbytes="0.50.2", flash_attn="2.8.3")
+    base = with_libraries(base, packages=installed, bitsandbytes_cuda=("12.8", "13.0"), is_virtual_environment=True)
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NVIDIA_VISIBLE_DEVICES": "all"}
+    base = with_host(replace(base, environment=environment), container="docker", mps="running")
     return replace(base, gpus=tuple(replace(gpu, numa_node=gpu.index // 4) for gpu in base.gpus))
 
 
@@ -86,7 +90,8 @@ def t4_with_half_its_lanes() -> Machine:
 @machine
 def laptop_4090() -> Machine:
     """Laptop: the GPU has 8 lanes, drives the screen, is unloaded when idle. Source: ``nvidia-smi -q`` in nvtop issues."""
-    base = healthy("4090", "laptop with an RTX 4090")
+    closed = driver(1, is_open_kernel_module=False)
+    base = healthy("4090", "laptop with an RTX 4090", driver=closed)
     compositor = GpuProcess(pid=1900, kind="graphics", used_bytes=300 * MIB, user="ana", command="gnome-shell")
     return with_gpu(
         base,
@@ -139,6 +144,19 @@ def wsl2_pair() -> Machine:
     host = replace(HOST, kernel="6.6.87.2-microsoft-standard-WSL2", is_wsl=True, is_virtual_machine=True, numa_nodes=())
     links = tuple(replace(link, path=None) for link in peers(base.links, "not_supported"))
     return replace(base, driver=driver(2, **files, kernel_events=None), host=host, links=links)
+
+
+@machine
+def sandbox_that_hides_much() -> Machine:
+    """A sandbox that hides /sys, the kernel log and the packages: what was not seen is not judged."""
+    gaps = (
+        Gap(path="pci_devices", reason="PermissionError: [Errno 13] Permission denied: '/sys/bus/pci/devices'"),
+        Gap(path="driver.kernel_events", reason="PermissionError: [Errno 1] Operation not permitted: '/dev/kmsg'"),
+        Gap(path="libraries", reason="TimeoutError: no answer within 3 s"),
+        Gap(path="host", reason="TimeoutError: no answer within 3 s"),
+    )
+    base = healthy("2xL4", "sandbox that hides /sys", pci_devices=(), libraries=None, host=None, gaps=gaps)
+    return replace(base, driver=driver(2, kernel_events=None))
 
 
 @machine

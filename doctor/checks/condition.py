@@ -134,10 +134,7 @@ def virtual_gpu(facts: Facts) -> Result:
     ## Sources
     nvmlDeviceGetVirtualizationMode, nvmlDeviceGetGridLicensableFeatures; NVIDIA, Virtual GPU Client Licensing.
     """
-    told = [gpu for gpu in facts.working if gpu.virtualization is not None]
-    if not any(gpu.virtualization == "vgpu" for gpu in told):
-        return skipped("no virtual GPU")
-    return tuple(_virtual(facts, gpu) for gpu in told if gpu.virtualization == "vgpu")
+    return tuple(_virtual(facts, gpu) for gpu in facts.working if gpu.virtualization == "vgpu")
 
 
 def _virtual(facts: Facts, gpu: Gpu) -> Finding:

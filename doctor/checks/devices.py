@@ -91,6 +91,8 @@ def gpu_fails(facts: Facts) -> Result:
     ## Sources
     NVML errors 15 (GPU is lost) and 16 (reset required); NVIDIA's Xid catalog.
     """
+    if not facts.machine.gpus:
+        return skipped("no GPU")
     return tuple(_failing(facts, gpu) for gpu in facts.machine.gpus if gpu.error is not None)
 
 

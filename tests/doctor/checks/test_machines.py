@@ -126,6 +126,7 @@ HEALTHY = [
     "packages-from-home",
     "rhel8-pair",
     "rocm-variables",
+    "sandbox-that-hides-much",
     "scheduled-job",
     "some-hidden",
     "t4-with-flash-attention",
