@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..findings import Finding, Fix
 from ..machine import Gpu
 from ..units import format_gib
@@ -11,6 +13,7 @@ _RISER_LANES = 4
 """At most this many lanes have the risers and extension cards that mining rigs use."""
 _BFLOAT16 = (8, 0)
 """First compute capability with bfloat16 arithmetic. Source: CUDA C++ programming guide, arithmetic instructions."""
+_INFOROM = "inforom"
 _SLOWDOWNS = {
     "hw_thermal": "it is too hot",
     "sw_thermal": "the driver keeps it cool",
@@ -297,7 +300,8 @@ def corrupt_inforom(facts: Facts) -> Result:
     ## Sources
     nvmlReturn_t 14; NVIDIA GPU Operator, Troubleshooting.
     """
-    damaged = [gpu for gpu in facts.machine.gpus if _has_damaged_rom(facts, gpu)]
+    told = [gap.path for gap in facts.machine.gaps if _INFOROM in gap.reason.lower()]
+    damaged = [gpu for gpu in facts.machine.gpus if _has_damaged_rom(facts, gpu, told)]
     return tuple(
         found(
             "warning",
@@ -310,10 +314,9 @@ def corrupt_inforom(facts: Facts) -> Result:
     )
 
 
-def _has_damaged_rom(facts: Facts, gpu: Gpu) -> bool:
-    path = facts.path(gpu, "")
-    reasons = (gap.reason for gap in facts.machine.gaps if f"{gap.path}.".startswith(path))
-    return any("inforom" in reason.lower() for reason in (*reasons, gpu.error or ""))
+def _has_damaged_rom(facts: Facts, gpu: Gpu, told: Sequence[str]) -> bool:
+    where = facts.path(gpu, "")
+    return _INFOROM in (gpu.error or "").lower() or any(f"{path}.".startswith(where) for path in told)
 
 
 def no_bfloat16(facts: Facts) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 from ..machine import Host, PciDevice
 from .environment import shown
-from .limits import filesystem_of, read_limits
+from .limits import exists, filesystem_of, read_limits
 from .pci import read_iommu
 
 ResultT = TypeVar("ResultT")
@@ -152,13 +153,19 @@ def _disk(path: Path) -> tuple[int, int] | None:
 def _disk_and_access(path: Path) -> tuple[int, bool] | None:
     """Free bytes, and whether this user may write there, or into the nearest folder that exists."""
     space = _disk(path)
-    nearest = next((folder for folder in (path, *path.parents) if folder.exists()), None)
+    nearest = next((folder for folder in (path, *path.parents) if exists(folder)), None)
     return (space[1], os.access(nearest, os.W_OK | os.X_OK)) if space is not None and nearest is not None else None
 
 
 def _in_time(look: Callable[[], ResultT]) -> ResultT | None:
     found: list[ResultT] = []
-    thread = threading.Thread(target=lambda: found.append(look()), daemon=True)
+
+    def note() -> None:
+        # A name that no file system takes, such as one of 100,000 characters, has nothing to tell.
+        with contextlib.suppress(OSError, ValueError):
+            found.append(look())
+
+    thread = threading.Thread(target=note, daemon=True)
     thread.start()
     thread.join(_DISK_DEADLINE_S)
     return found[0] if found else None

@@ -97,10 +97,18 @@ def tasks_left(root: Path) -> int | None:
 def mps(root: Path, environment: Mapping[str, str]) -> Literal["absent", "running", "dead"]:
     """State of the MPS control daemon. Source: NVIDIA, Multi-Process Service, environment variables."""
     folder = root / (environment.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps").lstrip("/")
-    if not (folder / "control").exists():
+    if not exists(folder / "control"):
         return "absent"
     pid = (read_text(folder / "nvidia-cuda-mps-control.pid", 100) or "").strip()
     return "running" if not pid.isdecimal() or (root / "proc" / pid).exists() else "dead"
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file; a name that no file system takes is that of none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def filesystem_of(root: Path, path: str) -> str | None:
