@@ -32,7 +32,9 @@ from . import (
     transport,
     visibility,
 )
-from ._check import NO_GPU_CAUSES, Check, Facts, examine
+from ._check import NO_GPU_CAUSES, Check, Facts, examine, plain
+
+__all__ = ["CHECKS", "RETIRED", "diagnose", "plain"]
 
 _FAMILIES = (
     *(driver, devices, kernel, condition, visibility, environment, libraries, torch_build, settings, companions),

@@ -1,4 +1,4 @@
-"""Every state of torch with every state of NVML, in real child processes: there is a verdict, it names the state, in time."""
+"""Every state of torch with every state of NVML, in real child processes: a verdict that names the state, in time."""
 
 from __future__ import annotations
 
@@ -92,6 +92,20 @@ def test_a_verdict_whatever_happens(
     assert len(machine.gpus) == len(scenario.get("gpus", ()))
 
 
+@pytest.mark.parametrize("nvml", NVML)
+def test_a_verdict_without_torch(
+    nvml: str, double_environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm_doctor.sources.torch_view.find_torch", lambda path: None)
+    scenario, nvml_state = NVML[nvml]
+    deadline_s = 2.0 if "hangs" in nvml else 20.0
+    machine = collect(environment=double_environment(scenario), root=tmp_path, deadline_s=deadline_s)
+    assert (machine.driver.nvml_state, machine.torch.state) == (nvml_state, "absent")
+    report = check_report(machine)
+    assert report.diagnosis is not None
+    assert [outcome.reason for outcome in report.diagnosis.outcomes if outcome.state == "crashed"] == []
+
+
 @pytest.mark.parametrize("code", ERRORS)
 def test_every_error_of_nvml(code: int, double_environment: Environment, tmp_path: Path) -> None:
     machine = collect(environment=double_environment({"init": code}), root=tmp_path, with_torch=False, deadline_s=20.0)
@@ -140,7 +154,7 @@ def test_a_source_that_hangs_is_named_and_the_others_go_on(
     environment = double_environment({"gpus": [GPU]})
     with Collection(with_torch=False, environment=environment, root=tmp_path, deadline_s=20.0) as running:
         machine = running.without_torch()
-    assert [(gap.path, gap.reason) for gap in machine.gaps][0] == ("host", "TimeoutError: no answer within 0.2 s")
+    assert (machine.gaps[0].path, machine.gaps[0].reason) == ("host", "TimeoutError: no answer within 0.2 s")
     assert (machine.host, len(machine.gpus)) == (None, 1)
     assert machine.seconds["host"] >= 0.2
     report = check_report(machine)
