@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..data.xids import APPLICATION_XIDS, XIDS
 from ..findings import Finding, Fix
 from ..machine import Driver, KernelEvent, PciDevice
-from ._check import Check, Facts, Result, found, names, plain, skipped
+from ._check import Check, Facts, Result, found, names, plain, skipped, unknown
 from .driver import addresses
 
 _LIBRARY_VERSION = re.compile(r"libcuda\.so\.([0-9]{3,4}\.[0-9.]+)$")
@@ -178,7 +178,12 @@ def faults_in_kernel_log(facts: Facts) -> Result:
     `/dev/kmsg`; NVIDIA, Xid Errors. Where the kernel log may not be read, which is usual in containers, the check is
     unknown.
     """
-    events = facts.machine.driver.kernel_events or ()
+    events = facts.machine.driver.kernel_events
+    if not facts.has_hardware:
+        return skipped("no GPU")
+    if events is None:
+        gap = facts.machine.gap("driver.kernel_events")
+        return unknown(f"the kernel log could not be read{f' ({plain(gap.reason)})' if gap else ''}")
     told = [event for event in events if event.kind in ("xid", "init_failed", "gsp_failed")]
     return tuple(_fault(facts, event) for event in told[:20])
 
@@ -227,7 +232,6 @@ CHECKS = (
         code="VLM114",
         title="faults in the kernel log",
         run=faults_in_kernel_log,
-        needs=("pci_devices", "driver.kernel_events"),
         explained_by=("VLM113",),
     ),
 )

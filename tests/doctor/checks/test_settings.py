@@ -341,6 +341,17 @@ def test_ages_of_events(ask: Ask, load: Load) -> None:
     assert (finding.severity, finding.gpus) == ("info", ())
 
 
+def test_a_kernel_log_that_cannot_be_read(ask: Ask, load: Load) -> None:
+    hidden = ask("VLM114", "sandbox-that-hides-much")
+    assert hidden.state == "unknown"
+    assert hidden.reason is not None
+    assert hidden.reason.startswith("the kernel log could not be read (PermissionError: ")
+    machine = load("2xl4-idle")
+    unread = replace(machine, driver=replace(machine.driver, kernel_events=None))
+    assert ask("VLM114", unread).reason == "the kernel log could not be read"
+    assert ask("VLM114", "laptop-no-gpu").reason == "no GPU"
+
+
 def test_kernels(ask: Ask, load: Load) -> None:
     host = load("2xl4-idle").host
     assert host is not None
