@@ -21,7 +21,6 @@ from .child import Child
 from .driver import read_driver_files
 from .environment import read_environment
 from .host import hf_cache_folder, read_host
-from .kernel_log import read_kernel_log
 from .nccl_files import read_nccl_files
 from .nvml_answer import NvmlView, understand
 from .pci import read_pci_devices
@@ -126,9 +125,7 @@ class Collection:
         no_checkpoints: tuple[Checkpoint, ...] = ()
         is_nvidia = bool(devices or files.get("kernel_module_version"))
         # Without an NVIDIA GPU the kernel has nothing to say that matters here.
-        events = (
-            self._read("driver.kernel_events", lambda: read_kernel_log(self._root), no_events) if is_nvidia else no_events
-        )
+        events = self._read("driver.kernel_events", self._read_kernel_log, no_events) if is_nvidia else no_events
         settings = self._read("nccl_settings", lambda: read_nccl_files(self._root, self._environment), no_settings)
         checkpoints = self._read("checkpoints", self._read_checkpoints, no_checkpoints)
         outcome = self._nvml.outcome()
@@ -158,6 +155,11 @@ class Collection:
         if self._torch is None:
             return TorchView(state="not_asked", message="was not asked")
         return self._torch.known() or TorchView(state="not_asked", message="still being asked")
+
+    def _read_kernel_log(self) -> tuple[KernelEvent, ...]:
+        from .kernel_log import read_kernel_log
+
+        return read_kernel_log(self._root)
 
     def _read_checkpoints(self) -> tuple[Checkpoint, ...]:
         cache = hf_cache_folder(self._environment)

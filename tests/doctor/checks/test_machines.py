@@ -137,6 +137,46 @@ HEALTHY = [
 ]
 
 
+TRAPS = {
+    # What a hasty doctor takes for a fault, to a machine that has it and is fine.
+    "fabric manager absent where there is no NVSwitch": "2xl4-idle",
+    "PCIe generation low while idle": "8xa100-nvswitch",
+    "half the PCIe lanes by design": "t4-with-half-its-lanes",
+    "CUDA_HOME and LD_LIBRARY_PATH not set": "2xl4-idle",
+    "CUDA_HOME and LD_LIBRARY_PATH set": "cuda-toolkit-on-the-path",
+    "toolkit of another version than torch's CUDA": "cuda-toolkit-on-the-path",
+    "hardware slowdown of a laptop on battery": "laptop-4090",
+    "fields not supported on a consumer card": "2x4090-no-p2p",
+    "fields not supported in WSL2": "wsl2-pair",
+    "no memory figure on unified memory": "gb10-unified",
+    "no GPU, and none expected": "ci-container",
+    "no GPU in a laptop": "laptop-no-gpu",
+    "GPUs of the host that the container was not given": "container-with-some-gpus",
+    "GPUs of other jobs whose files are forbidden": "scheduled-job",
+    "IOMMU on, and only NVLink between the GPUs": "nvlink-pair-behind-iommu",
+    "IOMMU on inside a virtual machine": "iommu-in-a-virtual-machine",
+    "optional packages absent": "2xl4-idle",
+    "expandable segments under the old name": "8xa100-nvswitch",
+    "Xid of a program, and an old one": "old-xids",
+    "daemon of the host seen from a container": "mps-of-the-host",
+    "read-only cache of an offline node": "offline-cluster",
+    "persistence mode off": "unloaded-when-idle",
+    "vGPU with its licence": "licensed-vgpu",
+    "GPUs hidden on purpose": "some-hidden",
+    "links that could not be read": "links-unread",
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_is_no_fault(trap: str, load: Callable[..., Machine]) -> None:
+    assert TRAPS[trap] in HEALTHY
+
+    diagnosis = diagnose(load(TRAPS[trap]))
+
+    assert diagnosis.count("error") == diagnosis.count("warning") == 0
+    assert all(outcome.state != "crashed" for outcome in diagnosis.outcomes)
+
+
 def test_every_machine_is_judged_here() -> None:
     assert {*EXPECTED, *HEALTHY} == set(NAMES)
 
