@@ -10,6 +10,7 @@ from ..machine import Gpu
 from ..units import format_gib
 from ._check import Check, Facts, Result, found, label, names, plain, skipped, unknown
 from .driver import addresses
+from .kernel import said_by_kernel
 
 
 def gpus_lost(facts: Facts) -> Result:
@@ -55,9 +56,7 @@ def gpus_lost(facts: Facts) -> Result:
             "error" if is_bound or not machine.gpus else "warning",
             f"The PCI bus has {counted.pci} NVIDIA GPU{plural}, the driver lists {counted.driver}: "
             f"{addresses(tuple(lost))} {'is' if len(lost) == 1 else 'are'} missing.",
-            cause="It fell off the bus or failed to start."
-            if is_bound
-            else "This driver does not support it, or it failed to start.",
+            cause=said_by_kernel(facts, {device.bus_id for device in lost}) or _usual_cause(is_bound=is_bound),
             evidence=facts.evidence(f"pci_devices[{position}].bus_id", f"pci_devices[{position}].kernel_driver"),
             fix=Fix(
                 text="Find out why in the kernel log; a GPU that fell off the bus needs the machine powered off and on.",
@@ -66,6 +65,12 @@ def gpus_lost(facts: Facts) -> Result:
             ),
         ),
     )
+
+
+def _usual_cause(*, is_bound: bool) -> str:
+    if is_bound:
+        return "It fell off the bus or failed to start."
+    return "This driver does not support it, or it failed to start."
 
 
 def gpu_fails(facts: Facts) -> Result:
@@ -113,7 +118,7 @@ def _failing(facts: Facts, gpu: Gpu) -> Finding:
     return found(
         "error",
         f"{label(gpu)} fails when asked: {text.rstrip('.')}.",
-        cause="It fell off the bus, or a fault stopped it.",
+        cause=said_by_kernel(facts, {gpu.bus_id}) or "It fell off the bus, or a fault stopped it.",
         evidence=facts.evidence(facts.path(gpu, "error")),
         fix=fix,
         gpus=(gpu,),

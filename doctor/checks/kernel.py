@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from ..data.xids import APPLICATION_XIDS, XIDS
+from ..data.xids import MINOR_XIDS, XIDS
 from ..findings import Finding, Fix
 from ..machine import Driver, KernelEvent, PciDevice
 from ._check import Check, Facts, Result, found, names, plain, skipped, unknown
@@ -18,6 +18,7 @@ _CONSUMER = ("GeForce", "TITAN")
 _FIRST_BLACKWELL = 0x2900
 """PCI device numbers from here on are Blackwell and newer (GB100 is 0x2901, GB202 0x2b85), which only the open kernel
 modules drive. Source: open-gpu-kernel-modules, README, "Compatible GPUs"."""
+_FAULTS = ("xid", "init_failed", "gsp_failed")
 _RECENT_S = 86_400
 _DMESG = "sudo dmesg | grep -iE 'nvrm|xid'"
 
@@ -184,28 +185,38 @@ def faults_in_kernel_log(facts: Facts) -> Result:
     if events is None:
         gap = facts.machine.gap("driver.kernel_events")
         return unknown(f"the kernel log could not be read{f' ({plain(gap.reason)})' if gap else ''}")
-    told = [event for event in events if event.kind in ("xid", "init_failed", "gsp_failed")]
+    told = [event for event in events if event.kind in _FAULTS]
     return tuple(_fault(facts, event) for event in told[:20])
+
+
+def said_by_kernel(facts: Facts, bus_ids: Collection[str | None]) -> str | None:
+    """The newest fault that the kernel log has of one of these devices, as a sentence; ``None`` when it has none."""
+    for event in facts.machine.driver.kernel_events or ():
+        if event.kind in _FAULTS and event.bus_id is not None and event.bus_id in bus_ids:
+            what, meaning = _meaning(event)
+            return f"The kernel log has {what} of it: {meaning}."
+    return None
+
+
+def _meaning(event: KernelEvent) -> tuple[str, str]:
+    if event.kind == "xid":
+        return f"Xid {event.code}", XIDS.get(event.code or 0, "NVIDIA's list of Xid errors tells what it means")
+    what = "a failed start" if event.kind == "init_failed" else "a failed start of the firmware"
+    return what, "the driver could not start the GPU"
 
 
 def _fault(facts: Facts, event: KernelEvent) -> Finding:
     gpus = [gpu for gpu in facts.machine.gpus if event.bus_id is not None and gpu.bus_id == event.bus_id]
     whose = f" of {names(gpus)}" if gpus else f" of {plain(event.bus_id)}" if event.bus_id else ""
-    if event.kind == "xid":
-        code = event.code or 0
-        what, meaning = f"Xid {code}", XIDS.get(code, "NVIDIA's list of Xid errors tells what it means")
-        is_program = code in APPLICATION_XIDS
-    else:
-        is_program = False
-        what = "a failed start" if event.kind == "init_failed" else "a failed start of the firmware"
-        meaning = "the driver could not start the GPU"
+    what, meaning = _meaning(event)
+    is_minor = event.kind == "xid" and event.code in MINOR_XIDS
     times = f"{event.count} time{'s' if event.count != 1 else ''}"
     age = f", {_age(event.last_s_ago)} ago" if event.last_s_ago is not None else ""
     is_old = event.last_s_ago is None or event.last_s_ago > _RECENT_S
     position = _position(facts.machine.driver, event)
     fields = ("kind", "code", "bus_id", "count", "last_s_ago")
     return found(
-        "info" if is_program or is_old else "warning",
+        "info" if is_minor or is_old else "warning",
         f"The kernel log has {what}{whose} ({times}{age}): {meaning}.",
         evidence=facts.evidence(*(f"driver.kernel_events[{position}].{name}" for name in fields)),
         fix=Fix(text="Read the messages around it.", commands=(_DMESG,), who="administrator"),

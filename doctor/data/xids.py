@@ -35,5 +35,6 @@ XIDS = {
 }
 """Number to what it means, as the end of a sentence."""
 
-APPLICATION_XIDS = frozenset({13, 31, 43, 45, 68, 69, 94, 109})
-"""These are caused by, or confined to, one program: the GPU itself goes on working."""
+MINOR_XIDS = frozenset({13, 31, 43, 45, 68, 69, 94, 109, 154})
+"""Caused by, or confined to, one program: the GPU itself goes on working. 45 also comes when a program is killed; what 154
+tells is the recovery action, which NVML has as it is now."""

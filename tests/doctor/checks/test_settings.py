@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from vlm_doctor.checks import CHECKS
 from vlm_doctor.checks._check import Facts, examine
-from vlm_doctor.machine import FileSetting, Libraries, Machine, NumaNode, Package, TorchBuild
+from vlm_doctor.machine import FileSetting, KernelEvent, Libraries, Machine, NumaNode, Package, TorchBuild
 
 from .asking import Ask, Load, Said, commands
 
@@ -339,6 +339,21 @@ def test_ages_of_events(ask: Ask, load: Load) -> None:
     finding = ask("VLM114", replace(machine, driver=unknown_age)).findings[0]
     assert finding.message == "The kernel log has Xid 48 of 0000:09:00.0 (1 time): an uncorrectable memory error."
     assert (finding.severity, finding.gpus) == ("info", ())
+
+
+def test_the_kernel_log_gives_the_cause_of_a_lost_gpu(ask: Ask, load: Load) -> None:
+    finding = ask("VLM108", "xid-79").findings[0]
+    assert finding.cause == "The kernel log has Xid 79 of it: the GPU has fallen off the bus."
+    machine = load("gpu-off-the-bus")
+    events = (
+        KernelEvent(kind="iommu_fault", bus_id="0000:5d:00.0"),
+        KernelEvent(kind="xid", code=79),
+        KernelEvent(kind="init_failed", bus_id="0000:5d:00.0"),
+    )
+    failed = replace(machine, driver=replace(machine.driver, kernel_events=events))
+    cause = ask("VLM107", failed).findings[0].cause
+    assert cause == "The kernel log has a failed start of it: the driver could not start the GPU."
+    assert ask("VLM107", machine).findings[0].cause == "It fell off the bus or failed to start."
 
 
 def test_a_kernel_log_that_cannot_be_read(ask: Ask, load: Load) -> None:
