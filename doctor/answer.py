@@ -59,10 +59,10 @@ def _slow_sources(machine: Machine) -> tuple[str, ...]:
 
 
 def with_suggestion(report: Report, profile: ModelProfile, *, gpus: tuple[int, ...] | None = None) -> Report:
-    """Add a plan for one image with a short text, as a suggestion: it does not change the verdict on the machine."""
-    from .planner import plan
+    """Add a sketch of a plan for one image with a short text: a suggestion, which does not change the verdict."""
+    from .planner import sketch
 
-    return msgspec.structs.replace(report, plan=plan(profile, report.machine, Workload(), Policy(gpus=gpus)))
+    return msgspec.structs.replace(report, plan=sketch(profile, report.machine, Workload(), Policy(gpus=gpus)))
 
 
 def plan_report(

@@ -21,7 +21,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     """Of pytest-vlmgpu."""
     command: Literal["check", "plan", "check-map"] = "check"
-    """What was asked: in ``check`` the plan is only a suggestion, in ``plan`` it is the answer, in ``check-map`` the map's
+    """What was asked: in ``check`` the plan is only a sketch, in ``plan`` it is the answer, in ``check-map`` the map's
     judgement is."""
     machine: Machine
     diagnosis: Diagnosis | None = None
