@@ -80,7 +80,14 @@ def _settle(check: Check, facts: Facts, outcomes: dict[str, Outcome]) -> Outcome
     for code in (*check.explained_by, *hiding):
         cause = _settle(_BY_CODE[code], facts, outcomes)
         if any(finding.severity != "info" for finding in cause.findings):
-            outcome = Outcome(code=check.code, title=check.title, state="skipped", reason=f"explained by {code}")
+            sees_it_too = any(finding.severity != "info" for finding in examine(check, facts).findings)
+            outcome = Outcome(
+                code=check.code,
+                title=check.title,
+                state="skipped",
+                reason=f"explained by {code}",
+                symptom_of=code if sees_it_too else None,
+            )
             break
     else:
         outcome = examine(check, facts)
@@ -89,7 +96,8 @@ def _settle(check: Check, facts: Facts, outcomes: dict[str, Outcome]) -> Outcome
 
 
 def _demoted(outcome: Outcome, ignore: tuple[str, ...]) -> Outcome:
-    if not any(prefix and outcome.code.startswith(prefix.upper()) for prefix in ignore):
+    prefix = next((prefix for prefix in ignore if prefix and outcome.code.startswith(prefix.upper())), None)
+    if prefix is None:
         return outcome
-    findings = tuple(msgspec.structs.replace(finding, severity="info") for finding in outcome.findings)
+    findings = tuple(finding.demoted(f"--ignore {prefix.upper()}") for finding in outcome.findings)
     return msgspec.structs.replace(outcome, findings=findings)

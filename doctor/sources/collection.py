@@ -64,6 +64,8 @@ class Collection:
         self._nvml = Child("nvml", {}, environment=self._environment, deadline_s=deadline_s)
         self._torch: TorchQuestion | None = None
         self._machine: Machine | None = None
+        self.waiting_for = ""
+        """The source that is being read now, for whoever shows it; empty in between."""
         if not with_torch:
             return
         try:
@@ -89,6 +91,7 @@ class Collection:
         machine = self.without_torch()
         if self._torch is None:
             return machine
+        self.waiting_for = "torch"
         view = self._torch.view()
         seconds = machine.seconds if view.seconds is None else {**machine.seconds, "torch": view.seconds}
         return msgspec.structs.replace(machine, torch=view, seconds=seconds)
@@ -128,6 +131,7 @@ class Collection:
         events = self._read("driver.kernel_events", self._read_kernel_log, no_events) if is_nvidia else no_events
         settings = self._read("nccl_settings", lambda: read_nccl_files(self._root, self._environment), no_settings)
         checkpoints = self._read("checkpoints", self._read_checkpoints, no_checkpoints)
+        self.waiting_for = "NVML"
         outcome = self._nvml.outcome()
         self._seconds["nvml"] = round(outcome.seconds, 4)
         seen = self._read("gpus", lambda: understand(outcome), NvmlView(driver=Driver()))
@@ -172,12 +176,14 @@ class Collection:
     def _read(self, part: str, source: Callable[[], ResultT], otherwise: ResultT) -> ResultT:
         """Read one source; one that fails or does not end in time becomes a gap, so that the others still count."""
         started = time.perf_counter()
+        self.waiting_for = part
         try:
             return _in_time(source, SOURCE_DEADLINE_S)
         except Exception as error:  # noqa: BLE001 - border: reading one source
             self._note_gap(part, error)
             return otherwise
         finally:
+            self.waiting_for = ""
             self._seconds[part] = round(time.perf_counter() - started, 4)
 
     def _note_gap(self, part: str, error: Exception) -> None:
