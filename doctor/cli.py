@@ -106,7 +106,7 @@ def _with_project(options: Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]
     """
     from .sources.project_file import read_project
 
-    project = None if options.no_project else read_project(Path.cwd())
+    project = None if options.no_project else read_project()
     options.project = project
     demoted = _known_codes(options.ignore, "--ignore") if options.ignore else ()
     if project is None or project.path is None:

@@ -174,7 +174,7 @@ ERROR_CODES: tuple[ErrorCode, ...] = (
     ),
     ErrorCode(
         "VLM030",
-        "error: flash-attn cannot be used",
+        "error: flash-attn or xformers cannot be used",
         "It is built for one torch, one CUDA and one Python; with another it fails on import, and takes the model's "
         "module with "
         "it. It needs compute capability 8.0.",

@@ -181,8 +181,13 @@ TEXTS: tuple[KnownText, ...] = (
     KnownText(
         name="cuda-unknown-error",
         code="VLM018",
-        anchors=("cuda unknown error", "cudaerrorunknown", "cuda driver initialization failed"),
-        pattern=r"CUDA unknown error|cudaErrorUnknown|CUDA driver initialization failed",
+        anchors=(
+            "cuda unknown error",
+            "cudaerrorunknown",
+            "driver initialization failed",
+            "cuda error: initialization error",
+        ),
+        pattern=r"CUDA unknown error|cudaErrorUnknown|CUDA driver initialization failed|CUDA error: initialization error",
         example="RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. "
         "changing env "
         "variable CUDA_VISIBLE_DEVICES after program start. Setting the available devices to be zero.",
@@ -283,8 +288,16 @@ TEXTS: tuple[KnownText, ...] = (
     KnownText(
         name="illegal-access",
         code="VLM013",
-        anchors=("illegal memory access", "misaligned address", "unspecified launch failure", "illegal instruction", "xid"),
-        pattern=r"an illegal memory access was encountered|misaligned address|unspecified launch failure"
+        anchors=(
+            "illegal memory access",
+            "misaligned address",
+            "unspecified launch failure",
+            "illegal instruction",
+            "launch timed out",
+            "xid",
+        ),
+        pattern=r"an illegal memory access was encountered|misaligned address|unspecified launch failure|the launch "
+        r"timed out"
         r"|an illegal instruction was encountered|NVRM: Xid \(PCI:[0-9a-fA-F:.]{4,20}\): (?P<xid>13|31|43)\b",
         example="RuntimeError: CUDA error: an illegal memory access was encountered",
         says="A kernel read or wrote memory that is not its own: a defect of an extension, or data scrambled between GPUs.",
@@ -358,5 +371,80 @@ TEXTS: tuple[KnownText, ...] = (
         commands=("nvidia-smi -L", "export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=0,1"),
         verify="python YOUR_PROGRAM",
         source="vllm #41848, #46132, #6582; flashinfer #4901",
+    ),
+    KnownText(
+        name="deserialized-without-gpu",
+        code="VLM206",
+        anchors=("attempting to deserialize object on",),
+        pattern=r"Attempting to deserialize object on (?:a )?CUDA device[^\n]{0,80}is_available\(\) is False",
+        example="RuntimeError: Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is "
+        "False. If you are "
+        "running on a CPU-only machine, please use torch.load with map_location=torch.device('cpu')",
+        says="A file holds tensors of a GPU, and CUDA shows this process none.",
+        fix="Look why CUDA shows no GPU; to read the file without one, give map_location='cpu'.",
+        commands=("vlm-doctor",),
+        verify=_INIT,
+        checks=(*_NO_CUDA, "VLM101", "VLM206"),
+        source="torch/serialization.py, _validate_device",
+        rank="symptom",
+    ),
+    KnownText(
+        name="deserialized-to-missing-gpu",
+        code="VLM015",
+        anchors=("attempting to deserialize object on", "device < num_gpus"),
+        pattern=r"Attempting to deserialize object on CUDA device (?P<device>\d{1,4}) but torch\.cuda\.device_count\(\) is "
+        r"(?P<count>\d{1,4})|device >= 0 && device < num_gpus INTERNAL ASSERT FAILED",
+        example="RuntimeError: Attempting to deserialize object on CUDA device 1 but torch.cuda.device_count() is 1.",
+        says="A file, or the program, names a GPU number that CUDA does not show.",
+        fix="Give map_location when loading, and count GPUs from 0 among the visible ones.",
+        commands=('echo "$CUDA_VISIBLE_DEVICES"', "nvidia-smi -L"),
+        verify=_INIT,
+        checks=("VLM201", "VLM202", "VLM203", "VLM206"),
+        source="torch/serialization.py, _validate_device; c10/cuda/CUDAFunctions.cpp",
+    ),
+    KnownText(
+        name="other-kernel-driver",
+        code="VLM103",
+        anchors=("probe routine was not called", "obtained ownership of the nvidia device"),
+        pattern=r"NVIDIA probe routine was not called for (?P<devices>\d{1,3}) device|obtained ownership of the "
+        r"NVIDIA device",
+        example="NVRM: The NVIDIA probe routine was not called for 1 device(s).",
+        says="Another kernel driver, usually nouveau, had the card before NVIDIA's.",
+        fix="Blacklist nouveau, rebuild the initramfs and reboot.",
+        commands=("lspci -k -d 10de:", "echo 'blacklist nouveau' | sudo tee /etc/modprobe.d/blacklist-nouveau.conf"),
+        who="administrator",
+        verify="nvidia-smi",
+        checks=("VLM103", "VLM102"),
+        source="NVIDIA kernel module, nv.c; DCGM_FR_DENYLISTED_DRIVER",
+    ),
+    KnownText(
+        name="iommu-fault",
+        code="VLM404",
+        anchors=("dmar:", "amd-vi:", "io_page_fault"),
+        pattern=r"DMAR: \[?(?:DMA|INTR)[^\n]{0,40}fault|DMAR: \[DMA (?:Read|Write)|AMD-Vi: Event logged "
+        r"\[IO_PAGE_FAULT|IO_PAGE_FAULT",
+        example="DMAR: [DMA Write] Request device [3b:00.0] fault addr 383fe0000000 [fault reason 05] PTE Write "
+        "access is not set",
+        says="The IOMMU refused a copy from one GPU to another: its data is lost without an error in the program.",
+        fix="Turn off ACS and the IOMMU's translation in the BIOS, or boot with iommu=pt.",
+        commands=("cat /proc/cmdline", "cat /sys/kernel/iommu_groups/*/type | sort | uniq -c"),
+        who="administrator",
+        verify="sudo dmesg | grep -iE 'dmar|amd-vi'",
+        checks=("VLM404",),
+        source="pytorch #84803, accelerate #4036; NCCL troubleshooting, PCI access control services",
+    ),
+    KnownText(
+        name="inforom-corrupted",
+        code="VLM111",
+        anchors=("inforom is corrupted",),
+        pattern=r"infoROM is corrupted at gpu (?P<bus>[0-9a-fA-F:.]{4,20})?",
+        example="WARNING: infoROM is corrupted at gpu 0000:3B:00.0",
+        says="The small memory of a card that keeps its counters is damaged; the card itself may go on for long.",
+        fix="Note it; have the card replaced if other faults come.",
+        commands=("nvidia-smi -q | grep -i inforom",),
+        who="administrator",
+        checks=("VLM111",),
+        source="nvidia-smi, exit status 14; GPU Operator, troubleshooting",
+        rank="symptom",
     ),
 )

@@ -222,4 +222,17 @@ TEXTS: tuple[KnownText, ...] = (
         source="Python, faulthandler",
         rank="symptom",
     ),
+    KnownText(
+        name="xformers-broken",
+        code="VLM030",
+        anchors=("xformers",),
+        pattern=r"xFormers can't load C\+\+/CUDA extensions|xFormers was built for|xformers[\w./-]{0,160}\.so: "
+        r"undefined symbol",
+        example="WARNING[XFORMERS]: xFormers can't load C++/CUDA extensions. xFormers was built for:",
+        says="xformers was built for another torch, CUDA or Python.",
+        fix="Install the xformers of this torch, or do without: torch's own sdpa is as good for most models.",
+        commands=("python -m pip install --upgrade xformers", "python -m pip uninstall -y xformers"),
+        verify="python -m xformers.info",
+        source="xformers 0.0.35, _cpp_lib.py",
+    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UsageError
-from ..findings import Finding
+from ..findings import Diagnosis, Finding
 from ..report import Report
 from ..verdict import verdict
 from .inert import inert
@@ -27,9 +27,17 @@ def refuse_other_reports(report: Report, format: str) -> None:  # noqa: A002 - t
         raise UsageError(f"--format {format} holds verdicts on a machine; for {report.command} take --format json.")
 
 
-def advice(finding: Finding) -> list[str]:
-    """Cause, demotion, fix and its commands, one inert line each."""
-    lines = [f"Cause: {finding.cause}"] if finding.cause else []
+def also_explains(finding: Finding, diagnosis: Diagnosis | None) -> str:
+    """Titles and codes of what a finding explains besides itself; empty when there is nothing."""
+    symptoms = diagnosis.symptoms(finding.code) if diagnosis is not None else ()
+    return ", ".join(f"{one.title} ({one.code})" for one in symptoms)
+
+
+def advice(finding: Finding, diagnosis: Diagnosis | None = None) -> list[str]:
+    """What it also explains, cause, demotion, fix and its commands, one inert line each."""
+    explained = also_explains(finding, diagnosis)
+    lines = [f"Also explains: {explained}"] if explained else []
+    lines += [f"Cause: {finding.cause}"] if finding.cause else []
     if finding.demoted_from is not None:
         lines.append(f"Demoted from {finding.demoted_from}: {finding.demoted_by}.")
     if finding.fix is not None:

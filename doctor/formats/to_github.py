@@ -26,7 +26,7 @@ def render(report: Report, look: Look) -> str:
         body = "\n".join(inert(change.text) for change in report.changes.changes)
         lines.append(command("notice", f"changed since {since}", body))
     for finding in report.diagnosis.findings if report.diagnosis is not None else ():
-        body = "\n".join([inert(finding.message), *advice(finding)])
+        body = "\n".join([inert(finding.message), *advice(finding, report.diagnosis)])
         lines.append(command(_LEVELS[finding.severity], f"{finding.code} {finding.title}", body))
     text = "".join(f"{line}\n" for line in [*lines, headline(report)])
     return text if look.is_unicode else text.encode("ascii", "backslashreplace").decode()

@@ -63,7 +63,7 @@ def _case(outcome: Outcome, report: Report) -> ET.Element:
     # The exit status says whether warnings count: --strict is part of it.
     decisive = ("error", "warning") if _is_strict(report) else ("error",)
     for finding in outcome.findings:
-        text = "\n".join([inert(finding.message), *advice(finding)])
+        text = "\n".join([inert(finding.message), *advice(finding, report.diagnosis)])
         if finding.severity in decisive:
             ET.SubElement(case, "failure", type=finding.severity, message=_safe(finding.message)).text = _safe(text)
     quiet = [finding for finding in outcome.findings if finding.severity not in decisive]

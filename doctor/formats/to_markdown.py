@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from ..findings import Finding
+from ..findings import Diagnosis, Finding
 from ..machine import Machine
 from ..report import Report
 from ..units import format_gib
 from ..verdict import next_step
-from .headline import headline, refuse_other_reports
+from .headline import also_explains, headline, refuse_other_reports
 from .inert import inert
 from .look import Look
 
@@ -23,7 +23,7 @@ def render(report: Report, look: Look) -> str:
     lines += _changes(report)
     diagnosis = report.diagnosis
     for finding in diagnosis.findings if diagnosis is not None else ():
-        lines += _finding(finding)
+        lines += _finding(finding, diagnosis)
     step = next_step(report)
     if step is not None:
         lines += [f"**Do this next:** {escaped(step.text)}", "", *_code(step.commands)]
@@ -45,8 +45,11 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", inert(text)).replace("@", "@\u2060")
 
 
-def _finding(finding: Finding) -> list[str]:
+def _finding(finding: Finding, diagnosis: Diagnosis | None) -> list[str]:
     lines = [f"### {finding.severity}: {escaped(finding.title)} ({finding.code})", "", escaped(finding.message), ""]
+    explained = also_explains(finding, diagnosis)
+    if explained:
+        lines += [f"Also explains: {escaped(explained)}", ""]
     if finding.demoted_from is not None:
         lines += [f"Demoted from {finding.demoted_from}: {escaped(finding.demoted_by or '')}.", ""]
     if finding.cause:

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from ..codes import all_codes, explain
-from ..findings import Finding, Outcome, Severity
+from ..findings import Diagnosis, Finding, Outcome, Severity
 from ..report import Report
 from .headline import advice, headline, refuse_other_reports
 from .inert import inert
@@ -53,7 +53,7 @@ def render(report: Report, look: Look) -> str:  # noqa: ARG001 - every format ta
                 },
                 "invocations": [invocation],
                 "artifacts": [{"location": {"uri": _MACHINE}, "description": {"text": inert(report.machine.description)}}],
-                "results": [_result(finding, codes.index(finding.code)) for finding in findings],
+                "results": [_result(finding, codes.index(finding.code), diagnosis) for finding in findings],
                 "columnKind": "unicodeCodePoints",
             }
         ],
@@ -73,8 +73,8 @@ def _rule(code: str) -> dict[str, Any]:
     }
 
 
-def _result(finding: Finding, rule_index: int) -> dict[str, Any]:
-    text = "\n".join([inert(finding.message), *advice(finding)])
+def _result(finding: Finding, rule_index: int, diagnosis: Diagnosis | None) -> dict[str, Any]:
+    text = "\n".join([inert(finding.message), *advice(finding, diagnosis)])
     places = [f"gpus[{index}]" for index in finding.gpus] or ["machine"]
     # The same trouble of the same GPUs is the same result in the next run, whatever its numbers are by then.
     print_ = hashlib.sha256(f"{finding.code} {places}".encode()).hexdigest()[:32]

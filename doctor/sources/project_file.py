@@ -22,15 +22,26 @@ class ProjectFile(NamedTuple):
     """``None`` when no file has the table."""
 
 
-def read_project(folder: Path) -> ProjectFile:
+def read_project(folder: Path | None = None) -> ProjectFile:
     """Read the nearest ``pyproject.toml``, from ``folder`` upwards, as other tools do.
+
+    Args:
+        folder: ``None`` is the working folder.
 
     Raises:
         UsageError: The file has the table, and it cannot be read; one sentence says why.
     """
-    for parent in (folder, *folder.parents):
+    try:
+        start = Path.cwd() if folder is None else folder
+    except OSError:
+        # The working folder was removed.
+        return ProjectFile(ProjectSettings(), None)
+    for parent in (start, *start.parents):
         path = parent / _FILE
         try:
+            if not path.is_file():
+                # A pipe of that name would be waited for.
+                continue
             with path.open("rb") as file:
                 data = file.read(_MAX_BYTES)
         except OSError:

@@ -356,3 +356,14 @@ def test_what_is_not_recognized_is_3() -> None:
     machine = load_machine(str(TESTS / "machines" / "cpu-torch.json"))
 
     assert error_report(answer_error("KeyError: 5", where="log"), machine).exit_status == 3
+
+
+@given(st.sampled_from([known.example for known in KNOWN]), st.text(max_size=40), st.text(max_size=40))
+@example("RuntimeError: No CUDA GPUs are available", "\x1b]0;x\x07\x1b[2J", "\u202e\x9b31m")
+def test_a_hostile_log_does_nothing_on_a_terminal(text: str, before: str, after: str) -> None:
+    report = error_report(answer_error(f"{before}{text}{after}", where=before), load_machine("2xL4"))
+
+    for is_unicode in (True, False):
+        shown = render(report, "terminal", is_unicode=is_unicode, verbose=True)
+        assert all(char.isprintable() or char == "\n" for char in shown)
+        assert is_unicode or shown.isascii()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -400,6 +402,19 @@ def test_a_number_of_gpus_is_bounded() -> None:
             gpu_count(text, where="--gpus")
 
 
+TOML = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*ProjectSettings.__struct_fields__, "other"]), TOML, max_size=4))
+def test_any_table_is_read_or_one_sentence(table: dict[str, Any]) -> None:
+    with suppress(UsageError):
+        expectations(read_settings(table, where="p.toml"))
+
+
 def project(folder: Path, text: str) -> Path:
     (folder / "pyproject.toml").write_text(text, "utf-8")
     return folder
@@ -438,13 +453,36 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, text: str, s
 
 
 def test_where_there_is_no_file_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Path] = []
+    looked: list[Path] = []
 
-    def refuse(self: Path, *_: object, **__: object) -> Any:
-        opened.append(self)
-        raise FileNotFoundError
+    def nowhere(self: Path) -> bool:
+        looked.append(self)
+        return False
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "is_file", nowhere)
 
     assert read_project(tmp_path).path is None
-    assert opened[-1] == Path("/pyproject.toml")
+    assert looked[-1] == Path("/pyproject.toml")
+
+
+def test_a_pipe_and_a_file_that_may_not_be_read_are_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project(tmp_path, "[tool.vlm-doctor]\ngpus = 2\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    os.mkfifo(tmp_path / "a" / "b" / "pyproject.toml")
+
+    assert read_project(tmp_path / "a" / "b").settings.gpus == 2
+
+    def refuse(self: Path, *_: object, **__: object) -> Any:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert read_project(tmp_path).path is None
+
+
+def test_a_working_folder_that_was_removed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    assert read_project().path is None

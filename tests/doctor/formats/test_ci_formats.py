@@ -63,9 +63,8 @@ def saying(text: str) -> Report:
 
 
 @pytest.mark.parametrize("style", CI)
-@pytest.mark.parametrize("machine", ["cpu-torch", "2xa10-half-taken"])
-def test_whole_text(style: str, machine: str, golden: Golden) -> None:
-    golden(f"{style}/{machine}.txt", render(report_of(machine), style))
+def test_whole_text(style: str, check_report: Report, golden: Golden) -> None:
+    golden(f"{style}/check_report.txt", render(check_report, style))
 
 
 @pytest.mark.parametrize("style", CI)
@@ -85,6 +84,11 @@ def test_a_gate_is_the_headline(style: str) -> None:
     report = msgspec.structs.replace(report_of("2xl4-idle"), command="gate", gate=gate, exit_status=1)
 
     assert "2 GPUs are wanted" in render(report, style)
+
+
+@pytest.mark.parametrize("style", CI)
+def test_what_a_cause_also_explains_is_said(style: str) -> None:
+    assert "Also explains: torch sees fewer GPUs (VLM206)" in render(report_of("cpu-torch"), style)
 
 
 def test_of_a_gate_that_could_not_be_judged_the_test_case_is_an_error() -> None:
