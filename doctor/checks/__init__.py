@@ -27,7 +27,9 @@ from . import (
     links,
     memory,
     model,
+    modes,
     settings,
+    suitability,
     torch_build,
     transport,
     visibility,
@@ -37,7 +39,20 @@ from ._check import NO_GPU_CAUSES, Check, Facts, examine, plain
 __all__ = ["CHECKS", "RETIRED", "diagnose", "plain"]
 
 _FAMILIES = (
-    *(driver, devices, kernel, condition, visibility, environment, libraries, torch_build, settings, companions),
+    *(
+        driver,
+        devices,
+        kernel,
+        condition,
+        modes,
+        visibility,
+        environment,
+        libraries,
+        torch_build,
+        settings,
+        companions,
+        suitability,
+    ),
     *(checkpoints, links, transport, memory, host, limits, model),
 )
 
