@@ -12,7 +12,7 @@ import msgspec
 
 from . import __version__
 from .answers import ErrorAnswer
-from .checks import diagnose
+from .checks import diagnose, plain
 from .errors import UsageError
 from .machine import Machine
 from .model import ModelProfile
@@ -24,6 +24,9 @@ from .workload import Policy, Workload
 
 if TYPE_CHECKING:
     from .expectations import Expectations
+
+SLOW_SOURCE_S = 2.0
+"""Every source but torch takes less than a tenth of this on any machine that was measured."""
 
 
 def check_report(
@@ -49,7 +52,15 @@ def check_report(
         machine=machine,
         diagnosis=diagnosis,
         exit_status=exit_status(machine, diagnosis, strict=strict),
+        notes=_slow_sources(machine),
     )
+
+
+def _slow_sources(machine: Machine) -> tuple[str, ...]:
+    """Name what held up the verdict: a doctor that hangs does not say on what. torch's own time is expected."""
+    slow = sorted((s, part) for part, s in machine.seconds.items() if s >= SLOW_SOURCE_S and part != "torch")
+    named = ", ".join(f"{plain(part)} {seconds:.1f} s" for seconds, part in reversed(slow[-3:]))
+    return (f"Slow to read: {named}.",) if named else ()
 
 
 def with_suggestion(report: Report, profile: ModelProfile, *, gpus: tuple[int, ...] | None = None) -> Report:

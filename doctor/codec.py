@@ -20,6 +20,16 @@ MAX_SNAPSHOT_BYTES = 16 * 2**20
 MAX_GPUS = 256
 """More than any machine has; some of the arithmetic on pairs of GPUs is quadratic."""
 
+_MOST = {
+    "pci_devices": 1024,
+    "gaps": 4096,
+    "kernel_events": 1024,
+    "nccl_settings": 1024,
+    "checkpoints": 1024,
+    "environment": 1024,
+}
+"""More than any source writes: what a check does with them stays short."""
+_MOST_PROCESSES = 4096
 _INDEX_END = 10_000
 """First GPU index that ``--gpus`` cannot name."""
 _MAX_REASON_CHARS = 300
@@ -78,8 +88,14 @@ def _check_consistency(machine: Machine, where: str) -> None:
 def _inconsistency(machine: Machine) -> str | None:
     if len(machine.gpus) > MAX_GPUS:
         return f"{len(machine.gpus):,} GPUs are too many for one machine (at most {MAX_GPUS})"
+    for name, most in _MOST.items():
+        count = len(getattr(machine.driver if name == "kernel_events" else machine, name) or ())
+        if count > most:
+            return f"{count:,} {name} are too many for one machine (at most {most:,})"
     known: set[int] = set()
     for gpu in machine.gpus:
+        if len(gpu.processes) > _MOST_PROCESSES or len(gpu.nvlinks) > _MOST_PROCESSES:
+            return f"GPU {gpu.index} has more than {_MOST_PROCESSES:,} processes or NVLinks"
         if not 0 <= gpu.index < _INDEX_END or gpu.index in known:
             return f"GPU index {gpu.index} is given twice or out of range"
         known.add(gpu.index)

@@ -61,13 +61,15 @@ def list_text() -> str:
 def _pages() -> dict[str, str]:
     """Code to page. A page in ``data/pages`` begins with ``# VLM701: title``, as the generated ones do."""
     from .data.by_hand import BY_HAND
+    from .data.by_hand_machine import BY_HAND_MACHINE
 
     pages = {check.code: check.page for check in CHECKS}
     for entry in files("vlm_doctor.data").joinpath("pages").iterdir():
         if entry.name.endswith(".md"):
             pages[entry.name.removesuffix(".md")] = entry.read_text(encoding="utf-8")
     pages |= _error_pages()
-    return {code: _with_section(page, BY_HAND.get(code)) for code, page in pages.items()}
+    by_hand = BY_HAND | BY_HAND_MACHINE
+    return {code: _with_section(page, by_hand.get(code)) for code, page in pages.items()}
 
 
 def _with_section(page: str, by_hand: str | None) -> str:

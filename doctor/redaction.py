@@ -25,8 +25,8 @@ _KEPT = frozenset(
     }
 )
 _DROPPED = frozenset({"user", "command"})
-_PATHS = frozenset({"executable", "location", "libcuda_path", "hf_cache", "source"})
-"""Fields that are one path, blanks and all."""
+_PATHS = frozenset({"executable", "location", "libcuda_path", "hf_cache", "source", "tmp", "file", "repo"})
+"""Fields that are one path, blanks and all; names of checkpoints are treated alike, for some are private."""
 _PATH_VARIABLES = re.compile(r"(?:PATH|HOME|CACHE|DIR|DIRECTORY|FILE|ROOT|PRELOAD)$")
 
 _UUID = re.compile(

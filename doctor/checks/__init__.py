@@ -13,10 +13,48 @@ import msgspec
 from ..findings import Diagnosis, Outcome
 from ..machine import Machine
 from ..placement import Plan
-from . import devices, driver, host, libraries, links, memory, model, torch_build, visibility
-from ._check import NO_GPU_CAUSES, Check, Facts, examine
+from . import (
+    checkpoints,
+    companions,
+    condition,
+    devices,
+    driver,
+    environment,
+    host,
+    kernel,
+    libraries,
+    limits,
+    links,
+    memory,
+    model,
+    modes,
+    settings,
+    suitability,
+    torch_build,
+    transport,
+    visibility,
+)
+from ._check import NO_GPU_CAUSES, Check, Facts, examine, plain
 
-_FAMILIES = (driver, devices, visibility, libraries, torch_build, links, memory, host, model)
+__all__ = ["CHECKS", "RETIRED", "diagnose", "plain"]
+
+_FAMILIES = (
+    *(
+        driver,
+        devices,
+        kernel,
+        condition,
+        modes,
+        visibility,
+        environment,
+        libraries,
+        torch_build,
+        settings,
+        companions,
+        suitability,
+    ),
+    *(checkpoints, links, transport, memory, host, limits, model),
+)
 
 CHECKS: tuple[Check, ...] = tuple(
     sorted((check for family in _FAMILIES for check in family.CHECKS), key=lambda check: check.code)

@@ -12,7 +12,17 @@ from msgspec.structs import replace
 
 from vlm_doctor.checks import diagnose
 from vlm_doctor.codec import machine_from_json, to_json
-from vlm_doctor.machine import Gap, GpuProcess, Machine, Package, TorchDevice, TorchView, VersionRule
+from vlm_doctor.machine import (
+    Checkpoint,
+    FileSetting,
+    Gap,
+    GpuProcess,
+    Machine,
+    Package,
+    TorchDevice,
+    TorchView,
+    VersionRule,
+)
 from vlm_doctor.redaction import redact
 from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.identity import private_words
@@ -227,3 +237,16 @@ def test_words_that_are_private_come_from_the_process() -> None:
     assert {"ana", "gpu01.example"} <= set(words)
     assert "root" not in words
     assert "" not in private_words({})
+
+
+def test_names_of_checkpoints_and_settings_files() -> None:
+    machine = Machine(
+        origin="live",
+        description="x",
+        checkpoints=(Checkpoint(repo="acme/secret-model", lost_calls=("_extract_past_from_model_output",)),),
+        nccl_settings=(FileSetting(name="NCCL_TOPO_FILE", value="/cluster/acme/topo.xml", file="/etc/nccl.conf"),),
+    )
+    clean = redact(machine)
+    assert "acme" not in to_json(clean)
+    assert clean.checkpoints[0].lost_calls == machine.checkpoints[0].lost_calls
+    assert clean.nccl_settings[0].file == "/etc/nccl.conf"
