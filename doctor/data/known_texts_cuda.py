@@ -111,7 +111,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Start the fabric manager in the driver's version; in a virtual machine it runs on the host.",
         commands=("systemctl status nvidia-fabricmanager", "nvidia-smi -q | grep -A4 -i fabric"),
         who="administrator",
-        checks=("VLM403",),
+        checks=("VLM403", "VLM118"),
         source="cudaErrorSystemNotReady (802); pytorch #35710, huggingface_hub #4128, azhpc-images #506, nvtrust #109",
     ),
     KnownText(
@@ -131,7 +131,7 @@ TEXTS: tuple[KnownText, ...] = (
         commands=("cat /proc/driver/nvidia/version", "sudo reboot"),
         who="administrator",
         verify="nvidia-smi",
-        checks=("VLM104",),
+        checks=("VLM104", "VLM112"),
         source="NVML 18, cudaErrorSystemDriverMismatch (803); SceneWorks #1966, intel/llvm #21625",
     ),
     KnownText(
@@ -158,6 +158,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Take the stubs folder out of LD_LIBRARY_PATH.",
         commands=("echo \"$LD_LIBRARY_PATH\" | tr : '\\n' | grep stubs",),
         verify=_INIT,
+        checks=("VLM112",),
         source="cudaErrorStubLibrary (34)",
     ),
     KnownText(
@@ -226,7 +227,7 @@ TEXTS: tuple[KnownText, ...] = (
         commands=("nvidia-smi", "sudo dmesg | grep -i xid"),
         who="administrator",
         verify="nvidia-smi -L",
-        checks=("VLM107", "VLM108"),
+        checks=("VLM107", "VLM108", "VLM114"),
         source="Xid 79; NVML 15; NVIDIA, XID errors",
     ),
     KnownText(
@@ -240,7 +241,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Stop what runs on this GPU and reset it; if it comes back, have the card replaced.",
         commands=("nvidia-smi -q -d ECC,ROW_REMAPPER", "sudo nvidia-smi --gpu-reset -i INDEX"),
         who="administrator",
-        checks=("VLM111",),
+        checks=("VLM111", "VLM114"),
         source="cudaErrorECCUncorrectable (214); Xid 48, 63, 64, 94, 95; NVIDIA, XID errors",
     ),
     KnownText(
@@ -253,7 +254,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Reset the GPUs; if it comes back, reseat the bridge or have it replaced.",
         commands=("nvidia-smi nvlink -s", "nvidia-smi nvlink -e"),
         who="administrator",
-        checks=("VLM402", "VLM403"),
+        checks=("VLM402", "VLM403", "VLM114", "VLM409"),
         source="cudaErrorNvlinkUncorrectable (220); Xid 74; NVIDIA, XID errors",
     ),
     KnownText(
@@ -268,7 +269,7 @@ TEXTS: tuple[KnownText, ...] = (
         commands=("cat /proc/driver/nvidia/version", "sudo dmesg | grep -i nvrm"),
         who="administrator",
         verify="nvidia-smi",
-        checks=("VLM105", "VLM107", "VLM108"),
+        checks=("VLM105", "VLM107", "VLM108", "VLM113"),
         source="open-gpu-kernel-modules #862, #789, #1104; Xid 119, 120",
     ),
     KnownText(
@@ -282,7 +283,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Run it once with CUDA_LAUNCH_BLOCKING=1 to see the line; on several GPUs, also once on one GPU.",
         commands=("CUDA_LAUNCH_BLOCKING=1 python YOUR_PROGRAM", "CUDA_VISIBLE_DEVICES=0 python YOUR_PROGRAM"),
         verify="CUDA_LAUNCH_BLOCKING=1 python YOUR_PROGRAM",
-        checks=("VLM404",),
+        checks=("VLM404", "VLM406"),
         source="cudaErrorAssert (710); transformers #24056 (garbage index after a peer copy)",
     ),
     KnownText(
@@ -304,7 +305,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Run it once with CUDA_LAUNCH_BLOCKING=1, without flash-attn and other extensions, and once on one GPU.",
         commands=("CUDA_LAUNCH_BLOCKING=1 python YOUR_PROGRAM",),
         verify="CUDA_VISIBLE_DEVICES=0 python YOUR_PROGRAM",
-        checks=("VLM404", "VLM111"),
+        checks=("VLM404", "VLM111", "VLM114"),
         source="cudaErrorIllegalAddress (700), cudaErrorLaunchFailure (719); Xid 13, 31, 43",
     ),
     KnownText(
@@ -316,7 +317,7 @@ TEXTS: tuple[KnownText, ...] = (
         says="The driver grants no direct copies between these GPUs, or no more than eight peers each.",
         fix="Show fewer GPUs, or turn peer copies off for the library that needs them.",
         commands=("nvidia-smi topo -p2p r", "export NCCL_P2P_DISABLE=1"),
-        checks=("VLM404",),
+        checks=("VLM404", "VLM406"),
         source="cudaErrorPeerAccessUnsupported (217), cudaErrorTooManyPeers (711)",
     ),
     KnownText(
@@ -344,6 +345,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Start the daemon again, or unset CUDA_MPS_PIPE_DIRECTORY.",
         commands=("echo get_server_list | nvidia-cuda-mps-control", "unset CUDA_MPS_PIPE_DIRECTORY"),
         verify=_INIT,
+        checks=("VLM119",),
         source="cudaErrorMpsConnectionFailed (805) and following; k8s-device-plugin #1118",
     ),
     KnownText(
@@ -430,7 +432,7 @@ TEXTS: tuple[KnownText, ...] = (
         commands=("cat /proc/cmdline", "cat /sys/kernel/iommu_groups/*/type | sort | uniq -c"),
         who="administrator",
         verify="sudo dmesg | grep -iE 'dmar|amd-vi'",
-        checks=("VLM404",),
+        checks=("VLM404", "VLM406"),
         source="pytorch #84803, accelerate #4036; NCCL troubleshooting, PCI access control services",
     ),
     KnownText(

@@ -20,6 +20,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix=_SDPA,
         commands=("python -m pip uninstall -y flash-attn", "python -m pip install flash-attn --no-build-isolation"),
         verify="python -c 'import flash_attn'",
+        checks=("VLM313", "VLM322"),
         source="flash-attention #975, #1644, #1717, #1783, #2219; transformers, _flash_attn_2_can_dispatch",
     ),
     KnownText(
@@ -38,7 +39,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Update bitsandbytes; it then has a library for today's CUDA versions.",
         commands=("python -m pip install --upgrade bitsandbytes",),
         verify="python -m bitsandbytes",
-        checks=("VLM303", "VLM309"),
+        checks=("VLM303", "VLM309", "VLM314"),
         source="bitsandbytes 0.50, cextension.py and diagnostics; transformers, quantizer_bnb_4bit.py",
     ),
     KnownText(
@@ -52,7 +53,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Install both from the same index in one command.",
         commands=("python -m pip install --force-reinstall torch torchvision",),
         verify="python -c 'import torchvision; print(torchvision.__version__)'",
-        checks=("VLM309",),
+        checks=("VLM309", "VLM313"),
         source="llama-cookbook #710, vllm-metal #102, tt-forge #890",
     ),
     KnownText(
@@ -75,7 +76,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Install it into the environment that runs the model.",
         commands=("python -m pip install PACKAGE",),
         verify="python YOUR_PROGRAM",
-        checks=("VLM308",),
+        checks=("VLM308", "VLM319"),
         source="transformers, import_utils.py",
     ),
     KnownText(
@@ -144,7 +145,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Try it without LD_LIBRARY_PATH; if that helps, unset it, otherwise reinstall torch.",
         commands=("env -u LD_LIBRARY_PATH python -c 'import torch'",),
         verify="python -c 'import torch'",
-        checks=("VLM304", "VLM302"),
+        checks=("VLM304", "VLM302", "VLM315", "VLM316"),
         source="pytorch #80637, #119072, #119932, #152783; nccl #1180; cugraph #4465",
     ),
     KnownText(
@@ -233,6 +234,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Install the xformers of this torch, or do without: torch's own sdpa is as good for most models.",
         commands=("python -m pip install --upgrade xformers", "python -m pip uninstall -y xformers"),
         verify="python -m xformers.info",
+        checks=("VLM313",),
         source="xformers 0.0.35, _cpp_lib.py",
     ),
 )

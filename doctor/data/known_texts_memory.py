@@ -88,7 +88,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Make room, or put the cache elsewhere with HF_HOME.",
         commands=("df -h ~/.cache/huggingface /tmp", "hf cache ls"),
         verify="df -h",
-        checks=("VLM505", "VLM503"),
+        checks=("VLM505", "VLM503", "VLM508", "VLM509"),
         source="errno 28, 122; huggingface_hub, file_download.py",
     ),
 )

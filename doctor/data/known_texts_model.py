@@ -124,7 +124,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Try bfloat16, then once on one GPU; if one GPU is right and two are wrong, peer copies are broken.",
         commands=("CUDA_VISIBLE_DEVICES=0 python YOUR_PROGRAM", "nvidia-smi topo -p2p r"),
         verify="python YOUR_PROGRAM",
-        checks=("VLM404",),
+        checks=("VLM404", "VLM406"),
         source="torch.multinomial; accelerate #4036, pytorch #84803, transformers #47942",
     ),
     KnownText(
@@ -152,6 +152,7 @@ TEXTS: tuple[KnownText, ...] = (
         says="The model's class is code of the checkpoint, and nobody allowed it to run.",
         fix="Read that code; if you trust it, pass trust_remote_code=True and pin revision.",
         verify="python YOUR_PROGRAM",
+        checks=("VLM321",),
         source="transformers, dynamic_module_utils.py, resolve_trust_remote_code",
     ),
     KnownText(
@@ -164,6 +165,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Load a newer revision of the checkpoint, or install the transformers it was written for.",
         commands=(_PIN.format(wanted="<4.49"),),
         verify="python YOUR_PROGRAM",
+        checks=("VLM321",),
         source="CogVLM2 #218, GLM-4 #715, #716, CogAgent #42",
     ),
     KnownText(
@@ -177,6 +179,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Load a newer revision of the checkpoint, or install the transformers it was written for.",
         commands=(_PIN.format(wanted="<4.45"),),
         verify="python YOUR_PROGRAM",
+        checks=("VLM321",),
         source="GLM-4 #577, #578, #732, ms-swift #2151",
     ),
     KnownText(
@@ -199,6 +202,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Load a newer revision of the checkpoint, or install the transformers it was written for.",
         commands=(_PIN.format(wanted="<4.42"),),
         verify="python YOUR_PROGRAM",
+        checks=("VLM321",),
         source="CogVLM #504, #516, CogVLM2 #142, #156 (4.40 and 4.41 work); transformers, cache_utils.py",
     ),
     KnownText(
@@ -222,7 +226,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Load a newer revision of the checkpoint or the package, or install the transformers that it names.",
         commands=("python -m pip show transformers", _RELOAD),
         verify="python YOUR_PROGRAM",
-        checks=("VLM309",),
+        checks=("VLM309", "VLM321"),
         source="transformers, MIGRATION_GUIDE_V5; ComfyUI_CogView4_Wrapper #6",
     ),
     KnownText(
@@ -304,7 +308,7 @@ TEXTS: tuple[KnownText, ...] = (
         fix="Fetch the file again.",
         commands=("ls -lL CHECKPOINT", "hf download MODEL --force-download"),
         verify="vlm-doctor plan CHECKPOINT",
-        checks=("VLM505",),
+        checks=("VLM505", "VLM511"),
         source="safetensors, SafeTensorError; torch, inline_container.cc",
     ),
     KnownText(
