@@ -55,7 +55,7 @@ class Gate:
 
     Args:
         settings: Resolved.
-        recorded: The machine of ``--vlm-machine``; ``None`` is this one, read when first needed.
+        recorded: The machine of ``--vlm-machine`` or ``--vlm-fake-gpus``; ``None`` is this one, read when first needed.
     """
 
     def __init__(self, settings: Settings, recorded: Machine | None = None) -> None:
@@ -71,11 +71,21 @@ class Gate:
         self._read_at = 0.0
         self._resident: tuple[VlmSpec, Plan | None] | None = None
         self._fits: dict[VlmSpec, Verdict] = {}
+        self._plans: dict[VlmSpec, Plan] = {}
 
     @property
     def uses_gpus(self) -> bool:
         """False with ``--vlm-gpus=none``."""
         return self.settings.gpus.kind != "none"
+
+    @property
+    def is_strict(self) -> bool:
+        """True when the plugin's own skips are errors; ``--vlm-strict=auto`` asks the machine that was used last."""
+        if self.settings.strict != "auto":
+            return self.settings.strict != "off"
+        machine = self.machine_used
+        has_gpus = machine is not None and bool(machine.gpus or machine.driver.device_files or machine.pci_devices)
+        return self.settings.is_anything_expected or (self.uses_gpus and has_gpus)
 
     def spec_from(self, parameter: object) -> VlmSpec | None:
         """The model of a parameter of ``vlm``: a spec, a name (given by ``parametrize``), or that of ``--vlm-model``."""
@@ -106,7 +116,9 @@ class Gate:
         item = request.node
         verdict = self.judge_test(item.stash[GATED_TEST], request)
         verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
-        item.stash[VERDICT] = verdict.made_strict() if self.settings.is_strict else verdict
+        item.stash[VERDICT] = self._as_strict_as_wanted(verdict)
+        if self.settings.plan:
+            pytest.skip("it was only asked what would become of the test")
         refuse(item.stash[VERDICT])
 
     def judge_test(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
@@ -116,7 +128,8 @@ class Gate:
         else:
             needs_memory = not test.loads and (test.requirements.needs_memory or bool(test.specs))
             machine = self._machine(request, max_age_s=MEMORY_AGE_S if needs_memory else math.inf)
-            verdict = self._judge(test.requirements, machine, loads=test.loads, at_load=not test.loads)
+            at_load = not test.loads or self.settings.plan
+            verdict = self._judge(test.requirements, machine, loads=test.loads, at_load=at_load)
             for spec in test.specs:
                 if verdict.action == "run":
                     verdict = self._judge_model(spec, test, machine, verdict, request)
@@ -125,8 +138,16 @@ class Gate:
             return Verdict("error", verdicts.WRONG, f"the test uses the fixture vlm and names no model; {advice}.")
         return self._keep_from_acting(verdict, request)
 
+    def need_bytes(self, test: GatedTest) -> int | None:
+        """Memory that a test is expected to use over all its GPUs: the peak predicted of its models, else its markers."""
+        plans = [self._plans[spec] for spec in test.specs if spec in self._plans]
+        if plans:
+            return sum(stage.peak_bytes for plan in plans for stage in plan.stages)
+        needs = test.requirements
+        return max((needs.vram_bytes or 0) * needs.gpus, needs.total_vram_bytes or 0) or None
+
     def gpu_uuids(self, test: GatedTest, verdict: Verdict) -> list[str]:
-        """GPUs a test ran on: those of its model if it loads one, else those that meet its requirements."""
+        """GPUs a test runs on: those of its model if it loads one, else those that meet its requirements."""
         if test.loads and self._resident is not None:
             return [stage.uuid for stage in self._resident[1].stages] if self._resident[1] else []
         machine = self.machine_used
@@ -176,7 +197,7 @@ class Gate:
         if spec in self.refusals:
             return self.refusals[spec]
         if spec not in self._fits:
-            self._fits[spec] = self._place_shared(spec, machine, request, at_load=False)[0]
+            self._fits[spec] = self._place_shared(spec, machine, request, at_load=self.settings.plan)[0]
         return self._fits[spec]
 
     def _plan_now(self, spec: VlmSpec, request: pytest.FixtureRequest) -> Plan | None:
@@ -226,6 +247,8 @@ class Gate:
             # What is not about the model is about workload or policy, which the project wrote.
             code = verdicts.UNREADABLE if isinstance(error, ModelError) else verdicts.WRONG
             return Verdict("error", code, str(error)), None
+        if plan is not None:
+            self._plans[spec] = plan
         verdict = self._judge(needs, machine, plan, loads=loads, at_load=at_load)
         if plan is None or verdict.action != "run":
             return verdict, plan
@@ -257,15 +280,18 @@ class Gate:
         return self._latest
 
     def _keep_from_acting(self, verdict: Verdict, request: pytest.FixtureRequest) -> Verdict:
-        if not self.uses_gpus and self.settings.machine == "live":
+        if self.settings.plan or self.settings.fake_gpus or (not self.uses_gpus and self.settings.machine == "live"):
             return verdict
         return keep_from_acting(verdict, self._machine(request, max_age_s=math.inf))
 
     def _refuse_unless_run(self, spec: VlmSpec, verdict: Verdict) -> None:
         if verdict.action == "run":
             return
-        self.refusals[spec] = verdict.made_strict() if self.settings.is_strict else verdict
+        self.refusals[spec] = self._as_strict_as_wanted(verdict)
         refuse(self.refusals[spec])
+
+    def _as_strict_as_wanted(self, verdict: Verdict) -> Verdict:
+        return verdict.made_strict() if self.is_strict else verdict
 
 
 def refuse(verdict: Verdict) -> None:

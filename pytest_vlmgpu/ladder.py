@@ -44,6 +44,8 @@ def make_loader(gate: Gate) -> Loader:
         from . import loading
         from .gate import ordinals_by_uuid
 
+        if gate.settings.fake_gpus:
+            pytest.skip(f"{spec.label} is not loaded on made-up GPUs; a vlm_loader of your own would be asked.")
         if plan is None and gate.uses_gpus:
             raise pytest.UsageError("vlm_planner returned no plan: override vlm_loader too, to place the model yourself.")
         # The machine that the plan was just made for.
