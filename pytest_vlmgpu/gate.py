@@ -87,6 +87,11 @@ class Gate:
         has_gpus = machine is not None and bool(machine.gpus or machine.driver.device_files or machine.pci_devices)
         return self.settings.is_anything_expected or (self.uses_gpus and has_gpus)
 
+    @property
+    def is_machine_real(self) -> bool:
+        """False where the machine that decided is made up or recorded: nothing ran on its GPUs."""
+        return self.machine_used is not None and self.machine_used.origin == "live"
+
     def spec_from(self, parameter: object) -> VlmSpec | None:
         """The model of a parameter of ``vlm``: a spec, a name (given by ``parametrize``), or that of ``--vlm-model``."""
         if isinstance(parameter, VlmSpec):
@@ -114,6 +119,8 @@ class Gate:
     def decide(self, request: pytest.FixtureRequest) -> None:
         """Decide about the test that is set up, let the project have its say, and end the setup unless it is to run."""
         item = request.node
+        # Of an attempt before, where a plugin runs tests again.
+        item.user_properties[:] = [pair for pair in item.user_properties if not pair[0].startswith("vlmgpu.")]
         verdict = self.judge_test(item.stash[GATED_TEST], request)
         verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
         item.stash[VERDICT] = self._as_strict_as_wanted(verdict)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from .evidence import RunReport
     from .requirements import VlmSpec
     from .verdicts import Verdict
 
@@ -23,3 +24,11 @@ def pytest_vlmgpu_verdict(item: pytest.Item, verdict: Verdict) -> Verdict | None
 @pytest.hookspec
 def pytest_vlmgpu_loaded(config: pytest.Config, spec: VlmSpec, loaded: Any) -> None:
     """Called after a model was loaded and checked; ``loaded`` is the value of the fixture ``vlm``."""
+
+
+@pytest.hookspec
+def pytest_vlmgpu_report(config: pytest.Config, report: RunReport, extra: dict[str, Any]) -> None:
+    """Called with ``--vlm-report`` when the run has ended, on the controller; put into ``extra`` what the file is to hold.
+
+    ``report`` is a record, for reading. Values in ``extra`` must be such that JSON can hold them.
+    """

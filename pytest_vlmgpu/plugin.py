@@ -36,8 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from .options import resolve
 
         config.stash[SETTINGS] = resolve(config)
-        if config.stash[SETTINGS].machine != "live":
+        settings = config.stash[SETTINGS]
+        if settings.machine != "live" or settings.fake_gpus:
             gate_of(config)  # a machine that cannot be read ends the run here
+        if (settings.is_anything_expected or settings.report) and not hasattr(config, "workerinput"):
+            _add_summary(config)
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
     for line in declare.MARKERS:
         config.addinivalue_line("markers", line)
@@ -114,11 +117,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         from . import reporting
 
-        reporting.hand_over(session.config)
+        reporting.hand_over(session)
 
 
 def _add_summary(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin(_SUMMARY):
-        from . import reporting
+        from .summary import Summary
 
-        config.pluginmanager.register(reporting.Summary(config), _SUMMARY)
+        config.pluginmanager.register(Summary(config), _SUMMARY)
