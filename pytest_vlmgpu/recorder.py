@@ -94,7 +94,7 @@ def reason_of(report: pytest.TestReport) -> str | None:
         text = str(longrepr[2]).removeprefix("Skipped: ")
     else:
         crash = getattr(longrepr, "reprcrash", None)
-        text = str(crash.message if crash is not None else longrepr)
+        text = str(crash.message if crash is not None else longrepr).removeprefix("Failed: ")
     return text.strip()[:_REASON_LENGTH] or None
 
 
