@@ -145,6 +145,10 @@ class Gate:
             return Verdict("error", verdicts.WRONG, f"the test uses the fixture vlm and names no model; {advice}.")
         return self._keep_from_acting(verdict, request)
 
+    def plan_of(self, test: GatedTest) -> Plan | None:
+        """Where the model of a test was last placed."""
+        return next((self._plans[spec] for spec in test.specs if spec in self._plans), None)
+
     def need_bytes(self, test: GatedTest) -> int | None:
         """Memory that a test is expected to use over all its GPUs: the peak predicted of its models, else its markers."""
         plans = [self._plans[spec] for spec in test.specs if spec in self._plans]

@@ -15,6 +15,8 @@ from .state import GATED_TEST, SETTINGS, gate_of
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from .summary import Summary
+
 _SUMMARY = "vlmgpu-summary"
 
 
@@ -39,7 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
         settings = config.stash[SETTINGS]
         if settings.machine != "live" or settings.fake_gpus:
             gate_of(config)  # a machine that cannot be read ends the run here
-        if (settings.is_anything_expected or settings.report) and not hasattr(config, "workerinput"):
+        if settings.plan:
+            config.option.collectonly = True  # until the session starts: pytest-xdist then starts no workers
+        if (settings.is_anything_expected or settings.report or settings.plan) and not hasattr(config, "workerinput"):
             _add_summary(config)
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
     for line in declare.MARKERS:
@@ -95,6 +99,16 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     from . import reporting
 
     return reporting.collected(config, items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Run nothing where only a plan was asked for; collection errors end the run as always."""
+    summary: Summary | None = session.config.pluginmanager.get_plugin(_SUMMARY)
+    if summary is None or not summary.is_plan or session.testsfailed:
+        return None
+    summary.plan(session)
+    return True
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -46,11 +46,11 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     properties: dict[str, object] = {"model": ", ".join(spec.label for spec in test.specs) or None}
     if verdict is not None:
         runs = verdict.action == "run"
-        need = gate.need_bytes(test)
+        need, is_about_gpus = gate.need_bytes(test), gate.is_machine_real or gate.settings.plan
         properties |= {
             "verdict": verdict.action,
             "code": verdict.code,
-            "gpus": ",".join(gate.gpu_uuids(test, verdict)) if runs and gate.is_machine_real else None,
+            "gpus": ",".join(gate.gpu_uuids(test, verdict)) if runs and is_about_gpus else None,
             "need_gib": round(need / 2**30, 3) if need else None,
         }
     elif call.excinfo is not None:

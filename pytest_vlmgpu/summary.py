@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .evidence import Broken, GatedRecord
     from .options import Settings
+    from .plan_run import Planned
     from .recorder import Recorder
     from .report_file import ReportFile, State
 
@@ -41,10 +42,14 @@ class Summary:
         self._notes: list[str] = []
         self._baseline: tuple[str, ...] | None = None
         self._file: ReportFile | None = None
+        self._planned: list[Planned] = []
+        self._others = 0
 
     def pytest_sessionstart(self) -> None:
         """Find out before anything is collected whether files can be written and the machine is what is expected."""
         option = self._config.option
+        if self.is_plan:
+            option.collectonly = False
         if option.collectonly or option.showfixtures or getattr(option, "show_fixtures_per_test", False):
             return
         settings = self._settings
@@ -55,7 +60,7 @@ class Summary:
             problem = self._write("running", None)
             if problem:
                 raise pytest.UsageError(problem)
-        if settings.plan:
+        if self.is_plan:
             return
         if settings.baseline is not None and not settings.update_baseline:
             from . import baseline
@@ -92,7 +97,7 @@ class Summary:
         """Judge the run as a whole, and write what it was asked to write."""
         if GATE in self._config.stash:
             self._said.append((None, said_by(self._config.stash[GATE], ())))
-        if self._config.option.collectonly or self._settings.plan:
+        if self._config.option.collectonly or self.is_plan:
             self._finish(session)
             return
         if exitstatus in _JUDGED:
@@ -105,7 +110,10 @@ class Summary:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print what ran, what did not and why, what was loaded, and what was not kept."""
         tests = self._tests
-        if self._settings.plan or not (tests or self._broken or self._notes):
+        if self.is_plan:
+            self._print_plan(terminalreporter)
+            return
+        if not (tests or self._broken or self._notes):
             return
         terminalreporter.section("vlmgpu")
         if tests:
@@ -132,8 +140,36 @@ class Summary:
         self._tell_github(terminalreporter, tests)
 
     @property
+    def is_plan(self) -> bool:
+        """True when nothing is to run (``--vlm-plan``)."""
+        return self._settings.plan
+
+    def plan(self, session: pytest.Session) -> None:
+        """Decide about every gated test, for the summary and the report."""
+        from msgspec.structs import replace
+
+        from . import plan_run
+
+        record = self._record()
+        for report, planned in plan_run.decide(session):
+            self._planned.append(planned)
+            record.add(report)
+            if planned.verdict is not None and planned.verdict.action == "run":
+                record.tests[planned.nodeid] = replace(record.tests[planned.nodeid], outcome="not_run", reason=None)
+        self._others = len(session.items) - len(self._planned)
+
+    @property
     def _tests(self) -> Mapping[str, GatedRecord]:
         return self._recorder.tests if self._recorder is not None else {}
+
+    def _print_plan(self, terminalreporter: pytest.TerminalReporter) -> None:
+        from . import plan_run
+
+        terminalreporter.section("vlmgpu plan")
+        for line in [line for _, said in self._said for line in said["machines"]]:
+            terminalreporter.line(line)
+        for line in plan_run.lines(self._planned, self._others):
+            terminalreporter.line(line)
 
     def _record(self) -> Recorder:
         if self._recorder is None:
