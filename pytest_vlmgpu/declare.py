@@ -10,6 +10,8 @@ import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     import pytest
 
 
@@ -143,7 +145,7 @@ def is_anything_given(config: pytest.Config) -> bool:
     return False
 
 
-def may_be_gated(item: pytest.Function, aliases: frozenset[str] = frozenset()) -> bool:
+def may_be_gated(item: pytest.Function, aliases: Container[str] = ()) -> bool:
     """True when a test uses a fixture of ours, or a marker that looks like one of ours or stands for one."""
     if not GATED_FIXTURES.isdisjoint(item.fixturenames):
         return True
