@@ -47,8 +47,8 @@ SETTINGS = (
     ),
     Setting(
         "fake_gpus",
-        "pretend to have these GPUs (snapshot file, or a spec such as 2x24GiB,1x80GB) and run gated tests, models on the "
-        "CPU: for trying conftest and CI wiring",
+        "pretend to have these GPUs (snapshot file, or a spec such as 2x24GiB,1x80GB) and run what needs no real one: "
+        "models are loaded by a vlm_loader of yours only",
         "SPEC",
         is_option_only=True,
     ),
