@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import markers
-from .state import GATED_TEST, gate_of
+from .state import GATED_TEST, WATCHED_TEST, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _FIXTURES_MODULE = "pytest_vlmgpu.fixtures"
 _GATE_FIXTURE = "_vlm_gate"
+_WATCH_FIXTURE = "_vlm_watch"
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
@@ -65,6 +66,9 @@ def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
         if test.loads and test.specs:
             groups.setdefault(test.specs[0], []).append(item)
             sharing.setdefault(test.specs[0], []).append(test.requirements)
+    for tests in groups.values():
+        # After a test that may change the model it is loaded again: nobody should be left who needs it.
+        tests.sort(key=lambda item: item.stash[WATCHED_TEST].mutates)
     before = [item for item, test in gated.items() if not test.loads and (test.requirements.needs_memory or test.specs)]
     arranged: dict[pytest.Item, None] = {}
     for item in items:
@@ -76,17 +80,24 @@ def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def _examine_test(item: pytest.Function) -> None:
-    from .requirements import GatedTest, Requirements
+    from .requirements import GatedTest, Requirements, WatchedTest
 
     loads = _uses(item, item.fixturenames, "vlm")
     uses_gpus = _uses(item, item.fixturenames, "vlm_gpus")
+    uses_factory = _uses(item, item.fixturenames, "vlm_factory")
+    limit_bytes, mutates = markers.read_limit(item, item.nodeid), markers.may_mutate(item, item.nodeid)
+    is_metered = limit_bytes is not None or _uses(item, item.fixturenames, "vlm_vram")
     requirements = markers.read_requirements(item, item.nodeid)
-    is_ours = bool(loads or uses_gpus or requirements)
+    is_ours = bool(loads or uses_gpus or uses_factory or requirements or is_metered or mutates)
     markers.refuse_unknown(item, is_surely_meant=is_ours)
     # A project may have had a marker or a fixture vlm before this plugin was installed: its tests run as they did.
     is_theirs = not is_ours and ("vlm" in item.fixturenames or "vlm" in markers.registered(item.config))
     named = () if is_theirs else markers.read_models(item, item.nodeid)
-    if not (requirements or named or loads or uses_gpus):
+    joined = Requirements.strictest(requirements)
+    if loads or uses_factory or is_metered:
+        item.stash[WATCHED_TEST] = WatchedTest(loads, mutates, limit_bytes, joined.vram_bytes)
+        _insert(item, _WATCH_FIXTURE, _before_own_fixtures(item))
+    if not (requirements or named or loads or uses_gpus or uses_factory):
         return
     if loads:
         callspec: Any = getattr(item, "callspec", None)
@@ -102,14 +113,30 @@ def _examine_test(item: pytest.Function) -> None:
             callspec.params["vlm"] = named[0]
     item.stash[GATED_TEST] = GatedTest(
         specs=named,
-        requirements=Requirements.strictest(requirements),
+        requirements=joined,
         wants_gpus=bool(requirements) or uses_gpus,
         loads=loads,
     )
+    _insert(item, _GATE_FIXTURE, _after_session_wide_setup(item))
+
+
+def _insert(item: pytest.Function, name: str, position: int) -> None:
     # A list of its own: pytest shares one between all parameters of a function.
     names = list(item.fixturenames)
-    names.insert(_after_session_wide_setup(item), _GATE_FIXTURE)
+    names.insert(position, name)
     item.fixturenames = names
+
+
+def _before_own_fixtures(item: Any) -> int:
+    """Position of the first fixture that is set up for this test alone.
+
+    What wider fixtures do to the shared model belongs to all their tests; what these do is the test's own.
+    """
+    definitions = item._fixtureinfo.name2fixturedefs
+    for index, name in enumerate(item.fixturenames):
+        if name in definitions and definitions[name][-1].scope == "function":
+            return index
+    return len(item.fixturenames)
 
 
 def _after_session_wide_setup(item: Any) -> int:

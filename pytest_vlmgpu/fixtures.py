@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .state import gate_of
+from .state import WATCH, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlm_doctor.workload import Policy, Workload
 
     from .gate import Loader, Planner
+    from .vram import VramMeter
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +103,25 @@ def vlm_doctor(vlm_machine: Machine) -> Report:
     from vlm_doctor.answer import check_report
 
     return check_report(vlm_machine)
+
+
+@pytest.fixture
+def vlm_vram() -> Iterator[VramMeter]:
+    """GPU memory of the test: ``.peak_gib``, ``.used_gib``, ``.peaks_gib()`` by CUDA ordinal, ``.reset()``."""
+    from .vram import VramMeter
+
+    meter = VramMeter()
+    yield meter
+    meter.close()
+
+
+@pytest.fixture
+def _vlm_watch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Watch what a test does to the shared model and to memory. It is put before the test's own fixtures."""
+    watch = request.config.stash[WATCH]
+    watch.begin(request)
+    yield
+    watch.end(request)
 
 
 @pytest.fixture

@@ -48,6 +48,8 @@ class Load:
     """Of torch's allocator; 0 when it was not used."""
     left_bytes: int = 0
     """Weights that something still referred to after the model was unloaded."""
+    held_by: str = ""
+    """Who that is, as far as it has a name."""
 
 
 class Gate:
@@ -278,6 +280,15 @@ class Gate:
         self._latest = collect(with_torch=False)
         self._read_at = time.monotonic()
         return self._latest
+
+    def latest_machine(self) -> Machine | None:
+        """The machine as it is right now, where it is this one and can be asked; else as last read."""
+        if self.machine_used is not None and self.machine_used.origin == "live" and self._latest is not None:
+            try:
+                self.machine_used = self._read()
+            except Exception:  # noqa: BLE001 - only asked while a failure is reported, which must not be lost
+                return self.machine_used
+        return self.machine_used
 
     def _keep_from_acting(self, verdict: Verdict, request: pytest.FixtureRequest) -> Verdict:
         if self.settings.plan or self.settings.fake_gpus or (not self.uses_gpus and self.settings.machine == "live"):

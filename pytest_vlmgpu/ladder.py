@@ -57,7 +57,9 @@ def make_loader(gate: Gate) -> Loader:
             yield loaded
         finally:
             left_bytes = loading.unload(loaded)
-            if gate.loads:
-                gate.loads[-1].left_bytes = left_bytes
+            for record in reversed(gate.loads):
+                if record.model == spec.label:
+                    record.left_bytes, record.held_by = left_bytes, loaded.held_by
+                    break
 
     return load

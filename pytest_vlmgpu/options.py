@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vlm_doctor.machine import Machine
 
 Strict = Literal["off", "gpu", "all", "auto"]
+Level = Literal["off", "warn", "error"]
 MAX_BYTES = 2**46
 """64 TiB, as for the markers: more is a size in another unit."""
 TESTING = "VLMGPU_TESTING"
@@ -62,6 +63,13 @@ class Settings(NamedTuple):
     baseline: Path | None = None
     update_baseline: bool = False
     plan: bool = False
+    mutation: Level = "error"
+    leak_check: Level = "warn"
+    leak_tolerance: int = 256 * 2**20
+    """Bytes on one GPU: a few of the allocator's largest rounding steps of 20 MiB, and less than a leaked KV cache."""
+    seed: int | None = 0
+    """Of torch, in tests that use a shared model; ``None`` leaves the random state alone."""
+    suggest: bool = False
     report: Path | None = None
     origins: Mapping[str, str] = MappingProxyType({})
     """Name of each setting that was given to where, for messages: ``--vlm-gpus``, ``VLMGPU_MODEL``, ``vlm_strict``."""
@@ -178,6 +186,32 @@ def parse_strict(text: str, origin: str) -> Strict:
     raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no level; write gpu, all, auto or off.")
 
 
+def parse_level(text: str, origin: str) -> Level:
+    """Read what is to happen when something is found.
+
+    Raises:
+        pytest.UsageError: It is no level.
+    """
+    word = text.lower()
+    for level in ("off", "warn", "error"):
+        if word == level:
+            return level
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no level; write error, warn or off.")
+
+
+def parse_seed(text: str, origin: str) -> int | None:
+    """Read a seed; ``none`` leaves the random state alone.
+
+    Raises:
+        pytest.UsageError: It is no whole number from 0 on.
+    """
+    if text.lower() == "none":
+        return None
+    if re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+        return int(text)
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no seed; write a whole number from 0 on, or none.")
+
+
 def parse_count(text: str, origin: str) -> int:
     """Read a number of GPUs or tests.
 
@@ -289,6 +323,11 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "baseline": parse_path,
     "update_baseline": _switch,
     "plan": _switch,
+    "mutation": parse_level,
+    "leak_check": parse_level,
+    "leak_tolerance": parse_size,
+    "seed": parse_seed,
+    "suggest": _switch,
     "report": parse_path,
 }
 """Name of each setting to the function that reads its text; the second argument is where it was given."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from . import declare, fixtures
-from .state import GATED_TEST, SETTINGS, gate_of
+from .state import GATED_TEST, SETTINGS, WATCHED_TEST, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -72,6 +72,10 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests that share a model next to each other."""
+    if any(WATCHED_TEST in item.stash for item in items):
+        from . import watch
+
+        watch.register(config)
     if any(GATED_TEST in item.stash for item in items):
         from . import collecting
 

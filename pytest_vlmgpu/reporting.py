@@ -178,6 +178,7 @@ def _load_line(load: Load, tests: int) -> str:
         line += f", {format_gib(load.measured_peak_bytes)} measured"
     if load.left_bytes:
         line += f"; {format_gib(load.left_bytes)} still held after it was unloaded"
+        line += f", by {load.held_by}" if load.held_by else ""
     return f"{line}; {_plural(tests, 'test')}"
 
 

@@ -60,6 +60,20 @@ class Requirements:
         return reduce(_stricter, requirements, cls())
 
 
+@dataclass(frozen=True)
+class WatchedTest:
+    """What is measured and guarded while a test runs, read when it is collected."""
+
+    loads: bool
+    """True when it uses the fixture ``vlm``: the model is shared, and must stay as it is."""
+    mutates: bool = False
+    """``vlm_mutates``: it may change the model, which is loaded again for whoever comes next."""
+    limit_bytes: int | None = None
+    """``vlm_limit_vram``: the most memory its tensors may take on any one GPU."""
+    declared_bytes: int | None = None
+    """``vlm_requires(vram_gib=…)``, to be held against what was measured."""
+
+
 def _stricter(one: Requirements, other: Requirements) -> Requirements:
     joined: dict[str, Any] = {}
     for field in fields(Requirements):

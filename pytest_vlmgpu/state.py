@@ -9,8 +9,9 @@ import pytest
 if TYPE_CHECKING:
     from .gate import Gate
     from .options import Settings
-    from .requirements import GatedTest
+    from .requirements import GatedTest, WatchedTest
     from .verdicts import Verdict
+    from .watch import Failure, Watch
 
 SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 """Of the config; there when a setting was given."""
@@ -18,6 +19,12 @@ GATE: pytest.StashKey[Gate] = pytest.StashKey()
 """Of the config; there from the first gated test that is collected."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
 """Of an item that asks for a model or GPUs."""
+WATCHED_TEST: pytest.StashKey[WatchedTest] = pytest.StashKey()
+"""Of an item that is measured and guarded: it uses a shared model or a fixture or marker about memory."""
+WATCH: pytest.StashKey[Watch] = pytest.StashKey()
+"""Of the config; there when a watched test was collected."""
+FAILURE: pytest.StashKey[Failure] = pytest.StashKey()
+"""Of a watched item: what its setup or call raised."""
 VERDICT: pytest.StashKey[Verdict] = pytest.StashKey()
 """Of such an item, once it was decided about."""
 

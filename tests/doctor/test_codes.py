@@ -15,7 +15,7 @@ from vlm_doctor.planner.map_question import TITLES
 ROOT = Path(__file__).parents[2]
 DOCTOR = ["VLM001", "VLM002"]
 MAP = list(TITLES)
-GATE = ["VLM701", "VLM702", "VLM703", "VLM704", "VLM705"] + [f"VLM71{n}" for n in range(1, 7)] + ["VLM720"]
+GATE = ["VLM701", "VLM702", "VLM703", "VLM704", "VLM705"] + [f"VLM71{n}" for n in range(1, 7)] + ["VLM720"] + [f"VLM75{n}" for n in range(5)]
 
 
 def test_every_check_and_every_verdict_has_a_page() -> None:
