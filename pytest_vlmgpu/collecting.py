@@ -83,7 +83,7 @@ def _examine_test(item: pytest.Function) -> None:
     from .requirements import GatedTest, Requirements, WatchedTest
 
     loads = _uses(item, item.fixturenames, "vlm")
-    uses_gpus = _uses(item, item.fixturenames, "vlm_gpus")
+    uses_gpus = any(_uses(item, item.fixturenames, name) for name in ("vlm_gpus", "vlm_device"))
     uses_factory = _uses(item, item.fixturenames, "vlm_factory")
     limit_bytes, mutates = markers.read_limit(item, item.nodeid), markers.may_mutate(item, item.nodeid)
     is_metered = limit_bytes is not None or _uses(item, item.fixturenames, "vlm_vram")

@@ -93,7 +93,7 @@ MARKERS = (
 """The lines of ``pytest --markers``; :mod:`markers` holds the functions of these signatures."""
 MARKER_PREFIXES = ("vlm", "vml")
 """What a marker of ours begins with, typed right or wrong."""
-GATED_FIXTURES = frozenset({"vlm", "vlm_gpus", "vlm_factory", "vlm_vram"})
+GATED_FIXTURES = frozenset({"vlm", "vlm_gpus", "vlm_factory", "vlm_vram", "vlm_device"})
 """Fixtures that make a test a gated one, or one whose memory is measured."""
 
 

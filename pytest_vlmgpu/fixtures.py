@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vlm_doctor.workload import Policy, Workload
 
     from .gate import Loader, Planner
+    from .images import TestImages
+    from .ladder import VlmFactory
     from .vram import VramMeter
 
 
@@ -61,7 +63,7 @@ def vlm_loader(request: pytest.FixtureRequest) -> Loader:
     """
     from .ladder import make_loader
 
-    return make_loader(gate_of(request.config))
+    return make_loader(gate_of(request.config), request.config)
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +97,39 @@ def vlm_device_map(vlm: Any) -> dict[str, int]:
 def vlm_gpus(request: pytest.FixtureRequest, vlm_machine: Machine) -> tuple[Gpu, ...]:
     """The GPUs that tests may use (CUDA_VISIBLE_DEVICES, --vlm-gpus), in CUDA order. Loads nothing."""
     return gate_of(request.config).usable_gpus(vlm_machine)
+
+
+@pytest.fixture(scope="session")
+def vlm_device(request: pytest.FixtureRequest) -> str:
+    """torch's word for the first GPU that tests may use, such as ``cuda:0``; ``cpu`` with --vlm-gpus=none. Loads nothing."""
+    return gate_of(request.config).first_device(request)
+
+
+@pytest.fixture(scope="session")
+def vlm_images() -> TestImages:
+    """Small generated pictures and frames, the same each time: ``vlm_images[0]``, ``.picture()``, ``.frames(8)``."""
+    from .images import TestImages
+
+    return TestImages()
+
+
+@pytest.fixture(scope="session")
+def vlm_factory(request: pytest.FixtureRequest, vlm_loader: Loader) -> VlmFactory:
+    """``with vlm_factory("org/model") as vlm:`` loads a model that is chosen at run time, gated and placed like others."""
+    from .ladder import make_factory
+
+    return make_factory(gate_of(request.config), request, vlm_loader)
+
+
+@pytest.fixture(scope="class")
+def vlm_cls(request: pytest.FixtureRequest, vlm: Any) -> Iterator[None]:
+    """Give the tests of a class ``self.vlm``, for suites of unittest.TestCase: ``@pytest.mark.usefixtures("vlm_cls")``."""
+    owner: Any = request.cls
+    if owner is None:
+        pytest.fail("VLM720: the fixture vlm_cls sets an attribute of a class, and this test is in none.", pytrace=False)
+    owner.vlm = vlm
+    yield
+    del owner.vlm
 
 
 @pytest.fixture(scope="session")

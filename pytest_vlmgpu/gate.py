@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import verdicts
-from .requirements import GatedTest, Requirements, VlmSpec
+from .requirements import Estimate, GatedTest, Requirements, VlmSpec
 from .selection import judge, judge_without_gpus, keep_from_acting
 from .state import GATED_TEST, VERDICT
 from .verdicts import Verdict
@@ -73,6 +73,8 @@ class Gate:
         self._read_at = 0.0
         self._resident: tuple[VlmSpec, Plan | None] | None = None
         self._fits: dict[VlmSpec, Verdict] = {}
+        self._estimated: dict[VlmSpec, tuple[int, ...]] = {}
+        """GPUs of models that an engine places itself."""
         self._plans: dict[VlmSpec, Plan] = {}
 
     @property
@@ -88,6 +90,11 @@ class Gate:
         machine = self.machine_used
         has_gpus = machine is not None and bool(machine.gpus or machine.driver.device_files or machine.pci_devices)
         return self.settings.is_anything_expected or (self.uses_gpus and has_gpus)
+
+    @property
+    def is_machine_real(self) -> bool:
+        """False where the machine that decided is made up or recorded: nothing ran on its GPUs."""
+        return self.machine_used is not None and self.machine_used.origin == "live"
 
     def spec_from(self, parameter: object) -> VlmSpec | None:
         """The model of a parameter of ``vlm``: a spec, a name (given by ``parametrize``), or that of ``--vlm-model``."""
@@ -116,6 +123,8 @@ class Gate:
     def decide(self, request: pytest.FixtureRequest) -> None:
         """Decide about the test that is set up, let the project have its say, and end the setup unless it is to run."""
         item = request.node
+        # Of an attempt before, where a plugin runs tests again.
+        item.user_properties[:] = [pair for pair in item.user_properties if not pair[0].startswith("vlmgpu.")]
         verdict = self.judge_test(item.stash[GATED_TEST], request)
         verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
         item.stash[VERDICT] = self._as_strict_as_wanted(verdict)
@@ -139,6 +148,10 @@ class Gate:
             advice = 'add @pytest.mark.vlm("org/model"), or give --vlm-model'
             return Verdict("error", verdicts.WRONG, f"the test uses the fixture vlm and names no model; {advice}.")
         return self._keep_from_acting(verdict, request)
+
+    def plan_of(self, test: GatedTest) -> Plan | None:
+        """Where the model of a test was last placed."""
+        return next((self._plans[spec] for spec in test.specs if spec in self._plans), None)
 
     def need_bytes(self, test: GatedTest) -> int | None:
         """Memory that a test is expected to use over all its GPUs: the peak predicted of its models, else its markers."""
@@ -171,7 +184,7 @@ class Gate:
         with ExitStack() as stack:
             verdict, loaded = Verdict("run"), None
             try:
-                loaded = stack.enter_context(loader(spec, plan))
+                loaded = stack.enter_context(self._open(spec, plan, request, loader))
                 if plan is not None:
                     _check_landing(spec, plan, loaded, self._machine(request, max_age_s=math.inf))
             except LoadFailure as failure:
@@ -180,13 +193,40 @@ class Gate:
             self._refuse_unless_run(spec, verdict)
             load = _describe(spec, plan, time.perf_counter() - started)
             self.loads.append(load)
-            self._resident = (spec, plan)
+            # A test may load a second model at run time, beside the shared one.
+            before, self._resident = self._resident, (spec, plan)
             try:
                 request.config.hook.pytest_vlmgpu_loaded(config=request.config, spec=spec, loaded=loaded)
                 yield loaded
             finally:
-                self._resident = None
+                self._resident = before
                 load.measured_peak_bytes = sum(peak.allocated for peak in meter.stop().values())
+
+    @contextmanager
+    def _open(self, spec: VlmSpec, plan: Plan | None, request: pytest.FixtureRequest, loader: Loader) -> Iterator[Any]:
+        """Have a plugin load the model, or else the fixture ``vlm_loader``."""
+        config = request.config
+        gpus: tuple[Gpu, ...] = ()
+        if self.uses_gpus:
+            indices = tuple(stage.gpu for stage in plan.stages) if plan is not None else self._estimated.get(spec, ())
+            by_index = {gpu.index: gpu for gpu in self._machine(request, max_age_s=math.inf).gpus}
+            gpus = tuple(by_index[index] for index in indices if index in by_index)
+        loaded = config.hook.pytest_vlmgpu_load(config=config, spec=spec, plan=plan, gpus=gpus)
+        with ExitStack() as stack:
+            if loaded is None:
+                loaded = stack.enter_context(loader(spec, plan))
+            try:
+                yield loaded
+            finally:
+                config.hook.pytest_vlmgpu_unload(config=config, spec=spec, loaded=loaded)
+
+    def first_device(self, request: pytest.FixtureRequest) -> str:
+        """torch's word for the first usable GPU; without any, the test that asks is skipped or fails."""
+        if not self.uses_gpus:
+            return "cpu"
+        machine: Machine = request.getfixturevalue("vlm_machine")
+        first = self.usable_gpus(machine)[0]
+        return f"cuda:{ordinals_by_uuid(machine).get(first.uuid, 0)}"
 
     def _judge_model(
         self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest
@@ -241,6 +281,12 @@ class Gate:
         from .failures import needs_remote_code
 
         if verdict.action != "run":
+            return verdict, None
+        estimate: Estimate | None = request.config.hook.pytest_vlmgpu_estimate(config=request.config, spec=spec)
+        if estimate is not None:
+            own = Requirements(gpus=max(estimate.gpus, spec.min_gpus), vram_bytes=estimate.vram_bytes)
+            verdict = self._judge(Requirements.strictest([needs, own]), machine, loads=loads, at_load=at_load)
+            self._estimated[spec] = verdict.gpus[: own.gpus]
             return verdict, None
         planner: Planner = request.getfixturevalue("vlm_planner")
         try:

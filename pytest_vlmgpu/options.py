@@ -108,6 +108,9 @@ def _refuse_contradictions(settings: Settings, environment: Mapping[str, str]) -
     problem = ""
     if settings.update_baseline and settings.baseline is None:
         problem = "--vlm-update-baseline: there is no file to write; name it with --vlm-baseline=FILE."
+    elif settings.gpus.kind == "none" and (settings.expect_gpus or settings.expect_vram):
+        asked = [settings.origins[name] for name in ("expect_gpus", "expect_vram") if name in settings.origins]
+        problem = f"{asked[0]}: {settings.gpus.text} allows no GPU; leave out one of them."
     elif settings.fake_gpus and "machine" in settings.origins:
         problem = f"--vlm-fake-gpus: {settings.origins['machine']} names a machine too; give one of them."
     elif settings.fake_gpus and not environment.get(TESTING):

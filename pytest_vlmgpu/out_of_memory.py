@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vlm_doctor.units import format_gib
 
+from .verdicts import OUT_OF_MEMORY_IN_TEST
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
     from .meter import Allocator
 
-OUT_OF_MEMORY = "VLM752"
 _SIGNS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 """In messages of errors that are not torch's own class: of CUDA itself and its libraries, and of libraries that wrap it."""
 _REQUEST = re.compile(r"Tried to allocate ([0-9.]+ [KMGT]?i?B)")
@@ -64,7 +65,7 @@ def headline(error: BaseException, plan: Plan | None, gpus: Sequence[GpuFacts]) 
     request, ordinal = _REQUEST.search(text), _ORDINAL.search(text)
     tried = f", when it asked for {request[1]} more" if request else ""
     where = f" on cuda:{ordinal[1]}" if ordinal else ""
-    return f"{OUT_OF_MEMORY}: out of GPU memory{where} in the test{tried}: {_cause(plan, gpus)}"
+    return f"{OUT_OF_MEMORY_IN_TEST}: out of GPU memory{where} in the test{tried}: {_cause(plan, gpus)}"
 
 
 def describe(plan: Plan | None, gpus: Sequence[GpuFacts]) -> str:
@@ -176,7 +177,8 @@ def _advice(plan: Plan | None, gpus: Sequence[GpuFacts]) -> Iterator[str]:
         images = f"{work.images} image{'' if work.images == 1 else 's'}"
         yield (
             f"the model was placed for calls of up to {plan.prompt_tokens} prompt tokens ({images}), {work.new_tokens} new "
-            f"tokens, batch {work.batch}: if this call is larger, override the fixture vlm_workload, so that the plan leaves room for it or says that it cannot."
+            f"tokens, batch {work.batch}: if this call is larger, override the fixture vlm_workload, so that the plan leaves "
+            "room for it or says that it cannot."
         )
         if plan.limits is not None:
             yield _limits(plan.limits)

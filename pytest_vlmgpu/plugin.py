@@ -15,6 +15,8 @@ from .state import GATED_TEST, SETTINGS, WATCHED_TEST, gate_of
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from .summary import Summary
+
 _SUMMARY = "vlmgpu-summary"
 
 
@@ -36,8 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
         from .options import resolve
 
         config.stash[SETTINGS] = resolve(config)
-        if config.stash[SETTINGS].machine != "live":
+        settings = config.stash[SETTINGS]
+        if settings.machine != "live" or settings.fake_gpus:
             gate_of(config)  # a machine that cannot be read ends the run here
+        if settings.plan:
+            config.option.collectonly = True  # until the session starts: pytest-xdist then starts no workers
+        if (settings.is_anything_expected or settings.report or settings.plan) and not hasattr(config, "workerinput"):
+            _add_summary(config)
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
     for line in declare.MARKERS:
         config.addinivalue_line("markers", line)
@@ -98,6 +105,16 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     return reporting.collected(config, items)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Run nothing where only a plan was asked for; collection errors end the run as always."""
+    summary: Summary | None = session.config.pluginmanager.get_plugin(_SUMMARY)
+    if summary is None or not summary.is_plan or session.testsfailed:
+        return None
+    summary.plan(session)
+    return True
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -118,11 +135,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         from . import reporting
 
-        reporting.hand_over(session.config)
+        reporting.hand_over(session)
 
 
 def _add_summary(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin(_SUMMARY):
-        from . import reporting
+        from .memory_summary import MemorySummary
+        from .summary import Summary
 
-        config.pluginmanager.register(reporting.Summary(config), _SUMMARY)
+        config.pluginmanager.register(Summary(config), _SUMMARY)
+        config.pluginmanager.register(MemorySummary(config), "vlmgpu-memory")

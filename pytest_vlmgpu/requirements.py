@@ -37,6 +37,16 @@ class VlmSpec:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """What a model needs, as an engine that places it itself says (hook ``pytest_vlmgpu_estimate``)."""
+
+    vram_bytes: int
+    """Free memory on each GPU."""
+    gpus: int = 1
+    """On so many GPUs."""
+
+
+@dataclass(frozen=True)
 class Requirements:
     """What the GPUs of a test must offer. Sizes are bytes; every number is a lower bound that may be met exactly."""
 

@@ -22,6 +22,17 @@ OFFLOADED: Final = "VLM714"
 OUT_OF_MEMORY: Final = "VLM715"
 MISPLACED: Final = "VLM716"
 WRONG: Final = "VLM720"
+EXPECTATION: Final = "VLM740"
+TOO_FEW_RAN: Final = "VLM741"
+DID_NOT_RUN: Final = "VLM742"
+OWN_SKIP: Final = "VLM743"
+UNWRITABLE: Final = "VLM744"
+MUTATED: Final = "VLM750"
+OVER_LIMIT: Final = "VLM751"
+OUT_OF_MEMORY_IN_TEST: Final = "VLM752"
+LEFT_BY_MODEL: Final = "VLM753"
+LEFT_BY_TEST: Final = "VLM754"
+"""74x are about the run as a whole, and about what a test does beside the gate."""
 
 
 @dataclass(frozen=True)

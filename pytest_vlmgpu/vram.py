@@ -13,11 +13,11 @@ from vlm_doctor.units import GIB, format_gib
 from .meter import Meter, allocated_bytes, driver_bytes, used_cuda
 from .referrers import holder_of
 from .state import WATCHED_TEST
+from .verdicts import OVER_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-OVER_LIMIT = "VLM751"
 PEAK = "vlmgpu.peak_gib"
 """Property of a report: most memory that the test's tensors took at once, of all GPUs together, in GiB."""
 PEAK_EACH = "vlmgpu.peak_gib_of_gpu"

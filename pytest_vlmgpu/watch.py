@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from . import fingerprint, memory_report, vram
+from . import fingerprint, memory_report, progress, vram
 from .meter import Meter, allocated_bytes
 from .state import FAILURE, GATED_TEST, WATCH, WATCHED_TEST, gate_of
+from .verdicts import FAULT, LEFT_BY_TEST, MUTATED
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from .gate import Gate
     from .options import Level
 
-MUTATED = "VLM750"
-LEFT_BY_TEST = "VLM754"
-GPU_FAILED = "VLM712"
 NOTE = "vlmgpu.note"
 """Property of a report: a sentence for the summary. It may come several times."""
 _FIXTURES_MODULE = "pytest_vlmgpu.fixtures"
@@ -240,6 +238,7 @@ def register(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin(_NAME):
         config.stash[WATCH] = Watch(gate_of(config))
         config.pluginmanager.register(config.stash[WATCH], _NAME)
+        progress.keep_output(config)
 
 
 def _shared_fixture(item: Any) -> Any:
@@ -273,6 +272,6 @@ def _mutated(name: str, what: str, *, is_restored: bool) -> str:
 def _gpu_failed(error: RuntimeError, when: str) -> str:
     detail = next(iter(str(error).splitlines()), "")
     return (
-        f"{GPU_FAILED}: the GPU stopped answering {when} ({type(error).__name__}: {detail}): every later test in this "
+        f"{FAULT}: the GPU stopped answering {when} ({type(error).__name__}: {detail}): every later test in this "
         "process fails with it; look at the first one that failed, and for Xid messages with dmesg."
     )

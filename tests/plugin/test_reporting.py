@@ -85,12 +85,28 @@ def test_junit_properties(suite: Any, family: str) -> None:
         for case in ET.parse(suite.folder / "out.xml").iter("testcase")
     }
     gpus = ["GPU-00000000-0000-0000-0000-000000000000", "GPU-00000001-0000-0000-0000-000000000000"]
+    wide = {
+        "vlmgpu.verdict": "run",
+        "vlmgpu.model": "org/wide",
+        "vlmgpu.gpus": ",".join(gpus),
+        "vlmgpu.need_gib": "30.0",
+    }
     assert cases == {
-        "test_wide": {"vlmgpu.verdict": "run", "vlmgpu.model": "org/wide", "vlmgpu.gpus": ",".join(gpus)},
-        "test_wide_too": {"vlmgpu.verdict": "run", "vlmgpu.model": "org/wide", "vlmgpu.gpus": ",".join(gpus)},
-        "test_a": {"vlmgpu.verdict": "run", "vlmgpu.model": "org/a (float16)", "vlmgpu.gpus": gpus[0]},
+        "test_wide": wide,
+        "test_wide_too": wide,
+        "test_a": {
+            "vlmgpu.verdict": "run",
+            "vlmgpu.model": "org/a (float16)",
+            "vlmgpu.gpus": gpus[0],
+            "vlmgpu.need_gib": "4.0",
+        },
         "test_few": {"vlmgpu.verdict": "skip", "vlmgpu.code": "VLM702"},
-        "test_oom": {"vlmgpu.verdict": "error", "vlmgpu.code": "VLM715", "vlmgpu.model": "org/oom"},
+        "test_oom": {
+            "vlmgpu.verdict": "error",
+            "vlmgpu.code": "VLM715",
+            "vlmgpu.model": "org/oom",
+            "vlmgpu.need_gib": "1.0",
+        },
         "test_free": {},
     }
 
