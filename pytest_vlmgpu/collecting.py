@@ -83,8 +83,8 @@ def _examine_test(item: pytest.Function) -> None:
     from .requirements import GatedTest, Requirements, WatchedTest
 
     loads = _uses(item, item.fixturenames, "vlm")
-    uses_gpus = any(_uses(item, item.fixturenames, name) for name in ("vlm_gpus", "vlm_device"))
-    uses_factory = _uses(item, item.fixturenames, "vlm_factory")
+    uses_gpus = _uses(item, item.fixturenames, "vlm_gpus")
+    uses_factory = any(_uses(item, item.fixturenames, name) for name in ("vlm_factory", "vlm_device"))
     limit_bytes, mutates = markers.read_limit(item, item.nodeid), markers.may_mutate(item, item.nodeid)
     is_metered = limit_bytes is not None or _uses(item, item.fixturenames, "vlm_vram")
     requirements = markers.read_requirements(item, item.nodeid)
@@ -100,12 +100,14 @@ def _examine_test(item: pytest.Function) -> None:
     if not (requirements or named or loads or uses_gpus or uses_factory):
         return
     if loads:
+        if getattr(item, "nofuncargs", False):
+            _parametrize_unittest(item, named)
         callspec: Any = getattr(item, "callspec", None)
         parameter = callspec.params.get("vlm") if callspec is not None else None
         if named and parameter not in named and not _is_parametrized_by_user(item):
             raise markers.wrong(
-                f"{item.nodeid}: the fixture vlm cannot take its model from a marker here; a marker on a parameter or on a "
-                "unittest.TestCase comes too late: put it on the test function, its class or module."
+                f"{item.nodeid}: the fixture vlm cannot take its model from a marker here; a marker on a parameter comes "
+                "too late: put it on the test function, its class or module."
             )
         spec = gate_of(item.config).spec_from(parameter)
         named = (markers.with_gpus(spec, item, item.nodeid),) if spec is not None else ()
@@ -118,6 +120,26 @@ def _examine_test(item: pytest.Function) -> None:
         loads=loads,
     )
     _insert(item, _GATE_FIXTURE, _after_session_wide_setup(item))
+
+
+def _parametrize_unittest(item: Any, named: Sequence[VlmSpec]) -> None:
+    """Give a test of a unittest.TestCase its model in the way of a parameter, so that it shares loads with all others.
+
+    pytest parametrises no such tests; what it reads of a parameter afterwards are these few attributes.
+    """
+    if len(named) > 1:
+        raise markers.wrong(
+            f"{item.nodeid}: @pytest.mark.vlm names {len(named)} models, and tests of a unittest.TestCase run once: name "
+            "one, and make a subclass for each other model."
+        )
+    from types import SimpleNamespace
+
+    spec = named[0] if named else gate_of(item.config).spec_from(None)
+    if spec is not None:
+        scopes = {"vlm": item._fixtureinfo.name2fixturedefs["vlm"][0]._scope}
+        item.callspec = SimpleNamespace(
+            params={"vlm": spec}, indices={"vlm": 0}, _arg2scope=scopes, _idlist=(), marks=[], id=""
+        )
 
 
 def _insert(item: pytest.Function, name: str, position: int) -> None:

@@ -101,7 +101,7 @@ def vlm_gpus(request: pytest.FixtureRequest, vlm_machine: Machine) -> tuple[Gpu,
 
 @pytest.fixture(scope="session")
 def vlm_device(request: pytest.FixtureRequest) -> str:
-    """torch's word for the first GPU that tests may use, such as ``cuda:0``; ``cpu`` with --vlm-gpus=none. Loads nothing."""
+    """The first GPU that tests may use in torch's words, ``cuda:0``; ``cpu`` with --vlm-gpus=none. Loads nothing."""
     return gate_of(request.config).first_device(request)
 
 
@@ -115,7 +115,7 @@ def vlm_images() -> TestImages:
 
 @pytest.fixture(scope="session")
 def vlm_factory(request: pytest.FixtureRequest, vlm_loader: Loader) -> VlmFactory:
-    """``with vlm_factory("org/model") as vlm:`` loads a model that is chosen at run time, gated and placed like others."""
+    """Loads models that are chosen at run time, gated and placed like others: ``with vlm_factory("org/x") as vlm:``."""
     from .ladder import make_factory
 
     return make_factory(gate_of(request.config), request, vlm_loader)

@@ -221,7 +221,7 @@ class Gate:
                 config.hook.pytest_vlmgpu_unload(config=config, spec=spec, loaded=loaded)
 
     def first_device(self, request: pytest.FixtureRequest) -> str:
-        """torch's word for the first usable GPU; without any, the test that asks is skipped or fails."""
+        """The first usable GPU in torch's words; without any, the test that asks is skipped or fails."""
         if not self.uses_gpus:
             return "cpu"
         machine: Machine = request.getfixturevalue("vlm_machine")

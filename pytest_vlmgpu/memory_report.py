@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from vlm_doctor.placement import Plan
 
 _OUR_FOLDER = str(Path(__file__).parent)
+_LAST = ("last_type", "last_value", "last_traceback", "last_exc")
+"""What pytest leaves in :mod:`sys` of the last exception."""
 SECTION = "vlmgpu: planned and found"
 
 
@@ -96,7 +99,14 @@ def clear_frames(error: BaseException, *, is_memory_short: bool) -> None:
         for frame, _ in traceback.walk_tb(one.__traceback__):
             # pytest has looked at it: until Python 3.13 that leaves a copy with the frame, renewed when looked at again.
             _ = frame.f_locals
+        # A frame keeps its function too, and with it what that encloses.
+        one.__traceback__ = None
         waiting += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+    if getattr(sys, "last_value", None) is error:
+        # For a debugger after the run, and until the next test: there is nothing left to look at.
+        for name in _LAST:
+            if hasattr(sys, name):
+                delattr(sys, name)
     if is_memory_short:
         collect()
 

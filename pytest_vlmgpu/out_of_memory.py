@@ -107,7 +107,7 @@ def _gpu_lines(facts: GpuFacts) -> Iterator[str]:
         (
             "KV cache, activations, workspace",
             _planned(stage, "kv_cache", "activations", "workspace", "training"),
-            max(0, found.peak - facts.weights_bytes) if found else None,
+            max(0, found.allocated - facts.weights_bytes) if found else None,
         ),
         (
             "gaps in the allocator's segments",
@@ -177,8 +177,8 @@ def _advice(plan: Plan | None, gpus: Sequence[GpuFacts]) -> Iterator[str]:
         images = f"{work.images} image{'' if work.images == 1 else 's'}"
         yield (
             f"the model was placed for calls of up to {plan.prompt_tokens} prompt tokens ({images}), {work.new_tokens} new "
-            f"tokens, batch {work.batch}: if this call is larger, override the fixture vlm_workload, so that the plan leaves "
-            "room for it or says that it cannot."
+            f"tokens, batch {work.batch}: if this call is larger, override the fixture vlm_workload, so that the plan "
+            "leaves room for it or says that it cannot."
         )
         if plan.limits is not None:
             yield _limits(plan.limits)

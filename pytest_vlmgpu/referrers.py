@@ -89,8 +89,9 @@ def _place(frame: types.FrameType) -> str:
 def _closure(cell: types.CellType) -> str:
     for thing in gc.get_referrers(cell):
         for function in gc.get_referrers(thing) if isinstance(thing, tuple) else ():
-            if isinstance(function, types.FunctionType) and function.__closure__ is thing:
-                variable = function.__code__.co_freevars[next(i for i, one in enumerate(thing) if one is cell)]
+            cells = function.__closure__ if isinstance(function, types.FunctionType) else None
+            if cells is not None and cells is thing:
+                variable = function.__code__.co_freevars[next(i for i, one in enumerate(cells) if one is cell)]
                 return f"closure variable {variable} of function {function.__module__}.{function.__qualname__}"
     return ""
 

@@ -33,7 +33,8 @@ _NAME = "vlmgpu-watch"
 class Failure(NamedTuple):
     """What a test raised."""
 
-    error: BaseException
+    error: BaseException | None
+    """``None`` once it was looked at: nothing is to refer to its frames."""
     is_memory_short: bool
 
 
@@ -138,7 +139,9 @@ class Watch:
     def _forget(item: pytest.Item) -> None:
         if FAILURE in item.stash:
             failure = item.stash[FAILURE]
-            memory_report.clear_frames(failure.error, is_memory_short=failure.is_memory_short)
+            if failure.error is not None:
+                memory_report.clear_frames(failure.error, is_memory_short=failure.is_memory_short)
+            item.stash[FAILURE] = failure._replace(error=None)
 
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> None:
         """What a wider fixture does to a model, it does for all tests of its scope."""
