@@ -47,7 +47,7 @@ class Fingerprint:
     samples: dict[str, bytes] = field(default_factory=dict)
     """Tensor path to sampled elements, as bytes (NaN equals NaN); tensors whose type cannot be sampled are left out."""
     settings: dict[str, object] = field(default_factory=dict)
-    """``config.key`` and settings of the processor to their values."""
+    """``config.key`` and settings of the processor to their values; what is not plain as a tuple of its text."""
 
 
 class Changes(NamedTuple):
@@ -255,7 +255,7 @@ def _flatten(path: str, value: Any, into: dict[str, object]) -> None:
         elif hasattr(item, "to_dict"):
             _flatten(place, item, into)
         else:
-            into[place] = repr(item) if isinstance(item, (list, tuple, dict, set)) else str(type(item).__name__)
+            into[place] = (repr(item),) if isinstance(item, (list, tuple, dict, set)) else (type(item).__name__,)
 
 
 def _processor_settings(processor: Any) -> dict[str, object]:
@@ -306,7 +306,8 @@ def _told(settings: dict[str, object], key: str, between: str) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    # What is not plain is kept as its text, which is never put back.
+    text = str(value[0]) if isinstance(value, tuple) else repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 QUIET_S = 2.0
 """Loads that are done by then show nothing."""
 TICK_S = 0.5
+LOG_FIRST_S = 10.0
+"""Before the first line in a log."""
 LOG_S = 30.0
 """Between the lines in a log."""
 _OUTPUT: pytest.StashKey[int] = pytest.StashKey()
@@ -148,21 +150,21 @@ def _run(descriptor: int, label: str, poll: Callable[[], tuple[list[Share], int]
     if done.wait(QUIET_S):
         return
     is_terminal = os.isatty(descriptor)
-    said = started - LOG_S + QUIET_S
-    has_written = False
+    next_line = started + LOG_FIRST_S
     # Whatever goes wrong with the output: the load matters, this does not.
     with suppress(OSError):
         while True:
             now = time.monotonic()
-            if is_terminal or now - said >= LOG_S:
-                text = line(label, now - started, *poll())
-                _write(descriptor, f"{_BELOW}{text[:_WIDTH]}{_BACK}" if is_terminal else f"\n{text}\n")
-                said, has_written = now, True
+            if is_terminal:
+                _write(descriptor, f"{_BELOW}{line(label, now - started, *poll())[:_WIDTH]}{_BACK}")
+            elif now >= next_line:
+                _write(descriptor, f"\n{line(label, now - started, *poll())}\n")
+                next_line = now + LOG_S
             if done.wait(TICK_S):
                 break
         if is_terminal:
             _write(descriptor, f"{_BELOW}{_BACK}")
-        elif has_written and time.monotonic() - started >= LOG_S:
+        elif next_line > started + LOG_FIRST_S:
             _write(descriptor, f"\nvlmgpu: loading {label} ended after {time.monotonic() - started:.0f} s\n")
 
 

@@ -56,6 +56,8 @@ class Watch:
         """True when something wider than a test may have changed the model since it was looked at."""
         self.meter = Meter()
         self._allocated: dict[int, int] = {}
+        self._blame = ""
+        """What the running test was failed with by :meth:`end`."""
         self._random: list[tuple[Any, Any]] = []
 
     def begin(self, request: pytest.FixtureRequest) -> None:
@@ -84,8 +86,9 @@ class Watch:
         is_told = FAILURE in item.stash
         errors = [text for level, text in problems if level == "error" and not is_told]
         item.user_properties += [(NOTE, text) for _, text in problems if text not in errors]
+        self._blame = "\n".join(errors)
         if errors:
-            pytest.fail("\n".join(errors), pytrace=False)
+            pytest.fail(self._blame, pytrace=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -109,6 +112,11 @@ class Watch:
         report = yield
         if WATCHED_TEST not in item.stash or call.excinfo is None or call.excinfo.errisinstance(pytest.skip.Exception):
             return report
+        if call.when == "teardown" and self._blame and report.outcome != "failed":
+            # pytest takes any failure of an xfail test as the expected one; this one concerns the tests that follow.
+            report.outcome, report.longrepr = "failed", self._blame
+            vars(report).pop("wasxfail", None)
+        self._blame = ""
         error = call.excinfo.value
         is_memory_short = memory_report.explain(
             report,
@@ -158,10 +166,14 @@ class Watch:
         guarded = self._guarded
         if guarded is not None and not self._is_stale and guarded.model() is model:
             return
+        problem = ""
         try:
             looks = fingerprint.take(model, getattr(loaded, "processor", None))
         except RuntimeError as error:
-            pytest.fail(_gpu_failed(error, "before this test"), pytrace=False)
+            problem = _gpu_failed(error, "before this test")
+        if problem:
+            # Not inside the handler: the report is one sentence, without the chain of errors behind it.
+            pytest.fail(problem, pytrace=False)
         self._guarded = _Guarded(weakref.ref(model), looks) if looks is not None else None
         self._is_stale = False
 

@@ -61,7 +61,9 @@ def test_a_unittest_class_names_one_model(suite: Any) -> None:
         """
     )
 
-    result.stdout.fnmatch_lines(["*test_one: @pytest.mark.vlm names 2 models, and tests of a unittest.TestCase run once: *"])
+    result.stdout.fnmatch_lines(
+        ["*test_one: @pytest.mark.vlm names 2 models, and tests of a unittest.TestCase run once: *"]
+    )
 
 
 def test_the_default_model_reaches_unittest_suites_and_a_skip_stays_one(suite: Any) -> None:
@@ -133,9 +135,7 @@ def test_the_factory_skips_where_there_is_no_gpu(suite: Any) -> None:
     suite.run(test_x="def test_x(vlm_factory): pass").assert_outcomes(skipped=1)
 
 
-def test_the_first_device_is_told_without_loading(
-    suite: Any, machine: Callable[..., Any], gpu: Callable[..., Any]
-) -> None:
+def test_the_first_device_is_told_without_loading(suite: Any, machine: Callable[..., Any], gpu: Callable[..., Any]) -> None:
     suite.has(machine(gpu(0), gpu(1), environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}))
 
     suite.run("--vlm-gpus=1,", test_x="def test_x(vlm_device): assert vlm_device == 'cuda:1'").assert_outcomes(passed=1)

@@ -117,8 +117,8 @@ def test_planned_stands_beside_found() -> None:
         "gaps in the allocator's segments 256 MiB 2.0 GiB",
         "headroom and what is left: free 1.5 GiB 300 MiB",
         "in all 17.4 GiB 22.0 GiB",
-        "torch: 18.0 GiB in tensors now, 20.0 GiB at most; 20.0 GiB in 40 segments, 1 MiB of it in blocks that nobody uses; "
-        "2 retries",
+        "torch: 18.0 GiB in tensors now, 20.0 GiB at most; 20.0 GiB in 40 segments, 1 MiB of it in blocks that nobody "
+        "uses; 2 retries",
     ]
     assert "override the fixture vlm_workload" in text
     assert "prompts of 9000 tokens, a batch of 4, 3 images in a prompt, images of 1344 pixels" in text
