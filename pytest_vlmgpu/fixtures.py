@@ -115,7 +115,7 @@ def vlm_images() -> TestImages:
 
 @pytest.fixture(scope="session")
 def vlm_factory(request: pytest.FixtureRequest, vlm_loader: Loader) -> VlmFactory:
-    """Loads models that are chosen at run time, gated and placed like others: ``with vlm_factory("org/x") as vlm:``."""
+    """For models that are chosen at run time, gated and placed like all: ``with`` what it returns for a name."""
     from .ladder import make_factory
 
     return make_factory(gate_of(request.config), request, vlm_loader)

@@ -89,7 +89,7 @@ def line(label: str, seconds: float, shares: Sequence[Share], host_bytes: int = 
     """``loading org/model: 5.2 of 15.5 GiB (GPU 0 3.1 of 8.0, GPU 1 2.1 of 7.5), 1.9 GB/s, 12 s``."""
     loaded, total = sum(share.done for share in shares), sum(share.total for share in shares)
     if not shares:
-        progress = f"{host_bytes / GIB:.1f} GiB in host memory" if host_bytes > 0 else "reading its files"
+        progress = f"{host_bytes / GIB:.1f} GiB in host memory" if host_bytes > GIB // 20 else "reading its files"
     elif loaded <= 0:
         progress = f"0 of {total / GIB:.1f} GiB, reading its files"
     else:

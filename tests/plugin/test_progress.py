@@ -101,6 +101,7 @@ def test_an_output_that_is_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch)
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(progress, "QUIET_S", 0)
+    monkeypatch.setattr(progress, "LOG_FIRST_S", 0)
     done = threading.Event()
     thread = threading.Thread(target=progress._run, args=(writer, "org/a", lambda: ([], 0), done))
     thread.start()
@@ -130,5 +131,6 @@ def pytest_configure(config): CONFIG.append(config)
     run = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
 
     assert run.returncode == 0, run.stdout + run.stderr
+    print(run.stdout)
     assert run.stdout.count("vlmgpu: loading org/a: reading its files, 0 s") == 1
     assert "hidden" not in run.stdout
