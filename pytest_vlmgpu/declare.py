@@ -10,6 +10,8 @@ import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     import pytest
 
 
@@ -45,8 +47,8 @@ SETTINGS = (
     ),
     Setting(
         "fake_gpus",
-        "pretend to have these GPUs (snapshot file, or a spec such as 2x24GiB,1x80GB) and run gated tests, models on the "
-        "CPU: for trying conftest and CI wiring",
+        "pretend to have these GPUs (snapshot file, or a spec such as 2x24GiB,1x80GB) and run what needs no real one: "
+        "models are loaded by a vlm_loader of yours only",
         "SPEC",
         is_option_only=True,
     ),
@@ -154,7 +156,7 @@ def is_anything_given(config: pytest.Config) -> bool:
     return False
 
 
-def may_be_gated(item: pytest.Function, aliases: frozenset[str] = frozenset()) -> bool:
+def may_be_gated(item: pytest.Function, aliases: Container[str] = ()) -> bool:
     """True when a test uses a fixture of ours, or a marker that looks like one of ours or stands for one."""
     if not GATED_FIXTURES.isdisjoint(item.fixturenames):
         return True

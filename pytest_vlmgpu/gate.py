@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import verdicts
+from .faults import Losses
 from .requirements import Estimate, GatedTest, Requirements, VlmSpec
 from .selection import judge, judge_without_gpus, keep_from_acting
 from .state import GATED_TEST, VERDICT
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 MEMORY_AGE_S = 5.0
 """How old a reading of free memory may be for a test that loads no model: one costs some tenths of a second."""
+HEALTH_AGE_S = 30.0
+"""The same for a test that asks for no memory: a GPU can be lost while tests run."""
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Gate:
         """As last read; ``None`` until a gated test was decided about."""
         self._first = self._latest = recorded
         self._read_at = 0.0
+        self._losses = Losses()
         self._resident: tuple[VlmSpec, Plan | None] | None = None
         self._fits: dict[VlmSpec, Verdict] = {}
         self._estimated: dict[VlmSpec, tuple[int, ...]] = {}
@@ -138,7 +142,7 @@ class Gate:
             verdict = judge_without_gpus(self.settings.gpus, wants_gpus=test.wants_gpus)
         else:
             needs_memory = not test.loads and (test.requirements.needs_memory or bool(test.specs))
-            machine = self._machine(request, max_age_s=MEMORY_AGE_S if needs_memory else math.inf)
+            machine = self._machine(request, max_age_s=MEMORY_AGE_S if needs_memory else HEALTH_AGE_S)
             at_load = not test.loads or self.settings.plan
             verdict = self._judge(test.requirements, machine, loads=test.loads, at_load=at_load)
             for spec in test.specs:
@@ -308,7 +312,8 @@ class Gate:
         self, needs: Requirements, machine: Machine, plan: Plan | None = None, *, loads: bool, at_load: bool
     ) -> Verdict:
         choice = self.settings.gpus
-        return judge(needs, machine, choice, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
+        verdict = judge(needs, machine, choice, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
+        return self._losses.explain(verdict, machine)
 
     def _machine(self, request: pytest.FixtureRequest, *, max_age_s: float) -> Machine:
         """The value of the fixture ``vlm_machine``, read again if it is ours and live and older than ``max_age_s``."""
@@ -325,6 +330,7 @@ class Gate:
 
         self._latest = collect(with_torch=False)
         self._read_at = time.monotonic()
+        self._losses.see(self._latest)
         return self._latest
 
     def latest_machine(self) -> Machine | None:

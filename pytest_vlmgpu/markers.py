@@ -16,10 +16,11 @@ import pytest
 
 from .declare import MARKER_PREFIXES
 from .declare import MARKERS as MARKER_LINES
+from .state import ALIASES
 from .verdicts import WRONG
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .requirements import Requirements, VlmSpec
 
@@ -140,7 +141,7 @@ def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
     Raises:
         pytest.Collector.CollectError: A marker is wrong.
     """
-    marks = list(definition.iter_markers_with_node("vlm"))
+    marks = [(node, mark) for node, mark in ours_with_node(definition, where) if mark.name == "vlm"]
     closest = [mark for node, mark in marks if node is marks[0][0]]
     # Stacked decorators apply from the bottom up, as with parametrize; read them in the order written.
     named = [spec for mark in closest for spec in read(mark, where)]
@@ -162,7 +163,26 @@ def read_requirements(definition: pytest.Function, where: str) -> Sequence[Requi
     Raises:
         pytest.Collector.CollectError: A marker is wrong.
     """
-    return [read(mark, where) for mark in definition.iter_markers("vlm_requires")]
+    return [read(mark, where) for _, mark in ours_with_node(definition, where) if mark.name == "vlm_requires"]
+
+
+def ours_with_node(definition: pytest.Function, where: str) -> Iterator[tuple[Any, pytest.Mark]]:
+    """Our markers of a test and those that stand for ours (``vlm_marker_aliases``), closest first, each with its node.
+
+    Raises:
+        pytest.Collector.CollectError: A marker that stands for ours has other arguments than its alias.
+    """
+    aliases = definition.config.stash.get(ALIASES, {})
+    for node, mark in definition.iter_markers_with_node():
+        if mark.name in MARKERS:
+            yield node, mark
+        elif mark.name in aliases:
+            alias = aliases[mark.name]
+            try:
+                yield node, alias.expand(mark)
+            except TypeError:
+                takes = f"{alias.name}{alias.signature}"
+                raise wrong(f"{where}: @pytest.mark.{alias.name} is an alias with other arguments: {takes}.") from None
 
 
 def read_limit(definition: pytest.Function, where: str) -> int | None:
@@ -201,8 +221,9 @@ def refuse_unknown(item: pytest.Item, *, is_surely_meant: bool) -> None:
     Raises:
         pytest.Collector.CollectError: Such a marker. Names in the setting ``markers`` are the user's own.
     """
+    aliases = item.config.stash.get(ALIASES, {})
     for mark in item.iter_markers():
-        if not mark.name.startswith(MARKER_PREFIXES) or mark.name in MARKERS:
+        if not mark.name.startswith(MARKER_PREFIXES) or mark.name in MARKERS or mark.name in aliases:
             continue
         import difflib
 

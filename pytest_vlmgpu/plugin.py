@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from . import declare, fixtures
-from .state import GATED_TEST, SETTINGS, WATCHED_TEST, gate_of
+from .state import ALIASES, GATED_TEST, SETTINGS, WATCHED_TEST, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -45,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
             config.option.collectonly = True  # until the session starts: pytest-xdist then starts no workers
         if (settings.is_anything_expected or settings.report or settings.plan) and not hasattr(config, "workerinput"):
             _add_summary(config)
+    if config.getini(declare.ALIASES):
+        from . import aliases
+
+        config.stash[ALIASES] = aliases.read_aliases(config)
+        for alias in config.stash[ALIASES].values():
+            config.addinivalue_line("markers", f"{alias.name}{alias.signature}: stands for {alias.target} of pytest-vlmgpu")
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
     for line in declare.MARKERS:
         config.addinivalue_line("markers", line)
@@ -65,10 +71,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """Read what each collected test asks for; a wrong marker makes the collection of its module fail."""
     report = yield
-    concerned = [item for item in report.result or () if isinstance(item, pytest.Function) and declare.may_be_gated(item)]
+    tests = [item for item in report.result or () if isinstance(item, pytest.Function)]
+    if not tests:
+        return report
+    aliases = collector.config.stash.get(ALIASES, {})
+    concerned = [item for item in tests if declare.may_be_gated(item, aliases)]
     if concerned:
         from . import collecting
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from .aliases import Alias
     from .gate import Gate
     from .options import Settings
     from .requirements import GatedTest, WatchedTest
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 """Of the config; there when a setting was given."""
+ALIASES: pytest.StashKey[dict[str, Alias]] = pytest.StashKey()
+"""Of the config; there when the project gives any."""
 GATE: pytest.StashKey[Gate] = pytest.StashKey()
 """Of the config; there from the first gated test that is collected."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()

@@ -10,10 +10,8 @@ import pytest
 
 from pytest_vlmgpu.meter import Meter, Peak, allocators
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_cuda import Cuda, fake_torch
+from .fake_cuda import Cuda, fake_torch
 
-sys.path.pop(0)
 GIB = 2**30
 PROPERTIES = """
 def pytest_runtest_logreport(report):
