@@ -9,7 +9,10 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SAMPLES = 4
 """Elements of each tensor that are compared. Every tensor is sampled: an optimizer step changes nearly every element, a
@@ -26,8 +29,8 @@ _SIMPLE = (str, int, float, bool, type(None))
 class TensorState(NamedTuple):
     """A parameter or persistent buffer, without its values."""
 
-    dtype: str
-    device: str
+    dtype: Any
+    device: Any
     shape: tuple[int, ...]
     address: int
     """Of its memory: another one means another tensor in its place."""
@@ -77,16 +80,21 @@ def take(model: Any, processor: Any = None) -> Fingerprint | None:
         return None
     found = Fingerprint()
     tensors: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        found.training[path] = module.training
+    for path, module in _modules(model):
+        own = vars(module)
+        found.training[path] = own["training"]
         for kind in _HOOKS:
-            registered = [key for key, hook in (getattr(module, kind, None) or {}).items() if _is_of_a_test(hook)]
-            if registered:
-                found.hooks[f"{path}.{kind}"] = tuple(registered)
+            if own.get(kind):
+                registered = tuple(key for key, hook in own[kind].items() if _is_of_a_test(hook))
+                if registered:
+                    found.hooks[f"{path}.{kind}"] = registered
         prefix = f"{path}." if path else ""
-        passing = module._non_persistent_buffers_set
-        named = [*module._parameters.items(), *(item for item in module._buffers.items() if item[0] not in passing)]
-        tensors.update((prefix + name, tensor) for name, tensor in named if tensor is not None)
+        for name, tensor in own["_parameters"].items():
+            if tensor is not None:
+                tensors[prefix + name] = tensor
+        for name, tensor in own["_buffers"].items():
+            if tensor is not None and name not in own["_non_persistent_buffers_set"]:
+                tensors[prefix + name] = tensor
     found.tensors = {name: _state(tensor) for name, tensor in tensors.items()}
     found.samples = _sample(torch, tensors)
     for name in _CONFIGS:
@@ -203,13 +211,29 @@ def _is_of_a_test(hook: Any) -> bool:
     return not module.startswith("transformers.")
 
 
+def _modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """As ``named_modules``, each module once, without its generators within generators."""
+    seen = {id(model)}
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        yield path, module
+        children = [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in vars(module)["_modules"].items()
+            if child is not None and id(child) not in seen
+        ]
+        seen.update(id(child) for _, child in children)
+        waiting += reversed(children)
+
+
 def _state(tensor: Any) -> TensorState:
     try:
         address = tensor.data_ptr()
     except RuntimeError:
         address = 0  # a tensor without memory of its own, as quantized subclasses are
     return TensorState(
-        str(tensor.dtype), str(tensor.device), tuple(tensor.shape), address, tensor.requires_grad, tensor.grad is not None
+        tensor.dtype, tensor.device, tuple(tensor.shape), address, tensor.requires_grad, tensor.grad is not None
     )
 
 
@@ -217,31 +241,41 @@ def _sample(torch: Any, tensors: dict[str, Any]) -> dict[str, bytes]:
     """A few elements of every tensor, gathered by one kernel and one copy for each device and type."""
     chance = random.Random(SEED)
     groups: dict[tuple[Any, Any], list[tuple[str, Any]]] = {}
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     with torch.no_grad():
         for name, tensor in tensors.items():
             draw = chance.random()
             size = tensor.numel()
-            if not size or tensor.device.type == "meta" or tensor.element_size() not in integers:
+            if not size or tensor.is_meta:
                 continue
             count = min(SAMPLES, size)
             step = size // count
             try:
-                flat = tensor.detach().as_strided((count,), (step,), tensor.storage_offset() + int(draw * step))
-                groups.setdefault((tensor.device, tensor.element_size()), []).append(
-                    (name, flat.view(integers[tensor.element_size()]))
-                )
+                view = tensor.as_strided((count,), (step,), tensor.storage_offset() + int(draw * step))
             except (NotImplementedError, RuntimeError):
                 continue  # a tensor subclass (quantized weights) without storage of its own
+            groups.setdefault((tensor.device, tensor.dtype), []).append((name, view))
         found: dict[str, bytes] = {}
-        for (_, width), members in groups.items():
-            data = bytes(torch.cat([view for _, view in members]).cpu().view(torch.uint8).tolist())
-            position = 0
+        for members in groups.values():
+            data, position = _bytes(torch, [view for _, view in members]), 0
+            width = members[0][1].element_size()
             for name, view in members:
                 end = position + width * view.shape[0]
                 found[name] = data[position:end]
                 position = end
     return found
+
+
+def _bytes(torch: Any, views: list[Any]) -> bytes:
+    """The elements of tensors of one device and type, one after the other."""
+    try:
+        joined = torch.cat(views)
+    except (NotImplementedError, RuntimeError) as error:
+        if "CUDA error" in str(error):
+            raise
+        # A type that has no such kernel, as 8-bit floats on some devices: its bits have.
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        joined = torch.cat([view.view(integers[view.element_size()]) for view in views])
+    return bytes(joined.contiguous().view(torch.uint8).cpu().tolist())
 
 
 def _flatten(path: str, value: Any, into: dict[str, object]) -> None:

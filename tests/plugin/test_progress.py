@@ -131,6 +131,5 @@ def pytest_configure(config): CONFIG.append(config)
     run = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
 
     assert run.returncode == 0, run.stdout + run.stderr
-    print(run.stdout)
     assert run.stdout.count("vlmgpu: loading org/a: reading its files, 0 s") == 1
     assert "hidden" not in run.stdout
