@@ -62,7 +62,7 @@ def machine_in_use(machine: Machine) -> Iterator[Machine]:
         return machine
 
     real = sources.collect
-    sources.collect = collect  # type: ignore[assignment]
+    sources.collect = collect
     try:
         yield machine
     finally:
