@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,7 +51,7 @@ class Load:
     """Of torch's allocator; 0 when it was not used."""
     left_bytes: int = 0
     """Weights that something still referred to after the model was unloaded."""
-    held_by: str = ""
+    held_by: list[str] = field(default_factory=list)
     """Who that is, as far as it has a name."""
 
 

@@ -71,7 +71,7 @@ def make_loader(gate: Gate, config: pytest.Config) -> Loader:
             left_bytes = loading.unload(loaded)
             for record in reversed(gate.loads):
                 if record.model == spec.label:
-                    record.left_bytes, record.held_by = left_bytes, loaded.held_by
+                    record.left_bytes, record.held_by = left_bytes, [loaded.held_by] if loaded.held_by else []
                     break
 
     return load

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from vlm_doctor.errors import UsageError
 
 from .failures import Allocation, LoadFailure, broken_torch, check_weights, explained, needs_remote_code
+from .keepers import holder_of
 from .placing import Placed, check_placement, device_map_for
 from .processors import load_processor, prompt_text
-from .referrers import holder_of
 from .source import Source, find_source
 
 if TYPE_CHECKING:

@@ -72,7 +72,7 @@ def memory_stayed(loads: Iterable[Load], level: str, tolerance_bytes: int) -> li
         Broken(
             code=verdicts.LEFT_BY_MODEL,
             message=f"{format_gib(load.left_bytes)} of {load.model} are still held after it was unloaded"
-            f"{f', by {load.held_by}' if load.held_by else ''}: delete that reference.",
+            f"{', by ' if load.held_by else ''}{', '.join(load.held_by)}: delete that reference.",
         )
         for load in loads
         if level == "error" and load.left_bytes > tolerance_bytes

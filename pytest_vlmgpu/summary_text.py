@@ -55,6 +55,6 @@ def load_line(load: Load, tests: int) -> str:
     if load.measured_peak_bytes:
         line += f", {format_gib(load.measured_peak_bytes)} measured"
     if load.left_bytes:
-        line += f"; {format_gib(load.left_bytes)} still held after it was unloaded"
-        line += f", by {load.held_by}" if load.held_by else ""
+        by = f" by {', '.join(load.held_by)}" if load.held_by else ""
+        line += f"; {format_gib(load.left_bytes)} still held{by} after it was unloaded"
     return f"{line}; {plural(tests, 'test')}"

@@ -10,8 +10,8 @@ import pytest
 
 from vlm_doctor.units import GIB, format_gib
 
+from .keepers import holder_of
 from .meter import Meter, allocated_bytes, driver_bytes, used_cuda
-from .referrers import holder_of
 from .state import WATCHED_TEST
 from .verdicts import OVER_LIMIT
 

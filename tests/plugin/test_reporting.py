@@ -173,7 +173,7 @@ def fake_load(name, plan, *, dtype, trust_remote_code, ordinals):
 
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(
-        ["*peak 30.0 GiB predicted; 3.0 GiB still held after it was unloaded, by variable KEPT of module test_x; 1 test"]
+        ["*peak 30.0 GiB predicted; 3.0 GiB still held by variable KEPT of module test_x after it was unloaded; 1 test"]
     )
 
     strict = suite.run("--vlm-leak-check=error")
