@@ -73,6 +73,9 @@ def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
         else:
             arranged[item] = None
     items[:] = arranged
+    from .workers import group_tests
+
+    gate_of(config).own.needs = group_tests(items).needs
 
 
 def _examine_test(item: pytest.Function) -> None:

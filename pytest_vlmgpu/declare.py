@@ -14,6 +14,10 @@ HELP = {
     "model": "model (folder or hub id) for tests that use the fixture vlm and name none",
     "machine": "decide for a recorded or made-up machine (snapshot file, or a spec such as 2xL4) and run no gated test; "
     "default: this machine, live",
+    "wait": "seconds to wait (or 90s, 10m, 1h) for GPUs that other runs have leased and for memory that others hold; "
+    "default: 0, with strict 120",
+    "slots": "1 (default): one model is loaded at a time; fit: models that fit together stay loaded together",
+    "lease_dir": "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases; off: no leases",
     "strict": "report the plugin's own skips as errors, with the same VLM7xx codes",
 }
 """Name of each setting to its help: ``--vlm-NAME``, ini ``vlm_NAME``, environment ``PYTEST_VLMGPU_NAME``."""
@@ -29,14 +33,14 @@ MARKER_PREFIXES = ("vlm", "vml")
 """What a marker of ours begins with, typed right or wrong."""
 GATED_FIXTURES = frozenset({"vlm", "vlm_gpus"})
 """Fixtures that make a test a gated one."""
-_METAVARS = {"gpus": "SPEC", "model": "ID", "machine": "FILE|SPEC"}
+_METAVARS = {"gpus": "SPEC", "model": "ID", "machine": "FILE|SPEC", "wait": "TIME", "slots": "1|fit", "lease_dir": "FOLDER"}
 
 
 def add_options(parser: pytest.Parser) -> None:
     """Declare command-line options and ini keys. Each default is ``None``, so that "not given" can be told."""
     group = parser.getgroup("vlmgpu", "tests with vision-language models on GPUs")
     for name, text in HELP.items():
-        option, dest = f"--vlm-{name}", f"vlm_{name}"
+        option, dest = f"--vlm-{name.replace('_', '-')}", f"vlm_{name}"
         if name == "strict":
             group.addoption(option, dest=dest, action="store_true", default=None, help=text)
             parser.addini(dest, text, type="bool", default=None)

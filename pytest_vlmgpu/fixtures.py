@@ -93,7 +93,7 @@ def vlm_device_map(vlm: Any) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def vlm_gpus(request: pytest.FixtureRequest, vlm_machine: Machine) -> tuple[Gpu, ...]:
     """The GPUs that tests may use (CUDA_VISIBLE_DEVICES, --vlm-gpus), in CUDA order. Loads nothing."""
-    return gate_of(request.config).usable_gpus(vlm_machine)
+    return gate_of(request.config).usable_gpus(vlm_machine, request)
 
 
 @pytest.fixture(scope="session")

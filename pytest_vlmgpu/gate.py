@@ -9,15 +9,17 @@ import math
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
 from . import verdicts
+from .own_share import OwnShare
 from .requirements import GatedTest, Requirements, VlmSpec
-from .selection import judge, judge_without_gpus, keep_from_acting
+from .selection import judge_without_gpus, keep_from_acting
 from .state import GATED_TEST, VERDICT
 from .verdicts import Verdict
+from .waiting import GRACE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     Planner = Callable[[VlmSpec, Machine, tuple[int, ...]], Plan | None]
     Loader = Callable[[VlmSpec, Plan | None], AbstractContextManager[Any]]
 
+T = TypeVar("T")
 MEMORY_AGE_S = 5.0
 """How old a reading of free memory may be for a test that loads no model: one costs some tenths of a second."""
 
@@ -55,11 +58,14 @@ class Gate:
 
     Args:
         settings: Resolved.
+        config: Of this run.
         recorded: The machine of ``--vlm-machine``; ``None`` is this one, read when first needed.
     """
 
-    def __init__(self, settings: Settings, recorded: Machine | None = None) -> None:
+    def __init__(self, settings: Settings, config: pytest.Config, recorded: Machine | None = None) -> None:
         self.settings = settings
+        self.own = OwnShare(config, settings)
+        """The GPUs of this process."""
         self.sharing: dict[VlmSpec, list[Requirements]] = {}
         """Requirements of the tests that share each load."""
         self.loads: list[Load] = []
@@ -67,6 +73,7 @@ class Gate:
         """Models that could not be loaded: each is tried once."""
         self.machine_used: Machine | None = None
         """As last read; ``None`` until a gated test was decided about."""
+        self._config = config
         self._first = self._latest = recorded
         self._read_at = 0.0
         self._resident: tuple[VlmSpec, Plan | None] | None = None
@@ -90,13 +97,15 @@ class Gate:
             self._first = self._read()
         return self._first
 
-    def usable_gpus(self, machine: Machine) -> tuple[Gpu, ...]:
+    def usable_gpus(self, machine: Machine, request: pytest.FixtureRequest) -> tuple[Gpu, ...]:
         """GPUs that tests may use, in CUDA order; without any, the test that asks is skipped or fails."""
-        choice = self.settings.gpus
         if self.uses_gpus:
-            verdict = judge(Requirements(), machine, choice, is_busy_decided_later=True)
+            verdict = self._judge(Requirements(), machine, loads=False, at_load=False)
+            refuse(verdict)
+            refuse(self._settle(machine, request))
+            verdict = self._judge(Requirements(), machine, loads=False, at_load=False)
         else:
-            verdict = judge_without_gpus(choice, wants_gpus=True)
+            verdict = judge_without_gpus(self.settings.gpus, wants_gpus=True)
         refuse(verdict)
         by_index = {gpu.index: gpu for gpu in machine.gpus}
         return tuple(by_index[index] for index in verdict.gpus)
@@ -114,16 +123,64 @@ class Gate:
         if not self.uses_gpus:
             verdict = judge_without_gpus(self.settings.gpus, wants_gpus=test.wants_gpus)
         else:
-            needs_memory = not test.loads and (test.requirements.needs_memory or bool(test.specs))
-            machine = self._machine(request, max_age_s=MEMORY_AGE_S if needs_memory else math.inf)
-            verdict = self._judge(test.requirements, machine, loads=test.loads, at_load=not test.loads)
-            for spec in test.specs:
-                if verdict.action == "run":
-                    verdict = self._judge_model(spec, test, machine, verdict, request)
+            verdict = self._judge_on_gpus(test, request)
         if verdict.action == "run" and test.loads and not test.specs:
             advice = 'add @pytest.mark.vlm("org/model"), or give --vlm-model'
             return Verdict("error", verdicts.WRONG, f"the test uses the fixture vlm and names no model; {advice}.")
         return self._keep_from_acting(verdict, request)
+
+    def _judge_on_gpus(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
+        needs_memory = not test.loads and (test.requirements.needs_memory or bool(test.specs))
+        max_age_s = MEMORY_AGE_S if needs_memory else math.inf
+
+        def judge_now(max_age_s: float) -> Verdict:
+            machine = self._machine(request, max_age_s=max_age_s)
+            verdict = self._judge(test.requirements, machine, loads=test.loads, at_load=not test.loads)
+            for spec in test.specs:
+                if verdict.action == "run":
+                    verdict = self._judge_model(spec, test, machine, verdict, request)
+            return verdict
+
+        machine = self._machine(request, max_age_s=max_age_s)
+        verdict = self._judge(test.requirements, machine, loads=test.loads, at_load=False)
+        if verdict.action != "run":
+            return verdict
+        # What no machine of this kind could run takes nothing from others: GPUs are leased from here on.
+        refusal = self._settle(machine, request)
+        if refusal.action != "run":
+            return refusal
+        return self._when_free(judge_now, max_age_s, lambda verdict: verdict, grace_s=0)
+
+    def _settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
+        """Take this process' GPUs, if that was not done; the refusal where there are none for it."""
+        return self.own.settle(machine, _planner_of(request)) or Verdict("run")
+
+    def _when_free(
+        self, ask: Callable[[float], T], max_age_s: float, verdict_of: Callable[[T], Verdict], *, grace_s: float = GRACE_S
+    ) -> T:
+        """Ask until the answer is no longer that others hold the memory, or the time to wait is over.
+
+        Args:
+            ask: Takes how old a reading of the machine may be, in seconds.
+            max_age_s: For the first time.
+            verdict_of: The verdict in an answer.
+            grace_s: At least so long: a driver gives memory back some time after a process has ended.
+        """
+        answer = [ask(max_age_s)]
+
+        def is_free() -> bool:
+            if verdict_of(answer[0]).code == verdicts.BUSY and self._is_reread:
+                answer[0] = ask(0)
+            return verdict_of(answer[0]).code != verdicts.BUSY
+
+        if verdict_of(answer[0]).code == verdicts.BUSY and self._is_reread:
+            self.own.waiting.until(is_free, lambda: verdict_of(answer[0]).reason, grace_s=grace_s)
+        return answer[0]
+
+    @property
+    def _is_reread(self) -> bool:
+        """True when the machine in use is the one that this process reads: another one never changes."""
+        return self.machine_used is not None and self.machine_used is self._latest and self.machine_used.origin == "live"
 
     def gpu_uuids(self, test: GatedTest, verdict: Verdict) -> list[str]:
         """GPUs a test ran on: those of its model if it loads one, else those that meet its requirements."""
@@ -181,8 +238,13 @@ class Gate:
 
     def _plan_now(self, spec: VlmSpec, request: pytest.FixtureRequest) -> Plan | None:
         """Plan with the memory of this moment: the model before has been unloaded."""
-        machine = self._machine(request, max_age_s=0)
-        verdict, plan = self._place_shared(spec, machine, request, at_load=True)
+
+        def place_now(max_age_s: float) -> tuple[Verdict, Plan | None]:
+            return self._place_shared(spec, self._machine(request, max_age_s=max_age_s), request, at_load=True)
+
+        refusal = self._settle(self._machine(request, max_age_s=0), request)
+        self._refuse_unless_run(spec, refusal)
+        verdict, plan = self._when_free(place_now, 0, lambda placed: placed[0])
         self._refuse_unless_run(spec, verdict)
         return plan
 
@@ -227,17 +289,29 @@ class Gate:
             code = verdicts.UNREADABLE if isinstance(error, ModelError) else verdicts.WRONG
             return Verdict("error", code, str(error)), None
         verdict = self._judge(needs, machine, plan, loads=loads, at_load=at_load)
+        if verdict.code == verdicts.DOES_NOT_FIT and verdict.action == "skip":
+            return self._fits_elsewhere(spec, needs, machine, verdict, planner), None
         if plan is None or verdict.action != "run":
             return verdict, plan
         if plan.is_remote_code and not spec.trust_remote_code:
             return Verdict("error", verdicts.UNREADABLE, needs_remote_code(spec.name).message), None
         return replace(verdict, gpus=tuple(stage.gpu for stage in plan.stages)), plan
 
+    def _fits_elsewhere(
+        self, spec: VlmSpec, needs: Requirements, machine: Machine, verdict: Verdict, planner: Planner
+    ) -> Verdict:
+        """Keep a skip only where the model fits no set of GPUs, however they are shared out."""
+        facts = self.own.judge_facts(needs, machine, loads=False)
+        if facts.action == "run" and self.own.lacks_any(facts, machine):
+            plan = planner(spec, self.own.unmasked(machine), facts.gpus)
+            if plan is not None and (plan.fits or (plan.shortage is not None and not plan.shortage.is_permanent)):
+                return self.own.too_small(verdict)
+        return verdict
+
     def _judge(
         self, needs: Requirements, machine: Machine, plan: Plan | None = None, *, loads: bool, at_load: bool
     ) -> Verdict:
-        choice = self.settings.gpus
-        return judge(needs, machine, choice, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
+        return self.own.judge(needs, machine, plan, loads=loads, at_load=at_load)
 
     def _machine(self, request: pytest.FixtureRequest, *, max_age_s: float) -> Machine:
         """The value of the fixture ``vlm_machine``, read again if it is ours and live and older than ``max_age_s``."""
@@ -250,9 +324,7 @@ class Gate:
         return machine
 
     def _read(self) -> Machine:
-        from vlm_doctor.sources import collect
-
-        self._latest = collect(with_torch=False)
+        self._latest = self._config.hook.pytest_vlmgpu_inventory(config=self._config) or _collect()
         self._read_at = time.monotonic()
         return self._latest
 
@@ -266,6 +338,26 @@ class Gate:
             return
         self.refusals[spec] = verdict.made_strict() if self.settings.is_strict else verdict
         refuse(self.refusals[spec])
+
+
+def _collect() -> Machine:
+    from vlm_doctor.sources import collect
+
+    return collect(with_torch=False)
+
+
+def _planner_of(request: pytest.FixtureRequest) -> Planner:
+    """The planner, which is only made if a model is placed; ``None`` for one that it cannot place: its test says why."""
+    from vlm_doctor.errors import VlmDoctorError
+
+    def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan | None:
+        try:
+            planner: Planner = request.getfixturevalue("vlm_planner")
+            return planner(spec, machine, gpus)
+        except VlmDoctorError:
+            return None
+
+    return place
 
 
 def refuse(verdict: Verdict) -> None:

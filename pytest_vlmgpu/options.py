@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _COUNT = r"[1-9][0-9]{0,3}"
 _POSITION = r"0|[1-9][0-9]{0,3}"
+_STRICT_WAIT_S = 120.0
+"""A runner that exists for GPU tests rather waits for the job before it than fails."""
 _UUID = r"GPU-[0-9A-Fa-f-]{1,36}"
 
 
@@ -47,6 +49,13 @@ class Settings(NamedTuple):
     machine_origin: str = "--vlm-machine"
     """Where the machine was given, for messages."""
     is_strict: bool = False
+    wait_s: float = 0.0
+    """To wait for GPUs and memory that others hold, in all."""
+    keeps_models: bool = False
+    """True with ``--vlm-slots=fit``."""
+    is_gpus_given: bool = False
+    lease_dir: str | None = None
+    """Folder of the leases; ``None`` is the usual one, ``off`` none at all."""
     given: tuple[str, ...] = ()
     """What was set somewhere, for the header: ``--vlm-gpus=2``, ``PYTEST_VLMGPU_MODEL=…``, ``vlm_strict=true``."""
 
@@ -60,15 +69,22 @@ def resolve(config: pytest.Config, environment: Mapping[str, str] = os.environ) 
     found = {name: _find(config, environment, name) for name in HELP}
     values = {name: value for name, (value, _) in found.items() if value is not None}
     origins = {name: origin for name, (_, origin) in found.items()}
+    is_strict = _parse_bool(values["strict"], origins["strict"]) if "strict" in values else False
     return Settings(
         gpus=parse_gpus(values["gpus"], origins["gpus"]) if "gpus" in values else GpuChoice(),
         model=values.get("model"),
         machine=values.get("machine", "live"),
         machine_origin=origins["machine"] or "--vlm-machine",
-        is_strict=_parse_bool(values["strict"], origins["strict"]) if "strict" in values else False,
+        is_gpus_given="gpus" in values,
+        is_strict=is_strict,
+        wait_s=parse_wait(values["wait"], origins["wait"]) if "wait" in values else _STRICT_WAIT_S * is_strict,
+        keeps_models=_parse_slots(values["slots"], origins["slots"]) if "slots" in values else False,
+        lease_dir=_parse_lease_dir(values["lease_dir"], origins["lease_dir"]) if "lease_dir" in values else None,
         given=tuple(
             origins[name] if name == "strict" and origins[name].startswith("--") else f"{origins[name]}={value}"
             for name, value in values.items()
+            # Where leases are is no news: every job of a runner says so.
+            if name != "lease_dir" or origins[name].startswith("--")
         ),
     )
 
@@ -94,7 +110,7 @@ def _find(config: pytest.Config, environment: Mapping[str, str], name: str) -> t
     """Raw value of one setting and the name of the place that gave it."""
     key = f"vlm_{name}"
     places = (
-        (f"--vlm-{name}", lambda: config.getoption(key)),
+        (f"--vlm-{name.replace('_', '-')}", lambda: config.getoption(key)),
         # An empty variable counts as unset, as CI systems cannot always leave one out.
         (f"{ENVIRONMENT_PREFIX}{name.upper()}", lambda: environment.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") or None),
         (key, lambda: _ini(config, key)),
@@ -121,6 +137,32 @@ def _parse_bool(text: str, origin: str) -> bool:
     if text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
     raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither true nor false; write 1 or 0.")
+
+
+def parse_wait(text: str, origin: str) -> float:
+    """Seconds of ``90``, ``90s``, ``10m``, ``1.5h``.
+
+    Raises:
+        pytest.UsageError: It is none of these.
+    """
+    match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,3})?)\s*([smh]?)", text.lower())
+    if match is None:
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no time; write seconds (90), or 90s, 10m, 1h.")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _parse_slots(text: str, origin: str) -> bool:
+    if text.lower() in ("1", "fit"):
+        return text.lower() == "fit"
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither 1 nor fit.")
+
+
+def _parse_lease_dir(text: str, origin: str) -> str:
+    if text.lower() == "off":
+        return "off"
+    if "\0" in text or not os.path.isabs(text):  # noqa: PTH117 - relative to what would differ from run to run
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no absolute path; other runs must find the same folder.")
+    return text
 
 
 def parse_gpus(text: str, origin: str) -> GpuChoice:

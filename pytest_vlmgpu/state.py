@@ -33,5 +33,5 @@ def gate_of(config: pytest.Config) -> Gate:
         from .options import Settings, recorded_machine
 
         settings = config.stash.get(SETTINGS, None) or Settings()
-        config.stash[GATE] = Gate(settings, recorded_machine(settings))
+        config.stash[GATE] = Gate(settings, config, recorded_machine(settings))
     return config.stash[GATE]

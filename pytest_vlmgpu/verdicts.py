@@ -22,6 +22,9 @@ OFFLOADED: Final = "VLM714"
 OUT_OF_MEMORY: Final = "VLM715"
 MISPLACED: Final = "VLM716"
 WRONG: Final = "VLM720"
+LEASED: Final = "VLM730"
+NO_LEASES: Final = "VLM731"
+NOT_SHARED: Final = "VLM732"
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,10 @@ class Suite:
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """A project with two L4, both free."""
-    for name in ("GPUS", "MODEL", "MACHINE", "STRICT"):
+    for name in ("GPUS", "MODEL", "MACHINE", "STRICT", "WAIT", "SLOTS"):
         monkeypatch.delenv(f"PYTEST_VLMGPU_{name}", raising=False)
+    # Suites that run beside this one have GPUs of the same names.
+    monkeypatch.setenv("PYTEST_VLMGPU_LEASE_DIR", str(pytester.path / "leases"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     # pytester moves HOME; nothing here may look for models in the new one.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
