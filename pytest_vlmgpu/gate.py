@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -16,8 +16,9 @@ import pytest
 from . import verdicts
 from .own_share import OwnShare
 from .requirements import GatedTest, Requirements, VlmSpec
+from .residents import Resident, Residents, empty_cache, free_before
 from .selection import judge_without_gpus, keep_from_acting
-from .state import GATED_TEST, VERDICT
+from .state import GATED_TEST, POSITION, VERDICT
 from .verdicts import Verdict
 from .waiting import GRACE_S
 
@@ -51,6 +52,10 @@ class Load:
     """Of torch's allocator; 0 when it was not used."""
     left_bytes: int = 0
     """Weights that something still referred to after the model was unloaded."""
+    held_by: list[str] = field(default_factory=list)
+    """What refers to them, in words."""
+    missing_bytes: int = 0
+    """Memory that was free before the model was loaded and not again after it was unloaded."""
 
 
 class Gate:
@@ -76,7 +81,7 @@ class Gate:
         self._config = config
         self._first = self._latest = recorded
         self._read_at = 0.0
-        self._resident: tuple[VlmSpec, Plan | None] | None = None
+        self.residents = Residents()
         self._fits: dict[VlmSpec, Verdict] = {}
 
     @property
@@ -113,6 +118,7 @@ class Gate:
     def decide(self, request: pytest.FixtureRequest) -> None:
         """Decide about the test that is set up, let the project have its say, and end the setup unless it is to run."""
         item = request.node
+        self.residents.now = item.stash.get(POSITION, -1)
         verdict = self.judge_test(item.stash[GATED_TEST], request)
         verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
         item.stash[VERDICT] = verdict.made_strict() if self.settings.is_strict else verdict
@@ -149,24 +155,24 @@ class Gate:
         refusal = self._settle(machine, request)
         if refusal.action != "run":
             return refusal
-        return self._when_free(judge_now, max_age_s, lambda verdict: verdict, grace_s=0)
+        return self._when_free(judge_now, judge_now(max_age_s), lambda verdict: verdict, grace_s=0)
 
     def _settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
         """Take this process' GPUs, if that was not done; the refusal where there are none for it."""
         return self.own.settle(machine, _planner_of(request)) or Verdict("run")
 
     def _when_free(
-        self, ask: Callable[[float], T], max_age_s: float, verdict_of: Callable[[T], Verdict], *, grace_s: float = GRACE_S
+        self, ask: Callable[[float], T], first: T, verdict_of: Callable[[T], Verdict], *, grace_s: float = GRACE_S
     ) -> T:
         """Ask until the answer is no longer that others hold the memory, or the time to wait is over.
 
         Args:
             ask: Takes how old a reading of the machine may be, in seconds.
-            max_age_s: For the first time.
+            first: The answer so far.
             verdict_of: The verdict in an answer.
             grace_s: At least so long: a driver gives memory back some time after a process has ended.
         """
-        answer = [ask(max_age_s)]
+        answer = [first]
 
         def is_free() -> bool:
             if verdict_of(answer[0]).code == verdicts.BUSY and self._is_reread:
@@ -177,6 +183,16 @@ class Gate:
             self.own.waiting.until(is_free, lambda: verdict_of(answer[0]).reason, grace_s=grace_s)
         return answer[0]
 
+    def _await_memory(self, machine: Machine, request: pytest.FixtureRequest) -> None:
+        """Give the driver time to take back the memory of the model before; note what it does not get."""
+        if self.residents.missing(machine) and self._is_reread:
+
+            def is_back() -> bool:
+                return not self.residents.missing(self._machine(request, max_age_s=0))
+
+            self.own.waiting.until(is_back, lambda: "memory of a model that was unloaded is not back yet", may_wait=False)
+        self.residents.settle()
+
     @property
     def _is_reread(self) -> bool:
         """True when the machine in use is the one that this process reads: another one never changes."""
@@ -184,21 +200,31 @@ class Gate:
 
     def gpu_uuids(self, test: GatedTest, verdict: Verdict) -> list[str]:
         """GPUs a test ran on: those of its model if it loads one, else those that meet its requirements."""
-        if test.loads and self._resident is not None:
-            return [stage.uuid for stage in self._resident[1].stages] if self._resident[1] else []
+        resident = self.residents.get(test.specs[0]) if test.loads and test.specs else None
+        if resident is not None:
+            return [stage.uuid for stage in resident.plan.stages] if resident.plan else []
         machine = self.machine_used
         return [gpu.uuid for gpu in machine.gpus if gpu.index in verdict.gpus] if machine is not None else []
 
     @contextmanager
     def loaded(self, spec: VlmSpec | None, request: pytest.FixtureRequest, loader: Loader) -> Iterator[Any]:
         """Load a model for as long as tests need it. A refusal ends the setup of the test and is remembered."""
+        if spec is None:
+            pytest.fail(f"{verdicts.WRONG}: the fixture vlm needs a model; give --vlm-model.", pytrace=False)
+        resident = self.residents.get(spec) or self._load(spec, request, loader)
+        try:
+            yield resident.value
+        finally:
+            if not self.settings.keeps_models:
+                self._unload(resident)
+
+    def _load(self, spec: VlmSpec, request: pytest.FixtureRequest, loader: Loader) -> Resident:
         from .failures import LoadFailure
         from .meter import Meter
 
-        if spec is None:
-            pytest.fail(f"{verdicts.WRONG}: the fixture vlm needs a model; give --vlm-model.", pytrace=False)
         self._refuse_unless_run(spec, self._keep_from_acting(Verdict("run"), request))
         plan = self._plan_now(spec, request) if self.uses_gpus else None
+        before = free_before(plan, self.machine_used)
         meter = Meter()
         meter.start()
         started = time.perf_counter()
@@ -214,13 +240,21 @@ class Gate:
             self._refuse_unless_run(spec, verdict)
             load = _describe(spec, plan, time.perf_counter() - started)
             self.loads.append(load)
-            self._resident = (spec, plan)
+            resident = Resident(spec, plan, loaded, load, ExitStack(), meter, before)
+            self.residents.add(resident)
             try:
                 request.config.hook.pytest_vlmgpu_loaded(config=request.config, spec=spec, loaded=loaded)
-                yield loaded
-            finally:
-                self._resident = None
-                load.measured_peak_bytes = sum(peak.allocated for peak in meter.stop().values())
+            except BaseException:
+                self.residents.forget(resident)
+                raise
+            resident.stack.push(stack.pop_all())
+        return resident
+
+    def _unload(self, resident: Resident) -> None:
+        # Peaks of models that are loaded side by side cannot be told apart.
+        peaks = {} if self.settings.keeps_models else resident.meter.stop()
+        resident.load.measured_peak_bytes = sum(peak.allocated for peak in peaks.values())
+        self.residents.remove(resident)
 
     def _judge_model(
         self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest
@@ -228,7 +262,7 @@ class Gate:
         """Does the model fit? Whether its memory is taken right now is asked when the test or the fixture loads it."""
         if not test.loads:
             return self._place(spec, test.requirements, machine, own, request, loads=False, at_load=True)[0]
-        if self._resident is not None and self._resident[0] == spec:
+        if self.residents.get(spec) is not None:
             return own
         if spec in self.refusals:
             return self.refusals[spec]
@@ -237,14 +271,19 @@ class Gate:
         return self._fits[spec]
 
     def _plan_now(self, spec: VlmSpec, request: pytest.FixtureRequest) -> Plan | None:
-        """Plan with the memory of this moment: the model before has been unloaded."""
+        """Plan with the memory of this moment: beside models that stay, or in the place of those that go."""
 
         def place_now(max_age_s: float) -> tuple[Verdict, Plan | None]:
             return self._place_shared(spec, self._machine(request, max_age_s=max_age_s), request, at_load=True)
 
-        refusal = self._settle(self._machine(request, max_age_s=0), request)
+        refusal = self._settle(self._machine(request, max_age_s=math.inf), request)
         self._refuse_unless_run(spec, refusal)
-        verdict, plan = self._when_free(place_now, 0, lambda placed: placed[0])
+        empty_cache()
+        self._await_memory(self._machine(request, max_age_s=0), request)
+        placed = place_now(math.inf)
+        while placed[0].code == verdicts.BUSY and self.residents.remove_least_useful():
+            placed = place_now(0)
+        verdict, plan = self._when_free(place_now, placed, lambda placed: placed[0])
         self._refuse_unless_run(spec, verdict)
         return plan
 

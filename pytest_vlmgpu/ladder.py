@@ -43,6 +43,7 @@ def make_loader(gate: Gate) -> Loader:
     def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
         from . import loading
         from .gate import ordinals_by_uuid
+        from .referrers import Watch
 
         if plan is None and gate.uses_gpus:
             raise pytest.UsageError("vlm_planner returned no plan: override vlm_loader too, to place the model yourself.")
@@ -51,11 +52,12 @@ def make_loader(gate: Gate) -> Loader:
         loaded = loading.load(
             spec.name, plan, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, ordinals=ordinals
         )
+        watch = Watch(loaded.model)
         try:
             yield loaded
         finally:
             left_bytes = loading.unload(loaded)
-            if gate.loads:
-                gate.loads[-1].left_bytes = left_bytes
+            for load in [load for load in gate.loads if load.model == spec.label][-1:]:
+                load.left_bytes, load.held_by = left_bytes, watch.holders() if left_bytes else []
 
     return load

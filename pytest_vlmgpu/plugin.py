@@ -121,7 +121,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_report_header(config: pytest.Config) -> str | None:
     """Name the settings that were given, and where; nothing when none was."""
     given = config.stash[SETTINGS].given if SETTINGS in config.stash else ()
-    return f"vlmgpu: {', '.join(given)}" if given else None
+    if not given:
+        return None
+    from .workers import remark
+
+    aside = remark(config)
+    return f"vlmgpu: {', '.join(given)}{f'; {aside}' if aside else ''}"
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:

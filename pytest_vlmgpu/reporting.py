@@ -114,6 +114,7 @@ class Summary:
         if not self._verdicts:
             return
         from .gate import Load
+        from .workers import account
 
         gate = gate_of(self._config)
         machines = [_describe(gate.machine_used)] if gate.machine_used is not None else []
@@ -121,6 +122,8 @@ class Summary:
         loads = gate.loads + [Load(**load) for output in self._from_workers for load in output["loads"]]
         terminalreporter.section("vlmgpu")
         for line in dict.fromkeys(machines):
+            terminalreporter.line(line)
+        for line in account(self._config):
             terminalreporter.line(line)
         terminalreporter.line(self._counts())
         for load in loads:
@@ -177,7 +180,10 @@ def _load_line(load: Load, tests: int) -> str:
     if load.measured_peak_bytes:
         line += f", {format_gib(load.measured_peak_bytes)} measured"
     if load.left_bytes:
-        line += f"; {format_gib(load.left_bytes)} still held after it was unloaded"
+        by = f" by {', '.join(load.held_by)}" if load.held_by else ""
+        line += f"; {format_gib(load.left_bytes)} still held{by} after it was unloaded"
+    elif load.missing_bytes:
+        line += f"; {format_gib(load.missing_bytes)} of GPU memory did not come back after it was unloaded"
     return f"{line}; {_plural(tests, 'test')}"
 
 

@@ -18,6 +18,8 @@ GATE: pytest.StashKey[Gate] = pytest.StashKey()
 """Of the config; there from the first gated test that is collected."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
 """Of an item that asks for a model or GPUs."""
+POSITION: pytest.StashKey[int] = pytest.StashKey()
+"""Of such an item: its place in the order in which tests run."""
 VERDICT: pytest.StashKey[Verdict] = pytest.StashKey()
 """Of such an item, once it was decided about."""
 

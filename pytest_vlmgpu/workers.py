@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,10 @@ CONTROLLER: pytest.StashKey[Controller] = pytest.StashKey()
 """Of the controller's config."""
 _LEFT_OPEN = ("load", "loadgroup", "worksteal")
 """Values of ``--dist`` that leave the plugin free to choose a worker for each test."""
+
+
+_SET_PARENT_DEATH_SIGNAL = 1
+"""``PR_SET_PDEATHSIG``. Source: sys/prctl.h."""
 
 
 class Groups(NamedTuple):
@@ -84,6 +89,22 @@ class Controller:
         self._config = config
         self._specs = list(specs)
         self._share: Share | None = None
+        self._sets: list[tuple[str, ...]] = []
+
+    @property
+    def share(self) -> Share | None:
+        """What the run has leased; ``None`` before that."""
+        return self._share
+
+    def owners(self) -> list[str]:
+        """``worker 1 has GPU 0``, as CUDA counts within the run's own GPUs."""
+        if self._share is None:
+            return []
+        return [
+            f"worker {slot} has {' and '.join(_short(name) for name in names)}"
+            for slot, names in enumerate(self._sets)
+            if names
+        ]
 
     @property
     def is_local(self) -> bool:
@@ -197,7 +218,7 @@ class Controller:
         """Write down each worker's part."""
         from .masks import mask_for
 
-        sets = divide(share.names, [demand.gpus for demand in demands], self.workers)
+        self._sets = sets = divide(share.names, [demand.gpus for demand in demands], self.workers)
         for slot, (names, spec) in enumerate(zip(sets, self._specs, strict=True)):
             part = share.part(names, self.workers)
             _write(self._folder / f"share-{slot}.json", part._asdict())
@@ -256,6 +277,7 @@ def hand_in(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
     name = f"needs-{getattr(config, 'workerinput', {}).get('workerid', os.getpid())}.json"
     fields = {"needs": [asdict(need) for need in groups.needs], "group_of": groups.group_of, "bound": groups.bound}
     _write(Path(told["folder"]) / name, fields)
+    _end_with_parent()
     config.pluginmanager.register(Worker(config), "vlmgpu-worker")
 
 
@@ -271,9 +293,45 @@ def share_of_worker(config: pytest.Config) -> Share | None:
     return Share.from_json(json.loads(text))
 
 
+def _end_with_parent() -> None:
+    """Let the kernel end this worker as soon as the controller, which holds the leases, is gone: memory goes with it.
+
+    By itself a worker notices when its test has ended, which may be minutes later.
+    """
+    import ctypes
+    import signal
+
+    with suppress(AttributeError, OSError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+
+
 def takes_over(config: pytest.Config) -> bool:
     """True when ``--dist`` leaves it open which worker runs a test."""
     return config.getoption("dist", "no") in _LEFT_OPEN
+
+
+def remark(config: pytest.Config) -> str:
+    """What to know about this run's workers, where ``--dist`` keeps the plugin from choosing them."""
+    dist = config.getoption("dist", "no")
+    if dist in ("no", *_LEFT_OPEN) or not config.getoption("tx", None) or hasattr(config, "workerinput"):
+        return ""
+    return f"--dist={dist} decides which worker runs a test, so several workers may load one model"
+
+
+def account(config: pytest.Config) -> list[str]:
+    """Lines of the summary: which GPUs were leased, who had them, and how long they were waited for."""
+    gate = gate_of(config)
+    controller = config.stash.get(CONTROLLER, None)
+    share = controller.share if controller is not None else gate.own.share
+    lines = [text for text in (remark(config),) if text]
+    if share is not None and share.run_gpus:
+        count = len(share.run_gpus)
+        owners = controller.owners() if controller is not None else []
+        whose = f": {'; '.join(owners)}" if owners else ""
+        lines.append(f"{count} GPU{'s' if count > 1 else ''} leased{whose}")
+    if gate.own.waiting.waited_s >= 1:
+        lines.append(f"waited {gate.own.waiting.waited_s:.0f} s for GPUs")
+    return lines
 
 
 class _Planner:
@@ -295,6 +353,11 @@ class _Planner:
         from .ladder import make_planner
 
         return make_planner(Workload(), Policy())
+
+
+def _short(name: str) -> str:
+    """The beginning of a UUID, as nvidia-smi users read it."""
+    return name[:12]
 
 
 def _largest(demands: Sequence[Demand]) -> Demand:

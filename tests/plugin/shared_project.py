@@ -112,7 +112,7 @@ def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
     stages = plan.stages if plan is not None else ()
     gpus = ",".join(str(stage.gpu) for stage in stages) or "cpu"
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    log(f"LOAD {spec.label} gpus={gpus} worker={worker} sees={os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}")
+    log(f"LOAD {spec.name} gpus={gpus} worker={worker} sees={os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}")
     for each in stages:
         hold(each.uuid, each.total_bytes)
     time.sleep(LOAD_S)
@@ -120,4 +120,4 @@ def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
     for each in stages:
         if spec.name != "org/sticky":
             hold(each.uuid, -each.total_bytes)
-    log(f"UNLOAD {spec.label}")
+    log(f"UNLOAD {spec.name}")
