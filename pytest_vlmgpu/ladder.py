@@ -52,7 +52,7 @@ def make_loader(gate: Gate) -> Loader:
         loaded = loading.load(
             spec.name, plan, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, ordinals=ordinals
         )
-        watch = Watch(loaded.model)
+        watch = Watch(getattr(loaded, "model", None))
         try:
             yield loaded
         finally:

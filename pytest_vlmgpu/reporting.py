@@ -123,11 +123,11 @@ class Summary:
         terminalreporter.section("vlmgpu")
         for line in dict.fromkeys(machines):
             terminalreporter.line(line)
-        for line in account(self._config):
-            terminalreporter.line(line)
         terminalreporter.line(self._counts())
         for load in loads:
             terminalreporter.line(_load_line(load, self._tests_of[load.model]))
+        for line in account(self._config):
+            terminalreporter.line(line)
         if not self._on_gpu:
             gated = _plural(sum(self._verdicts.values()), "gated test")
             terminalreporter.line(f"NO TEST RAN ON A GPU ({gated}).", red=True, bold=True)
