@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pytest_vlmgpu import declare
 from vlm_doctor.codes import all_codes
 
@@ -40,7 +42,21 @@ def test_the_conftest_of_the_page_is_one(suite: Any) -> None:
 
 
 def test_every_option_and_gate_code_is_described() -> None:
-    described = set(re.findall(r"--vlm-\w+", PAGE))
+    described = set(re.findall(r"--vlm-[\w-]+\b", PAGE))
 
-    assert described == {f"--vlm-{name}" for name in declare.HELP}
+    assert described == {f"--vlm-{name.replace('_', '-')}" for name in declare.HELP}
     assert set(re.findall(r"^\| (VLM\d+) \|", PAGE, flags=re.MULTILINE)) == {code for code in all_codes() if code[3] == "7"}
+
+
+def test_the_example_about_workers_loads_each_model_once(suite: Any) -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    page = (Path(__file__).parents[2] / "docs" / "plugin" / "xdist.md").read_text(encoding="utf-8")
+    example = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", page, flags=re.DOTALL))["test_two_models"]
+    names = {"llava-hf/llava-1.5-7b-hf": "org/a", "Qwen/Qwen2.5-VL-3B-Instruct": "org/b"}
+    for name, size in names.items():
+        example = example.replace(name, size)
+
+    result = suite.run("-n2", test_two_models=example)
+
+    result.assert_outcomes(passed=24)
+    assert sorted(line for line in suite.loads() if line.startswith("LOAD")) == ["LOAD org/a", "LOAD org/b"]
