@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import markers
-from .state import GATED_TEST, WATCHED_TEST, gate_of
+from .state import GATED_TEST, POSITION, WATCHED_TEST, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,6 +77,18 @@ def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
         else:
             arranged[item] = None
     items[:] = arranged
+    from .residents import uses_of
+    from .workers import group_tests
+
+    gate = gate_of(config)
+    gate.own.needs = group_tests(items).needs
+    for position, item in enumerate(items):
+        item.stash[POSITION] = position
+    gate.residents.uses = uses_of(
+        (position, gated[item].specs[0])
+        for position, item in enumerate(items)
+        if item in gated and gated[item].loads and gated[item].specs
+    )
 
 
 def _examine_test(item: pytest.Function) -> None:

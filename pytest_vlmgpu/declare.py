@@ -68,6 +68,18 @@ SETTINGS = (
         levels=("on",),
         is_option_only=True,
     ),
+    Setting(
+        "wait",
+        "seconds to wait (or 90s, 10m, 1h) for GPUs that other runs have leased and for memory that others hold; default: "
+        "0, with strict 120",
+        "TIME",
+    ),
+    Setting("slots", "1 (default): one model is loaded at a time; fit: models that fit together stay loaded", "1|fit"),
+    Setting(
+        "lease_dir",
+        "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases; off: no leases",
+        "FOLDER",
+    ),
     Setting("plan", "say what would run where and why not, and run nothing", levels=("on",), is_option_only=True),
     Setting("mutation", "report a test that changes a shared model and leaves it so: error (default), warn, off", "LEVEL"),
     Setting(

@@ -67,7 +67,14 @@ def vlm_loader(request: pytest.FixtureRequest) -> Loader:
 
 
 @pytest.fixture(scope="session")
-def vlm(request: pytest.FixtureRequest, vlm_loader: Loader) -> Iterator[Any]:
+def _vlm_residents(request: pytest.FixtureRequest, vlm_loader: Loader) -> Iterator[None]:  # noqa: ARG001 - outlives it
+    """At the end of the session, unload the models that were kept (--vlm-slots=fit)."""
+    yield
+    gate_of(request.config).residents.remove_all()
+
+
+@pytest.fixture(scope="session")
+def vlm(request: pytest.FixtureRequest, vlm_loader: Loader, _vlm_residents: None) -> Iterator[Any]:
     """The model that @pytest.mark.vlm("org/model") or --vlm-model names, loaded once a session (LoadedVlm)."""
     gate = gate_of(request.config)
     with gate.loaded(gate.spec_from(getattr(request, "param", None)), request, vlm_loader) as loaded:
@@ -96,7 +103,7 @@ def vlm_device_map(vlm: Any) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def vlm_gpus(request: pytest.FixtureRequest, vlm_machine: Machine) -> tuple[Gpu, ...]:
     """The GPUs that tests may use (CUDA_VISIBLE_DEVICES, --vlm-gpus), in CUDA order. Loads nothing."""
-    return gate_of(request.config).usable_gpus(vlm_machine)
+    return gate_of(request.config).usable_gpus(vlm_machine, request)
 
 
 @pytest.fixture(scope="session")

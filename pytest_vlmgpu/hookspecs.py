@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from vlm_doctor.machine import Gpu
+    from vlm_doctor.machine import Gpu, Machine
     from vlm_doctor.placement import Plan
 
     from .evidence import RunReport
     from .requirements import Estimate, VlmSpec
     from .verdicts import Verdict
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_vlmgpu_inventory(config: pytest.Config) -> Machine | None:
+    """Return the machine as it is now, in place of what the doctor reads (a remote one, a made-up one for a test).
+
+    Called each time that free memory matters, in the controller of pytest-xdist too.
+    """
 
 
 @pytest.hookspec(firstresult=True)

@@ -28,6 +28,8 @@ WATCH: pytest.StashKey[Watch] = pytest.StashKey()
 """Of the config; there when a watched test was collected."""
 FAILURE: pytest.StashKey[Failure] = pytest.StashKey()
 """Of a watched item: what its setup or call raised."""
+POSITION: pytest.StashKey[int] = pytest.StashKey()
+"""Of such an item: its place in the order in which tests run."""
 VERDICT: pytest.StashKey[Verdict] = pytest.StashKey()
 """Of such an item, once it was decided about."""
 
@@ -43,5 +45,5 @@ def gate_of(config: pytest.Config) -> Gate:
         from .options import Settings, recorded_machine
 
         settings = config.stash.get(SETTINGS, None) or Settings()
-        config.stash[GATE] = Gate(settings, recorded_machine(settings))
+        config.stash[GATE] = Gate(settings, config, recorded_machine(settings))
     return config.stash[GATE]

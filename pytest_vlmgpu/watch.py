@@ -211,6 +211,8 @@ class Watch:
         fixture = _shared_fixture(request.node)
         if fixture is not None:
             fixture.finish(request)
+            for spec in request.node.stash[GATED_TEST].specs:
+                self._gate.let_go(spec)
 
     def _judge_memory(self, item: pytest.Item) -> list[tuple[Level, str]]:
         """Memory of tensors that is taken now and was not before the test; it is collected first where there is much."""

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[2]
 DOCTOR = ["VLM001", "VLM002"]
 MAP = list(TITLES)
 GATE = ["VLM701", "VLM702", "VLM703", "VLM704", "VLM705"] + [f"VLM71{n}" for n in range(1, 7)] + ["VLM720"]
+LEASES = ["VLM730", "VLM731", "VLM732"]
 RUN = [f"VLM74{n}" for n in range(5)]
 GUARDS = [f"VLM75{n}" for n in range(5)]
 
 
 def test_every_check_and_every_verdict_has_a_page() -> None:
-    assert list(all_codes()) == sorted([*DOCTOR, *(check.code for check in CHECKS), *MAP, *GATE, *RUN, *GUARDS])
+    assert list(all_codes()) == sorted([*DOCTOR, *(check.code for check in CHECKS), *MAP, *GATE, *LEASES, *RUN, *GUARDS])
     assert all(title and not title.endswith(".") for title in all_codes().values())
 
 
@@ -29,7 +30,7 @@ def test_pages_about_maps_have_the_titles_of_the_findings() -> None:
     assert {code: all_codes()[code] for code in MAP} == TITLES
 
 
-@pytest.mark.parametrize("code", [*DOCTOR, *MAP, *GATE, *RUN, *GUARDS])
+@pytest.mark.parametrize("code", [*DOCTOR, *MAP, *GATE, *LEASES, *RUN, *GUARDS])
 def test_pages_without_a_check_have_the_same_form(code: str) -> None:
     page = explain(code)
 
