@@ -35,7 +35,6 @@ _OUTPUT: pytest.StashKey[int] = pytest.StashKey()
 _BELOW = "\x1bD\x1b[A\x1b7\x1b[B\r"
 """Make room for a line below the cursor, remember where the cursor is, go there. pytest's own line stays whole."""
 _BACK = "\x1b[K\x1b8"
-_WIDTH = 120
 
 
 class Share(NamedTuple):
@@ -150,13 +149,15 @@ def _run(descriptor: int, label: str, poll: Callable[[], tuple[list[Share], int]
     if done.wait(QUIET_S):
         return
     is_terminal = os.isatty(descriptor)
+    # A line that wraps could not be written over.
+    width = max(20, os.get_terminal_size(descriptor).columns - 1) if is_terminal else 0
     next_line = started + LOG_FIRST_S
     # Whatever goes wrong with the output: the load matters, this does not.
     with suppress(OSError):
         while True:
             now = time.monotonic()
             if is_terminal:
-                _write(descriptor, f"{_BELOW}{line(label, now - started, *poll())[:_WIDTH]}{_BACK}")
+                _write(descriptor, f"{_BELOW}{line(label, now - started, *poll())[:width]}{_BACK}")
             elif now >= next_line:
                 _write(descriptor, f"\n{line(label, now - started, *poll())}\n")
                 next_line = now + LOG_S

@@ -94,6 +94,23 @@ def test_after(vlm, vlm_model): assert vlm_model is vlm.model and vlm.model[1].w
     assert project.log() == ["LOAD org/a", "UNLOAD org/a", "LOAD org/a", "UNLOAD org/a"]
 
 
+def test_a_model_that_is_kept_for_later_is_loaded_again_too(project: Project) -> None:
+    result = project.run(
+        """
+def test_zeroes(vlm): vlm.model[1].weight.data.zero_()
+def test_after(vlm): assert vlm.model[1].weight.abs().sum() > 0
+@pytest.mark.vlm("org/b")
+def test_other(vlm): pass
+@pytest.mark.vlm_mutates
+def test_prunes(vlm): vlm.model[1].weight.data.zero_()
+""",
+        "--vlm-slots=fit",
+    )
+
+    result.assert_outcomes(passed=4, errors=1)
+    assert [line for line in project.log() if line.startswith("LOAD")] == ["LOAD org/a", "LOAD org/a", "LOAD org/b"]
+
+
 def test_what_a_fixture_of_the_test_undoes_is_no_change(project: Project) -> None:
     result = project.run("""
 @pytest.fixture
