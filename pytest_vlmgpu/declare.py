@@ -68,7 +68,28 @@ SETTINGS = (
         levels=("on",),
         is_option_only=True,
     ),
+    Setting(
+        "wait",
+        "seconds to wait (or 90s, 10m, 1h) for GPUs that other runs have leased and for memory that others hold; default: "
+        "0, with strict 120",
+        "TIME",
+    ),
+    Setting("slots", "1 (default): one model is loaded at a time; fit: models that fit together stay loaded", "1|fit"),
+    Setting(
+        "lease_dir",
+        "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases; off: no leases",
+        "FOLDER",
+    ),
     Setting("plan", "say what would run where and why not, and run nothing", levels=("on",), is_option_only=True),
+    Setting("mutation", "report a test that changes a shared model and leaves it so: error (default), warn, off", "LEVEL"),
+    Setting(
+        "leak_check",
+        "report GPU memory that stays taken after a test, or after a model was unloaded: warn (default), error, off",
+        "LEVEL",
+    ),
+    Setting("leak_tolerance", "memory that a test may leave behind on a GPU; default: 256MiB", "SIZE"),
+    Setting("seed", "seed of torch in each test that uses a shared model (default: 0), or none", "N", ini_type="int"),
+    Setting("suggest", "print markers to paste, from the measured peaks", levels=("on",), is_option_only=True),
     Setting("report", "write what gated tests did, and why, into this file (JSON)", "FILE"),
 )
 ENVIRONMENT_PREFIXES = ("VLMGPU_", "PYTEST_VLMGPU_")
@@ -80,12 +101,14 @@ MARKERS = (
     "several names run the test with each.",
     "vlm_requires(*, gpus=1, vram_gib=None, total_vram_gib=None, capability=None, bf16=False, fp8=False): Skip unless GPUs "
     'can do it: so many, free memory on each and in all (GiB, or text such as "80GB"), capability.',
+    'vlm_limit_vram(amount): Fail when the test\'s tensors take more on any one GPU (GiB, or text such as "18GiB").',
+    "vlm_mutates(): The test may change the shared model: it runs last, and the model is loaded again after it.",
 )
 """The lines of ``pytest --markers``; :mod:`markers` holds the functions of these signatures."""
 MARKER_PREFIXES = ("vlm", "vml")
 """What a marker of ours begins with, typed right or wrong."""
-GATED_FIXTURES = frozenset({"vlm", "vlm_gpus"})
-"""Fixtures that make a test a gated one."""
+GATED_FIXTURES = frozenset({"vlm", "vlm_gpus", "vlm_factory", "vlm_vram", "vlm_device"})
+"""Fixtures that make a test a gated one, or one whose memory is measured."""
 
 
 class _Level(argparse.Action):

@@ -85,7 +85,25 @@ def vlm_requires(
     )
 
 
-MARKERS: dict[str, Callable[..., Any]] = {"vlm": vlm, "vlm_requires": vlm_requires}
+def vlm_limit_vram(amount: float | str) -> int:
+    """Fail when the test's tensors take more on any one GPU (GiB, or text such as "18GiB")."""
+    size = _size("amount", amount)
+    if size is None:
+        raise _ArgumentError('has amount=None; write GiB as a number, or text such as "18GiB"')
+    return size
+
+
+def vlm_mutates() -> bool:
+    """The test may change the shared model: it runs last, and the model is loaded again after it."""
+    return True
+
+
+MARKERS: dict[str, Callable[..., Any]] = {
+    "vlm": vlm,
+    "vlm_requires": vlm_requires,
+    "vlm_limit_vram": vlm_limit_vram,
+    "vlm_mutates": vlm_mutates,
+}
 
 
 def wrong(sentence: str) -> pytest.Collector.CollectError:
@@ -167,6 +185,26 @@ def ours_with_node(definition: pytest.Function, where: str) -> Iterator[tuple[An
                 raise wrong(f"{where}: @pytest.mark.{alias.name} is an alias with other arguments: {takes}.") from None
 
 
+def read_limit(definition: pytest.Function, where: str) -> int | None:
+    """Bytes that the closest ``vlm_limit_vram`` allows; ``None`` without one.
+
+    Raises:
+        pytest.Collector.CollectError: A marker is wrong.
+    """
+    limits: list[int] = [read(mark, where) for mark in definition.iter_markers("vlm_limit_vram")]
+    return limits[0] if limits else None
+
+
+def may_mutate(definition: pytest.Function, where: str) -> bool:
+    """True when a ``vlm_mutates`` applies.
+
+    Raises:
+        pytest.Collector.CollectError: It has arguments.
+    """
+    marks = [read(mark, where) for mark in definition.iter_markers("vlm_mutates")]
+    return bool(marks)
+
+
 def registered(config: pytest.Config) -> set[str]:
     """Names of markers that the project declares in the setting ``markers``, or another plugin does."""
     lines = [line for line in config.getini("markers") if line not in MARKER_LINES]
@@ -213,6 +251,10 @@ def _misuse(mark: pytest.Mark) -> str:
         else:
             instead = f"write @pytest.mark.{owner}({near}=…)" if owner else f"it takes {', '.join(parameters)}"
         return f"has no keyword {keyword!r}; {instead}"
+    if mark.name == "vlm_limit_vram":
+        return 'takes one size, such as vlm_limit_vram("18GiB")'
+    if mark.name == "vlm_mutates":
+        return "takes no arguments"
     return f"takes keywords only, such as gpus=2; got {', '.join(map(repr, mark.args))}"
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vlm_doctor.machine import Machine
 
 Strict = Literal["off", "gpu", "all", "auto"]
+Level = Literal["off", "warn", "error"]
 MAX_BYTES = 2**46
 """64 TiB, as for the markers: more is a size in another unit."""
 TESTING = "VLMGPU_TESTING"
@@ -30,6 +31,8 @@ _PROOFS = ("strict", "expect_gpus", "expect_vram", "min_tests", "baseline")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _COUNT = r"[1-9][0-9]{0,3}"
 _POSITION = r"0|[1-9][0-9]{0,3}"
+_STRICT_WAIT_S = 120.0
+"""A runner that exists for GPU tests rather waits for the job before it than fails."""
 _UUID = r"GPU-[0-9A-Fa-f-]{1,36}"
 
 
@@ -62,11 +65,40 @@ class Settings(NamedTuple):
     baseline: Path | None = None
     update_baseline: bool = False
     plan: bool = False
+    mutation: Level = "error"
+    leak_check: Level = "warn"
+    leak_tolerance: int = 256 * 2**20
+    """Bytes on one GPU: a few of the allocator's largest rounding steps of 20 MiB, and less than a leaked KV cache."""
+    seed: int | None = 0
+    """Of torch, in tests that use a shared model; ``None`` leaves the random state alone."""
+    suggest: bool = False
     report: Path | None = None
+    wait: float | None = None
+    """Seconds; ``None`` where it was not said."""
+    slots: bool = False
+    lease_dir: str | None = None
+    """Folder of the leases; ``None`` is the usual one, ``off`` none at all."""
     origins: Mapping[str, str] = MappingProxyType({})
     """Name of each setting that was given to where, for messages: ``--vlm-gpus``, ``VLMGPU_MODEL``, ``vlm_strict``."""
     given: tuple[str, ...] = ()
     """What was set somewhere, for the header: ``--vlm-gpus=2``, ``VLMGPU_MODEL=…``, ``vlm_strict=gpu``."""
+
+    @property
+    def wait_s(self) -> float:
+        """To wait for GPUs and memory that others hold, in all."""
+        if self.wait is not None:
+            return self.wait
+        return 0.0 if self.strict == "off" or (self.strict == "auto" and not self.is_anything_expected) else _STRICT_WAIT_S
+
+    @property
+    def keeps_models(self) -> bool:
+        """True with ``--vlm-slots=fit``."""
+        return self.slots
+
+    @property
+    def is_gpus_given(self) -> bool:
+        """True when somebody said which GPUs are to be used."""
+        return "gpus" in self.origins
 
     @property
     def is_anything_expected(self) -> bool:
@@ -90,7 +122,9 @@ def resolve(config: pytest.Config, environment: Mapping[str, str] = os.environ) 
         values[setting.name] = READERS[setting.name](text, origin)
         origins[setting.name] = origin
         is_bare = bool(setting.levels) and origin.startswith("--") and text == setting.levels[0]
-        given.append(origin if is_bare else f"{origin}={text}")
+        # Where leases are is no news: every job of a runner says so.
+        if setting.name != "lease_dir" or origin.startswith("--"):
+            given.append(origin if is_bare else f"{origin}={text}")
     settings = Settings(**values, origins=origins, given=tuple(given))
     _refuse_contradictions(settings, environment)
     return settings
@@ -181,6 +215,32 @@ def parse_strict(text: str, origin: str) -> Strict:
     raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no level; write gpu, all, auto or off.")
 
 
+def parse_level(text: str, origin: str) -> Level:
+    """Read what is to happen when something is found.
+
+    Raises:
+        pytest.UsageError: It is no level.
+    """
+    word = text.lower()
+    for level in ("off", "warn", "error"):
+        if word == level:
+            return level
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no level; write error, warn or off.")
+
+
+def parse_seed(text: str, origin: str) -> int | None:
+    """Read a seed; ``none`` leaves the random state alone.
+
+    Raises:
+        pytest.UsageError: It is no whole number from 0 on.
+    """
+    if text.lower() == "none":
+        return None
+    if re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+        return int(text)
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no seed; write a whole number from 0 on, or none.")
+
+
 def parse_count(text: str, origin: str) -> int:
     """Read a number of GPUs or tests.
 
@@ -234,6 +294,32 @@ def _text(text: str, _origin: str) -> str:
 
 def _switch(_text: str, _origin: str) -> bool:
     return True
+
+
+def parse_wait(text: str, origin: str) -> float:
+    """Seconds of ``90``, ``90s``, ``10m``, ``1.5h``.
+
+    Raises:
+        pytest.UsageError: It is none of these.
+    """
+    match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,3})?)\s*([smh]?)", text.lower())
+    if match is None:
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no time; write seconds (90), or 90s, 10m, 1h.")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _parse_slots(text: str, origin: str) -> bool:
+    if text.lower() in ("1", "fit"):
+        return text.lower() == "fit"
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither 1 nor fit.")
+
+
+def _parse_lease_dir(text: str, origin: str) -> str:
+    if text.lower() == "off":
+        return "off"
+    if "\0" in text or not os.path.isabs(text):  # noqa: PTH117 - relative to what would differ from run to run
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no absolute path; other runs must find the same folder.")
+    return text
 
 
 def parse_gpus(text: str, origin: str) -> GpuChoice:
@@ -292,6 +378,14 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "baseline": parse_path,
     "update_baseline": _switch,
     "plan": _switch,
+    "wait": parse_wait,
+    "slots": _parse_slots,
+    "lease_dir": _parse_lease_dir,
+    "mutation": parse_level,
+    "leak_check": parse_level,
+    "leak_tolerance": parse_size,
+    "seed": parse_seed,
+    "suggest": _switch,
     "report": parse_path,
 }
 """Name of each setting to the function that reads its text; the second argument is where it was given."""

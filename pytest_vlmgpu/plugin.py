@@ -5,15 +5,15 @@ A run without gated tests imports nothing beyond what is imported here: each hoo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from . import declare, fixtures
-from .state import ALIASES, GATED_TEST, SETTINGS, gate_of
+from .state import ALIASES, GATED_TEST, SETTINGS, WATCHED_TEST, gate_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from .summary import Summary
 
@@ -57,9 +57,38 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config: pytest.Config) -> None:
-    """The controller of pytest-xdist collects nothing, but it is where the reports of its workers arrive."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Make ``-n auto`` one worker a GPU where ``--vlm-gpus`` was given; else the choice is pytest-xdist's."""
+    if not declare.is_anything_given(config):
+        return None
+    from .workers import auto_workers
+
+    return auto_workers(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
+    """The controller of pytest-xdist collects nothing: it leases GPUs, and the reports of its workers arrive here."""
+    from .workers import start_controller
+
+    start_controller(config, specs)
     _add_summary(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker which one it is."""
+    from .workers import CONTROLLER
+
+    node.config.stash[CONTROLLER].configure(node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each model one worker."""
+    from . import scheduling
+
+    return scheduling.make(config, log)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -91,6 +120,10 @@ def pytest_make_collect_report(
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests that share a model next to each other."""
+    if any(WATCHED_TEST in item.stash for item in items):
+        from . import watch
+
+        watch.register(config)
     if any(GATED_TEST in item.stash for item in items):
         from . import collecting
 
@@ -99,9 +132,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             _add_summary(config)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the controller of pytest-xdist know what the tests of this worker need, before it sends any."""
+    if hasattr(session.config, "workerinput") and any(GATED_TEST in item.stash for item in session.items):
+        from .workers import hand_in
+
+        hand_in(session.config, session.items)
+
+
 def pytest_report_header(config: pytest.Config) -> str | None:
     """Name the settings that were given, and where; nothing when none was."""
-    return f"vlmgpu: {', '.join(config.stash[SETTINGS].given)}" if SETTINGS in config.stash else None
+    given = config.stash[SETTINGS].given if SETTINGS in config.stash else ()
+    if not given:
+        return None
+    from .workers import remark
+
+    aside = remark(config)
+    return f"vlmgpu: {', '.join(given)}{f'; {aside}' if aside else ''}"
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
@@ -148,6 +196,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _add_summary(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin(_SUMMARY):
+        from .memory_summary import MemorySummary
         from .summary import Summary
 
         config.pluginmanager.register(Summary(config), _SUMMARY)
+        config.pluginmanager.register(MemorySummary(config), "vlmgpu-memory")

@@ -9,9 +9,10 @@ from . import verdicts
 from .evidence import Broken
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from .evidence import GatedRecord
+    from .gate import Load
 
 _NAMED = 10
 """Tests that a message names; the rest are counted."""
@@ -61,3 +62,18 @@ def _fate(record: GatedRecord) -> str:
 
 def _tests(count: int) -> str:
     return "test" if count == 1 else "tests"
+
+
+def memory_stayed(loads: Iterable[Load], level: str, tolerance_bytes: int) -> list[Broken]:
+    """Models that were unloaded and kept more than the tolerance in memory, where ``--vlm-leak-check=error`` is given."""
+    from vlm_doctor.units import format_gib
+
+    return [
+        Broken(
+            code=verdicts.LEFT_BY_MODEL,
+            message=f"{format_gib(load.left_bytes)} of {load.model} are still held after it was unloaded"
+            f"{', by ' if load.held_by else ''}{', '.join(load.held_by)}: delete that reference.",
+        )
+        for load in loads
+        if level == "error" and load.left_bytes > tolerance_bytes
+    ]

@@ -127,6 +127,10 @@ class Summary:
             tests_of = Counter(record.model for record in tests.values() if record.is_executed)
             for load in [Load(**load) for _, said in self._said for load in said["loads"]]:
                 terminalreporter.line(load_line(load, tests_of[load.model]))
+            from .workers import account
+
+            for line in account(self._config):
+                terminalreporter.line(line)
         for note in self._notes:
             terminalreporter.line(note)
         for broken in self._broken:
@@ -203,6 +207,12 @@ class Summary:
         self._broken += promises.too_few_ran(self._tests, settings.min_tests, origin)
         name = str(settings.baseline.name) if settings.baseline is not None else ""
         self._broken += promises.did_not_run(self._tests, self._baseline, name)
+        loads = [load for _, said in self._said for load in said["loads"]]
+        if loads:
+            from .gate import Load
+
+            records = [Load(**load) for load in loads]
+            self._broken += promises.memory_stayed(records, settings.leak_check, settings.leak_tolerance)
 
     def _update_baseline(self, session: pytest.Session) -> None:
         settings = self._settings

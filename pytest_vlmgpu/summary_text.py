@@ -55,5 +55,8 @@ def load_line(load: Load, tests: int) -> str:
     if load.measured_peak_bytes:
         line += f", {format_gib(load.measured_peak_bytes)} measured"
     if load.left_bytes:
-        line += f"; {format_gib(load.left_bytes)} still held after it was unloaded"
+        by = f" by {', '.join(load.held_by)}" if load.held_by else ""
+        line += f"; {format_gib(load.left_bytes)} still held{by} after it was unloaded"
+    elif load.missing_bytes:
+        line += f"; {format_gib(load.missing_bytes)} of GPU memory did not come back after it was unloaded"
     return f"{line}; {plural(tests, 'test')}"

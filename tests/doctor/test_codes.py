@@ -16,11 +16,13 @@ ROOT = Path(__file__).parents[2]
 DOCTOR = ["VLM001", "VLM002"]
 MAP = list(TITLES)
 GATE = ["VLM701", "VLM702", "VLM703", "VLM704", "VLM705"] + [f"VLM71{n}" for n in range(1, 7)] + ["VLM720"]
+LEASES = ["VLM730", "VLM731", "VLM732"]
 RUN = [f"VLM74{n}" for n in range(5)]
+GUARDS = [f"VLM75{n}" for n in range(5)]
 
 
 def test_every_check_and_every_verdict_has_a_page() -> None:
-    assert list(all_codes()) == sorted([*DOCTOR, *(check.code for check in CHECKS), *MAP, *GATE, *RUN])
+    assert list(all_codes()) == sorted([*DOCTOR, *(check.code for check in CHECKS), *MAP, *GATE, *LEASES, *RUN, *GUARDS])
     assert all(title and not title.endswith(".") for title in all_codes().values())
 
 
@@ -28,7 +30,7 @@ def test_pages_about_maps_have_the_titles_of_the_findings() -> None:
     assert {code: all_codes()[code] for code in MAP} == TITLES
 
 
-@pytest.mark.parametrize("code", [*DOCTOR, *MAP, *GATE, *RUN])
+@pytest.mark.parametrize("code", [*DOCTOR, *MAP, *GATE, *LEASES, *RUN, *GUARDS])
 def test_pages_without_a_check_have_the_same_form(code: str) -> None:
     page = explain(code)
 
@@ -43,7 +45,7 @@ def test_pages_without_a_check_have_the_same_form(code: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("code", GATE)
+@pytest.mark.parametrize("code", [*GATE, *GUARDS])
 def test_pages_of_the_gate_say_what_strictness_changes(code: str) -> None:
     assert "--vlm-strict" in explain(code)
 
@@ -70,7 +72,7 @@ def test_a_code_may_be_spelled_loosely(spelling: str) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("VLM51", "There is no code 'VLM51'; did you mean VLM501?"),
+        ("VLM51", "There is no code 'VLM51'; did you mean VLM751 or VLM501?"),
         ("VML403", "There is no code 'VML403'; did you mean VLM403?"),
         ("VLM999", "There is no code 'VLM999'; codes are VLM and three digits, such as VLM501."),
         ("", "There is no code ''; codes are VLM and three digits, such as VLM501."),

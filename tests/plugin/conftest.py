@@ -108,6 +108,8 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
             monkeypatch.delenv(f"{prefix}{setting.name.upper()}", raising=False)
     for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "VLMGPU_TESTING"):
         monkeypatch.delenv(name, raising=False)
+    # Suites that run beside this one have GPUs of the same names.
+    monkeypatch.setenv("VLMGPU_LEASE_DIR", str(pytester.path / "leases"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     # pytester moves HOME; nothing here may look for models in the new one.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
