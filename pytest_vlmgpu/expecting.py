@@ -25,7 +25,7 @@ _TOLD = 5
 def unmet(config: pytest.Config) -> Broken | None:
     """Look at the machine; say what is missing, or nothing when it is as expected.
 
-    Free memory is what is free now: memory that others hold is missing too.
+    Free memory is what is free now, so that memory which others hold is missing, unless ``--vlm-wait`` was given.
     """
     gate = gate_of(config)
     machine = gate.machine()
@@ -36,7 +36,8 @@ def unmet(config: pytest.Config) -> Broken | None:
 def judge_expectation(settings: Settings, machine: Machine) -> Broken | None:
     """Hold a machine to what is expected. Pure."""
     wanted = Requirements(gpus=settings.expect_gpus or 1, vram_bytes=settings.expect_vram)
-    verdict = judge(wanted, machine, settings.gpus)
+    # Whoever says how long to wait means memory that others hold, too: then the tests wait for it.
+    verdict = judge(wanted, machine, settings.gpus, is_busy_decided_later="wait" in settings.origins)
     if verdict.action == "run":
         return None
     names = [settings.origins[name] for name in ("expect_gpus", "expect_vram") if name in settings.origins]

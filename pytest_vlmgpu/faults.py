@@ -40,10 +40,10 @@ class Losses:
         self._seen |= {gpu.uuid: gpu.label for gpu in machine.gpus}
 
     def explain(self, verdict: Verdict, machine: Machine) -> Verdict:
-        """Turn a skip into an error when a GPU that was there before is not: with it the test might run."""
+        """Say that a GPU is gone which was there before, where a test is skipped or the choice of GPUs no longer holds."""
         here = {gpu.uuid for gpu in machine.gpus}
         gone = [f"{label} ({uuid})" for uuid, label in self._seen.items() if uuid not in here]
-        if verdict.action != "skip" or not gone:
+        if not gone or not (verdict.action == "skip" or verdict.code == verdicts.WRONG):
             return verdict
         was = "was" if len(gone) == 1 else "were"
         text = f"{verdict.reason} {', '.join(gone)} {was} there earlier in this run: look for Xid messages with dmesg."

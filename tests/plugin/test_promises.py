@@ -197,7 +197,9 @@ def test_an_expectation_of_memory_is_about_free_memory(suite: Any) -> None:
     free = suite.run("--vlm-machine=2xL4", "--vlm-expect-gpus=2", "--vlm-expect-vram=20GiB", test_x="def test_x(): pass")
     taken = suite.run("--vlm-machine=2xL4:free=5GiB", "--vlm-expect-vram=20", test_x="def test_x(): pass")
 
-    assert (free.ret, taken.ret) == (0, 69)
+    waits = suite.run("--vlm-machine=2xL4:free=5GiB", "--vlm-expect-vram=20", "--vlm-wait=1", test_x="def test_x(): pass")
+
+    assert (free.ret, taken.ret, waits.ret) == (0, 69, 0)
     taken.stderr.fnmatch_lines(["Exit: VLM740: --vlm-expect-vram: VLM711: 20.0 GiB free is wanted on one GPU: *"])
 
 
