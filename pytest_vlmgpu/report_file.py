@@ -28,13 +28,12 @@ class ReportFile:
     """Puts the report together and writes it.
 
     Args:
-        settings: With ``report`` given.
+        path: The file.
+        settings: Of the run.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        if settings.report is None:
-            raise ValueError("--vlm-report was not given")
-        self.path: Path = settings.report
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path = path
         self.text = ""
         """As last put together, whether or not it could be written."""
         self._settings = settings

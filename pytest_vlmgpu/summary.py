@@ -56,7 +56,7 @@ class Summary:
         if settings.report is not None:
             from .report_file import ReportFile
 
-            self._file = ReportFile(settings)
+            self._file = ReportFile(settings.report, settings)
             problem = self._write("running", None)
             if problem:
                 raise pytest.UsageError(problem)

@@ -136,6 +136,14 @@ def test_an_alias_given_twice_ends_pytest_with_status_4(suite: Any) -> None:
     result.stderr.fnmatch_lines(["ERROR: VLM720: vlm_marker_aliases: 'gpu' is defined twice."])
 
 
+def test_comments_in_a_list_of_toml_are_passed_over(suite: Any) -> None:
+    suite.pytester.makepyprojecttoml(
+        '[tool.pytest.ini_options]\nvlm_marker_aliases = ["# ours", "", "gpu = vlm_requires"]\n'
+    )
+
+    suite.run(test_x="import pytest\n@pytest.mark.gpu\ndef test_x(): pass").stdout.fnmatch_lines(["1 ran"])
+
+
 DECORATED = """
 import unittest
 from pytest_vlmgpu.shim import *

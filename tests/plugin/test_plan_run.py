@@ -45,7 +45,9 @@ def test_a_plan_names_gpus_peaks_loads_and_reasons(suite: Any, workers: list[str
 
     assert result.ret == 0
     start = next(number for number, line in enumerate(result.outlines) if line.strip("= ") == "vlmgpu plan")
-    assert result.outlines[start + 1 : -1] == [
+    lines = result.outlines[start + 1 : -1]
+    # Versions of pytest differ in the order of what loads nothing.
+    assert lines[:9] + sorted(lines[9:12]) + lines[12:] == [
         "2 GPUs; free: GPU 0 22.0 GiB, GPU 1 22.0 GiB",
         "5 gated tests would run, 2 would skip, 1 error; 2 loads",
         "1. load org/wide on GPU 0 (15.0 GiB peak predicted), GPU 1 (15.0 GiB peak predicted)",
@@ -55,8 +57,8 @@ def test_a_plan_names_gpus_peaks_loads_and_reasons(suite: Any, workers: list[str
         "     test_x.py::test_a",
         "without a load: test_x.py::test_memory on GPU 0, 1 (20.0 GiB asked for)",
         "without a load: test_x.py::test_any on GPU 0, 1",
-        "skip: test_x.py::test_few: VLM702: 4 GPUs are wanted, 2 can be used.",
         "error: test_x.py::test_unreadable: VLM713: org/nothing: no such model.",
+        "skip: test_x.py::test_few: VLM702: 4 GPUs are wanted, 2 can be used.",
         "skip: test_x.py::test_marked: not today",
         "1 other test not concerned",
     ]

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_vlmgpu.evidence import GatedRecord
+from pytest_vlmgpu.expecting import judge_expectation
+from pytest_vlmgpu.options import Settings
 from pytest_vlmgpu.promises import did_not_run, too_few_ran
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vlm_doctor.machine import Gpu, Machine
 
 GATED = """
 import pytest
@@ -73,7 +80,7 @@ def test_strict_auto_on_a_machine_with_gpus(suite: Any, options: list[str], is_s
         "--vlm-strict=auto", *options, test_x="import pytest\n@pytest.mark.vlm_requires(gpus=4)\ndef test_x(): pass"
     )
 
-    assert result.parseoutcomes() == ({"errors": 1} if is_strict else {"skipped": 1})
+    result.assert_outcomes(errors=int(is_strict), skipped=int(not is_strict))
 
 
 def test_strict_auto_on_a_machine_without(suite: Any) -> None:
@@ -201,6 +208,17 @@ def test_the_findings_of_the_doctor_are_told(suite: Any) -> None:
 
     assert result.ret == 69
     result.stderr.fnmatch_lines(["Exit: VLM740: --vlm-expect-gpus: VLM712: *", "  VLM1?? error: * Fix: *"])
+
+
+def test_many_findings_are_cut(suite: Any, machine: Callable[..., Machine], gpu: Callable[..., Gpu]) -> None:
+    settings = Settings(expect_gpus=9, origins={"expect_gpus": "--vlm-expect-gpus"})
+    broken = machine(*(gpu(index, error="GPU is lost") for index in range(8)))
+
+    told = judge_expectation(settings, broken)
+
+    assert told is not None
+    assert "more: run vlm-doctor." in told.message.splitlines()[-1]
+    assert len(told.message.splitlines()) == 7
 
 
 def test_listing_tests_expects_nothing(suite: Any) -> None:
