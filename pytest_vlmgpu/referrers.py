@@ -70,6 +70,8 @@ def holders_of(objects: list[Any]) -> list[str]:
 
 def _name(referrer: Any, target: Any) -> str | None:
     """What a referrer is called; empty for one of this file's own, ``None`` for one that has no name itself."""
+    if isinstance(referrer, types.GeneratorType):  # a fixture that yields, say: its frame refers to the value
+        referrer = referrer.gi_frame
     if isinstance(referrer, types.FrameType):
         code = referrer.f_code
         if code.co_filename == __file__:
