@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -229,15 +230,24 @@ class Controller:
 
     def _divide(self, share: Share, demands: Sequence[Demand]) -> list[tuple[str, ...]]:
         """Write down each worker's part."""
+        self._sets = sets = divide(share.names, [demand.gpus for demand in demands], self.workers)
+        try:
+            self._write_parts(share, sets)
+        except OSError as error:
+            _warn(f"{self._folder} cannot be written ({error.strerror}), so each worker leases GPUs for itself")
+            for part in self._folder.glob("share-*.json"):
+                part.unlink(missing_ok=True)
+            self._shares.close()
+        return sets
+
+    def _write_parts(self, share: Share, sets: Sequence[tuple[str, ...]]) -> None:
         from .masks import mask_for
 
-        self._sets = sets = divide(share.names, [demand.gpus for demand in demands], self.workers)
         for slot, (names, spec) in enumerate(zip(sets, self._specs, strict=True)):
             part = share.part(names, self.workers)
             _write(self._folder / f"share-{slot}.json", part._asdict())
             if names:  # for the worker's replacement, should it crash
                 spec.env.update(mask_for(names))
-        return sets
 
 
 def start_controller(config: pytest.Config, specs: Sequence[Any]) -> None:
@@ -289,7 +299,10 @@ def hand_in(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
     groups = group_tests(items)
     name = f"needs-{getattr(config, 'workerinput', {}).get('workerid', os.getpid())}.json"
     fields = {"needs": [asdict(need) for need in groups.needs], "group_of": groups.group_of, "bound": groups.bound}
-    _write(Path(told["folder"]) / name, fields)
+    try:
+        _write(Path(told["folder"]) / name, fields)
+    except OSError as error:
+        _warn(f"{told['folder']} cannot be written ({error.strerror}), so this worker leases GPUs for itself")
     _end_with_parent()
     config.pluginmanager.register(Worker(config), "vlmgpu-worker")
 
@@ -366,6 +379,10 @@ class _Planner:
         from .ladder import make_planner
 
         return make_planner(Workload(), Policy())
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(pytest.PytestWarning(f"vlmgpu: {sentence}: a model may be loaded by several workers."), stacklevel=2)
 
 
 def _short(name: str) -> str:

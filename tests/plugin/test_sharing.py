@@ -342,6 +342,24 @@ def test_after_a_sigkill_of_the_controller_its_workers_go_too(make: Callable[...
     assert [pid for pid in holders if is_running(pid)] == []
 
 
+@with_workers
+def test_rounds_of_sigkill_at_random_moments(make: Callable[..., Project]) -> None:
+    project = make()
+    program = Path(__file__).parents[2] / "benchmarks" / "kill_rounds.py"
+    seed = str(time.time_ns() % 1000)
+
+    run = subprocess.run(
+        [sys.executable, str(program), "--fake", "--rounds", "3", "--seed", seed],
+        env={**os.environ, **project.environment},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=10 * LIMIT_S,
+    )
+
+    assert run.returncode == 0, f"seed {seed}: {run.stdout}{run.stderr}"
+
+
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
