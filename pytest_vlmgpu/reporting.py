@@ -113,8 +113,8 @@ class Summary:
         """Print what ran, what did not and why, and what was loaded."""
         if not self._verdicts:
             return
+        from .controller import account
         from .gate import Load
-        from .workers import account
 
         gate = gate_of(self._config)
         machines = [_describe(gate.machine_used)] if gate.machine_used is not None else []
