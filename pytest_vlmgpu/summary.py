@@ -127,7 +127,7 @@ class Summary:
             tests_of = Counter(record.model for record in tests.values() if record.is_executed)
             for load in [Load(**load) for _, said in self._said for load in said["loads"]]:
                 terminalreporter.line(load_line(load, tests_of[load.model]))
-            from .workers import account
+            from .controller import account
 
             for line in account(self._config):
                 terminalreporter.line(line)

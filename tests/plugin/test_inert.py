@@ -12,7 +12,7 @@ LATE = tuple(
     f"pytest_vlmgpu.{name}"
     for name in (
         *("collecting", "gate", "leases", "markers", "options", "own_share", "reporting", "requirements", "residents"),
-        *("scheduling", "sets", "shares", "waiting", "workers"),
+        *("controller", "groups", "scheduling", "sets", "shares", "waiting", "workers"),
     )
 )
 """Parts of the plugin that are read when the first gated test or setting is met."""
