@@ -101,7 +101,15 @@ class OwnShare:
         facts = self.judge_facts(needs, machine, loads=loads)
         if facts.action != "run" or not share.gpus:
             return facts
-        choice = share.choice(self._given)
+        here = {gpu.uuid for gpu in machine.gpus}
+        left = tuple(uuid for uuid in share.gpus if uuid in here)
+        if not left:
+            gone = ", ".join(share.gpus)
+            return Verdict(
+                "error", verdicts.FAULT, f"the GPUs of this process are gone ({gone}): see dmesg for Xid messages."
+            )
+        # One that was lost since it was leased is missed by the tests that need it, and by no other.
+        choice = share.choice(self._given)._replace(uuids=left)
         verdict = judge(needs, machine, choice, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
         # Whether a model that does not fit here fits elsewhere, only a plan can tell.
         if verdict.action == "skip" and verdict.code != verdicts.DOES_NOT_FIT:
