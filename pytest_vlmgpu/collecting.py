@@ -65,13 +65,17 @@ def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item, test in gated.items():
         if test.loads and test.specs:
             groups.setdefault(test.specs[0], []).append(item)
-            sharing.setdefault(test.specs[0], []).append(test.requirements)
+            asked = sharing.setdefault(test.specs[0], [])
+            if test.requirements not in asked:
+                asked.append(test.requirements)
     for tests in groups.values():
         # After a test that may change the model it is loaded again: nobody should be left who needs it.
         tests.sort(key=lambda item: item.stash[WATCHED_TEST].mutates)
     before = [item for item, test in gated.items() if not test.loads and (test.requirements.needs_memory or test.specs)]
     arranged: dict[pytest.Item, None] = {}
     for item in items:
+        if item in arranged:
+            continue
         if item in gated and gated[item].loads and gated[item].specs:
             arranged.update(dict.fromkeys([*before, *groups[gated[item].specs[0]]]))
         else:

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Sequence
 
     import pytest
 
@@ -168,8 +168,22 @@ def is_anything_given(config: pytest.Config) -> bool:
     return False
 
 
-def may_be_gated(item: pytest.Function, aliases: Container[str] = ()) -> bool:
-    """True when a test uses a fixture of ours, or a marker that looks like one of ours or stands for one."""
-    if not GATED_FIXTURES.isdisjoint(item.fixturenames):
-        return True
-    return any(mark.name.startswith(MARKER_PREFIXES) or mark.name in aliases for mark in item.iter_markers())
+def may_be_gated(
+    collector: pytest.Collector, items: Sequence[pytest.Function], aliases: Container[str] = ()
+) -> list[pytest.Function]:
+    """Those of a collector's tests that use a fixture of ours, or a marker that looks like one of ours or stands for one.
+
+    Markers of the collector and of what it is in are looked at once for all its tests: most projects have none.
+    """
+
+    def is_ours(mark: pytest.Mark) -> bool:
+        return mark.name.startswith(MARKER_PREFIXES) or mark.name in aliases
+
+    if any(map(is_ours, collector.iter_markers())):
+        return list(items)
+    found = []
+    for item in items:
+        marks = item.own_markers if item.parent is collector else item.iter_markers()
+        if any(map(is_ours, marks)) or not GATED_FIXTURES.isdisjoint(item.fixturenames):
+            found.append(item)
+    return found

@@ -106,6 +106,10 @@ MARKERS: dict[str, Callable[..., Any]] = {
 }
 
 
+_READ: dict[tuple[str, str, str], Any] = {}
+"""Name, positional and keyword arguments of each right marker as text to what it says."""
+
+
 def wrong(sentence: str) -> pytest.Collector.CollectError:
     """The error for a test whose markers cannot be understood."""
     return pytest.Collector.CollectError(f"{WRONG}: {sentence}")
@@ -124,6 +128,14 @@ def read(mark: pytest.Mark, where: str) -> Any:
     Raises:
         pytest.Collector.CollectError: Wrong arguments.
     """
+    # The same marker stands on many tests, and is asked for several times of each. What it says is frozen.
+    key = (mark.name, repr(mark.args), repr(mark.kwargs))
+    if key not in _READ:
+        _READ[key] = _read_anew(mark, where)
+    return _READ[key]
+
+
+def _read_anew(mark: pytest.Mark, where: str) -> Any:
     function = MARKERS[mark.name]
     try:
         inspect.signature(function).bind(*mark.args, **mark.kwargs)

@@ -109,7 +109,7 @@ def pytest_make_collect_report(
     if not tests:
         return report
     aliases = collector.config.stash.get(ALIASES, {})
-    concerned = [item for item in tests if declare.may_be_gated(item, aliases)]
+    concerned = declare.may_be_gated(collector, tests, aliases)
     if concerned:
         from . import collecting
 

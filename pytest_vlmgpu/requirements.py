@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class WatchedTest:
     """``vlm_requires(vram_gib=…)``, to be held against what was measured."""
 
 
+@lru_cache(maxsize=1024)
 def _stricter(one: Requirements, other: Requirements) -> Requirements:
     joined: dict[str, Any] = {}
     for field in fields(Requirements):
