@@ -186,6 +186,8 @@ def wait_for_end(run: subprocess.Popen[str], outcome: Outcome) -> None:
         run.kill()
         outcome.problems.append("the run hung after its worker was killed")
         return
+    if "gateway_bootstrap" in text:
+        return  # killed before it had said hello: pytest-xdist itself cannot go on then, and the next run has to
     failed = text.count("\nFAILED ") + text.count("\nERROR ")
     if run.returncode not in (0, 1) or failed > 1 or "INTERNALERROR" in text:
         outcome.problems.append(f"the run ended with {run.returncode} and {failed} failures: {text[-1500:]}")

@@ -81,8 +81,8 @@ def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
         else:
             arranged[item] = None
     items[:] = arranged
+    from .groups import group_tests
     from .residents import uses_of
-    from .workers import group_tests
 
     gate = gate_of(config)
     gate.own.needs = group_tests(items).needs

@@ -77,7 +77,10 @@ def _user() -> str:
 
 
 def _arguments() -> list[str]:
-    return [*(["python"] if not sys.argv[0] else []), *sys.argv]
+    program, *others = sys.argv or [""]
+    folder, _, name = program.rpartition("/")
+    # python -m pytest
+    return [folder.rpartition("/")[2] if name == "__main__.py" and folder else program or "python", *others]
 
 
 def _boot() -> str:

@@ -77,7 +77,8 @@ class OwnShare:
     def accept(self, share: Share) -> None:
         """Take the share that the controller gave, before any test of this worker runs."""
         self._share, self._is_settled = share, True
-        _show_only(share, self._config)
+        if share.gpus:
+            _show_only(share, self._config)
 
     def unmasked(self, machine: Machine) -> Machine:
         """The machine as the run found it, before this process was shown its share alone."""
@@ -95,12 +96,20 @@ class OwnShare:
     ) -> Verdict:
         """Decide as :func:`pytest_vlmgpu.selection.judge`, on the GPUs of this process."""
         share = self._share
-        if share is None or not share.gpus:
+        if share is None:
             return judge(needs, machine, self._given, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
         facts = self.judge_facts(needs, machine, loads=loads)
-        if facts.action != "run":
+        if facts.action != "run" or not share.gpus:
             return facts
-        choice = share.choice(self._given)
+        here = {gpu.uuid for gpu in machine.gpus}
+        left = tuple(uuid for uuid in share.gpus if uuid in here)
+        if not left:
+            gone = ", ".join(share.gpus)
+            return Verdict(
+                "error", verdicts.FAULT, f"the GPUs of this process are gone ({gone}): see dmesg for Xid messages."
+            )
+        # One that was lost since it was leased is missed by the tests that need it, and by no other.
+        choice = share.choice(self._given)._replace(uuids=left)
         verdict = judge(needs, machine, choice, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
         # Whether a model that does not fit here fits elsewhere, only a plan can tell.
         if verdict.action == "skip" and verdict.code != verdicts.DOES_NOT_FIT:

@@ -61,7 +61,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Make ``-n auto`` one worker a GPU where ``--vlm-gpus`` was given; else the choice is pytest-xdist's."""
     if not declare.is_anything_given(config):
         return None
-    from .workers import auto_workers
+    from .controller import auto_workers
 
     return auto_workers(config)
 
@@ -69,7 +69,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
     """The controller of pytest-xdist collects nothing: it leases GPUs, and the reports of its workers arrive here."""
-    from .workers import start_controller
+    from .controller import start_controller
 
     start_controller(config, specs)
     _add_summary(config)
@@ -78,7 +78,7 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell a worker which one it is."""
-    from .workers import CONTROLLER
+    from .controller import CONTROLLER
 
     node.config.stash[CONTROLLER].configure(node)
 
@@ -146,7 +146,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     given = config.stash[SETTINGS].given if SETTINGS in config.stash else ()
     if not given:
         return None
-    from .workers import remark
+    from .controller import remark
 
     aside = remark(config)
     return f"vlmgpu: {', '.join(given)}{f'; {aside}' if aside else ''}"

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from .workers import CONTROLLER, takes_over
+from .controller import CONTROLLER, takes_over
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import pytest
 
-    from .workers import Controller, Groups
+    from .controller import Controller
+    from .groups import Groups
 
 _LOW_WATER = 2
 """A worker starts a test when it knows the next one, so it needs two. Source: xdist.remote."""

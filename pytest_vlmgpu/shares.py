@@ -12,6 +12,7 @@ from .options import GpuChoice
 from .requirements import Requirements
 from .selection import judge
 from .sets import by_preference, cover, total_demand
+from .waiting import GRACE_S
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,10 +163,10 @@ class Shares:
 
     def _problem(self, wish: _Wish, reason: str) -> str:
         count = f"{wish.least} GPUs are wanted" if wish.least > 1 else "1 GPU is wanted"
-        waited = f" after {self._waiting.waited_s:.0f} s" if self._waiting.waited_s >= 1 else ""
+        waited = f" after {self._waiting.waited_s:.0f} s" if self._waiting.waited_s > GRACE_S + 1 else ""
         return (
-            f"{count}, and other runs have them{waited}: {reason}. Wait for them (--vlm-wait=10m), choose other GPUs with "
-            "--vlm-gpus, or end those runs if they are yours."
+            f"{count}, and other runs have leased those that may be used{waited}: {reason}. Wait (--vlm-wait=10m), "
+            "choose other GPUs with --vlm-gpus, or end those runs if they are yours."
         )
 
 

@@ -127,7 +127,7 @@ class Summary:
             tests_of = Counter(record.model for record in tests.values() if record.is_executed)
             for load in [Load(**load) for _, said in self._said for load in said["loads"]]:
                 terminalreporter.line(load_line(load, tests_of[load.model]))
-            from .workers import account
+            from .controller import account
 
             for line in account(self._config):
                 terminalreporter.line(line)
@@ -200,9 +200,11 @@ class Summary:
         pytest.exit("\n".join(lines), returncode=_UNAVAILABLE)
 
     def _judge(self) -> None:
+        settings = self._settings
+        if not (self._tests or self._said or settings.min_tests or settings.baseline):
+            return
         from . import promises
 
-        settings = self._settings
         origin = settings.origins.get("min_tests", "")
         self._broken += promises.too_few_ran(self._tests, settings.min_tests, origin)
         name = str(settings.baseline.name) if settings.baseline is not None else ""

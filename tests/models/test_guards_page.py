@@ -32,7 +32,8 @@ def test_the_example_prints_what_the_page_shows(tmp_path: Path) -> None:
 
     printed = iter(run.stdout.splitlines())
     for line in shown[1].splitlines():
-        pattern = re.sub(r"([\[\]?])", r"[\1]", line)
+        # How many modules a family has depends on the version of transformers.
+        pattern = re.sub(r"\d+ modules", "* modules", re.sub(r"([\[\]?])", r"[\1]", line))
         assert any(fnmatch.fnmatchcase(found.strip("= ") if "passed" in line else found, pattern) for found in printed), (
             f"{line!r} is not printed:\n{run.stdout}{run.stderr}"
         )

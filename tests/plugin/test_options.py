@@ -251,3 +251,52 @@ def test_settings_that_contradict_each_other(line: dict[str, str], message: str)
     assert str(caught.value) == f"VLM720: {message}"
     if "vlm_fake_gpus" in line:
         assert settle({**line, "vlm_machine": None}, {"VLMGPU_TESTING": "1"}).fake_gpus == "2xL4"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0", 0), ("90", 90), ("90s", 90), ("10m", 600), ("1.5H", 5400), ("2 h", 7200), ("0.5", 0.5)]
+)
+def test_a_time_to_wait(text: str, seconds: float) -> None:
+    assert settle({"vlm_wait": text}).wait_s == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "1d", "10m5s", "1e9", "nan", "٣", "10 minutes", "99999999"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(
+        pytest.UsageError, match=r"VLM720: --vlm-wait: .* is no time; write seconds \(90\), or 90s, 10m, 1h"
+    ):
+        settle({"vlm_wait": text})
+
+
+def test_a_strict_run_waits_for_the_job_before_it() -> None:
+    assert settle().wait_s == 0
+    assert settle({"vlm_strict": "gpu"}).wait_s == 120
+    assert settle({"vlm_strict": "gpu", "vlm_wait": "0"}).wait_s == 0
+
+
+def test_slots_and_lease_folder() -> None:
+    assert settle().keeps_models is settle({"vlm_slots": "1"}).keeps_models is False
+    assert settle({"vlm_slots": "FIT"}).keeps_models is True
+    assert settle().lease_dir is None
+    assert settle({"vlm_lease_dir": "OFF"}).lease_dir == "off"
+    assert settle({"vlm_lease_dir": "/mnt/leases"}).lease_dir == "/mnt/leases"
+    assert settle(env={"VLMGPU_LEASE_DIR": "/mnt/leases"}).given == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "message"),
+    [
+        ("slots", "2", "--vlm-slots: '2' is neither 1 nor fit."),
+        ("lease_dir", "leases", "--vlm-lease-dir: 'leases' is no absolute path; other runs must find the same folder."),
+        (
+            "lease_dir",
+            "/tmp/\0",
+            "--vlm-lease-dir: '/tmp/\\x00' is no absolute path; other runs must find the same folder.",
+        ),
+    ],
+)
+def test_a_wrong_slot_or_folder_is_refused(setting: str, text: str, message: str) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        settle({f"vlm_{setting}": text})
+
+    assert str(caught.value) == f"VLM720: {message}"

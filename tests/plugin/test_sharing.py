@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec.structs import replace
 
 import vlm_doctor.machine as m
-from vlm_doctor.codec import to_json
+from vlm_doctor.codec import from_json, to_json
 from vlm_doctor.units import GIB
 
 if TYPE_CHECKING:
@@ -97,8 +98,25 @@ class Project:
         return path
 
 
-def finish(run: subprocess.Popen[str]) -> tuple[str, dict[str, int]]:
-    text, _ = run.communicate(timeout=LIMIT_S)
+def read_until(run: subprocess.Popen[str], wanted: str) -> str:
+    """What a run prints up to a line with some text."""
+    assert run.stdout is not None
+    lines: list[str] = []
+    for line in run.stdout:
+        lines.append(line)
+        if wanted in line:
+            return "".join(lines)
+    raise AssertionError("".join(lines))
+
+
+def finish(run: subprocess.Popen[str], before: str = "") -> tuple[str, dict[str, int]]:
+    if before:  # partly read already, so that some of the rest is in our own buffer
+        assert run.stdout is not None
+        text = before + run.stdout.read()
+        run.wait(LIMIT_S)
+        run.stdout.close()
+    else:
+        text, _ = run.communicate(timeout=LIMIT_S)
     assert "INTERNALERROR" not in text, text
     last = [line for line in text.splitlines() if re.search(r"=+ .*in [0-9.]+s", line)]
     counts = {word.rstrip("s"): int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last[-1])} if last else {}
@@ -297,15 +315,14 @@ def test_two_runs_take_a_gpu_each_and_a_third_is_told_who_has_them(make: Callabl
         assert counts == {"passed": 1, "error": 1}, text
         assert f"GPU 0 (NVIDIA L4) is leased by pid {one.pid} (" in text
         assert f"GPU 1 (NVIDIA L4) is leased by pid {two.pid} (" in text
-        assert "VLM730: 1 GPU is wanted, and other runs have them" in text
+        assert "VLM730: 1 GPU is wanted, and other runs have leased those that may be used" in text
         assert "Traceback" not in text
 
         waiting = third.start("--vlm-gpus=1", "--vlm-wait=100", test_x=ONE_MODEL)
-        time.sleep(4)
+        before = read_until(waiting, "vlmgpu: waiting")
         (first.folder / "go").touch()
-        text, counts = finish(waiting)
+        text, counts = finish(waiting, before)
         assert counts == {"passed": 2}, text
-        assert "vlmgpu: waiting" in text
     finally:
         for project in (first, second):
             (project.folder / "go").touch()
@@ -340,6 +357,82 @@ def test_after_a_sigkill_of_the_controller_its_workers_go_too(make: Callable[...
 
     assert counts == {"passed": 2}, text
     assert [pid for pid in holders if is_running(pid)] == []
+
+
+@with_workers
+def test_positions_count_as_the_run_sees_them_in_every_worker(make: Callable[..., Project]) -> None:
+    project = make(gpus=3)
+
+    text, counts = project.run(
+        "-n3", "--vlm-gpus=2,", "--dist=loadfile", test_x=ONE_MODEL, test_y=ONE_MODEL, test_z=ONE_MODEL
+    )
+
+    assert counts.get("skipped", 0) == 0, text
+    assert "VLM720" not in text
+    assert {load["gpus"] for load in project.loads()} <= {"2"}
+
+
+def test_slices_of_one_gpu_are_leased_one_by_one(make: Callable[..., Project]) -> None:
+    slices = ("MIG-aaaaaaaa-0000-0000-0000-000000000000", "MIG-bbbbbbbb-0000-0000-0000-000000000000")
+    visible = (*slices, slices[0])
+    first, second, third = (
+        make(name, gpus=1, CUDA_VISIBLE_DEVICES=uuid) for name, uuid in zip("pqr", visible, strict=True)
+    )
+    machine = from_json((first.shared / "machine.json").read_bytes(), m.Machine, where="machine.json")
+    devices = tuple(m.MigDevice(uuid=uuid, memory_total_bytes=10 * GIB, memory_free_bytes=10 * GIB) for uuid in slices)
+    gpu = replace(machine.gpus[0], mig_enabled=True, mig_devices=devices)
+    (first.shared / "machine.json").write_text(to_json(replace(machine, gpus=(gpu,))))
+
+    holder = first.start(test_x=SLOW)
+    try:
+        wait_for(first.folder / "started")
+        beside, counts = second.run(test_x=ONE_MODEL)
+        assert counts == {"passed": 2}, beside
+        same, counts = third.run(test_x=ONE_MODEL)
+        assert counts == {"passed": 1, "error": 1}, same
+        assert "VLM730: 1 GPU is wanted, and other runs have leased those that may be used: GPU 0 (NVIDIA L4)" in same, same
+        assert f"by pid {holder.pid} (" in same, same
+    finally:
+        (first.folder / "go").touch()
+        finish(holder)
+    assert [load["sees"] for load in first.loads()] == list(slices)
+
+
+@with_workers
+def test_without_a_file_between_them_workers_lease_for_themselves_and_say_so(make: Callable[..., Project]) -> None:
+    project = make(SHARED_PROJECT_LOAD_S="1")
+    plugin = """
+import pytest
+@pytest.hookimpl(trylast=True, optionalhook=True)
+def pytest_configure_node(node): node.workerinput["vlmgpu"]["folder"] = "/proc/full"
+"""
+
+    text, counts = project.run(
+        "-n2", "-p", "break_it", break_it=plugin, test_x=ONE_MODEL, test_y=ONE_MODEL.replace("org/a", "org/b")
+    )
+
+    assert counts["passed"] + counts.get("error", 0) == 4, text
+    assert "vlmgpu: /proc/full cannot be written" in text
+    by_worker = {load["worker"]: load["gpus"] for load in project.loads()}
+    assert len(by_worker) == len(set(by_worker.values())), "a GPU has two masters"
+
+
+@with_workers
+def test_rounds_of_sigkill_at_random_moments(make: Callable[..., Project]) -> None:
+    project = make()
+    program = Path(__file__).parents[2] / "benchmarks" / "kill_rounds.py"
+    seed = str(time.time_ns() % 1000)
+
+    run = subprocess.run(
+        [sys.executable, str(program), "--fake", "--rounds", "3", "--seed", seed],
+        env={**os.environ, **project.environment},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=10 * LIMIT_S,
+    )
+
+    assert run.returncode == 0, f"seed {seed}: {run.stdout}{run.stderr}"
 
 
 def is_running(pid: int) -> bool:
@@ -388,9 +481,9 @@ def test_taken_memory_is_waited_for_and_its_holder_named(make: Callable[..., Pro
     assert f"VLM711: org/a needs 4 GiB. GPU 0 (NVIDIA L4) has 2.0 GiB of 22.0 GiB free, held by pid {os.getpid()}" in text
 
     run = project.start("--vlm-wait=100", test_x=ONE_MODEL)
-    time.sleep(6)
+    before = read_until(run, "vlmgpu: waiting")
     ballast.unlink()
-    text, counts = finish(run)
+    text, counts = finish(run, before)
     assert counts == {"passed": 2}, text
     assert re.search(rf"vlmgpu: waiting \d+ of 100 s: .*pid {os.getpid()}", text)
 
