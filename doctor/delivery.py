@@ -68,6 +68,11 @@ def write_file(path: Path, text: str, *, option: str = "--output") -> None:
 
     A device or pipe is written as it stands: replacing ``/dev/null`` by a file would harm the machine.
 
+    Args:
+        path: The file.
+        text: All of it.
+        option: Where the file was named, for the message.
+
     Raises:
         UsageError: The file cannot be written there.
     """

@@ -28,10 +28,15 @@ SECTIONS = [
     "Sources",
 ]
 GATE = ["VLM701", "VLM702", "VLM703", "VLM704", "VLM705"] + [f"VLM71{n}" for n in range(1, 7)] + ["VLM720"]
+LEASES = ["VLM730", "VLM731", "VLM732"]
+RUN = [f"VLM74{n}" for n in range(5)]
+GUARDS = [f"VLM75{n}" for n in range(5)]
 
 
 def test_every_check_and_every_verdict_has_a_page() -> None:
-    assert list(all_codes()) == sorted([*DOCTOR, *ERRORS, *(check.code for check in CHECKS), *MAP, *GATE])
+    assert list(all_codes()) == sorted(
+        [*DOCTOR, *ERRORS, *(check.code for check in CHECKS), *MAP, *GATE, *LEASES, *RUN, *GUARDS]
+    )
     assert all(title and not title.endswith(".") for title in all_codes().values())
 
 
@@ -63,7 +68,7 @@ def test_the_list_names_every_code() -> None:
     assert re.findall(r"^- (VLM\d{3}): .+$", list_text(), re.MULTILINE) == list(all_codes())
 
 
-@pytest.mark.parametrize("code", GATE)
+@pytest.mark.parametrize("code", [*GATE, *GUARDS])
 def test_pages_of_the_gate_say_what_strictness_changes(code: str) -> None:
     assert "--vlm-strict" in explain(code)
 
