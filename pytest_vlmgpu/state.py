@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from .controller import Controller
     from .gate import Gate
     from .options import Settings
     from .requirements import GatedTest
@@ -16,6 +17,8 @@ SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 """Of the config; there when a setting was given."""
 GATE: pytest.StashKey[Gate] = pytest.StashKey()
 """Of the config; there from the first gated test that is collected."""
+CONTROLLER: pytest.StashKey[Controller] = pytest.StashKey()
+"""Of the config of pytest-xdist's controller."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
 """Of an item that asks for a model or GPUs."""
 POSITION: pytest.StashKey[int] = pytest.StashKey()
