@@ -14,7 +14,7 @@ from .groups import Groups
 from .requirements import Requirements, VlmSpec
 from .sets import Demand, demands_of, divide, owners_of
 from .shares import Share, Shares
-from .state import SETTINGS, gate_of
+from .state import CONTROLLER, SETTINGS, gate_of
 from .waiting import GRACE_S
 from .workers import INPUT, warn, write
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from vlm_doctor.machine import Gpu, Machine
     from vlm_doctor.placement import Plan
 
-CONTROLLER: pytest.StashKey[Controller] = pytest.StashKey()
-"""Of the controller's config."""
 _LEFT_OPEN = ("load", "loadgroup", "worksteal")
 """Values of ``--dist`` that leave the plugin free to choose a worker for each test."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import declare, fixtures
-from .state import ALIASES, GATED_TEST, SETTINGS, WATCHED_TEST, gate_of
+from .state import ALIASES, CONTROLLER, GATED_TEST, SETTINGS, WATCHED_TEST, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -78,17 +78,15 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell a worker which one it is."""
-    from .controller import CONTROLLER
-
     node.config.stash[CONTROLLER].configure(node)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each model one worker."""
-    from . import scheduling
+    from .scheduling import make
 
-    return scheduling.make(config, log)
+    return make(config, log)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from .controller import CONTROLLER, takes_over
+from .controller import takes_over
+from .state import CONTROLLER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

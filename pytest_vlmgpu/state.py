@@ -8,6 +8,7 @@ import pytest
 
 if TYPE_CHECKING:
     from .aliases import Alias
+    from .controller import Controller
     from .gate import Gate
     from .options import Settings
     from .requirements import GatedTest, WatchedTest
@@ -20,6 +21,8 @@ ALIASES: pytest.StashKey[dict[str, Alias]] = pytest.StashKey()
 """Of the config; there when the project gives any."""
 GATE: pytest.StashKey[Gate] = pytest.StashKey()
 """Of the config; there from the first gated test that is collected."""
+CONTROLLER: pytest.StashKey[Controller] = pytest.StashKey()
+"""Of the config of pytest-xdist's controller."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
 """Of an item that asks for a model or GPUs."""
 WATCHED_TEST: pytest.StashKey[WatchedTest] = pytest.StashKey()
