@@ -19,6 +19,7 @@ from .model import ModelProfile
 from .placement import Plan
 from .report import Report
 from .trace import Traces
+from .trial import Attempt
 from .verdict import COULD_NOT_LOOK, PROBLEM, USABLE, exit_status, focus
 from .workload import Policy, Workload
 
@@ -193,6 +194,33 @@ def error_report(answer: ErrorAnswer, machine: Machine) -> Report:
         error_text=confirm(answer, diagnosis),
         exit_status=USABLE if answer.is_recognized else COULD_NOT_LOOK,
     )
+
+
+def try_report(
+    planned: Report, attempts: Sequence[Attempt], workload: Workload, *, model: str, gpus: Mapping[str, Sequence[int]]
+) -> Report:
+    """Say what came of loading a model for real.
+
+    Args:
+        planned: Of :func:`plan_report`; on the CPU a report of the machine without a plan.
+        attempts: What the processes told, the plan's (or the CPU's) first; none when nothing was loaded.
+        workload: The call that was made.
+        model: Its name.
+        gpus: Route to the GPU index behind each CUDA ordinal.
+    """
+    from .error_answer import confirm
+    from .trial_verdict import judged
+
+    diagnosis = planned.diagnosis
+    machine = planned.machine.description
+    trial = judged(attempts, model=model, machine=machine, workload=workload, plan=planned.plan, gpus=gpus)
+    if diagnosis is not None:
+        confirmed = tuple(
+            attempt if attempt.error is None else msgspec.structs.replace(attempt, error=confirm(attempt.error, diagnosis))
+            for attempt in trial.attempts
+        )
+        trial = msgspec.structs.replace(trial, attempts=confirmed)
+    return msgspec.structs.replace(planned, command="try", trial=trial, exit_status=USABLE if trial.is_good else PROBLEM)
 
 
 def _gpus_of(answer: Plan) -> frozenset[int]:

@@ -13,6 +13,7 @@ from .units import parse_bytes
 
 _SIZE = re.compile(r"(\d{1,6})(?:[xX](\d{1,6}))?", re.ASCII)
 _INDEX = re.compile(r"\d{1,4}", re.ASCII)
+_SECONDS = re.compile(r"\d{1,7}(?:\.\d{1,3})?", re.ASCII)
 _CODE_START = re.compile(r"VLM\d{1,3}", re.ASCII)
 
 
@@ -123,6 +124,18 @@ def gpu_number(text: str) -> int:
         UsageError: It is not a whole number from 1 on.
     """
     return gpu_count(text, where="--gpus")
+
+
+def seconds(text: str) -> float:
+    """Read ``900`` or ``0.5`` as seconds.
+
+    Raises:
+        UsageError: It is not a number from 0.1 to 1,000,000.
+    """
+    value = float(text) if _SECONDS.fullmatch(text) else 0.0
+    if not 0.1 <= value <= 1_000_000:
+        raise UsageError(f"--deadline: {text!r} is not a number of seconds; write one such as 900.")
+    return value
 
 
 def compute_capability(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The command line: ``vlm-doctor``, ``collect``, ``plan``, ``check-map``, ``explain``.
+"""The command line: ``vlm-doctor``, ``collect``, ``plan``, ``check-map``, ``try``, ``explain``.
 
 Exit status, the same in every format: 0 usable; 1 an error was found (with ``--strict`` also a warning) or the plan does
 not fit; 2 bad usage or unreadable input; 3 could not look; 130 interrupted. Imports are late: a run has 0.3 s.
@@ -245,6 +245,38 @@ def check_map(options: Namespace) -> int:
     return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
 
 
+def try_model(options: Namespace) -> int:
+    """Load a model where the plan puts it, call it, and say what came of it."""
+    started = time.perf_counter()
+    look = _look(options)
+    if options.machine != "live":
+        raise UsageError(
+            f"--machine {options.machine}: only this machine can be tried; vlm-doctor plan plans for any other."
+        )
+    profile, machine = _model_and_machine(options)
+    from .probes.trial_run import Trier
+    from .trying import try_model as try_it
+
+    trier = Trier(
+        options.model,
+        profile,
+        workload(options),
+        trust_remote_code=options.trust_remote_code,
+        allow_network=not options.offline,
+        deadline_s=options.deadline,
+    )
+    report = try_it(
+        trier,
+        profile,
+        machine,
+        _calibrated(policy(options), machine),
+        on_cpu=options.cpu,
+        beside_auto=options.beside_auto,
+        watch=lambda what: Progress(lambda: what, sys.stderr),
+    )
+    return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+
+
 def collect(options: Namespace) -> int:
     """Write a snapshot of this machine."""
     from . import codec
@@ -330,6 +362,7 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "gate": gate,
     "plan": plan,
     "check-map": check_map,
+    "try": try_model,
     "collect": collect,
     "calibrate": calibrate,
     "explain": explain,

@@ -29,6 +29,7 @@ COMMANDS = {
     "gate": "Say whether a machine is what a CI job expects: exit status 0 or 1 and one line.",
     "plan": "Place a model on the GPUs of a machine: device_map, memory of each GPU, and why.",
     "check-map": "Judge a device_map before anything loads: what fails, why, and the map that would do.",
+    "try": "Load a model where the plan puts it, call it, and hold what happens against the plan.",
     "collect": "Write a snapshot of this machine as JSON, for --machine elsewhere and for bug reports.",
     "calibrate": "Measure what torch takes of each GPU of this machine, for later plans; makes a CUDA context on each.",
     "explain": "Explain a code: what it means, why it matters, how to repair it; without a code, list them.",
@@ -36,6 +37,10 @@ COMMANDS = {
 }
 
 
+DEFAULT_TRIAL_S = 900.0
+"""30 GiB from a disk that gives 100 MB/s take 5 minutes."""
+TRIAL_TOKENS = 16
+"""Enough to see that decoding works; a plan's own default would take a minute on a slow card."""
 JUDGEMENT_FORMATS = ("terminal", "json", "github", "junit", "sarif", "markdown")
 """Of commands whose answer is verdicts on a machine."""
 
@@ -101,6 +106,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     _add_gate(commands["gate"])
     _add_plan(commands["plan"])
     _add_check_map(commands["check-map"])
+    _add_try(commands["try"])
     _add_collect(commands["collect"])
     _add_calibrate(commands["calibrate"])
     commands["explain"].add_argument("code", metavar="CODE", nargs="?", help="such as VLM501; left out: list them all")
@@ -149,7 +155,6 @@ def _add_gate(parser: Parser) -> None:
 
 
 def _add_plan(parser: Parser) -> None:
-    careful = Policy()
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
@@ -159,6 +164,15 @@ def _add_plan(parser: Parser) -> None:
         help="tell memory by running the model's code without GPU and weights; takes a minute",
     )
     _add_workload(parser)
+    _add_policy(parser)
+    parser.add_argument(
+        "--suggest-gpus", action="store_true", help="name cards on which the workload would fit, also when it fits here"
+    )
+    _add_output(parser, ("terminal", "json", "python", "yaml"))
+
+
+def _add_policy(parser: Parser) -> None:
+    careful = Policy()
     policy = parser.add_argument_group("policy")
     policy.add_argument(
         "--prefer",
@@ -191,15 +205,25 @@ def _add_plan(parser: Parser) -> None:
         "--offload", action="store_true", help="allow the last layers in host memory when the GPUs do not suffice: slow"
     )
     policy.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
-    parser.add_argument(
-        "--suggest-gpus", action="store_true", help="name cards on which the workload would fit, also when it fits here"
-    )
-    _add_output(parser, ("terminal", "json", "python", "yaml"))
 
 
 def _add_workload(parser: Parser) -> None:
     """What the model is to do: the same words for a plan and for the judgement of a map, so that the two never differ."""
-    default, usual = Workload(), Training()
+    work = _add_call(parser, Workload())
+    work.add_argument("--logits", choices=("generate", "forward"), default="generate", help="forward keeps all of them")
+    work.add_argument("--padded", action="store_true", help="prompts of a batch differ in length, so that there is a mask")
+    usual = Training()
+    group = parser.add_argument_group("training: one optimizer step instead of a call")
+    group.add_argument("--training", choices=("lora", "full"), help="adapters on the text body, or all weights")
+    group.add_argument("--optimizer", choices=get_args(Optimizer), help=f"default: {usual.optimizer}")
+    group.add_argument("--lora-rank", metavar="N", type=int, help=f"rank of the adapters (default: {usual.lora_rank})")
+    group.add_argument(
+        "--no-gradient-checkpointing", action="store_true", help="keep all activations for the backward pass"
+    )
+
+
+def _add_call(parser: Parser, default: Workload) -> argparse._ArgumentGroup:
+    """What a call of the model holds."""
     work = parser.add_argument_group("largest call of the model")
     for name, value, text in (
         ("--images", default.images, "images in each prompt"),
@@ -218,21 +242,37 @@ def _add_workload(parser: Parser) -> None:
     work.add_argument("--dtype", choices=get_args(DType), help="of the weights (default: the checkpoint's)")
     work.add_argument("--quantization", choices=get_args(Quantization), help="load with bitsandbytes")
     work.add_argument("--attention", choices=get_args(Attention), default=default.attention)
-    work.add_argument("--logits", choices=("generate", "forward"), default=default.logits, help="forward keeps all of them")
     work.add_argument(
         "--allocator",
         choices=("native", "expandable"),
         default=default.allocator,
         help="torch's, or expandable_segments:True",
     )
-    work.add_argument("--padded", action="store_true", help="prompts of a batch differ in length, so that there is a mask")
-    group = parser.add_argument_group("training: one optimizer step instead of a call")
-    group.add_argument("--training", choices=("lora", "full"), help="adapters on the text body, or all weights")
-    group.add_argument("--optimizer", choices=get_args(Optimizer), help=f"default: {usual.optimizer}")
-    group.add_argument("--lora-rank", metavar="N", type=int, help=f"rank of the adapters (default: {usual.lora_rank})")
-    group.add_argument(
-        "--no-gradient-checkpointing", action="store_true", help="keep all activations for the backward pass"
+    return work
+
+
+def _add_try(parser: Parser) -> None:
+    parser.description = f"{COMMANDS['try']} In a process of its own, which may fail, hang or be killed."
+    parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
+    parser.add_argument("--beside-auto", action="store_true", help='then load it with device_map="auto" as well')
+    parser.add_argument("--cpu", action="store_true", help="load it for the CPU, without a plan")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow Python code of the checkpoint to run")
+    parser.add_argument(
+        "--deadline",
+        metavar="SECONDS",
+        type=arguments.seconds,
+        default=DEFAULT_TRIAL_S,
+        help=f"for each load with its calls (default: {DEFAULT_TRIAL_S:.0f})",
     )
+    _add_machine(parser)
+    parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    _add_call(parser, Workload(new_tokens=TRIAL_TOKENS))
+    # A trial is a call of generate with prompts of one length.
+    parser.set_defaults(
+        logits="generate", padded=False, training=None, optimizer=None, lora_rank=None, no_gradient_checkpointing=False
+    )
+    _add_policy(parser)
+    _add_output(parser, ("terminal", "json"))
 
 
 def _add_check_map(parser: Parser) -> None:

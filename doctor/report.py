@@ -11,6 +11,7 @@ from .device_map import MapCheck
 from .findings import Diagnosis
 from .machine import Machine
 from .placement import Plan
+from .trial import Trial
 
 REPORT_SCHEMA = 1
 
@@ -21,9 +22,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = REPORT_SCHEMA
     version: str
     """Of pytest-vlmgpu."""
-    command: Literal["check", "plan", "check-map", "gate", "explain-error"] = "check"
+    command: Literal["check", "plan", "check-map", "gate", "explain-error", "try"] = "check"
     """What was asked: in ``check`` the plan is only a sketch, in ``plan`` it is the answer, in ``check-map`` the map's
-    judgement is, in ``gate`` whether expectations are met, in ``explain-error`` what a text says."""
+    judgement is, in ``gate`` whether expectations are met, in ``explain-error`` what a text says, in ``try`` what came of
+    loading the model by ``plan``."""
     machine: Machine
     diagnosis: Diagnosis | None = None
     plan: Plan | None = None
@@ -32,6 +34,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What is different since the report of ``--since``."""
     gate: GateAnswer | None = None
     error_text: ErrorAnswer | None = None
+    trial: Trial | None = None
     exit_status: int
     """0 usable; 1 an error was found (with --strict also a warning), the plan does not fit or the gate is not met; 3 could
     not look, or the error text is not recognized."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm_doctor.errors import UsageError
+from vlm_doctor.probes.loading import auto_class, workload_options
 
 from .failures import Allocation, LoadFailure, broken_torch, check_weights, explained, needs_remote_code
 from .keepers import holder_of
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from vlm_doctor.placement import Plan, Stage
 
 __all__ = ["LoadFailure", "LoadedVlm", "device_map_for", "load", "torch_ordinals", "unload"]
-
-_REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
-"""Keys of ``auto_map`` under which checkpoints publish a class that generates, best first (CogVLM2 and GLM-4V-9B use the
-second, MiniCPM-V and InternVL-Chat the second and third)."""
 
 
 @dataclass
@@ -259,20 +256,15 @@ def _load_model(
     config = transformers.AutoConfig.from_pretrained(
         source.name, revision=source.revision, trust_remote_code=trust_remote_code
     )
-    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        auto_class = transformers.AutoModelForImageTextToText
-    else:
-        published = getattr(config, "auto_map", None) or {}
-        class_name = next((name for name in _REMOTE_CLASSES if name in published), None)
-        if class_name is None:
-            raise LoadFailure(
-                "VLM713",
-                f"{source.name} has model_type {config.model_type!r}, which transformers {transformers.__version__} does "
-                "not know as a vision-language model: check the name, or install a transformers version that does.",
-            )
-        if not trust_remote_code:
-            raise needs_remote_code(source.name)
-        auto_class = getattr(transformers, class_name)
+    loader = auto_class(transformers, config)
+    if loader is None:
+        raise LoadFailure(
+            "VLM713",
+            f"{source.name} has model_type {config.model_type!r}, which transformers {transformers.__version__} does "
+            "not know as a vision-language model: check the name, or install a transformers version that does.",
+        )
+    if loader is not transformers.AutoModelForImageTextToText and not trust_remote_code:
+        raise needs_remote_code(source.name)
     wanted = dtype or (plan.dtype if plan is not None else "auto")
     options: dict[str, Any] = {
         "dtype": wanted if wanted == "auto" else getattr(torch, wanted),
@@ -281,26 +273,12 @@ def _load_model(
     if device_map:
         options["device_map"] = device_map
     if plan is not None:
-        options.update(_workload_options(plan))
-    model, problems = auto_class.from_pretrained(
+        work = plan.workload
+        options.update(workload_options(transformers, attention=work.attention, quantization=work.quantization))
+    model, problems = loader.from_pretrained(
         source.name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )
     return model, problems
-
-
-def _workload_options(plan: Plan) -> dict[str, Any]:
-    """What the plan's figures rest on beyond the map."""
-    options: dict[str, Any] = {}
-    if plan.workload.attention == "eager":
-        options["attn_implementation"] = "eager"
-    if plan.workload.quantization is not None:
-        from transformers import BitsAndBytesConfig
-
-        is_int8 = plan.workload.quantization == "int8"
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=is_int8, load_in_4bit=not is_int8, bnb_4bit_quant_type="nf4"
-        )
-    return options
 
 
 def _check_devices(name: str, model: Any, device_map: dict[str, int]) -> None:

@@ -10,6 +10,7 @@ import shlex
 
 from ..findings import Diagnosis
 from ..report import Report
+from ..trial import Trial
 from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
 from .changes_text import write_changes
 from .error_text import write_error
@@ -20,6 +21,7 @@ from .machine_text import write_machine, write_torch
 from .map_text import write_map_check
 from .page import Page
 from .plan_text import write_gpu_sets, write_levers, write_plan, write_snippet, write_suggestion
+from .trial_text import write_trial
 
 EXAMPLE_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
 MISFITS = ("VLM601", "VLM602")
@@ -32,6 +34,8 @@ def render(report: Report, look: Look) -> str:
         return _plan(report, look)
     if report.command == "check-map":
         return _map_check(report, look)
+    if report.trial is not None:
+        return _trial(report, report.trial, look)
     if report.error_text is not None:
         page = _page(look)
         write_error(page, report.error_text, report.machine, verbose=look.verbose)
@@ -138,6 +142,15 @@ def _map_check(report: Report, look: Look) -> str:
     elif report.map_check is not None:
         write_map_check(page, report.map_check, verbose=look.verbose)
     _write_machine_trouble(page, report, look)
+    _write_time(page, report)
+    return page.render()
+
+
+def _trial(report: Report, trial: Trial, look: Look) -> str:
+    page = _page(look)
+    write_trial(page, trial, report.plan, report.machine, verbose=look.verbose)
+    if not trial.is_good:
+        _write_machine_trouble(page, report, look)
     _write_time(page, report)
     return page.render()
 

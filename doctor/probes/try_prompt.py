@@ -1,0 +1,102 @@
+"""The call that a trial makes: images of noise and a text of the planned length. Used by :mod:`.try_child` only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..sources.trace_inputs import image_inputs, prompt_inputs
+from .loading import load_processor, prompt_text
+
+_QUESTION = "Describe what you see."
+_FILLER = " the"
+"""One token in most tokenizers, as often as it is repeated."""
+_NOTED_TOKENS = 8
+"""A prompt is cut to length by whole words, and not every tokenizer makes one token of a word."""
+_MEASURED = 64
+"""Repetitions by which the tokens of one are told."""
+
+
+def make_prompt(
+    transformers: Any, model: Any, work: dict[str, Any], *, name: str, revision: str | None, trust_remote_code: bool
+) -> tuple[dict[str, Any], Any, list[str]]:
+    """Inputs of the call, where the first stage is; the processor that made them; and what has to be said of them.
+
+    Args:
+        transformers: The module.
+        model: Loaded.
+        work: ``batch``, ``images``, ``height``, ``width``, ``sequences``, ``image_tokens``, ``prompt_tokens``.
+        name: Folder or hub id of the checkpoint.
+        revision: Of the hub id.
+        trust_remote_code: Allow Python code of the checkpoint to run.
+    """
+    torch.manual_seed(0)
+    notes: list[str] = []
+    processor = None
+    try:
+        processor = load_processor(transformers, name, revision, model.config, trust_remote_code=trust_remote_code)
+        inputs = _by_processor(processor, work)
+    except Exception as error:  # noqa: BLE001 - foreign code: that it cannot write a prompt is told, and is no verdict
+        notes.append(
+            f"Its processor makes no prompt here ({type(error).__name__}: {' '.join(str(error).split())[:200]}): the model "
+            "was called with token numbers and pixels of the planned shape instead."
+        )
+        processor, inputs = None, _by_shape(model, work, name)
+    length = inputs["input_ids"].shape[1]
+    if abs(length - work["prompt_tokens"]) > _NOTED_TOKENS:
+        notes.append(f"The prompt has {length:,} tokens; {work['prompt_tokens']:,} were planned.")
+    return {key: _placed(value, model) for key, value in inputs.items()}, processor, notes
+
+
+def _by_processor(processor: Any, work: dict[str, Any]) -> dict[str, Any]:
+    """As a user makes it: chat template, tokenizer, image processor. The text is as long as the prompt is to be."""
+    if work["images"] and not hasattr(processor, "image_processor"):
+        raise ValueError("it takes no images")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    bare = _processed(processor, work, _QUESTION)["input_ids"].shape[1]
+    each = len(tokenizer(_FILLER * _MEASURED, add_special_tokens=False)["input_ids"]) / _MEASURED
+    count = max(0, int((work["prompt_tokens"] - bare) / each))
+    return dict(_processed(processor, work, _FILLER * count + " " + _QUESTION if count else _QUESTION))
+
+
+def _processed(processor: Any, work: dict[str, Any], text: str) -> Any:
+    prompts = [prompt_text(processor, work["images"], text)] * work["batch"]
+    if not work["images"]:
+        return processor(text=prompts, return_tensors="pt")
+    pictures = [_noise(work["width"], work["height"], seed) for seed in range(work["images"])]
+    return processor(text=prompts, images=[pictures] * work["batch"], return_tensors="pt")
+
+
+def _noise(width: int, height: int, seed: int) -> Any:
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height * width * 3,), generator=generator, dtype=torch.uint8)
+    return Image.frombytes("RGB", (width, height), bytes(pixels.untyped_storage()))
+
+
+def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
+    """Token numbers that mean nothing, and noise in the place of pixels."""
+    images = {}
+    if work["images"]:
+        sizes = {key: work[key] for key in ("images", "height", "width", "batch", "sequences")}
+        images = image_inputs(model.config, name, **sizes)
+        images = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in images.items()}
+    return prompt_inputs(model.config, work["prompt_tokens"], work["batch"], images, work["image_tokens"])
+
+
+def _placed(value: Any, model: Any) -> Any:
+    """A tensor where the embedding is, in the model's dtype; anything else, such as lists of them, likewise or as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_placed(item, model) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    device = _input_device(model)
+    return value.to(device, model.dtype) if value.is_floating_point() else value.to(device)
+
+
+def _input_device(model: Any) -> Any:
+    """Where the input embedding is; of one that is offloaded (meta) the first GPU, where it is computed."""
+    device = next(model.get_input_embeddings().parameters()).device
+    return torch.device("cuda", 0) if device.type == "meta" else device
