@@ -190,10 +190,11 @@ def _not_ended(attempt: Attempt, model: str) -> Finding:
 
 def _astray(attempt: Attempt) -> Finding:
     more = attempt.astray_count - len(attempt.astray)
+    counted = "1 tensor is" if attempt.astray_count == 1 else f"{attempt.astray_count} tensors are"
     named = "; ".join([*attempt.astray, *([f"and {more} more"] if more else [])])
     return _finding(
         "VLM641",
-        f"{attempt.astray_count} tensors are elsewhere than planned: {named}.",
+        f"{counted} elsewhere than planned: {named}.",
         Fix(text="Report it with this output: transformers or accelerate did not follow the map."),
     )
 

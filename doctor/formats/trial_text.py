@@ -70,7 +70,7 @@ def _loaded_by(attempt: Attempt, plan: Plan | None) -> str:
 
 def _libraries(attempt: Attempt) -> str:
     names = [f"{name} {version}" for name in ("torch", "transformers") if (version := getattr(attempt, name))]
-    return ", ".join([*names, *([attempt.class_name] if attempt.class_name else [])]) or "nothing: it came not so far"
+    return ", ".join([*names, *([attempt.class_name] if attempt.class_name else [])]) or "not known: it did not come so far"
 
 
 def _write_peaks(page: Page, attempt: Attempt) -> None:
