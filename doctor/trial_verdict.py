@@ -125,10 +125,14 @@ def sentence(attempt: Attempt) -> str:
         )
     during = _DURING[attempt.reached]
     if attempt.state == "timed_out":
-        return f"It was stopped {during}: {attempt.message}."
+        return f"It was stopped {during}: {_closed(attempt.message or 'it did not answer')}"
     if attempt.state == "crashed":
-        return f"It crashed {during}: {_how(attempt.message or 'for an unknown reason')}."
-    return f"It failed {during}: {_reason(attempt)}."
+        return f"It crashed {during}: {_closed(_how(attempt.message or 'for an unknown reason'))}"
+    return f"It failed {during}: {_closed(_reason(attempt))}"
+
+
+def _closed(text: str) -> str:
+    return text if text.endswith(("!", "?")) else f"{text}."
 
 
 def _how(message: str) -> str:

@@ -64,7 +64,7 @@ def _titles(findings: Sequence[Finding]) -> str:
 def _loaded_by(attempt: Attempt, plan: Plan | None) -> str:
     if attempt.route != "plan" or plan is None:
         return _WHOSE[attempt.route]
-    where = ", ".join(f"GPU {stage.gpu}" for stage in plan.stages)
+    where = " and ".join(f"GPU {stage.gpu}" for stage in plan.stages)
     return f"{_WHOSE['plan']}, on {where}{' and the CPU' if plan.offloaded is not None else ''}"
 
 
@@ -96,7 +96,8 @@ def _write_peaks(page: Page, attempt: Attempt) -> None:
     page.table(columns, rows)
 
 
-_PEAK_HEADINGS = ("weights", "planned", "tensors", "planned", "segments", "then free")
+_PEAK_HEADINGS = ("weights", "tensors plan", "took", "segments plan", "took", "then free")
+"""Parameters and buffers; torch's peaks of tensors and of segments, planned and measured; what the driver had left."""
 
 
 def _size(size_bytes: int | None) -> str:
@@ -149,7 +150,7 @@ def _write_beside(page: Page, attempts: Sequence[Attempt], plan: Plan | None) ->
 
 
 def _loads(attempt: Attempt) -> str:
-    return f"yes, {attempt.load_seconds or 0:.1f} s" if attempt.is_loaded else f"no: {attempt.sentence}"
+    return f"yes, {attempt.load_seconds or 0:.1f} s" if attempt.is_loaded else f"no: {_inside(attempt)}"
 
 
 def _cut(attempt: Attempt) -> str:
@@ -164,9 +165,14 @@ def _answers(attempt: Attempt) -> Piece:
     if not attempt.is_loaded:
         return "-"
     if attempt.state != "ran":
-        return (f"no: {attempt.sentence}", "bold red")
+        return (f"no: {_inside(attempt)}", "bold red")
     nonsense = "" if attempt.is_finite else ", not finite"
     return f"yes, {attempt.new_tokens or 0} tokens in {attempt.call_seconds or 0:.1f} s{nonsense}"
+
+
+def _inside(attempt: Attempt) -> str:
+    """Its sentence inside another."""
+    return f"{attempt.sentence[:1].lower()}{attempt.sentence[1:]}"
 
 
 def _peak(attempt: Attempt, device: str) -> str:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from ..sources.trace_inputs import image_inputs, prompt_inputs
 from .loading import load_processor, prompt_text
 
 _QUESTION = "Describe what you see."
@@ -31,6 +28,8 @@ def make_prompt(
         revision: Of the hub id.
         trust_remote_code: Allow Python code of the checkpoint to run.
     """
+    import torch
+
     torch.manual_seed(0)
     notes: list[str] = []
     processor = None
@@ -69,6 +68,7 @@ def _processed(processor: Any, work: dict[str, Any], text: str) -> Any:
 
 
 def _noise(width: int, height: int, seed: int) -> Any:
+    import torch
     from PIL import Image
 
     generator = torch.Generator().manual_seed(seed)
@@ -78,6 +78,10 @@ def _noise(width: int, height: int, seed: int) -> Any:
 
 def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
     """Token numbers that mean nothing, and noise in the place of pixels."""
+    import torch
+
+    from ..sources.trace_inputs import image_inputs, prompt_inputs
+
     images = {}
     if work["images"]:
         sizes = {key: work[key] for key in ("images", "height", "width", "batch", "sequences")}
@@ -88,6 +92,8 @@ def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _placed(value: Any, model: Any) -> Any:
     """A tensor where the embedding is, in the model's dtype; anything else, such as lists of them, likewise or as it is."""
+    import torch
+
     if isinstance(value, (list, tuple)):
         return [_placed(item, model) for item in value]
     if not isinstance(value, torch.Tensor):
@@ -98,5 +104,7 @@ def _placed(value: Any, model: Any) -> Any:
 
 def _input_device(model: Any) -> Any:
     """Where the input embedding is; of one that is offloaded (meta) the first GPU, where it is computed."""
+    import torch
+
     device = next(model.get_input_embeddings().parameters()).device
     return torch.device("cuda", 0) if device.type == "meta" else device

@@ -13,11 +13,13 @@ from vlm_doctor.data.by_hand import BY_HAND
 from vlm_doctor.data.error_codes import ERROR_CODES
 from vlm_doctor.errors import UsageError
 from vlm_doctor.planner.map_question import TITLES
+from vlm_doctor.trial_verdict import TITLES as TRIAL_TITLES
 
 ROOT = Path(__file__).parents[2]
 DOCTOR = [f"VLM00{number}" for number in range(1, 7)]
 ERRORS = [one.code for one in ERROR_CODES]
 MAP = list(TITLES)
+TRIAL = list(TRIAL_TITLES)
 SECTIONS = [
     "What it checks",
     "Why it matters",
@@ -35,13 +37,14 @@ GUARDS = [f"VLM75{n}" for n in range(5)]
 
 def test_every_check_and_every_verdict_has_a_page() -> None:
     assert list(all_codes()) == sorted(
-        [*DOCTOR, *ERRORS, *(check.code for check in CHECKS), *MAP, *GATE, *LEASES, *RUN, *GUARDS]
+        [*DOCTOR, *ERRORS, *(check.code for check in CHECKS), *MAP, *TRIAL, *GATE, *LEASES, *RUN, *GUARDS]
     )
     assert all(title and not title.endswith(".") for title in all_codes().values())
 
 
 def test_pages_about_maps_have_the_titles_of_the_findings() -> None:
     assert {code: all_codes()[code] for code in MAP} == TITLES
+    assert {code: all_codes()[code] for code in TRIAL} == TRIAL_TITLES
 
 
 @pytest.mark.parametrize("code", all_codes())

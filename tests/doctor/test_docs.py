@@ -15,7 +15,15 @@ from vlm_doctor.options import parse
 from vlm_doctor.sources.project_file import read_project
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["docs/doctor.md", "docs/ci.md", "docs/explain-error.md", "docs/plan.md", "docs/check-map.md", "docs/models.md"]
+PAGES = [
+    "docs/doctor.md",
+    "docs/try.md",
+    "docs/ci.md",
+    "docs/explain-error.md",
+    "docs/plan.md",
+    "docs/check-map.md",
+    "docs/models.md",
+]
 BLOCK = re.compile(r"```console\n(?P<text>.*?)```", re.DOTALL)
 COMMAND = re.compile(r"^\$ vlm-doctor ?(?P<words>[^|>\n]*)", re.MULTILINE)
 SHOWN = re.compile(r"```console\n\$ vlm-doctor (?P<words>[^\n|>]*--machine [^\n|>]*)\n(?P<out>.*?)```", re.DOTALL)
@@ -63,7 +71,9 @@ def test_the_table_on_the_page_is_read(tmp_path: Path) -> None:
     assert settings.gpus == 2
 
 
-@pytest.mark.parametrize(("command", "page"), [("gate", "docs/ci.md"), ("explain-error", "docs/explain-error.md")])
+@pytest.mark.parametrize(
+    ("command", "page"), [("gate", "docs/ci.md"), ("try", "docs/try.md"), ("explain-error", "docs/explain-error.md")]
+)
 def test_a_page_names_every_option(command: str, page: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse([command, "--help"])

@@ -35,7 +35,8 @@ OUT_OF_MEMORY = (
 
 @pytest.fixture(scope="module")
 def planned() -> Plan:
-    return plan(load_profile(MODEL), load_machine("2xL4"), Workload(), Policy(min_gpus=2))
+    made: Plan = plan(load_profile(MODEL), load_machine("2xL4"), Workload(), Policy(min_gpus=2))
+    return made
 
 
 def judge(*attempts: Attempt, plan: Plan | None = None) -> Trial:
@@ -110,7 +111,7 @@ def test_a_known_error_has_its_cause_and_its_advice() -> None:
     trial = judge(failed(state="raised", reached="prompt", traceback=f"Traceback (most recent call last):\n{text}\n"))
 
     (finding,) = trial.findings
-    assert finding.message == f"It failed in the first call: {text}."
+    assert finding.message == f"It failed in the first call: {text}"
     assert finding.cause is not None
     assert "different devices" in finding.cause
     assert finding.fix is not None

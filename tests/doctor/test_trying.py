@@ -43,11 +43,11 @@ CUT = """
         answer |= {"reached": "prompt", "cut_count": 2,
             "cut_blocks": [{"key": "model.visual.blocks.3", "devices": ["cuda:0", "cuda:1"]}],
             "held_bytes": {"cuda:0": 10 * 2**30, "meta": 9 * 2**30},
-            "traceback": "Traceback (most recent call last):\\nRuntimeError: Expected all tensors to be on the same device, "
-            "but found at least two devices, cuda:0 and cuda:1!\\n"}
+            "traceback": "Traceback (most recent call last):\\nRuntimeError: Expected all tensors to be on the same "
+            "device, but found at least two devices, cuda:0 and cuda:1!\\n"}
 """
 
-Stand = Callable[[str], Path]
+Stand = Callable[..., Path]
 
 
 @pytest.fixture
@@ -67,7 +67,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stand:
 @pytest.fixture(scope="module")
 def two_l4() -> Machine:
     """Two L4 that pass for this machine."""
-    return msgspec.structs.replace(load_machine(str(ROOT / "tests/machines/2xl4-idle.json")), origin="live")
+    machine: Machine = msgspec.structs.replace(load_machine(str(ROOT / "tests/machines/2xl4-idle.json")), origin="live")
+    return machine
 
 
 def trier(**more: Any) -> Trier:
@@ -136,7 +137,7 @@ def test_auto_is_given_the_gpus_that_the_plan_could_use(stand_in: Stand, two_l4:
     page = render(report, "terminal", width=100)
     assert page.startswith("Loaded in 8.4 s, then 16 tokens in 1.2 s from a prompt of 1,813.")
     assert "model.visual.blocks.3 (cuda:0, cuda:1), 1 more" in " ".join(page.split())
-    assert "no: It failed in the first call: RuntimeError: Expected" in " ".join(page.split())
+    assert "no: it failed in the first call: RuntimeError: Expected" in " ".join(page.split())
     assert "longest prompt*" in page
 
 

@@ -1,0 +1,164 @@
+"""The child of ``vlm-doctor try`` with tiny checkpoints on the CPU, in this process; once as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from pytest_vlmgpu.testing import TINY_FAMILIES  # noqa: E402
+from vlm_doctor import load_profile  # noqa: E402
+from vlm_doctor.probes import try_child  # noqa: E402
+from vlm_doctor.probes.trial_run import _blocks, _work, understand  # noqa: E402
+from vlm_doctor.sources.child import Outcome  # noqa: E402
+from vlm_doctor.trial import Attempt  # noqa: E402
+from vlm_doctor.workload import Workload  # noqa: E402
+
+CALL = Workload(text_tokens=60, new_tokens=4, image_width=112, image_height=56)
+LLAVA = Workload(text_tokens=60, new_tokens=4)
+
+
+def tried(folder: Path, workload: Workload = LLAVA, *, before: Callable[[Any], None] | None = None, **more: Any) -> Attempt:
+    """What the child tells; its steps are heard as the parent hears them."""
+    profile = load_profile(str(folder))
+    heard: list[tuple[str, dict[str, Any]]] = []
+
+    def say(stage: str, answer: dict[str, Any], *, is_final: bool = False) -> None:
+        heard.append((stage, json.loads(json.dumps(answer))))
+
+    arguments: dict[str, Any] = {
+        "name": str(folder),
+        "revision": None,
+        "device_map": None,
+        "dtype": "float32",
+        "attention": "sdpa",
+        "quantization": None,
+        "trust_remote_code": False,
+        "work": _work(profile, workload),
+        "blocks": _blocks(profile),
+    }
+    try_child.main(say, **{**arguments, **more})
+    stage, answer = heard[-1]
+    assert stage == "end"
+    return understand(Outcome(state="ok", answer=answer, stage=stage), "cpu")
+
+
+@pytest.fixture
+def copy(tiny_vlms: Mapping[str, Path], tmp_path: Path) -> Path:
+    """A tiny LLaVA that may be damaged."""
+    return Path(shutil.copytree(tiny_vlms["llava"], tmp_path / "copy"))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_tiny_model_of_each_family_loads_and_answers(tiny_vlms: Mapping[str, Path], family: str) -> None:
+    attempt = tried(tiny_vlms[family], CALL)
+
+    assert attempt.state == "ran", attempt.traceback
+    assert (attempt.reached, attempt.new_tokens) == ("second call", 4)
+    assert (attempt.is_finite, attempt.is_repeatable) == (True, True)
+    assert (attempt.astray_count, attempt.cut_count, attempt.missing_count) == (0, 0, 0)
+    assert attempt.notes == ()
+    assert attempt.prompt_tokens == pytest.approx(_work(load_profile(str(tiny_vlms[family])), CALL)["prompt_tokens"], abs=8)
+    assert len(attempt.text or "") == 4
+    assert set(attempt.held_bytes) == {"cpu"}
+
+
+def test_prompts_of_a_batch_with_several_images_or_none(tiny_vlms: Mapping[str, Path]) -> None:
+    two = Workload(images=2, batch=2, text_tokens=60, new_tokens=2, image_width=56, image_height=56)
+    many = tried(tiny_vlms["qwen2_vl"], two)
+    none = tried(tiny_vlms["llava"], Workload(images=0, text_tokens=60, new_tokens=2))
+
+    assert (many.state, many.notes, many.is_repeatable) == ("ran", (), True), many.traceback
+    assert (none.state, none.notes, none.is_repeatable) == ("ran", (), True), none.traceback
+
+
+def test_weights_that_are_missing_are_named(copy: Path) -> None:
+    change_weights(copy, lambda tensors: tensors.pop("language_model.model.norm.weight"))
+
+    attempt = tried(copy)
+
+    assert attempt.state == "ran"
+    assert attempt.missing_count == 1
+    assert "norm.weight" in attempt.missing[0]
+
+
+def test_logits_that_are_no_numbers_are_seen(copy: Path) -> None:
+    change_weights(copy, lambda tensors: tensors["language_model.lm_head.weight"].fill_(float("nan")))
+
+    assert tried(copy).is_finite is False
+
+
+def test_an_error_is_told_with_its_traceback(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text("utf-8"))
+    config["text_config"]["intermediate_size"] += 8
+    (copy / "config.json").write_text(json.dumps(config), "utf-8")
+
+    attempt = tried(copy)
+
+    assert (attempt.state, attempt.reached) == ("raised", "imports")
+    assert attempt.traceback is not None
+    assert attempt.traceback.startswith("Traceback (most recent call last)")
+
+
+def test_a_checkpoint_without_processor_is_called_all_the_same(copy: Path) -> None:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (copy / name).unlink()
+
+    attempt = tried(copy)
+
+    assert (attempt.state, attempt.is_finite) == ("ran", True)
+    assert attempt.text is None
+    assert attempt.notes[0].startswith("Its processor makes no prompt here (")
+
+
+def test_tensors_are_held_against_the_map(tiny_vlms: Mapping[str, Path]) -> None:
+    assert tried(tiny_vlms["llava"], device_map={"": "cpu"}).astray_count == 0
+
+    trial = try_child._Trial(lambda *args, **kwargs: None, {})
+    trial.import_libraries()
+    trial.load(
+        str(tiny_vlms["llava"]),
+        None,
+        None,
+        dtype="float32",
+        attention="eager",
+        quantization=None,
+        trust_remote_code=False,
+    )
+    trial.look({"model": 0, "lm_head": "cpu"}, [])
+    answer = trial._answer
+    body = trial._model.model
+    assert answer["astray_count"] == len([*body.parameters(), *body.buffers()])
+    assert answer["astray"][0].endswith(" is on cpu, planned cuda:0")
+    trial.look({"model": "cpu"}, [])
+    assert answer["astray"] == ["lm_head.weight is on cpu, planned nowhere"]
+
+
+def test_auto_beside_it_as_a_user_starts_it(tiny_vlms: Mapping[str, Path]) -> None:
+    words = [sys.executable, "-m", "vlm_doctor", "try", str(tiny_vlms["llava"]), "--cpu", "--beside-auto", "--json"]
+    ran = subprocess.run([*words, "--text-tokens", "60"], capture_output=True, text=True, timeout=300, check=False)
+
+    report = json.loads(ran.stdout)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [(one["route"], one["state"]) for one in report["trial"]["attempts"]] == [("cpu", "ran"), ("auto", "ran")]
+    assert report["trial"]["is_good"] is True
