@@ -150,10 +150,9 @@ class _Trial:
     def call(self, work: dict[str, Any], *, name: str, revision: str | None, trust_remote_code: bool) -> None:
         from .try_prompt import make_prompt
 
-        inputs, processor, notes = make_prompt(
+        inputs, prompt_tokens, processor, notes = make_prompt(
             self._transformers, self._model, work, name=name, revision=revision, trust_remote_code=trust_remote_code
         )
-        prompt_tokens = int(inputs["input_ids"].shape[1])
         self._answer |= {"prompt_tokens": prompt_tokens, "notes": notes}
         self._reach("prompt")
         started = time.perf_counter()

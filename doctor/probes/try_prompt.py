@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Container
 from typing import Any
 
 from .loading import load_processor, prompt_text
 
 _QUESTION = "Describe what you see."
+_WORD = 5
+"""A token number that means nothing special to any of the families."""
 _FILLER = " the"
 """One token in most tokenizers, as often as it is repeated."""
 _NOTED_TOKENS = 8
@@ -17,8 +21,8 @@ _MEASURED = 64
 
 def make_prompt(
     transformers: Any, model: Any, work: dict[str, Any], *, name: str, revision: str | None, trust_remote_code: bool
-) -> tuple[dict[str, Any], Any, list[str]]:
-    """Inputs of the call, where the first stage is; the processor that made them; and what has to be said of them.
+) -> tuple[dict[str, Any], int, Any, list[str]]:
+    """Inputs of the call, where the first stage is; its tokens; the processor that made it; what has to be said of it.
 
     Args:
         transformers: The module.
@@ -42,10 +46,18 @@ def make_prompt(
             "was called with token numbers and pixels of the planned shape instead."
         )
         processor, inputs = None, _by_shape(model, work, name)
-    length = inputs["input_ids"].shape[1]
+    length = _length(inputs, model, work)
     if abs(length - work["prompt_tokens"]) > _NOTED_TOKENS:
         notes.append(f"The prompt has {length:,} tokens; {work['prompt_tokens']:,} were planned.")
-    return {key: _placed(value, model) for key, value in inputs.items()}, processor, notes
+    return {key: _placed(value, model) for key, value in inputs.items()}, length, processor, notes
+
+
+def _length(inputs: dict[str, Any], model: Any, work: dict[str, Any]) -> int:
+    """Tokens of a prompt, those counted that a GLM-4V-9B puts in the place of three."""
+    length = int(inputs["input_ids"].shape[1])
+    begin = getattr(model.config, "boi_token_id", None)
+    is_short = "images" in inputs and begin is not None and int(inputs["input_ids"][0, 0]) == begin
+    return length + work["image_tokens"] - 3 if is_short else length
 
 
 def _by_processor(processor: Any, work: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +92,9 @@ def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
     """Token numbers that mean nothing, and noise in the place of pixels."""
     import torch
 
+    accepted = inspect.signature(type(model).forward).parameters
+    if work["images"] and "images" in accepted:
+        return _by_remote_shape(model.config, work, accepted)
     from ..sources.trace_inputs import image_inputs, prompt_inputs
 
     images = {}
@@ -88,6 +103,33 @@ def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
         images = image_inputs(model.config, name, **sizes)
         images = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in images.items()}
     return prompt_inputs(model.config, work["prompt_tokens"], work["batch"], images, work["image_tokens"])
+
+
+def _by_remote_shape(config: Any, work: dict[str, Any], accepted: Container[str]) -> dict[str, Any]:
+    """For code of checkpoints that takes ``images``: squares of pixels for places at the beginning of the prompt.
+
+    CogVLM and CogVLM2 tell these places by ``token_type_ids`` and take a list of images for each prompt; GLM-4V-9B takes a
+    tensor and three tokens (begin, any, end) that it replaces. Source: their modeling_cogvlm.py, modeling_chatglm.py.
+    """
+    import torch
+
+    batch, places, tokens = work["batch"], work["image_tokens"], work["prompt_tokens"]
+    pixels = torch.randn(batch * work["images"], 3, work["height"], work["width"])
+    begin = getattr(config, "boi_token_id", None)
+    if "token_type_ids" in accepted:
+        kinds = torch.zeros(batch, tokens, dtype=torch.long)
+        # A checkpoint of this kind puts one token before the image.
+        kinds[:, 1 : 1 + places] = 1
+        ids = torch.full((batch, tokens), _WORD)
+        images: Any = [list(row) for row in pixels.split(work["images"])]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds, "images": images}
+    if begin is not None and "position_ids" in accepted:
+        ids = torch.full((batch, tokens - places + 3), _WORD)
+        ids[:, 0], ids[:, 2] = begin, config.eoi_token_id
+        position_ids = torch.arange(ids.shape[1]).expand(batch, -1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": position_ids, "images": pixels}
+    ids = torch.full((batch, tokens), _WORD)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "images": pixels}
 
 
 def _placed(value: Any, model: Any) -> Any:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from pytest_vlmgpu.testing import TINY_FAMILIES  # noqa: E402
 from vlm_doctor import load_profile  # noqa: E402
-from vlm_doctor.probes import try_child  # noqa: E402
+from vlm_doctor.probes import try_child, try_prompt  # noqa: E402
 from vlm_doctor.probes.trial_run import _blocks, _work, understand  # noqa: E402
 from vlm_doctor.sources.child import Outcome  # noqa: E402
 from vlm_doctor.trial import Attempt  # noqa: E402
@@ -162,3 +163,33 @@ def test_auto_beside_it_as_a_user_starts_it(tiny_vlms: Mapping[str, Path]) -> No
     assert (ran.returncode, ran.stderr) == (0, "")
     assert [(one["route"], one["state"]) for one in report["trial"]["attempts"]] == [("cpu", "ran"), ("auto", "ran")]
     assert report["trial"]["is_good"] is True
+
+
+def shaped(forward: Any, config: SimpleNamespace, **work: int) -> dict[str, Any]:
+    """Inputs for a class with such a ``forward``."""
+    kind = type("Remote", (), {"forward": forward})
+    model = kind()
+    model.config = config
+    call = {"batch": 2, "images": 1, "height": 28, "width": 28, "sequences": 1, "image_tokens": 6, "prompt_tokens": 20}
+    return try_prompt._by_shape(model, {**call, **work}, "nowhere")
+
+
+def test_code_of_checkpoints_is_given_images_as_it_wants_them() -> None:
+    def cogvlm(self: Any, input_ids: Any, images: Any, token_type_ids: Any, position_ids: Any) -> None: ...
+    def glm4v(self: Any, input_ids: Any, images: Any, position_ids: Any) -> None: ...
+    def other(self: Any, input_ids: Any, images: Any, **more: Any) -> None: ...
+
+    config = SimpleNamespace(boi_token_id=91, eoi_token_id=92)
+
+    cog = shaped(cogvlm, config)
+    assert cog["token_type_ids"].sum(dim=1).tolist() == [6, 6]
+    assert [[image.shape for image in row] for row in cog["images"]] == [[(3, 28, 28)], [(3, 28, 28)]]
+    glm = shaped(glm4v, config)
+    assert glm["input_ids"].shape == (2, 20 - 6 + 3)
+    assert glm["input_ids"][0, :3].tolist() == [91, 5, 92]
+    assert glm["images"].shape == (2, 3, 28, 28)
+    model = SimpleNamespace(config=config)
+    assert try_prompt._length(glm, model, {"image_tokens": 6}) == 20
+    plain = shaped(other, config)
+    assert plain["input_ids"].shape == (2, 20)
+    assert try_prompt._length(plain, model, {"image_tokens": 6}) == 20
