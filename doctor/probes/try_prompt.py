@@ -129,7 +129,9 @@ def _by_remote_shape(config: Any, work: dict[str, Any], accepted: Container[str]
         position_ids = torch.arange(ids.shape[1]).expand(batch, -1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": position_ids, "images": pixels}
     ids = torch.full((batch, tokens), _WORD)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "images": pixels}
+    # A mask that hides nothing is refused by a class that takes none.
+    mask = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in accepted else {}
+    return {"input_ids": ids, "images": pixels, **mask}
 
 
 def _placed(value: Any, model: Any) -> Any:
