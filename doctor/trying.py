@@ -69,9 +69,9 @@ def try_model(
             )
         planned = plan_report(profile, machine, workload, policy)
         plan = planned.plan
-        if plan is not None:
-            dtype = plan.dtype
-        if plan is not None and plan.fits:
+        assert plan is not None, "a report of a plan holds one"
+        dtype = plan.dtype
+        if plan.fits:
             gpus["plan"] = [stage.gpu for stage in plan.stages]
             with watch("the model by plan"):
                 attempts.append(trier.by_plan(plan))
