@@ -1,0 +1,539 @@
+"""Every image-text-to-text architecture of the installed transformers on two devices: the planner's maps beside accelerate's.
+
+    python benchmarks/all_architectures.py --out FOLDER                            # two GPUs that are not there
+    python benchmarks/all_architectures.py --out FOLDER --devices cuda:0,cuda:1 --jobs 8
+
+Each architecture gets a tiny checkpoint with random weights, a profile from its headers, a plan over two devices about in
+half, and the maps of accelerate for half and half. Each map is loaded; logits and greedy tokens, for a text and for an image,
+are compared with those of one device; and ``check_map`` is asked about each map before. One process an architecture, so that
+a crash or a hang loses that one alone. Writes ``rows/NAME.json``, ``results.json`` and a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+FAKE = "fake"
+_CODES_OF_CRASHES = ("VLM611", "VLM612", "VLM614", "VLM615", "VLM616", "VLM623", "VLM624")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for rows and the table")
+    parser.add_argument("--devices", default=FAKE, help="'fake', or two devices such as cuda:0,cuda:1")
+    parser.add_argument("--each", type=float, default=120, help="seconds for one architecture")
+    parser.add_argument("--jobs", type=int, default=2, help="architectures at a time")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds in all; what is left then is said to be left")
+    parser.add_argument("--cuts", action="store_true", help="also every other cut that the planner may make")
+    parser.add_argument("families", nargs="*", help="model_type; all when none is given")
+    options = parser.parse_args()
+    # Every child is forked from here, so that the libraries are imported once. CUDA must not be touched before.
+    warnings.simplefilter("ignore")
+    import accelerate
+    import tiny_architectures
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    rows = options.out / "rows"
+    rows.mkdir(parents=True, exist_ok=True)
+    found = run_all(options.families or tiny_architectures.families(), options, rows)
+    versions = {module.__name__: str(module.__version__) for module in (torch, transformers, accelerate)}
+    results = {"devices": options.devices, "versions": versions, "rows": found}
+    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    table = render(results)
+    (options.out / "table.md").write_text(table)
+    print(table)
+    return 0
+
+
+def run_all(families: list[str], options: argparse.Namespace, rows: Path) -> list[dict[str, Any]]:
+    """Run the families in processes of their own, so many at a time, and gather what they wrote."""
+    deadline = time.monotonic() + options.budget
+    waiting = list(families)
+    running: dict[int, tuple[str, float]] = {}
+    ends: dict[str, str] = {}
+    while waiting or running:
+        while waiting and len(running) < options.jobs and time.monotonic() < deadline:
+            family = waiting.pop(0)
+            (rows / f"{family}.json").unlink(missing_ok=True)
+            sys.stdout.flush()
+            pid = os.fork()
+            if pid == 0:
+                _child(family, options, rows)
+            running[pid] = family, time.monotonic() + options.each
+        if waiting and time.monotonic() >= deadline:
+            ends.update(dict.fromkeys(waiting, "no time left"))
+            waiting = []
+        time.sleep(0.02)
+        for pid, (family, limit) in list(running.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done and time.monotonic() > limit:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                ends[family] = f"not done after {options.each:.0f} s"
+            elif done and status:
+                ends[family] = f"died ({os.waitstatus_to_exitcode(status)})"
+            elif not done:
+                continue
+            del running[pid]
+    return [_row(rows / f"{family}.json", family, ends.get(family, "")) for family in families]
+
+
+def _row(path: Path, family: str, end: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"family": family}
+    return {**row, "end": end} if end else row
+
+
+def _child(family: str, options: argparse.Namespace, rows: Path) -> None:
+    """All of one architecture, in a process of its own; never returns."""
+    row = Row(rows / f"{family}.json", family)
+    code = 0
+    try:
+        with Path(os.devnull).open("w") as silence:
+            os.dup2(silence.fileno(), 2)
+            Trial(family, options, row).run()
+    except Exception as error:  # noqa: BLE001 - whatever it raises is the row's result
+        row.add(failed=_said(error), where=traceback.format_exc(limit=-3))
+    except BaseException:  # noqa: BLE001 - the parent's own handlers must not run twice
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _said(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+class Row(dict[str, Any]):
+    """What is known of an architecture, on disk as soon as it is known."""
+
+    def __init__(self, path: Path, family: str) -> None:
+        super().__init__(family=family)
+        self._path = path
+
+    def add(self, **fields: Any) -> None:
+        """Keep and write."""
+        self.update(fields)
+        self._path.write_text(json.dumps(self, indent=1))
+
+
+class Trial:
+    """One architecture: its checkpoint, its maps, and what became of them."""
+
+    def __init__(self, family: str, options: argparse.Namespace, row: Row) -> None:
+        self.family = family
+        self.devices: list[str] = options.devices.split(",")
+        self.is_fake = options.devices == FAKE
+        self.with_cuts: bool = options.cuts
+        self.row = row
+        self.folder = tempfile.TemporaryDirectory(prefix="tiny-")
+
+    def run(self) -> None:
+        """In the order in which things can fail."""
+        import tiny_architectures
+        import transformers
+
+        from vlm_doctor import load_profile
+
+        started = time.monotonic()
+        self.model = tiny_architectures.tiny_model(self.family)
+        self.row.add(
+            architecture=type(self.model).__name__, parameters=sum(p.numel() for p in self.model.parameters())
+        )
+        self.make_inputs()
+        self.model.save_pretrained(self.folder.name)
+        self.kind = type(self.model)
+        self.model = self.kind.from_pretrained(self.folder.name, **self.options()).eval()
+        if not self.is_fake:
+            self.model = self.model.to(self.devices[0])
+        self.expected = {name: self.answer(self.model, inputs) for name, inputs in self.inputs.items()}
+        self.row.add(alone={name: answer["failed"] for name, answer in self.expected.items()})
+        self.profile = load_profile(self.folder.name)
+        self.row.add(profile="ok", notes=list(self.profile.notes), image_rule=_image_rule(self.profile))
+        self.release = transformers.__version__
+        self.plan()
+        self.accelerate()
+        if self.with_cuts:
+            self.cuts()
+        self.row.add(seconds=round(time.monotonic() - started, 1))
+
+    def options(self) -> dict[str, Any]:
+        """Of every load."""
+        import torch
+
+        return {"dtype": torch.float32, "attn_implementation": "eager"}
+
+    def make_inputs(self) -> None:
+        """A text and an image, as far as the class takes them."""
+        import tiny_inputs
+
+        self.inputs: dict[str, Any] = {}
+        said: dict[str, str] = {}
+        for name, make in (("text", tiny_inputs.text_inputs), ("image", tiny_inputs.image_inputs)):
+            try:
+                inputs = make(self.model)
+                if inputs:
+                    _logits(self.model, inputs)
+                    self.inputs[name] = inputs
+            except Exception as error:  # noqa: BLE001 - a class that takes no such inputs
+                said[name] = _said(error)
+        self.row.add(inputs=sorted(self.inputs), no_inputs=said)
+        if not self.inputs:
+            raise LookupError(f"the model runs on nothing: {said}")
+
+    # -- maps
+
+    def machine(self, count: int = 2) -> Any:
+        """Two GPUs with room for anything, and the libraries of this process."""
+        import msgspec
+
+        from vlm_doctor import load_machine
+        from vlm_doctor.machine import Libraries, Package
+
+        packages = (Package(name="transformers", version=self.release),)
+        libraries = Libraries(python="3", executable="python", packages=packages)
+        return msgspec.structs.replace(load_machine(",".join(["80GiB"] * count)), libraries=libraries)
+
+    def plan(self) -> None:
+        """The planner's own map for two GPUs."""
+        from vlm_doctor import Policy, plan
+        from vlm_doctor.errors import VlmDoctorError
+
+        try:
+            planned = plan(self.profile, self.machine(), self.workload(), Policy(min_gpus=2, max_gpus=2))
+        except VlmDoctorError as error:
+            self.row.add(plan={"failed": _said(error)})
+            return
+        used = sorted(set(planned.device_map.values()))
+        self.row.add(plan={"fits": planned.fits, "devices": used, "share": self.share(planned.device_map)})
+        if planned.fits:
+            self.row["plan"].update(self.judge(planned.device_map))
+            self.row.add()
+
+    def workload(self) -> Any:
+        """A short prompt, with an image where the profile knows how to count it."""
+        from vlm_doctor import Workload
+
+        return Workload(images=int(self.profile.vision is not None), text_tokens=64, new_tokens=8)
+
+    def share(self, device_map: dict[str, Any]) -> float:
+        """Part of the weights on the first device."""
+        from vlm_doctor.planner.map_names import owner
+
+        total = first = 0
+        for name, parameter in self.model.named_parameters():
+            total += parameter.numel()
+            key = owner(device_map, name)
+            first += parameter.numel() * (key is not None and device_map[key] == 0)
+        return round(first / max(1, total), 3)
+
+    def accelerate(self) -> None:
+        """accelerate's maps: half and half, and transformers' own ``auto`` for two GPUs of a little more than half."""
+        for name, make in (("accelerate", self.half_and_half), ("auto", self.automatic)):
+            try:
+                device_map = make()
+            except Exception as error:  # noqa: BLE001 - the library's own failure is the result
+                self.row.add(**{name: {"failed": _said(error)}})
+                continue
+            entry: dict[str, Any] = {"share": self.share(device_map), "devices": sorted({str(d) for d in device_map.values()})}
+            self.row.add(**{name: entry})
+            if len(entry["devices"]) > 1 and set(entry["devices"]) <= {"0", "1"}:
+                entry.update(self.judge(device_map), map={key: int(device) for key, device in device_map.items()})
+            self.row.add()
+
+    def half_and_half(self) -> dict[str, Any]:
+        """``infer_auto_device_map`` as scripts call it, with the class's own list of blocks."""
+        from accelerate import infer_auto_device_map
+
+        model = self.on_meta()
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        blocks = list(_no_split(model))
+        found: dict[str, Any] = infer_auto_device_map(
+            model, max_memory={0: size // 2, 1: size * 2}, no_split_module_classes=blocks or None
+        )
+        return found
+
+    def automatic(self) -> dict[str, Any]:
+        """What ``device_map="auto"`` of the installed transformers makes of two GPUs with room for 0.7 of the model."""
+        import accelerate.utils.modeling
+        import torch
+
+        model = self.on_meta()
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        memory = {0: int(size * 0.7), 1: int(size * 0.7), "cpu": size * 10}
+
+        def free(asked: Any = None) -> Any:
+            return dict(memory if asked is None else asked)
+
+        accelerate.utils.modeling.get_max_memory = free
+        if self.release.startswith("4."):
+            import transformers.modeling_utils as loading
+
+            loading.get_max_memory = free
+            return dict(loading._get_device_map(model, "auto", None, None, torch.float32, None))
+        import transformers.integrations.accelerate as own
+
+        own.accelerate_max_memory = free
+        return dict(own._get_device_map(model, "auto", None, None))
+
+    def on_meta(self) -> Any:
+        """The class without weights, tied."""
+        import copy
+
+        import torch
+
+        with torch.device("meta"):
+            model = self.kind._from_config(copy.deepcopy(self.model.config))
+        model.tie_weights()
+        return model
+
+    def cuts(self) -> None:
+        """Every contiguous cut of the chain, the tower whole and in parts."""
+        from vlm_doctor.planner.constraints import can_break_tower, chain
+        from vlm_doctor.planner.quantized import as_loaded
+
+        profile = as_loaded(self.profile, self.machine())
+        found = []
+        for breaks in (False, True):
+            if breaks and not can_break_tower(profile):
+                continue
+            atoms = chain(profile, breaks_tower=breaks).atoms
+            for border in range(1, len(atoms)):
+                device_map = {unit.key: int(at >= border) for at, atom in enumerate(atoms) for unit in atom.units}
+                judged = self.judge(device_map)
+                found.append({"breaks_tower": breaks, "border": border, "of": len(atoms), **judged})
+        self.row.add(cuts=found)
+
+    # -- runs
+
+    def judge(self, device_map: dict[str, Any]) -> dict[str, Any]:
+        """What ``check_map`` says before, and what happens."""
+        checked = self.checked(device_map)
+        results = {name: self.compare(device_map, name, inputs) for name, inputs in self.inputs.items()}
+        crashed = [result for result in results.values() if result["failed"]]
+        names = [result.get("module", "") for result in crashed]
+        return {
+            "check": checked,
+            "runs": results,
+            "crashes": bool(crashed),
+            "equal": all(result.get("equal") for result in results.values()),
+            "named": any(_is_about(text, module) for text in checked["errors"].values() for module in names),
+        }
+
+    def checked(self, device_map: dict[str, Any]) -> dict[str, Any]:
+        """Codes and sentences of ``check_map``."""
+        from vlm_doctor.errors import VlmDoctorError
+        from vlm_doctor.planner.map_check import check_map
+
+        try:
+            checked = check_map(device_map, self.profile, self.machine(), self.workload())
+        except VlmDoctorError as error:
+            return {"failed": _said(error), "errors": {}, "warnings": []}
+        errors: dict[str, str] = {}
+        for found in checked.findings:
+            if found.severity == "error":
+                errors.setdefault(found.code, "")
+                errors[found.code] += f"{found.message} {found.cause or ''} {found.fix.text if found.fix else ''} "
+        return {"errors": errors, "warnings": sorted({f.code for f in checked.findings if f.severity == "warning"})}
+
+    def compare(self, device_map: dict[str, Any], name: str, inputs: Any) -> dict[str, Any]:
+        """Load by the map and answer; beside the answer of one device."""
+        import torch
+
+        expected = self.expected[name]
+        if expected["failed"]:
+            return {"failed": "", "equal": True, "note": "fails on one device too"}
+        found = self.placed(device_map, inputs)
+        if found["failed"]:
+            return {key: found[key] for key in ("failed", "module")}
+        difference = (found["logits"] - expected["logits"]).abs().max().item()
+        scale = expected["logits"].abs().max().item()
+        same = torch.equal(found["tokens"], expected["tokens"]) if found["tokens"] is not None else expected["tokens"] is None
+        is_equal = difference <= 1e-4 * max(1.0, scale) and same
+        return {"failed": "", "equal": is_equal, "difference": difference, "tokens_equal": same}
+
+    def answer(self, model: Any, inputs: Any) -> dict[str, Any]:
+        """Logits of one pass and greedy tokens, or what was raised and in which module."""
+        import torch
+
+        at: list[str] = []
+        names = {id(module): name for name, module in model.named_modules()}
+        enter = torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: at.append(names.get(id(m), "")))
+        leave = torch.nn.modules.module.register_module_forward_hook(lambda m, _, __: at.pop() and None)
+        try:
+            logits = _logits(model, inputs)
+            tokens = _tokens(model, inputs)
+        except Exception as error:  # noqa: BLE001 - the crash is the result
+            return {"failed": _said(error), "module": at[-1] if at else "", "logits": None, "tokens": None}
+        finally:
+            enter.remove()
+            leave.remove()
+        return {"failed": "", "module": "", "logits": logits, "tokens": tokens}
+
+    def placed(self, device_map: dict[str, Any], inputs: Any) -> dict[str, Any]:
+        """The answer of the model as the map places it."""
+        if self.is_fake:
+            return self.on_fake_devices(device_map, inputs)
+        import torch
+
+        from vlm_doctor.planner.map_devices import main_device
+
+        real = {key: self.devices[device] for key, device in device_map.items()}
+        try:
+            model = self.kind.from_pretrained(self.folder.name, device_map=real, **self.options()).eval()
+        except Exception as error:  # noqa: BLE001 - the library's own failure is the result
+            return {"failed": _said(error), "module": "", "logits": None, "tokens": None}
+        first = self.devices[int(main_device(device_map.values()) or 0)]
+        found = self.answer(model, {name: value.to(first) for name, value in inputs.items()})
+        del model
+        torch.cuda.empty_cache()
+        return found
+
+    def on_fake_devices(self, device_map: dict[str, Any], inputs: Any) -> dict[str, Any]:
+        """The same with tensors that say where they are."""
+        import copy
+
+        import torch
+        from accelerate import dispatch_model
+
+        from tests.models.fake_devices import FakeDevices
+        from vlm_doctor.planner.map_devices import main_device
+
+        model = copy.deepcopy(self.model)
+        with torch.no_grad(), FakeDevices():
+            try:
+                places = {key: torch.device("cuda", device) for key, device in device_map.items()}
+                first = torch.device("cuda", int(main_device(device_map.values()) or 0))
+                skip = model._skip_keys_device_placement
+                dispatch_model(model, places, main_device=first, skip_keys=skip, force_hooks=True)
+            except Exception as error:  # noqa: BLE001 - the library's own failure is the result
+                return {"failed": _said(error), "module": "", "logits": None, "tokens": None}
+            found = self.answer(model, {name: tensor.to(first) for name, tensor in inputs.items()})
+        for name in ("logits", "tokens"):
+            if found[name] is not None:
+                found[name] = found[name].as_subclass(torch.Tensor)
+        return found
+
+
+def _no_split(model: Any) -> list[str]:
+    """The class's list of blocks, as either major version keeps it."""
+    if hasattr(model, "_get_no_split_modules"):
+        try:
+            return list(model._get_no_split_modules("auto"))
+        except ValueError:
+            return []
+    return list(model._no_split_modules or ())
+
+
+def _logits(model: Any, inputs: Any) -> Any:
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    logits = logits.cpu()
+    if torch.isnan(logits).any():
+        raise ArithmeticError("logits are not numbers")
+    return logits.float()
+
+
+def _tokens(model: Any, inputs: Any, count: int = 4) -> Any:
+    """Greedy tokens; nothing where the class makes none."""
+    import torch
+
+    if not model.can_generate() or type(model).__name__ in _NO_TOKENS:
+        return None
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False).cpu()
+
+
+_NO_TOKENS = frozenset({"DiffusionGemmaForBlockDiffusion", "PI0ForConditionalGeneration"})
+"""They make actions, or denoise a canvas."""
+
+
+def _image_rule(profile: Any) -> str:
+    return profile.image.kind if profile.image is not None else ""
+
+
+def _is_about(text: str, module: str) -> bool:
+    """True when a sentence names the module that failed, one in it, or the block or part that holds it."""
+    words = {word.strip("'\":,.();") for word in text.replace("(", " ").split()}
+    return any(
+        word.count(".") >= 1 and (word == module or word.startswith(f"{module}.") or module.startswith(f"{word}."))
+        for word in words
+    )
+
+
+def render(results: dict[str, Any]) -> str:
+    """The table and the counts."""
+    rows = results["rows"]
+    lines = [f"{len(rows)} architectures, {results['versions']}, devices {results['devices']}", ""]
+    lines += ["| architecture | inputs | plan | accelerate's map | auto | note |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [_line(row) for row in rows]
+    return "\n".join([*lines, "", *_counts(rows)]) + "\n"
+
+
+def _word(entry: dict[str, Any] | None) -> str:
+    if not entry:
+        return "-"
+    if entry.get("failed"):
+        return f"failed: {entry['failed'][:60]}"
+    if "runs" not in entry:
+        return f"no split ({', '.join(map(str, entry.get('devices', [])))})"
+    flagged = ", ".join(entry["check"]["errors"]) or "clean"
+    what = "CRASHES" if entry["crashes"] else "equal" if entry["equal"] else "DIFFERS"
+    named = (", named" if entry["named"] else ", not named") if entry["crashes"] else ""
+    return f"{what} {entry['share']:.2f} (check: {flagged}{named})"
+
+
+def _line(row: dict[str, Any]) -> str:
+    note = row.get("end") or row.get("failed") or "; ".join(f"{k}: {v}" for k, v in row.get("no_inputs", {}).items())
+    bad = [cut for cut in row.get("cuts", ()) if cut["crashes"] or not cut["equal"] or cut["check"]["errors"]]
+    if bad:
+        note += f" {len(bad)} of {len(row['cuts'])} cuts are bad"
+    cells = [row["family"], ", ".join(row.get("inputs", ())), *(_word(row.get(k)) for k in ("plan", "accelerate", "auto"))]
+    return f"| {' | '.join(cells)} | {note.replace('|', '/')[:140]} |"
+
+
+def _counts(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for name in ("plan", "accelerate", "auto"):
+        ran = [row[name] for row in rows if "runs" in row.get(name, {})]
+        crashed = [entry for entry in ran if entry["crashes"]]
+        differs = [entry for entry in ran if not entry["crashes"] and not entry["equal"]]
+        flagged = [entry for entry in crashed if entry["check"]["errors"]]
+        false = [entry for entry in ran if not entry["crashes"] and entry["check"]["errors"]]
+        named = sum(entry["named"] for entry in crashed)
+        lines.append(
+            f"{name}: {len(ran)} split, {len(crashed)} crash, {len(differs)} differ; check_map flags {len(flagged)} of the "
+            f"crashes ({named} by module) and {len(false)} that run."
+        )
+    cuts = [cut for row in rows for cut in row.get("cuts", ())]
+    if cuts:
+        crashed = [cut for cut in cuts if cut["crashes"]]
+        lines.append(
+            f"other cuts of the planner: {len(cuts)}, {len(crashed)} crash, "
+            f"{sum(not cut['equal'] and not cut['crashes'] for cut in cuts)} differ."
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
