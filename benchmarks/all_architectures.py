@@ -358,7 +358,7 @@ class Trial:
 
         expected = self.expected[name]
         if expected["failed"]:
-            return {"failed": "", "equal": True, "note": "fails on one device too"}
+            return {"failed": "", "equal": False, "note": f"fails on one device too: {expected['failed']}"}
         found = self.placed(device_map, inputs)
         if found["failed"]:
             return {key: found[key] for key in ("failed", "module")}
@@ -374,8 +374,15 @@ class Trial:
 
         at: list[str] = []
         names = {id(module): name for name, module in model.named_modules()}
-        enter = torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: at.append(names.get(id(m), "")))
-        leave = torch.nn.modules.module.register_module_forward_hook(lambda m, _, __: at.pop() and None)
+
+        def begin(module: Any, _: Any) -> None:
+            at.append(names.get(id(module), ""))
+
+        def end(_: Any, __: Any, ___: Any) -> None:
+            at.pop()
+
+        enter = torch.nn.modules.module.register_module_forward_pre_hook(begin)
+        leave = torch.nn.modules.module.register_module_forward_hook(end)
         try:
             logits = _logits(model, inputs)
             tokens = _tokens(model, inputs)

@@ -22,7 +22,7 @@ _VALUES: dict[str, Any] = {
             "hidden_size", "d_model", "embed_dim", "out_hidden_size", "projection_dim", "projector_hidden_size",
             "text_hidden_size", "decoder_hidden_size", "encoder_hidden_size", "word_embed_proj_dim", "output_dim", "vision_dim",
             "projection_hidden_size", "projector_input_dim", "projector_output_dim", "image_text_hidden_size",
-            "image_token_embed_dim", "patch_embed_hidden_size", "output_channels", "downsample_hidden_size", "lru_width",
+            "image_token_embed_dim", "output_channels", "downsample_hidden_size", "lru_width",
             "projection_hidden_dim", "image_embed_dim", "n_embd", "adapter_out_dim", "vision_hidden_size",
             "hidden_size_per_layer_input", "pooler_output_size", "adapter_in_dim", "vision_embed_dim", "moe_hidden_size",
         ),
@@ -109,6 +109,10 @@ _VALUES: dict[str, Any] = {
     "moe_layers": [1, 3],
     "kv_source_layers": [0, 1, 2, 3],
     "num_patches": 16,
+    "downsample_channels": [32, WIDTH],
+    "post_conv_in_channels": WIDTH,
+    "post_conv_mid_channels": WIDTH,
+    "post_conv_out_channels": WIDTH,
     "partial_rotary_factor": 0.5,
 }  # fmt: skip
 """Key of a config, wherever it stands, to its tiny value. Keys that are missing, or ``None``, stay so."""
@@ -130,7 +134,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [2, 2, 4]},
     "qwen2_5_omni_thinker": {**_MROPE, **_VISION_START},
     "qwen3_omni_moe_thinker": _VISION_START,
-    "chameleon": {"vocabulary_map": {**_VOCABULARY_MAP, **{f"IMGIMG{chr(65 + n)}Z": n for n in range(10)}}},
+    **dict.fromkeys(("gemma3", "shieldgemma2"), {"mm_tokens_per_image": 4}),
+    "instructblipvideo": {"video_token_index": IMAGE_TOKEN},
+    "llama4": {"vision_config.intermediate_size": 4 * WIDTH, "vision_config.vision_output_dim": WIDTH},
+    "mllama": {"vision_config.vision_output_dim": 3 * WIDTH},
+    "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
+    "vipllava": {"vision_feature_layers": [-1, -2, -3, -4, 1], "vision_feature_layer": [-1, -2, -3, -4, 1]},
+    "t5gemma2": {"encoder.mm_tokens_per_image": 4},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "chameleon": {"vocabulary_map": {**_VOCABULARY_MAP, **{"IMGIMG" + "".join(chr(65 + int(digit)) for digit in str(n)) + "Z": 100 + n for n in range(64)}}},
     "emu3": {"vocabulary_map": {**_VOCABULARY_MAP, **{f"<|visual token {n:06}|>": 100 + n for n in range(64)}}},
     "cohere_compass": {
         "text_config.rope_parameters": {
@@ -169,7 +181,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config.head_dim": HEAD_DIM, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
     "mistral4": {"rope_parameters.partial_rotary_factor": 8 / 24},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 1], "vision_config.num_position_embeddings": 16},
-    "muse_spark": {"audio_config.hidden_sizes": [16, 32, 48, 64]},
+    "muse_spark": {"out_hidden_size": 4 * WIDTH, "audio_config.hidden_sizes": [16, 32, 48, 64]},
     "qwen4_exp": {
         "text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 4, "text_config.indexer_head_dim": HEAD_DIM,
         "text_config.indexer_n_heads": HEADS, "text_config.indexer_kv_heads": 1, "text_config.ngram_vocab_size_base": 64,
@@ -238,7 +250,11 @@ def _like(tiny: Any, value: Any) -> Any:
 
 
 def _shrink_images(section: dict[str, Any]) -> None:
-    """Four patches along an edge."""
+    """Four patches along an edge, and two tiles at most."""
+    tower = section.get("vision_config")
+    if section.get("image_grid_pinpoints") and isinstance(tower, dict):
+        edge = 4 * tower["patch_size"]
+        section["image_grid_pinpoints"] = [[edge, 2 * edge], [2 * edge, edge]]
     patch, size = section.get("patch_size"), section.get("image_size")
     if isinstance(patch, int) and size is not None:
         section["image_size"] = _like(4 * patch, size)

@@ -91,7 +91,8 @@ class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
             device = next(iter(places), None)
             if device is None:
                 device = next((place_of(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)), None)
-        if device is None or func in _NO_RESULT:
+        # A torch.Size is a tuple with methods of its own.
+        if device is None or func in _NO_RESULT or isinstance(result, torch.Size):
             return result
         return tree_map(lambda item: put(item, device) if isinstance(item, torch.Tensor) else item, result)
 
