@@ -120,6 +120,14 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
+def _where(error: BaseException) -> str:
+    """The innermost line of transformers that was at work."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/transformers/" in frame.filename]
+    if not frames:
+        return ""
+    return f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}: {frames[-1].line}"
+
+
 class Row(dict[str, Any]):
     """What is known of an architecture, on disk as soon as it is known."""
 
@@ -159,10 +167,9 @@ class Trial:
         self.make_inputs()
         self.model.save_pretrained(self.folder.name)
         self.kind = type(self.model)
-        self.model = self.kind.from_pretrained(self.folder.name, **self.options()).eval()
-        if not self.is_fake:
-            self.model = self.model.to(self.devices[0])
-        self.expected = {name: self.answer(self.model, inputs) for name, inputs in self.inputs.items()}
+        self.model = self.alone()
+        first = "cpu" if self.is_fake else self.devices[0]
+        self.expected = {name: self.answer(self.model, _moved(inputs, first)) for name, inputs in self.inputs.items()}
         self.row.add(alone={name: answer["failed"] for name, answer in self.expected.items()})
         self.profile = load_profile(self.folder.name)
         self.row.add(profile="ok", notes=list(self.profile.notes), image_rule=_image_rule(self.profile))
@@ -171,6 +178,9 @@ class Trial:
         self.accelerate()
         if self.with_cuts:
             self.cuts()
+        entries = [self.row.get(name, {}) for name in ("plan", "accelerate", "auto")]
+        if any("runs" in entry and not entry["crashes"] and not entry["equal"] for entry in entries):
+            self.row.add(repeats={name: self.repeats(name, inputs) for name, inputs in self.inputs.items()})
         self.row.add(seconds=round(time.monotonic() - started, 1))
 
     def options(self) -> dict[str, Any]:
@@ -178,6 +188,16 @@ class Trial:
         import torch
 
         return {"dtype": torch.float32, "attn_implementation": "eager"}
+
+    def alone(self) -> Any:
+        """The model on one device."""
+        model = self.kind.from_pretrained(self.folder.name, **self.options()).eval()
+        if not self.is_fake:
+            return model.to(self.devices[0])
+        if hasattr(model, "set_experts_implementation"):
+            # Kernels of CUDA would be looked for on devices that are not there.
+            model.set_experts_implementation("eager")
+        return model
 
     def make_inputs(self) -> None:
         """A text and an image, as far as the class takes them."""
@@ -196,6 +216,16 @@ class Trial:
         self.row.add(inputs=sorted(self.inputs), no_inputs=said)
         if not self.inputs:
             raise LookupError(f"the model runs on nothing: {said}")
+
+    def repeats(self, name: str, inputs: Any) -> bool:
+        """Whether one device gives the same answer once more, loaded anew."""
+        import torch
+
+        again = self.answer(self.alone(), inputs)
+        first = self.expected[name]
+        if first["failed"] or again["failed"]:
+            return bool(first["failed"]) and bool(again["failed"])
+        return bool(torch.allclose(again["logits"], first["logits"], atol=1e-4))
 
     # -- maps
 
@@ -361,7 +391,7 @@ class Trial:
             return {"failed": "", "equal": False, "note": f"fails on one device too: {expected['failed']}"}
         found = self.placed(device_map, inputs)
         if found["failed"]:
-            return {key: found[key] for key in ("failed", "module")}
+            return {key: found.get(key, "") for key in ("failed", "module", "where")}
         difference = (found["logits"] - expected["logits"]).abs().max().item()
         scale = expected["logits"].abs().max().item()
         same = torch.equal(found["tokens"], expected["tokens"]) if found["tokens"] is not None else expected["tokens"] is None
@@ -387,7 +417,8 @@ class Trial:
             logits = _logits(model, inputs)
             tokens = _tokens(model, inputs)
         except Exception as error:  # noqa: BLE001 - the crash is the result
-            return {"failed": _said(error), "module": at[-1] if at else "", "logits": None, "tokens": None}
+            where = _where(error)
+            return {"failed": _said(error), "module": at[-1] if at else "", "where": where, "logits": None, "tokens": None}
         finally:
             enter.remove()
             leave.remove()
@@ -407,7 +438,7 @@ class Trial:
         except Exception as error:  # noqa: BLE001 - the library's own failure is the result
             return {"failed": _said(error), "module": "", "logits": None, "tokens": None}
         first = self.devices[int(main_device(device_map.values()) or 0)]
-        found = self.answer(model, {name: value.to(first) for name, value in inputs.items()})
+        found = self.answer(model, _moved(inputs, first))
         del model
         torch.cuda.empty_cache()
         return found
@@ -427,15 +458,30 @@ class Trial:
             try:
                 places = {key: torch.device("cuda", device) for key, device in device_map.items()}
                 first = torch.device("cuda", int(main_device(device_map.values()) or 0))
+                _load_at(model, places)
                 skip = model._skip_keys_device_placement
                 dispatch_model(model, places, main_device=first, skip_keys=skip, force_hooks=True)
             except Exception as error:  # noqa: BLE001 - the library's own failure is the result
                 return {"failed": _said(error), "module": "", "logits": None, "tokens": None}
-            found = self.answer(model, {name: tensor.to(first) for name, tensor in inputs.items()})
+            found = self.answer(model, _moved(inputs, first))
         for name in ("logits", "tokens"):
             if found[name] is not None:
                 found[name] = found[name].as_subclass(torch.Tensor)
         return found
+
+
+def _load_at(model: Any, places: dict[str, Any]) -> None:
+    """Put every tensor where loading puts it: accelerate moves modules only, and a bare parameter is none."""
+    from vlm_doctor.planner.map_names import owner
+
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        key = owner(places, name)
+        if key is not None:
+            tensor.data = tensor.data.to(places[key])
+
+
+def _moved(inputs: Any, device: Any) -> Any:
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def _no_split(model: Any) -> list[str]:
@@ -460,7 +506,7 @@ def _logits(model: Any, inputs: Any) -> Any:
     return logits.float()
 
 
-def _tokens(model: Any, inputs: Any, count: int = 4) -> Any:
+def _tokens(model: Any, inputs: Any, count: int = 3) -> Any:
     """Greedy tokens; nothing where the class makes none."""
     import torch
 
@@ -468,7 +514,11 @@ def _tokens(model: Any, inputs: Any, count: int = 4) -> Any:
         return None
     torch.manual_seed(0)
     with torch.no_grad():
-        return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False).cpu()
+        # Without an end, so that no logits processor is asked to hold it back.
+        for part in (model, getattr(model, "language_model", None)):
+            if getattr(part, "generation_config", None) is not None:
+                part.generation_config.eos_token_id = None
+        return model.generate(**inputs, max_new_tokens=count, do_sample=False).cpu()
 
 
 _NO_TOKENS = frozenset({"DiffusionGemmaForBlockDiffusion", "PI0ForConditionalGeneration"})

@@ -86,6 +86,8 @@ class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
             device = kwargs.get("device")
             if device is not None:
                 kwargs["device"] = "meta" if torch.device(device).type == "meta" else "cpu"
+            if func is torch.histc:
+                args = (args[0].float(), *args[1:])  # CUDA counts integers, the CPU does not
             result = func(*args, **kwargs)
         if device is None:
             device = next(iter(places), None)
