@@ -161,9 +161,7 @@ class Trial:
 
         started = time.monotonic()
         self.model = tiny_architectures.tiny_model(self.family)
-        self.row.add(
-            architecture=type(self.model).__name__, parameters=sum(p.numel() for p in self.model.parameters())
-        )
+        self.row.add(architecture=type(self.model).__name__, parameters=sum(p.numel() for p in self.model.parameters()))
         self.make_inputs()
         self.model.save_pretrained(self.folder.name)
         self.kind = type(self.model)
@@ -281,7 +279,10 @@ class Trial:
             except Exception as error:  # noqa: BLE001 - the library's own failure is the result
                 self.row.add(**{name: {"failed": _said(error)}})
                 continue
-            entry: dict[str, Any] = {"share": self.share(device_map), "devices": sorted({str(d) for d in device_map.values()})}
+            entry: dict[str, Any] = {
+                "share": self.share(device_map),
+                "devices": sorted({str(d) for d in device_map.values()}),
+            }
             self.row.add(**{name: entry})
             if len(entry["devices"]) > 1 and set(entry["devices"]) <= {"0", "1"}:
                 entry.update(self.judge(device_map), map={key: int(device) for key, device in device_map.items()})
@@ -394,7 +395,9 @@ class Trial:
             return {key: found.get(key, "") for key in ("failed", "module", "where")}
         difference = (found["logits"] - expected["logits"]).abs().max().item()
         scale = expected["logits"].abs().max().item()
-        same = torch.equal(found["tokens"], expected["tokens"]) if found["tokens"] is not None else expected["tokens"] is None
+        same = (
+            torch.equal(found["tokens"], expected["tokens"]) if found["tokens"] is not None else expected["tokens"] is None
+        )
         is_equal = difference <= 1e-4 * max(1.0, scale) and same
         return {"failed": "", "equal": is_equal, "difference": difference, "tokens_equal": same}
 

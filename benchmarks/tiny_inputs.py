@@ -145,7 +145,9 @@ def _flat_patches(model: Any) -> Inputs:
 def _placed_patches(model: Any) -> Inputs:
     """Gemma 4: flat patches with their places."""
     vision = _vision(model)
-    edge = _first(vision, "patch_size", default=16) * (1 if hasattr(vision, "num_hidden_layers") else vision.pooling_kernel_size)
+    edge = _first(vision, "patch_size", default=16) * (
+        1 if hasattr(vision, "num_hidden_layers") else vision.pooling_kernel_size
+    )
     places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
     return {"pixel_values": torch.rand(1, 16, 3 * edge**2), "image_position_ids": places}
 
@@ -287,7 +289,13 @@ def _prompt(model: Any, pictures: Inputs, taken: Any) -> Inputs:
     marker = next(
         (
             number
-            for name in ("image_token_id", "image_token_index", "image_patch_id", "video_token_index", "media_placeholder_token_id")
+            for name in (
+                "image_token_id",
+                "image_token_index",
+                "image_patch_id",
+                "video_token_index",
+                "media_placeholder_token_id",
+            )
             if (number := getattr(model.config, name, None)) is not None
         ),
         None,

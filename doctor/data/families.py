@@ -253,6 +253,9 @@ RENAMES: Mapping[str, tuple[Rename, ...]] = {
         ("mlp1", "model.multi_modal_projector"),
     ),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), _OMNI),
+    "t5gemma2": tuple(
+        (f"model.encoder.{part}", f"model.encoder.text_model.{part}") for part in ("embed_tokens", "layers", "norm")
+    ),
     "unlimited_ocr": (
         ("model.sam_model.blocks", "model.vision_tower.sam_encoder.layers"),
         ("model.sam_model.net_#", "model.vision_tower.sam_encoder.proj.conv#"),

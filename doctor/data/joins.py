@@ -69,6 +69,16 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
         )
         for name in ("768", "1024")
     ),
+    "pix2struct": tuple(
+        Join(
+            f"encoder.embeddings.{name}_embedder",
+            "encoder.embeddings.patch_projection",
+            "embeddings + row_embeddings + col_embeddings in modeling_pix2struct.py",
+            False,
+            "transformers 4.57.6 and 5.23, run on two devices",
+        )
+        for name in ("row", "column")
+    ),
     "git": (
         Join(
             "git.visual_projection",
