@@ -1,12 +1,12 @@
-"""Every image-text-to-text architecture of the installed transformers on two devices: the planner's maps beside accelerate's.
+"""Every image-text-to-text architecture of the installed transformers on two devices, by the planner's maps and others'.
 
     python benchmarks/all_architectures.py --out FOLDER                            # two GPUs that are not there
     python benchmarks/all_architectures.py --out FOLDER --devices cuda:0,cuda:1 --jobs 8
 
 Each architecture gets a tiny checkpoint with random weights, a profile from its headers, a plan over two devices about in
-half, and the maps of accelerate for half and half. Each map is loaded; logits and greedy tokens, for a text and for an image,
-are compared with those of one device; and ``check_map`` is asked about each map before. One process an architecture, so that
-a crash or a hang loses that one alone. Writes ``rows/NAME.json``, ``results.json`` and a table.
+half, and the maps of accelerate for half and half. Each map is loaded; logits and greedy tokens, for a text and for an
+image, are compared with those of one device; and ``check_map`` is asked about each map before. One process an architecture,
+so that a crash or a hang loses that one alone. Writes ``rows/NAME.json``, ``results.json`` and a table.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ class Trial:
         return round(first / max(1, total), 3)
 
     def accelerate(self) -> None:
-        """accelerate's maps: half and half, and transformers' own ``auto`` for two GPUs of a little more than half."""
+        """The maps of accelerate: half and half, and transformers' own ``auto`` for two GPUs of a little more than half."""
         for name, make in (("accelerate", self.half_and_half), ("auto", self.automatic)):
             try:
                 device_map = make()

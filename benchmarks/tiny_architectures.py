@@ -1,12 +1,13 @@
 """A tiny model of every image-text-to-text architecture of the installed transformers: one shrinker, few exceptions.
 
 The default config of a class is walked key by key: widths, depths, tables and experts become small, and whatever counts
-layers follows. What a class demands beyond that is in ``EXCEPTIONS``. ``all_architectures.py`` runs them, and so do tests.
+layers follows. What a class demands beyond that is in ``EXCEPTIONS``. ``all_architectures.py`` runs them,
+and so do tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 WIDTH, HEADS, HEAD_DIM, MLP_WIDTH = 64, 4, 16, 128
@@ -20,18 +21,21 @@ _VALUES: dict[str, Any] = {
     **dict.fromkeys(
         (
             "hidden_size", "d_model", "embed_dim", "out_hidden_size", "projection_dim", "projector_hidden_size",
-            "text_hidden_size", "decoder_hidden_size", "encoder_hidden_size", "word_embed_proj_dim", "output_dim", "vision_dim",
+            "text_hidden_size", "decoder_hidden_size", "encoder_hidden_size", "word_embed_proj_dim", "output_dim",
+            "vision_dim",
             "projection_hidden_size", "projector_input_dim", "projector_output_dim", "image_text_hidden_size",
             "image_token_embed_dim", "output_channels", "downsample_hidden_size", "lru_width",
             "projection_hidden_dim", "image_embed_dim", "n_embd", "adapter_out_dim", "vision_hidden_size",
-            "hidden_size_per_layer_input", "pooler_output_size", "adapter_in_dim", "vision_embed_dim", "moe_hidden_size",
+            "hidden_size_per_layer_input", "pooler_output_size", "adapter_in_dim", "vision_embed_dim",
+            "moe_hidden_size",
         ),
         WIDTH,
     ),
     **dict.fromkeys(
         (
             "intermediate_size", "ffn_dim", "d_ff", "mlp_dim", "encoder_ffn_dim", "decoder_ffn_dim",
-            "alignment_intermediate_size", "intermediate_size_mlp", "dense_intermediate_size", "projection_intermediate_size",
+            "alignment_intermediate_size", "intermediate_size_mlp", "dense_intermediate_size",
+            "projection_intermediate_size",
             "shared_intermediate_size", "share_expert_dim", "vit_mlp_dim", "merged_hidden_size",
         ),
         MLP_WIDTH,
@@ -56,14 +60,16 @@ _VALUES: dict[str, Any] = {
     ),
     **dict.fromkeys(
         (
-            "head_dim", "d_kv", "resampler_head_dim", "resampler_dim_head", "swa_head_dim", "global_head_dim", "index_head_dim",
+            "head_dim", "d_kv", "resampler_head_dim", "resampler_dim_head", "swa_head_dim", "global_head_dim",
+            "index_head_dim",
             "v_head_dim", "qk_nope_head_dim", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim",
         ),
         HEAD_DIM,
     ),
     **dict.fromkeys(
         (
-            "num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers", "layers", "n_layer",
+            "num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers", "layers",
+            "n_layer",
             "n_layers", "depth", "conf_num_hidden_layers",
         ),
         TEXT_LAYERS,
@@ -129,12 +135,14 @@ _GEMMA4_TOWER = {
 }  # fmt: skip
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga", "qwen2_5_vl", "qwen2_vl", "paddleocr_vl", "cosmos3_edge"), _MROPE),
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga", "qwen2_5_vl", "qwen2_vl", "paddleocr_vl",
+    "cosmos3_edge"), _MROPE),
     "glm4v_moe": _HALF_MROPE,
     "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [2, 2, 4]},
     "qwen2_5_omni_thinker": {**_MROPE, **_VISION_START},
     "qwen3_omni_moe_thinker": _VISION_START,
-    **dict.fromkeys(("gemma3", "shieldgemma2"), {"mm_tokens_per_image": 4}),
+    "gemma3": {"mm_tokens_per_image": 4},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
     "instructblipvideo": {"video_token_index": IMAGE_TOKEN},
     "llama4": {"vision_config.intermediate_size": 4 * WIDTH, "vision_config.vision_output_dim": WIDTH},
     "mllama": {"vision_config.vision_output_dim": 3 * WIDTH},
@@ -143,7 +151,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "udop": {"decoder_start_token_id": 0},
     "t5gemma2": {"encoder.mm_tokens_per_image": 4},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
-    "chameleon": {"vocabulary_map": {**_VOCABULARY_MAP, **{"IMGIMG" + "".join(chr(65 + int(digit)) for digit in str(n)) + "Z": 100 + n for n in range(64)}}},
+    "chameleon": {"vocabulary_map": {**_VOCABULARY_MAP,
+    **{"IMGIMG" + "".join(chr(65 + int(digit)) for digit in str(n)) + "Z": 100 + n for n in range(64)}}},
     "emu3": {"vocabulary_map": {**_VOCABULARY_MAP, **{f"<|visual token {n:06}|>": 100 + n for n in range(64)}}},
     "cohere_compass": {
         "text_config.rope_parameters": {
@@ -174,18 +183,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4": {"vision_config": _GEMMA4_TOWER},
     "gemma4_unified": {
         "vision_config": {
-            "model_type": "gemma4_unified_vision", "mm_embed_dim": WIDTH, "output_proj_dims": WIDTH, "mm_posemb_size": 64,
+            "model_type": "gemma4_unified_vision", "mm_embed_dim": WIDTH, "output_proj_dims": WIDTH,
+            "mm_posemb_size": 64,
         },
     },
-    "glm5_next": {"text_config.qk_rope_head_dim": 0, "text_config.head_dim": HEAD_DIM, "text_config.qk_head_dim": HEAD_DIM,
+    "glm5_next": {"text_config.qk_rope_head_dim": 0, "text_config.head_dim": HEAD_DIM,
+    "text_config.qk_head_dim": HEAD_DIM,
                   "text_config.linear_head_dim": HEAD_DIM, "text_config.linear_num_heads": HEADS},
     "hunyuan_vl": {"text_config.head_dim": HEAD_DIM, "text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
     "mistral4": {"rope_parameters.partial_rotary_factor": 8 / 24},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 1], "vision_config.num_position_embeddings": 16},
     "muse_spark": {"out_hidden_size": 4 * WIDTH, "audio_config.hidden_sizes": [16, 32, 48, 64]},
     "qwen4_exp": {
-        "text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 4, "text_config.indexer_head_dim": HEAD_DIM,
-        "text_config.indexer_n_heads": HEADS, "text_config.indexer_kv_heads": 1, "text_config.ngram_vocab_size_base": 64,
+        "text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 4,
+        "text_config.indexer_head_dim": HEAD_DIM,
+        "text_config.indexer_n_heads": HEADS, "text_config.indexer_kv_heads": 1,
+        "text_config.ngram_vocab_size_base": 64,
         "text_config.split_ngram_parts": 2, "text_config.hc_lowrank": 8, "text_config.ple_embed_dim": WIDTH,
     },
     "step3p7": {"text_config.sliding_window": 16},

@@ -220,7 +220,7 @@ def _pooled(model: Any) -> Inputs:
     }
 
 
-def _sized(model: Any) -> Inputs:
+def _sized(_: Any) -> Inputs:
     edge = 64
     return {"pixel_values": torch.randn(1, 3, edge, edge), "image_sizes": torch.tensor([[edge, edge]])}
 

@@ -14,7 +14,6 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-
 _NAMES = {
     "num_layers": "num_hidden_layers",
     "ffn_hidden_size": "intermediate_size",
@@ -190,10 +189,9 @@ class EVA2CLIPModel(nn.Module):
 
 class TrueSizeBase(PreTrainedModel, GenerationMixin):
     config_class = TrueSizeConfig
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = "past_key_values"
     _supports_sdpa = True
     _supports_cache_class = True
-    _tied_weights_keys = {}
 
     def _init_weights(self, module):
         """Random weights were made already."""
@@ -290,7 +288,7 @@ class ChatGLMModel(nn.Module):
 
 
 class ChatGLMForConditionalGeneration(TrueSizeBase):
-    _no_split_modules = ["GLMBlock"]
+    _no_split_modules = ["GLMBlock"]  # noqa: RUF012
 
     def __init__(self, config):
         super().__init__(config)
@@ -394,7 +392,7 @@ class CogVLMModel(nn.Module):
 
 
 class CogVLMForCausalLM(TrueSizeBase):
-    _no_split_modules = ["CogVLMDecoderLayer"]
+    _no_split_modules = ["CogVLMDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config):
         super().__init__(config)

@@ -86,9 +86,7 @@ class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
             device = kwargs.get("device")
             if device is not None:
                 kwargs["device"] = "meta" if torch.device(device).type == "meta" else "cpu"
-            if func is torch.histc:
-                args = (args[0].float(), *args[1:])  # CUDA counts integers, the CPU does not
-            result = func(*args, **kwargs)
+            result = func(*_countable(func, args), **kwargs)
         if device is None:
             device = next(iter(places), None)
             if device is None:
@@ -118,6 +116,11 @@ class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
         if target != place_of(tensor) or kwargs.get("copy"):
             moved = torch.Tensor.clone(moved)
         return put(moved, target)
+
+
+def _countable(func: Any, args: Any) -> Any:
+    """CUDA counts integers in bins, the CPU does not."""
+    return (args[0].float(), *args[1:]) if func is torch.histc else args
 
 
 def _counts(item: Any) -> bool:

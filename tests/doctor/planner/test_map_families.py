@@ -123,7 +123,13 @@ def test_what_a_familys_code_joins_is_named_with_its_line(family: str, tower: li
 BERT = [
     f"qformer.encoder.layer.{n}.{part}.weight"
     for n in (0, 1)
-    for part in ("attention.self.query", "attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense")
+    for part in (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    )
 ]
 
 
