@@ -40,7 +40,9 @@ def main() -> int:
     parser.add_argument("--cuts", action="store_true", help="also every other cut that the planner may make")
     parser.add_argument("families", nargs="*", help="model_type; all when none is given")
     options = parser.parse_args()
-    # Every child is forked from here, so that the libraries are imported once. CUDA must not be touched before.
+    # Every child is forked from here, so that the libraries are imported once. CUDA must not be touched before: without
+    # this word torch asks the driver whether there are GPUs, which a child could not do again.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     warnings.simplefilter("ignore")
     import accelerate
     import tiny_architectures

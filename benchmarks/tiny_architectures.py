@@ -149,6 +149,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
     "vipllava": {"vision_feature_layers": [-1, -2, -3, -4, 1], "vision_feature_layer": [-1, -2, -3, -4, 1]},
     "udop": {"decoder_start_token_id": 0},
+    "vision-encoder-decoder": {"decoder_start_token_id": 0, "pad_token_id": 0},
     "t5gemma2": {"encoder.mm_tokens_per_image": 4},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "chameleon": {"vocabulary_map": {**_VOCABULARY_MAP,

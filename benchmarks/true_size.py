@@ -3,11 +3,11 @@
     python benchmarks/true_size.py --out FOLDER [--free 23.5,23.5] [--budget SECONDS] [glm4v] [cogvlm2]
     python benchmarks/true_size.py --out FOLDER --tiny            # here, without a GPU: shapes, plan, one call on the CPU
 
-Names, shapes and order of registration are those of the published checkpoints (``remote_code/modeling_true_size.py``); the
-weights are zeros in sparse files, so that nothing is written and ``from_pretrained`` takes its usual way. ``ballast.py``
-holds the memory beyond ``--free`` GiB. Every step runs in a process of its own. For each map: does it load, what is on which
-GPU, is a block cut, what does ``check-map`` say before, what does a call say, and what is the longest prompt with and without an
-image.
+Names, shapes and order of registration are those of the published checkpoints (``remote_code/modeling_true_size.py``).
+The weights are zeros in sparse files, so that nothing is written and ``from_pretrained`` takes its usual way.
+``ballast.py`` holds the memory beyond ``--free`` GiB. Every step runs in a process of its own. For each map: does it load,
+what is on which GPU, is a block cut, what does ``check-map`` say before, what does a call say, and what is the longest
+prompt with and without an image.
 """
 
 from __future__ import annotations

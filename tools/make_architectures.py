@@ -61,7 +61,7 @@ def brief(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _brief_row(row: dict[str, Any]) -> dict[str, Any]:
-    if "plan" not in row or row.get("end"):
+    if "seconds" not in row or row.get("end"):
         return {"family": row["family"], "left": row.get("end") or row.get("failed") or "not run"}
     is_same = all(row.get("repeats", {"": True}).values())
     return {

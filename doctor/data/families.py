@@ -331,6 +331,9 @@ ROTARY: Mapping[str, tuple[str, ...]] = {
     "chatglm": ("transformer.rotary_pos_emb",),
     "minicpmv": ("llm.model.rotary_emb",),
     **dict.fromkeys(("kosmos-2", "kosmos-2.5"), ("text_model.model.embed_positions",)),
+    # Tables that share the tensor of another: a checkpoint stores nothing for them.
+    "t5gemma2": ("model.decoder.embed_tokens",),
+    "udop": ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
     "molmo2": ("model.language_model.rotary_emb", "model.language_model.rotary_emb_unscaled"),
 }
 """Family to its parameter-free modules with position buffers, which the map must name as well (InternVL#688: left out, its

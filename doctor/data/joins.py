@@ -79,6 +79,15 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
         )
         for name in ("row", "column")
     ),
+    "udop": (
+        Join(
+            "encoder.cell_2d_embedding",
+            "encoder.embed_tokens",
+            "inputs_embeds += cell_2d_embedding(bbox) in modeling_udop.py",
+            False,
+            "transformers 4.57.6 and 5.23, run on two devices",
+        ),
+    ),
     "git": (
         Join(
             "git.visual_projection",
