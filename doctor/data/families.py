@@ -332,6 +332,14 @@ ROTARY: Mapping[str, tuple[str, ...]] = {
     "minicpmv": ("llm.model.rotary_emb",),
     **dict.fromkeys(("kosmos-2", "kosmos-2.5"), ("text_model.model.embed_positions",)),
     # Tables that share the tensor of another: a checkpoint stores nothing for them.
+    "diffusion_gemma": (
+        "model.encoder.language_model.rotary_emb",
+        *(f"model.decoder.{part}" for part in ("embed_tokens", "norm", "rotary_emb")),
+    ),
+    "florence2": (
+        *(f"model.language_model.{part}.embed_tokens" for part in ("encoder", "decoder")),
+        "lm_head",
+    ),
     "t5gemma2": ("model.decoder.embed_tokens",),
     "udop": ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
     "molmo2": ("model.language_model.rotary_emb", "model.language_model.rotary_emb_unscaled"),

@@ -84,7 +84,8 @@ def test_every_architecture_is_planned_and_its_map_is_clean(family: str) -> None
 
     assert planned.fits
     assert set(planned.device_map.values()) == {0, 1}
-    names = [name for name, _ in model.named_parameters()]
+    # accelerate asks for a device of each of several names of one tensor.
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     keys = tuple(planned.device_map)
     assert [name for name in names if not any(name == key or name.startswith(f"{key}.") for key in keys)] == []
     modules = dict(model.named_modules())
