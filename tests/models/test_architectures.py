@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architectures.md"
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
-NO_CHAIN = {"pi0", "t5gemma2", "vision-encoder-decoder"}
-"""Models of two bodies that no chain of units describes; a plan for them is not promised."""
+NO_CHAIN = {"diffusion_gemma", "pi0", "t5gemma2", "vision-encoder-decoder"}
+"""Models of two bodies (which may share their layers) that no chain of units describes; a plan for them is not promised."""
 WORDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "bool": "BOOL", "uint8": "U8"}
 
 
