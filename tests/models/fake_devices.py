@@ -74,7 +74,7 @@ class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
         with torch._C.DisableTorchFunction():
             if func in _MOVES:
                 return self._move(func, args, kwargs)
-            tensors = args[:1] if func in _LOOKS_ONLY else (args, kwargs)
+            tensors = args[:1] if func in _LOOKS_ONLY or _fills_slice(func, args) else (args, kwargs)
             places = {place_of(tensor) for tensor in tree_iter(tensors) if _counts(tensor)}
             if func in _INDEXED:
                 places -= {torch.device("cpu")} - {place_of(args[0])}
@@ -116,6 +116,11 @@ class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
         if target != place_of(tensor) or kwargs.get("copy"):
             moved = torch.Tensor.clone(moved)
         return put(moved, target)
+
+
+def _fills_slice(func: Any, args: Any) -> bool:
+    """Writing to a slice copies, from whatever device."""
+    return func is torch.Tensor.__setitem__ and not any(isinstance(item, torch.Tensor) for item in tree_iter(args[1]))
 
 
 def _countable(func: Any, args: Any) -> Any:
