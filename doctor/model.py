@@ -35,6 +35,8 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on the GPU of what loading converts to no other type: quantized weights with their scales, integers. ``None``
     where only ``stored_bytes`` are known."""
     largest_tensor_elements: int = 0
+    small_elements: int = 0
+    """Elements of tensors of at most 1 MiB in a 16-bit type, which torch keeps apart from larger ones."""
     quantizable_elements: int = 0
     """Elements of the linear weights that bitsandbytes would quantize."""
     layer: int | None = None

@@ -184,8 +184,8 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """torch's word for the type of the weights."""
     attention: str
     """transformers' ``attn_implementation``."""
-    has_cudnn: bool
-    """Whether fused attention is cuDNN's, as it is from compute capability 9.0."""
+    cudnn_width: int
+    """The widest head for which fused attention is cuDNN's; 0 where it never is."""
     layers: tuple[str, ...]
     """Module paths of the text layers, in order."""
     tower: tuple[str, ...]

@@ -22,10 +22,10 @@ from __future__ import annotations
 from typing import Any
 
 from .cards import suggest_gpus
-from .planning import plan
+from .planning import plan, sketch
 from .validate import validate_policy, validate_workload
 
-__all__ = ["check_map", "plan", "suggest_gpus", "validate_policy", "validate_workload"]
+__all__ = ["check_map", "plan", "sketch", "suggest_gpus", "validate_policy", "validate_workload"]
 
 
 def __getattr__(name: str) -> Any:

@@ -61,10 +61,11 @@ class Allocator:
 
     Args:
         capacity_bytes: What the driver can give in all; ``None`` is without end.
-        reserved_bytes: Of segments that are full from the beginning: weights.
+        reserved_bytes: Of segments that are there from the beginning: weights.
+        hole_bytes: Of these, what is free in the segment of large tensors.
     """
 
-    def __init__(self, capacity_bytes: int | None = None, reserved_bytes: int = 0) -> None:
+    def __init__(self, capacity_bytes: int | None = None, reserved_bytes: int = 0, hole_bytes: int = 0) -> None:
         self.capacity_bytes = capacity_bytes
         self.reserved_bytes = self.peak_reserved_bytes = reserved_bytes
         self.allocated_bytes = self.peak_allocated_bytes = 0
@@ -72,6 +73,11 @@ class Allocator:
         self._large: _Free = []
         self._small: _Free = []
         self._segments = 0
+        if hole_bytes:
+            weights = Block(0, 0, None, None, is_small=False)
+            weights.behind = hole = Block(hole_bytes, 0, weights, None, is_small=False)
+            hole.is_free = True
+            self._large.append((hole.size, hole.address, hole))
 
     def make(self, size_bytes: int) -> Block:
         """Find room for a tensor.

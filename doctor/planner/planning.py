@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -29,6 +29,10 @@ from .validate import validate_policy, validate_workload
 
 _DEFAULT_WORKLOAD = Workload()
 _DEFAULT_POLICY = Policy()
+
+
+_Question = tuple[Problem, tuple[Exclusion, ...]]
+"""And the GPUs that are not considered."""
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -80,12 +84,51 @@ def plan(
             Regimes(traces, profile.text.sliding_window)
         except IrregularError as error:
             traces, untraced = None, str(error)
-    answer = _answer(profile, machine, workload, policy, found=found, traces=traces)
+    answer = _answer(_questions(profile, machine, workload, policy, found=found, traces=traces), Problem.choose)
     problem, choice = answer.problem, answer.choice
+    placed = _placed(answer)
+    longest = choice.text_tokens + problem.footprint.images.tokens if choice else None
+    return msgspec.structs.replace(
+        placed,
+        longest_prompt_tokens=longest,
+        auto=auto_placement(problem, split=choice.split if choice else None, longest_prompt_tokens=longest),
+        limits=limits(problem, choice.split, choice.text_tokens) if choice else None,
+        levers=levers_that_save(problem, choice.split) if choice and workload.training else (),
+        gpu_sets=() if choice else suggest_gpus(profile, workload, policy),
+        notes=_notes(placed.notes, untraced),
+        tier="formulas" if traces is None else "traced",
+    )
+
+
+def sketch(profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy) -> Plan:
+    """A plan at a glance: placed by formulas, and held against torch's allocator for the workload alone.
+
+    It fits where it says so, and does without what takes longest: which of the splits that are nearly as good goes
+    furthest, how far the workload can grow, what ``auto`` would have done. Arguments and errors as for :func:`plan`.
+    """
+    profile = as_loaded(profile, machine)
+    validate_policy(policy, machine)
+    questions = _questions(profile, machine, workload, policy, found=budgets(machine, policy), traces=None)
+    answer = _answer(questions, _first_that_runs)
+    return _placed(msgspec.structs.replace(answer, problem=_by_formulas(answer.problem)))
+
+
+def _by_formulas(problem: Problem) -> Problem:
+    return msgspec.structs.replace(problem, is_replayed=False, alike=problem.footprint)
+
+
+def _first_that_runs(problem: Problem) -> Choice | None:
+    choice = _by_formulas(problem).choose()
+    return choice if choice is None or problem.split_fits(choice.split) else problem.choose()
+
+
+def _placed(answer: _Answer) -> Plan:
+    """Who goes where, and what each GPU then holds."""
+    problem, choice = answer.problem, answer.choice
+    profile, machine, workload = problem.profile, problem.machine, problem.workload
     footprint = problem.footprint
     split = choice.split if choice else problem.closest_split()
     stages = account.stages(problem, split) if split else ()
-    longest = choice.text_tokens + footprint.images.tokens if choice else None
     return Plan(
         model=profile.name,
         revision=profile.revision,
@@ -101,15 +144,9 @@ def plan(
         stages=stages,
         cuts=account.cuts(problem, split, choice.text_tokens if choice else None) if split else (),
         reasons=account.reasons(problem, choice, answer.excluded) if choice else (),
-        longest_prompt_tokens=longest,
-        auto=auto_placement(problem, split=choice.split if choice else None, longest_prompt_tokens=longest),
-        limits=limits(problem, choice.split, choice.text_tokens) if choice else None,
         offloaded=offloaded(problem, problem.budgets[choice.split.gpus[0]].gpu) if choice else None,
-        levers=levers_that_save(problem, choice.split) if choice and workload.training else (),
-        gpu_sets=() if choice else suggest_gpus(profile, workload, policy),
         shortage=None if choice else shortage(problem, stages, answer.excluded),
-        notes=_notes(account.notes(problem, choice), untraced),
-        tier="formulas" if traces is None else "traced",
+        notes=account.notes(problem, choice),
         is_remote_code=profile.is_remote_code,
         needs_quantization=profile.quantization or workload.quantization,
     )
@@ -121,16 +158,14 @@ def _notes(notes: tuple[str, ...], untraced: str | None) -> tuple[str, ...]:
     return (*notes, f"The model was not traced, so that memory is told by formulas: {untraced.rstrip('.')}.")
 
 
-def _answer(
-    profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, *, found: Budgets, traces: Traces | None
-) -> _Answer:
+def _answer(questions: Iterable[_Question], choose: Callable[[Problem], Choice | None]) -> _Answer:
     """The first question that has an answer, or the last one, which allows the most."""
-    questions = list(_questions(profile, machine, workload, policy, found=found, traces=traces))
+    questions = list(questions)
     for problem, excluded in questions:
-        choice = problem.choose()
+        choice = choose(problem)
         if choice is not None:
             return _Answer(problem, choice, excluded)
-    if policy.offload:
+    if questions[-1][0].policy.offload:
         for problem, excluded in questions:
             candidate = with_offload(problem)
             if candidate is not None:
@@ -141,7 +176,7 @@ def _answer(
 
 def _questions(
     profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy, *, found: Budgets, traces: Traces | None
-) -> Iterator[tuple[Problem, tuple[Exclusion, ...]]]:
+) -> Iterator[_Question]:
     """The same question with fewer and fewer scruples."""
     chains = [chain(profile)]
     if can_break_tower(profile):

@@ -149,7 +149,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def replay(self) -> Replay | None:
         """The allocator's own judgement; ``None`` where it is not known what the model allocates."""
-        return replay_of(self.footprint, [budget.gpu for budget in self.budgets]) if self.is_replayed else None
+        gpus = [budget.gpu for budget in self.budgets]
+        return replay_of(self.footprint, gpus, self.machine.libraries) if self.is_replayed else None
 
     def choose(self) -> Choice | None:
         """The best split by the policy, or ``None`` when nothing fits."""

@@ -16,15 +16,11 @@ from ..model import ModelProfile
 from .allocator import SMALL_BYTES, SMALL_SEGMENT_BYTES, Allocator, Block, OutOfMemoryError
 from .image_tokens import ImageLoad
 
-CUDNN_SINCE = (9, 0)
-"""From this compute capability torch prefers cuDNN's fused attention, which keeps no row statistics and leaves its output
-in an order that is copied at once; before, flash attention keeps them and needs no copy. Source: ``sdp_utils.cpp`` of torch
-2.6 and later (check_prefer_cudnn_attention); seen in memory histories of H100 cards."""
 MASK_ALIGNMENT = 8
 """Elements of a row of a mask; source: preprocess_mask of aten/src/ATen/native/transformers/attention.cpp."""
-MOST_CUDNN_WIDTH = 128
-"""Of a head, for cuDNN's kernel on Hopper; also the widest for which the memory-efficient kernel sums up in registers.
-Sources: ``sdp_utils.cpp`` (check_cudnn_tensor_shapes); kNeedsOutputAccumulatorBuffer of ``kernel_forward.h``."""
+MOST_SUMMED_WIDTH = 128
+"""Of a head, for which the memory-efficient kernel sums up in registers.
+Source: kNeedsOutputAccumulatorBuffer of ``kernel_forward.h``."""
 _GOES = -(2**20)
 """A tensor that goes, in a list of sizes: this less its number."""
 
@@ -40,6 +36,8 @@ class Held(msgspec.Struct, frozen=True):
     has_head: bool
     has_inputs: bool = False
     """Token numbers, mask and positions of the prompt are here, where its first module is or where the caller put them."""
+    small_weights_bytes: int = 0
+    """Of the weights, those of tensors of at most 1 MiB."""
 
 
 class Replayed(ABC):
@@ -62,7 +60,7 @@ class Replayed(ABC):
         Raises:
             OutOfMemoryError: It does not run in so much memory.
         """
-        allocator = Allocator(capacity_bytes, _reserved(held))
+        allocator = Allocator(capacity_bytes, *_weights(held))
         self._play(held, tokens, allocator)
         return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
 
@@ -81,7 +79,7 @@ class Program(Replayed):
         item_bytes: Bytes of an element of the loaded type.
         batch: Prompts at once.
         new_tokens: Tokens that are made.
-        is_cudnn: Attention is cuDNN's, see :data:`CUDNN_SINCE`.
+        cudnn_width: The widest head for which attention is cuDNN's, see :mod:`.kernels`.
     """
 
     has_movable_inputs = True
@@ -95,7 +93,7 @@ class Program(Replayed):
         item_bytes: int,
         batch: int,
         new_tokens: int,
-        is_cudnn: bool,
+        cudnn_width: int,
     ) -> None:
         self._script = script
         self._tower = tower
@@ -103,7 +101,7 @@ class Program(Replayed):
         self._item_bytes = item_bytes
         self._batch = batch
         self._new_tokens = new_tokens
-        self._is_cudnn = is_cudnn
+        self._cudnn_width = cudnn_width
         self._tokens = -1
         self._sized: dict[tuple[int, int], list[int]] = {}
 
@@ -143,8 +141,12 @@ class Program(Replayed):
             cache: list[Block] = []
             if layer.prefill:
                 arrived = [] if held.is_first else self._run(layer.arrivals, allocator)
-                *cache, carried = self._run(layer.prefill, allocator, {INPUT: carried})
-                for block in arrived:
+                given, carried = carried, None
+                *cache, carried = self._run(layer.prefill, allocator)
+                # The caller holds a layer's input until it returns, which is after what accelerate's hook holds; but the
+                # first input on a later stage is the hook's own copy.
+                own = [given] if given is not None else []
+                for block in (*arrived, *own) if number else (*own, *arrived):
                     allocator.free(block)
             caches.append(cache)
             if spare is not None:
@@ -272,12 +274,11 @@ class Program(Replayed):
 
     def _is_made(self, kind: str, tokens: int, width: str) -> bool:
         """Whether the kernel that attention has here, with heads as wide as that symbol says, makes such a tensor."""
-        is_wide = self._values[width] > MOST_CUDNN_WIDTH
-        is_cudnn = self._is_cudnn and not is_wide
+        is_cudnn = self._values[width] <= self._cudnn_width
         if kind == "padding":
             return not is_cudnn and bool(tokens % MASK_ALIGNMENT)
         if kind == "sums":
-            return is_wide
+            return not is_cudnn and self._values[width] > MOST_SUMMED_WIDTH
         return is_cudnn == (kind == "cudnn")
 
 
@@ -319,8 +320,19 @@ def dimensions(profile: ModelProfile, images: ImageLoad) -> dict[str, int]:
     return values
 
 
-def _reserved(held: Held) -> int:
-    """Segments that are there before the prompt: transformers loads weights into one, rounded up to 2 MiB, and one of small
-    tensors. cuBLAS's workspace has a segment of its own, which the budget counts.
+def _weights(held: Held) -> tuple[int, int]:
+    """Segments that are there before the prompt, and what is free in the largest, in bytes.
+
+    Transformers asks for one segment of all weights and gives it back to torch (caching_allocator_warmup); of the tensors
+    that it then loads, the small ones go to segments of their own, so that there is a hole as large as they are. It decides
+    about some of what comes first, and with that about where a prompt fails: GLM-4.1V on 12 + 23.5 GiB runs 36,863 tokens
+    and no longer 37,051, on two H200s as in the replay; without the hole the replay says 37,656.
+    cuBLAS's workspace has a segment of its own, which the budget counts.
     """
-    return -(-held.weights_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES + SMALL_SEGMENT_BYTES
+    segment = _round_up(held.weights_bytes)
+    small = held.small_weights_bytes
+    return segment + max(SMALL_SEGMENT_BYTES, _round_up(small)), segment - held.weights_bytes + small
+
+
+def _round_up(size_bytes: int) -> int:
+    return -(-size_bytes // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES

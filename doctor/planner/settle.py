@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..machine import Gpu
+from ..machine import Gpu, Libraries
 from ..units import MIB
+from .kernels import cudnn_width
 from .memory import Footprint, StageNeed
 from .near import near_best
 from .order import Split
 from .release import is_before_5
-from .replay import CUDNN_SINCE, Held, Program, Replayed, dimensions
+from .replay import Held, Program, Replayed, dimensions
 from .search import Choice
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ GAP_STEPS = 8
 """A tenth of the longest prompt: gaps seen in replays and on GPUs lie there."""
 SLACK_BYTES = 16 * MIB
 """Left free for what a script does not tell: small tensors, of which 2 to 4 MiB more were seen on GPUs than replayed."""
+NARROW_SHARE = 1 / 300
+"""Of a length: gaps that are narrower do not count. LLaVA-1.5 13B fails at 5,119 and 5,120 tokens, where a tensor fills its
+segment to the byte, and runs 5,839."""
 FINE_STEP = 1 / 400
-FINE_STEPS = 12
+FINE_STEPS = 6
 """Where a prompt is promised, lengths just below it are tried again: gaps there are narrow, and none is worth its risk."""
 _NEED_STEP = 16 * MIB
 _Takes = Callable[["Problem", Split, int], bool]
@@ -51,12 +55,13 @@ class Replay:
     Args:
         footprint: The model, its workload and its atoms.
         gpus: By position.
+        libraries: What will run it, where that is known.
     """
 
-    def __init__(self, footprint: Footprint, gpus: Sequence[Gpu]) -> None:
+    def __init__(self, footprint: Footprint, gpus: Sequence[Gpu], libraries: Libraries | None = None) -> None:
         self._footprint = footprint
-        self._programs = {is_cudnn: _program(footprint, is_cudnn=is_cudnn) for is_cudnn in {*map(_has_cudnn, gpus)}}
-        self._kernels = [_has_cudnn(gpu) for gpu in gpus]
+        self._kernels = [cudnn_width(gpu, libraries) for gpu in gpus]
+        self._programs = {width: _program(footprint, cudnn_width=width) for width in {*self._kernels}}
         self._default = min(range(len(gpus)), key=lambda position: gpus[position].index, default=0)
         self._held: dict[tuple[int, int], Held] = {}
         self._known: dict[tuple[object, ...], bool] = {}
@@ -78,7 +83,7 @@ class Replay:
             for place in places
         )
 
-    def _runs(self, held: Held, kernel: bool, text_tokens: int, capacity_bytes: int) -> bool:
+    def _runs(self, held: Held, kernel: int, text_tokens: int, capacity_bytes: int) -> bool:
         question = held, kernel, text_tokens, capacity_bytes
         if question not in self._known:
             tokens = text_tokens + self._footprint.images.tokens
@@ -122,6 +127,8 @@ class Replay:
             self._held[run] = Held(
                 kinds=tuple(caches[layer] if layer is not None and layer < len(caches) else "full" for layer in layers),
                 weights_bytes=self._footprint.weights_of(*run),
+                small_weights_bytes=self._footprint.item_bytes
+                * sum(unit.small_elements for atom in atoms for unit in atom.units),
                 is_first=any(atom.has_embedding for atom in atoms),
                 has_head=any(atom.has_head for atom in atoms),
                 has_inputs=any(atom.has_embedding for atom in atoms),
@@ -129,11 +136,7 @@ class Replay:
         return self._held[run]
 
 
-def _has_cudnn(gpu: Gpu) -> bool:
-    return gpu.compute_capability is not None and gpu.compute_capability >= CUDNN_SINCE
-
-
-def _program(footprint: Footprint, *, is_cudnn: bool) -> Replayed:
+def _program(footprint: Footprint, *, cudnn_width: int) -> Replayed:
     traced = footprint.traced_program()
     if traced is not None:
         return traced
@@ -146,11 +149,11 @@ def _program(footprint: Footprint, *, is_cudnn: bool) -> Replayed:
         item_bytes=footprint.item_bytes,
         batch=workload.batch,
         new_tokens=workload.new_tokens,
-        is_cudnn=is_cudnn,
+        cudnn_width=cudnn_width,
     )
 
 
-def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
+def replay_of(footprint: Footprint, gpus: Sequence[Gpu], libraries: Libraries | None = None) -> Replay | None:
     """A judge, where it is known what the model allocates for the workload."""
     profile, workload = footprint.profile, footprint.workload
     is_scripted = profile.body_script is not None and (not footprint.images.tokens or profile.tower_script is not None)
@@ -169,7 +172,7 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu]) -> Replay | None:
     has_whole_tower = not any(atom.has_tower and not atom.has_embedding for atom in footprint.atoms)
     if footprint.is_bare or footprint.offloaded or not (is_scripted and is_plain and has_whole_tower):
         return None
-    return Replay(footprint, gpus)
+    return Replay(footprint, gpus, libraries)
 
 
 def settle(problem: Problem) -> Choice | None:
@@ -192,14 +195,21 @@ def _furthest(problem: Problem, choice: Choice) -> Choice | None:
     for split in islice(_candidates(problem, choice), MOST_CANDIDATES):
         if reached + 1 == len(lengths):
             break
-        if takes(problem, split, lengths[reached + 1]) and takes_anyway(problem, split, lengths[0]):
-            goes = _reach(problem, split, lengths, takes)
+        if _nearly(takes)(problem, split, lengths[reached + 1]) and takes_anyway(problem, split, lengths[0]):
+            goes = _reach(problem, split, lengths, _nearly(takes))
             if goes > reached:
                 best, reached = split, goes
     if best is None:
         return None
-    reached = _reach(problem, best, lengths, takes_anyway)
+    reached = _reach(problem, best, lengths, _nearly(takes_anyway))
     return Choice(best, _refined(problem, best, lengths, reached), is_rounded=choice.is_rounded)
+
+
+def _nearly(runs: _Takes) -> _Takes:
+    """Whether a length runs, or one right below it: a gap of a few tokens is no reason to prefer another split."""
+    return lambda problem, split, tokens: (
+        runs(problem, split, tokens) or runs(problem, split, tokens - int(tokens * NARROW_SHARE))
+    )
 
 
 def _reach(problem: Problem, split: Split, lengths: Sequence[int], runs: _Takes) -> int:
@@ -233,6 +243,8 @@ def _refined(problem: Problem, split: Split, lengths: Sequence[int], reached: in
     """The longest prompt that runs, between a length that does and the next one."""
     low = lengths[reached]
     high = lengths[reached + 1] if reached + 1 < len(lengths) else low
+    if not takes_anyway(problem, split, low):
+        high, low = low, low - int(low * NARROW_SHARE)
     least = (high - low) // 8
     while high - low > max(1, least):
         middle = (low + high) // 2

@@ -12,9 +12,9 @@ from ..trace import BEFORE, TOWER, TraceRequest, Traces
 from ..workload import Workload
 from .constraints import Atom
 from .image_tokens import ImageLoad, image_edges, image_load
+from .kernels import cudnn_width
 from .memory import Footprint, Holding, StageNeed
 from .release import Release
-from .replay import CUDNN_SINCE
 from .traced import Regimes, Timeline, lengths
 from .traced_replay import TracedProgram
 
@@ -44,12 +44,12 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
     height, width = image_edges(profile.image, workload) if has_images and profile.image else (0, 0)
     steps = 0 if workload.logits == "forward" else min(2, max(1, workload.new_tokens))
     dtype = workload.dtype or profile.dtype
-    capabilities = [gpu.compute_capability for gpu in machine.gpus]
+    widths = [cudnn_width(gpu, machine.libraries) for gpu in machine.gpus]
     return TraceRequest(
         architecture=profile.architecture,
         dtype=dtype if dtype in _TRACED_DTYPES else "bfloat16",
         attention="eager" if workload.attention == "eager" else "sdpa",
-        has_cudnn=workload.attention == "sdpa" and all(one is None or one >= CUDNN_SINCE for one in capabilities),
+        cudnn_width=min(widths, default=0) if workload.attention == "sdpa" else 0,
         layers=tuple(unit.key for unit in profile.units if unit.role == "layer"),
         tower=tuple(unit.key for unit in profile.units if unit.role in _TOWER_ROLES) if has_images else (),
         lengths=lengths(load.tokens, profile.text.sliding_window, steps),

@@ -104,7 +104,10 @@ def trace(
         "config": dict(config),
         "runs": runs,
         "folder": None if folder is None else str(folder),
-        **{name: getattr(request, name) for name in ("architecture", "dtype", "attention", "layers", "tower", "has_cudnn")},
+        **{
+            name: getattr(request, name)
+            for name in ("architecture", "dtype", "attention", "layers", "tower", "cudnn_width")
+        },
     }
     outcome = Child(
         "trace_child",

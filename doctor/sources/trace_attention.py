@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from .trace_ghost import Ghost
 
 MAX_FUSED_HEAD_DIM = 256
-MAX_CUDNN_HEAD_DIM = 128
 _SINGLE_PASS_HEAD_DIM = 128
 """Above, the memory-efficient kernel sums up in a float32 buffer (kNeedsOutputAccumulatorBuffer of kernel_forward.h)."""
 _ALIGNMENT = 8
@@ -27,17 +26,17 @@ class OnGpu(TorchFunctionMode):  # type: ignore[misc]
     """Replaces fused attention, and reading back what has no data.
 
     Args:
-        has_cudnn: The GPU is one where torch prefers cuDNN's attention (compute capability 9.0 and newer).
+        cudnn_width: The widest head for which torch takes cuDNN's attention; 0 where it never does.
     """
 
-    def __init__(self, *, has_cudnn: bool = False) -> None:
+    def __init__(self, *, cudnn_width: int = 0) -> None:
         super().__init__()
-        self._has_cudnn = has_cudnn
+        self._cudnn_width = cudnn_width
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _SCORES:
-            return attention(*args, **kwargs, has_cudnn=self._has_cudnn)
+            return attention(*args, **kwargs, cudnn_width=self._cudnn_width)
         if func is torch.tensor:
             return func(_numbers(args[0]), *args[1:], **kwargs)
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and isinstance(args[0], Ghost):
@@ -66,10 +65,10 @@ def attention(  # noqa: PLR0917 - torch's signature
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    has_cudnn: bool = False,
+    cudnn_width: int = 0,
 ) -> Any:
     """What ``scaled_dot_product_attention`` allocates, by the kernel that CUDA would take."""
-    kernel = choose(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, has_cudnn=has_cudnn)
+    kernel = choose(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, cudnn_width=cudnn_width)
     if kernel == "math":
         return _math(query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     batch, heads, tokens, head_dim = query.shape
@@ -101,15 +100,13 @@ def _like(query: Any, width: int) -> Any:
     return output.permute([order.index(dim) for dim in range(query.dim())])
 
 
-def choose(
-    query: Any, key: Any, value: Any, mask: Any, *, is_causal: bool, enable_gqa: bool, has_cudnn: bool = False
-) -> str:
+def choose(query: Any, key: Any, value: Any, mask: Any, *, is_causal: bool, enable_gqa: bool, cudnn_width: int = 0) -> str:
     """``cudnn``, ``flash``, ``efficient`` or ``math``, in torch's order on Ampere and newer."""
     dims = {one.shape[-1] for one in (query, key, value)}
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     is_dense = query.dim() == 4 and is_half
     is_vectors = all(dim % _ALIGNMENT == 0 for dim in dims) and key.shape[-2] > 1
-    if has_cudnn and is_dense and is_vectors and (max(dims) <= MAX_CUDNN_HEAD_DIM or dims == {192, 128}):
+    if cudnn_width and is_dense and is_vectors and (max(dims) <= cudnn_width or dims == {192, 128}):
         return "cudnn"
     is_square = not is_causal or query.shape[-2] == key.shape[-2]
     if is_dense and mask is None and len(dims) == 1 and max(dims) <= MAX_FUSED_HEAD_DIM and is_square:

@@ -26,7 +26,7 @@ def main(
     tower: list[str],
     runs: list[dict[str, Any]],
     folder: str | None = None,
-    has_cudnn: bool = False,
+    cudnn_width: int = 0,
 ) -> None:
     """Trace some runs of one model.
 
@@ -42,7 +42,7 @@ def main(
             forward pass), ``images``, ``height``, ``width``, ``sequences``, ``marked`` (places for image features; None:
             as many as the tower gives).
         folder: The checkpoint, for its image processor.
-        has_cudnn: Whether attention is cuDNN's, as it is from compute capability 9.0.
+        cudnn_width: The widest head for which fused attention is cuDNN's.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -66,7 +66,7 @@ def main(
         layers=layers,
         tower=tower,
         folder=folder,
-        has_cudnn=has_cudnn,
+        cudnn_width=cudnn_width,
     )
     answer["modules"] = tracer.module_names
     answer["weights_bytes"] = tracer.weights_bytes

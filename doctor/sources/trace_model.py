@@ -35,11 +35,11 @@ class Tracer:
         layers: list[str],
         tower: list[str],
         folder: str | None,
-        has_cudnn: bool,
+        cudnn_width: int,
     ) -> None:
-        pretend_cuda((9, 0) if has_cudnn else (8, 0))
+        pretend_cuda((9, 0) if cudnn_width else (8, 0))
         self._folder = folder
-        self._has_cudnn = has_cudnn
+        self._cudnn_width = cudnn_width
         self._dtype = _HALF[dtype]
         self.model = build(config, architecture, self._dtype, attention)
         self.module_names = [""]
@@ -105,7 +105,7 @@ class Tracer:
 
     def _features(self, pictures: dict[str, Any]) -> int:
         """Image features that the tower gives: as many places the prompt has to have."""
-        with torch.no_grad(), OnGpu(has_cudnn=self._has_cudnn), Recorder():
+        with torch.no_grad(), OnGpu(cudnn_width=self._cudnn_width), Recorder():
             ghosts = {name: _to_gpu(value) for name, value in pictures.items()}
             found = self.model.get_image_features(**ghosts)
         found = getattr(found, "pooler_output", found)
@@ -119,7 +119,7 @@ class Tracer:
         passes: list[int] = []
         handles = self._watch(recorder, passes)
         try:
-            with torch.no_grad(), OnGpu(has_cudnn=self._has_cudnn), recorder:
+            with torch.no_grad(), OnGpu(cudnn_width=self._cudnn_width), recorder:
                 recorder.listen()
                 ghosts = {name: _to_gpu(value) for name, value in inputs.items()}
                 if steps:

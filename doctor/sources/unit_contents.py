@@ -10,6 +10,8 @@ from .shapes_from_tensors import FLOATS
 
 Named = tuple[str, StoredTensor]
 """A tensor with its parameter name."""
+MOST_SMALL_ELEMENTS = 2**19
+"""1 MiB in a 16-bit type; source: kSmallSize of torch's CUDACachingAllocator."""
 
 
 def unit_of(
@@ -39,6 +41,7 @@ def unit_of(
         parameters=parameters,
         stored_bytes=sum(tensor.stored_bytes for _, tensor in contents),
         largest_tensor_elements=max((tensor.elements for _, tensor in contents), default=0),
+        small_elements=sum(tensor.elements for _, tensor in contents if tensor.elements <= MOST_SMALL_ELEMENTS),
         quantizable_elements=quantizable,
         kept_bytes=kept,
         parts=parts,

@@ -114,7 +114,7 @@ def _cases(name: str, has_cudnn: bool) -> tuple[Case, ...]:
         for edge, load, tokens in asked
     ]  # fmt: skip
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    fields = ("architecture", "dtype", "attention", "layers", "tower", "has_cudnn")
+    fields = ("architecture", "dtype", "attention", "layers", "tower", "cudnn_width")
     arguments = {"config": config, "runs": runs, "folder": None, **{name: getattr(request, name) for name in fields}}
     traces = understand(
         Child("trace_child", arguments, environment=environment, deadline_s=300, idle_s=100).outcome(), request
@@ -131,7 +131,7 @@ def _cases(name: str, has_cudnn: bool) -> tuple[Case, ...]:
                 item_bytes=2,
                 batch=1,
                 new_tokens=2,
-                is_cudnn=has_cudnn,
+                cudnn_width=request.cudnn_width,
             ),
         )
         for (edge, load, _), run in zip(asked, traces.runs, strict=True)

@@ -16,7 +16,7 @@ from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.memory import Footprint
-from vlm_doctor.planner.settle import SLACK_BYTES, Replay, replay_of
+from vlm_doctor.planner.settle import Replay, replay_of
 from vlm_doctor.sources.allocation_scripts import body_script, tower_script
 from vlm_doctor.sources.catalogue import catalogue
 from vlm_doctor.sources.model_files import load_profile
@@ -27,6 +27,7 @@ from .examples import examples
 from .profiles import gpu
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "h100-peaks.json").read_text())["models"]
+EDGES = json.loads((Path(__file__).parent / "recorded" / "h200-edges.json").read_text())
 NAMES = {
     "glm-4.1v-9b": "zai-org/GLM-4.1V-9B-Thinking",
     "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -35,12 +36,19 @@ NAMES = {
 WORKSPACE_BYTES = 32 * MIB
 """Of cuBLAS on these cards, part of what was allocated and no part of a stage's need."""
 PEAKS = [(model, peak) for model in NAMES for peak in RECORDED[model]["peaks"]]
-FRONTIERS = [(model, frontier) for model in NAMES for frontier in RECORDED[model]["frontiers"]]
-HOPPER, ADA = (9, 0), (8, 9)
+HOPPER, BLACKWELL, ADA = (9, 0), (10, 0), (8, 9)
+
+
+GEMMA = "google/gemma-3-12b-it"
+"""Not in the catalogue, since its files are not open to all; recorded from the class, with the published dimensions."""
 
 
 @cache
 def profile_of(name: str) -> ModelProfile:
+    if name == GEMMA:
+        recorded = (Path(__file__).parent / "recorded" / "gemma-3-12b.json").read_bytes()
+        profile = msgspec.json.decode(recorded, type=ModelProfile)
+        return msgspec.structs.replace(profile, body_script=body_script("gemma3_text"))
     return load_profile(name, allow_network=False)
 
 
@@ -72,21 +80,22 @@ def test_peaks_are_those_of_the_gpu(model: str, peak: dict[str, Any], position: 
     assert predicted >= 0.999 * peak["allocated_bytes"][position]
 
 
-@pytest.mark.parametrize(("model", "frontier"), FRONTIERS)
-def test_the_longest_prompt_without_a_gap_is_about_that_of_the_gpu(model: str, frontier: dict[str, int]) -> None:
-    position = frontier["gpu"]
-    judge = replay(profile_of(NAMES[model]), Workload(images=0, text_tokens=512, new_tokens=2))
-    run = run_of(model, position)
-    # The weights that were measured had random values, and a few tensors that the checkpoint has not.
-    more_bytes = RECORDED[model]["weights_bytes"][position] - judge.need(run, position, 80 * GIB).weights_bytes
-    capacity_bytes = frontier["limit_bytes"] - WORKSPACE_BYTES - more_bytes
+@pytest.mark.parametrize("edge", EDGES["edges"], ids=lambda edge: f"{edge['model']}-{edge['layers']}")
+def test_prompts_run_and_fail_where_they_did_on_the_gpus(edge: dict[str, Any]) -> None:
+    """All of them, to the token: also that a prompt fails where another, longer by a tenth, runs on another cut."""
+    profile = profile_of(edge["model"])
+    judge = replay(profile, Workload(images=0, text_tokens=256, new_tokens=2))
+    border, end = edge["layers"][0] + 1, len(chain(profile).atoms)
 
     def runs(text_tokens: int) -> bool:
-        return judge.runs(run, position, text_tokens, capacity_bytes + SLACK_BYTES)
+        return all(
+            judge.runs(run, gpu, text_tokens, edge["free_bytes"][gpu] - EDGES["context_bytes"] - EDGES["workspace_bytes"])
+            for gpu, run in zip(edge["gpus"], [(0, border), (border, end)], strict=True)
+        )
 
-    ran, step = frontier["ran"], frontier["ran"] // 80
-    reached = next(tokens for tokens in range(ran // 2, 2 * ran, step) if not runs(tokens + step))
-    assert 0.94 * ran < reached < 1.06 * ran
+    # What is kept back of each GPU costs a little of what ran at the very edge.
+    assert [tokens for tokens in edge["ran"] if not runs(tokens)] == edge.get("kept_back", [])
+    assert not [tokens for tokens in edge["failed"] if runs(tokens)]
 
 
 SCRIPTED = [
@@ -189,18 +198,20 @@ def test_flash_attention_keeps_statistics_that_cudnn_does_not() -> None:
     assert kernels[0].kv_cache_bytes == kernels[1].kv_cache_bytes
 
 
-def test_heads_that_are_too_wide_for_cudnn_are_the_same_on_every_gpu() -> None:
+def test_wide_heads_are_cudnns_on_hopper_alone() -> None:
     known = profile_of("llava-hf/llava-1.5-7b-hf")
     workload = Workload(images=0, text_tokens=4_001)
 
     def peaks(body: str, head_dim: int) -> list[int]:
         text = msgspec.structs.replace(known.text, head_dim=head_dim)
         profile = msgspec.structs.replace(known, text=text, body_script=body_script(body))
-        needs = [replay(profile, workload, capability).need((3, 6), 0, 80 * GIB) for capability in (HOPPER, ADA)]
+        needs = [replay(profile, workload, capability).need((3, 6), 0, 80 * GIB) for capability in (HOPPER, BLACKWELL, ADA)]
         return [need.kv_cache_bytes + need.activations_bytes for need in needs]
 
-    for body in ("gemma", "gemma3_text"):
-        assert len({*peaks(body, 256)}) == 1
+    # A mask is neither padded nor summed up beside: seen on H200s with Gemma 3 12B, torch 2.11, cuDNN 9.19.
+    hopper, blackwell, ada = peaks("gemma3_text", 256)
+    assert hopper < blackwell == ada
+    assert len({*peaks("gemma3_text", 320)}) == 1
 
 
 def test_layers_that_read_images_alone_are_skipped_by_text() -> None:

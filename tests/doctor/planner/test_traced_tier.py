@@ -255,7 +255,7 @@ class TestRequest:
         assert len(request.layers) == 40
         assert request.tower == ()
         assert (request.images, request.height, request.steps, request.attention) == (0, 0, 2, "sdpa")
-        assert not request.has_cudnn
+        assert not request.cudnn_width
 
     def test_images(self) -> None:
         request = trace_request(glm41v_9b(), Workload(images=2, image_height=336, image_width=672), self.machine)
@@ -269,9 +269,9 @@ class TestRequest:
     def test_steps(self, fields: dict[str, Any], steps: int) -> None:
         assert trace_request(glm41v_9b(), msgspec.structs.replace(TEXT, **fields), self.machine).steps == steps
 
-    @pytest.mark.parametrize(("spec", "has_cudnn"), [("2xH100", True), ("H100+L4", False), ("24GiB", True)])
-    def test_kernels_of_the_gpus(self, spec: str, has_cudnn: bool) -> None:
-        assert trace_request(glm41v_9b(), TEXT, load_machine(spec)).has_cudnn is has_cudnn
+    @pytest.mark.parametrize(("spec", "width"), [("2xH100", 256), ("H100+L4", 0), ("24GiB", 0)])
+    def test_kernels_of_the_gpus(self, spec: str, width: int) -> None:
+        assert trace_request(glm41v_9b(), TEXT, load_machine(spec)).cudnn_width == width
 
     def test_types_without_kernels_are_traced_in_sixteen_bit(self) -> None:
         model = msgspec.structs.replace(glm41v_9b(), dtype="float8_e4m3fn")
