@@ -1,33 +1,42 @@
 """Every image-text-to-text architecture of the installed transformers on two devices, by the planner's maps and others'.
 
-    python benchmarks/all_architectures.py --out FOLDER                            # two GPUs that are not there
-    python benchmarks/all_architectures.py --out FOLDER --devices cuda:0,cuda:1 --jobs 8
+On two GPUs, in two minutes and a half (no network; torch, transformers and accelerate are all that is needed)::
+
+    python benchmarks/all_architectures.py --out FOLDER --devices cuda:0,cuda:1 --jobs 16 --each 60 --budget 150
+
+On two GPUs that are not there, in an hour of CPU::
+
+    python benchmarks/all_architectures.py --out FOLDER --each 600
 
 Each architecture gets a tiny checkpoint with random weights, a profile from its headers, a plan over two devices about in
 half, and the maps of accelerate for half and half. Each map is loaded; logits and greedy tokens, for a text and for an
-image, are compared with those of one device; and ``check_map`` is asked about each map before. One process an architecture,
-so that a crash or a hang loses that one alone. Writes ``rows/NAME.json``, ``results.json`` and a table.
+image, are compared with those of one device; and ``check_map`` is asked about each map before. Workers are processes of
+their own that take one architecture after another: a crash or a hang loses that architecture alone. Writes
+``rows/NAME.json`` as things become known, ``results.json``, ``table.md``, and what the libraries printed in ``logs/``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
-import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-FAKE = "fake"
-_CODES_OF_CRASHES = ("VLM611", "VLM612", "VLM614", "VLM615", "VLM616", "VLM623", "VLM624")
+from architecture_trial import FAKE, Row, Trial, said  # noqa: E402 - they lie beside this file
+
+_STARTS = 90
+"""Seconds for importing the libraries."""
+MAPS = {"plan": "planner", "accelerate": "accelerate, half and half", "auto": "device_map='auto'"}
 
 
 def main() -> int:
@@ -40,9 +49,118 @@ def main() -> int:
     parser.add_argument("--cuts", action="store_true", help="also every other cut that the planner may make")
     parser.add_argument("families", nargs="*", help="model_type; all when none is given")
     options = parser.parse_args()
-    # Every child is forked from here, so that the libraries are imported once. CUDA must not be touched before: without
-    # this word torch asks the driver whether there are GPUs, which a child could not do again.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    for name in ("rows", "logs"):
+        (options.out / name).mkdir(parents=True, exist_ok=True)
+    pool = Pool(options)
+    pool.run()
+    found = [_row(options.out / "rows" / f"{family}.json", family, pool.ends.get(family, "")) for family in pool.families]
+    results = {"devices": options.devices, "versions": pool.versions, "rows": found}
+    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    table = render(results)
+    (options.out / "table.md").write_text(table)
+    print(table)
+    return 0
+
+
+def _row(path: Path, family: str, end: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"family": family}
+    return {**row, "end": end} if end else row
+
+
+class Worker(NamedTuple):
+    """A process that runs architectures."""
+
+    process: Any
+    line: Any
+    """Connection: names go in; what it knows, and names that are done, come out."""
+
+
+class Pool:
+    """Workers, and what they are at."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.deadline = time.monotonic() + options.budget
+        self.families: list[str] = list(options.families)
+        self.waiting: list[str] | None = list(options.families) or None
+        """``None``: the first worker that is ready will say."""
+        self.versions: dict[str, str] = {}
+        self.ends: dict[str, str] = {}
+        """What became of the architectures that were not done."""
+        self.at: dict[Worker, tuple[str, float]] = {}
+        """Worker to its architecture (none while it starts) and when it must be done."""
+        self._started = 0
+
+    def run(self) -> None:
+        """Until all are done or the time is over."""
+        for _ in range(self.options.jobs):
+            self.start()
+        while self.at and time.monotonic() < self.deadline:
+            ready = multiprocessing.connection.wait([worker.line for worker in self.at], timeout=0.2)
+            for worker in [worker for worker in self.at if worker.line in ready]:
+                self.hear(worker)
+            for worker, (_, limit) in list(self.at.items()):
+                if time.monotonic() > limit:
+                    self.stop(worker, f"not done after {self.options.each:.0f} s")
+        for worker in list(self.at):
+            self.stop(worker, "no time left", starts_next=False)
+        self.ends.update(dict.fromkeys(self.waiting or (), "no time left"))
+
+    def start(self) -> None:
+        """One more worker. Spawned, not forked: CUDA does not survive a fork."""
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        log = self.options.out / "logs" / f"{self._started}.txt"
+        self._started += 1
+        process = context.Process(target=work, args=(there, self.options, log), daemon=True)
+        process.start()
+        there.close()
+        self.at[Worker(process, here)] = "", time.monotonic() + _STARTS
+
+    def hear(self, worker: Worker) -> None:
+        """A worker is ready, has done one, or is dead."""
+        try:
+            message = worker.line.recv()
+        except (EOFError, OSError):
+            worker.process.join(5)
+            self.stop(worker, f"died ({worker.process.exitcode})")
+            return
+        if isinstance(message, dict):
+            self.versions = message["versions"]
+            if self.waiting is None:
+                self.families = list(message["families"])
+                self.waiting = list(self.families)
+        else:
+            print(f"{time.strftime('%H:%M:%S')} {message}", flush=True)
+        if self.waiting:
+            family = self.waiting.pop(0)
+            (self.options.out / "rows" / f"{family}.json").unlink(missing_ok=True)
+            worker.line.send(family)
+            self.at[worker] = family, time.monotonic() + self.options.each
+        else:
+            worker.line.close()
+            worker.process.join(5)
+            self.stop(worker, "", starts_next=False)
+
+    def stop(self, worker: Worker, why: str, *, starts_next: bool = True) -> None:
+        """End a worker, and say what became of its architecture."""
+        family, _ = self.at.pop(worker)
+        worker.line.close()
+        if worker.process.is_alive():
+            worker.process.kill()
+        if family and why:
+            self.ends[family] = why
+            print(f"{time.strftime('%H:%M:%S')} {family}: {why}", flush=True)
+        # A worker that does not even start is not tried again and again.
+        if starts_next and family and self.waiting and self.deadline - time.monotonic() > 20:
+            self.start()
+
+
+def work(line: Any, options: argparse.Namespace, log: Path) -> None:
+    """In a process of its own: run what is asked for, until nothing is."""
+    with log.open("w") as told:
+        os.dup2(told.fileno(), 1)
+        os.dup2(told.fileno(), 2)
     warnings.simplefilter("ignore")
     import accelerate
     import tiny_architectures
@@ -51,496 +169,24 @@ def main() -> int:
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    rows = options.out / "rows"
-    rows.mkdir(parents=True, exist_ok=True)
-    found = run_all(options.families or tiny_architectures.families(), options, rows)
+    # The same sums on one device as on two.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     versions = {module.__name__: str(module.__version__) for module in (torch, transformers, accelerate)}
-    results = {"devices": options.devices, "versions": versions, "rows": found}
-    (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = render(results)
-    (options.out / "table.md").write_text(table)
-    print(table)
-    return 0
-
-
-def run_all(families: list[str], options: argparse.Namespace, rows: Path) -> list[dict[str, Any]]:
-    """Run the families in processes of their own, so many at a time, and gather what they wrote."""
-    deadline = time.monotonic() + options.budget
-    waiting = list(families)
-    running: dict[int, tuple[str, float]] = {}
-    ends: dict[str, str] = {}
-    while waiting or running:
-        while waiting and len(running) < options.jobs and time.monotonic() < deadline:
-            family = waiting.pop(0)
-            (rows / f"{family}.json").unlink(missing_ok=True)
-            sys.stdout.flush()
-            pid = os.fork()
-            if pid == 0:
-                _child(family, options, rows)
-            running[pid] = family, time.monotonic() + options.each
-        if waiting and time.monotonic() >= deadline:
-            ends.update(dict.fromkeys(waiting, "no time left"))
-            waiting = []
-        time.sleep(0.02)
-        for pid, (family, limit) in list(running.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if not done and time.monotonic() > limit:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                ends[family] = f"not done after {options.each:.0f} s"
-            elif done and status:
-                ends[family] = f"died ({os.waitstatus_to_exitcode(status)})"
-            elif not done:
-                continue
-            del running[pid]
-    return [_row(rows / f"{family}.json", family, ends.get(family, "")) for family in families]
-
-
-def _row(path: Path, family: str, end: str) -> dict[str, Any]:
-    row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"family": family}
-    return {**row, "end": end} if end else row
-
-
-def _child(family: str, options: argparse.Namespace, rows: Path) -> None:
-    """All of one architecture, in a process of its own; never returns."""
-    row = Row(rows / f"{family}.json", family)
-    code = 0
-    try:
-        with Path(os.devnull).open("w") as silence:
-            os.dup2(silence.fileno(), 2)
-            Trial(family, options, row).run()
-    except Exception as error:  # noqa: BLE001 - whatever it raises is the row's result
-        row.add(failed=_said(error), where=traceback.format_exc(limit=-3))
-    except BaseException:  # noqa: BLE001 - the parent's own handlers must not run twice
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _said(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def _where(error: BaseException) -> str:
-    """The innermost line of transformers that was at work."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/transformers/" in frame.filename]
-    if not frames:
-        return ""
-    return f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}: {frames[-1].line}"
-
-
-class Row(dict[str, Any]):
-    """What is known of an architecture, on disk as soon as it is known."""
-
-    def __init__(self, path: Path, family: str) -> None:
-        super().__init__(family=family)
-        self._path = path
-
-    def add(self, **fields: Any) -> None:
-        """Keep and write."""
-        self.update(fields)
-        self._path.write_text(json.dumps(self, indent=1))
-
-
-class Trial:
-    """One architecture: its checkpoint, its maps, and what became of them."""
-
-    def __init__(self, family: str, options: argparse.Namespace, row: Row) -> None:
-        self.family = family
-        self.devices: list[str] = options.devices.split(",")
-        self.is_fake = options.devices == FAKE
-        self.with_cuts: bool = options.cuts
-        self.row = row
-        self.folder = tempfile.TemporaryDirectory(prefix="tiny-")
-
-    def run(self) -> None:
-        """In the order in which things can fail."""
-        import tiny_architectures
-        import transformers
-
-        from vlm_doctor import load_profile
-
-        started = time.monotonic()
-        self.model = tiny_architectures.tiny_model(self.family)
-        self.row.add(architecture=type(self.model).__name__, parameters=sum(p.numel() for p in self.model.parameters()))
-        self.make_inputs()
-        self.model.save_pretrained(self.folder.name)
-        self.kind = type(self.model)
-        self.model = self.alone()
-        first = "cpu" if self.is_fake else self.devices[0]
-        self.expected = {name: self.answer(self.model, _moved(inputs, first)) for name, inputs in self.inputs.items()}
-        self.row.add(alone={name: answer["failed"] for name, answer in self.expected.items()})
-        self.profile = load_profile(self.folder.name)
-        self.row.add(profile="ok", notes=list(self.profile.notes), image_rule=_image_rule(self.profile))
-        self.release = transformers.__version__
-        self.plan()
-        self.accelerate()
-        if self.with_cuts:
-            self.cuts()
-        entries = [self.row.get(name, {}) for name in ("plan", "accelerate", "auto")]
-        if any("runs" in entry and not entry["crashes"] and not entry["equal"] for entry in entries):
-            self.row.add(repeats={name: self.repeats(name, inputs) for name, inputs in self.inputs.items()})
-        self.row.add(seconds=round(time.monotonic() - started, 1))
-
-    def options(self) -> dict[str, Any]:
-        """Of every load."""
-        import torch
-
-        return {"dtype": torch.float32, "attn_implementation": "eager"}
-
-    def alone(self) -> Any:
-        """The model on one device."""
-        model = self.kind.from_pretrained(self.folder.name, **self.options()).eval()
-        if not self.is_fake:
-            return model.to(self.devices[0])
-        if hasattr(model, "set_experts_implementation"):
-            # Kernels of CUDA would be looked for on devices that are not there.
-            model.set_experts_implementation("eager")
-        return model
-
-    def make_inputs(self) -> None:
-        """A text and an image, as far as the class takes them."""
-        import tiny_inputs
-
-        self.inputs: dict[str, Any] = {}
-        said: dict[str, str] = {}
-        for name, make in (("text", tiny_inputs.text_inputs), ("image", tiny_inputs.image_inputs)):
-            try:
-                inputs = make(self.model)
-                if inputs:
-                    _logits(self.model, inputs)
-                    self.inputs[name] = inputs
-            except Exception as error:  # noqa: BLE001 - a class that takes no such inputs
-                said[name] = _said(error)
-        self.row.add(inputs=sorted(self.inputs), no_inputs=said)
-        if not self.inputs:
-            raise LookupError(f"the model runs on nothing: {said}")
-
-    def repeats(self, name: str, inputs: Any) -> bool:
-        """Whether one device gives the same answer once more, loaded anew."""
-        import torch
-
-        again = self.answer(self.alone(), inputs)
-        first = self.expected[name]
-        if first["failed"] or again["failed"]:
-            return bool(first["failed"]) and bool(again["failed"])
-        return bool(torch.allclose(again["logits"], first["logits"], atol=1e-4))
-
-    # -- maps
-
-    def machine(self, count: int = 2) -> Any:
-        """Two GPUs with room for anything, and the libraries of this process."""
-        import msgspec
-
-        from vlm_doctor import load_machine
-        from vlm_doctor.machine import Libraries, Package
-
-        packages = (Package(name="transformers", version=self.release),)
-        libraries = Libraries(python="3", executable="python", packages=packages)
-        return msgspec.structs.replace(load_machine(",".join(["80GiB"] * count)), libraries=libraries)
-
-    def plan(self) -> None:
-        """The planner's own map for two GPUs."""
-        from vlm_doctor import Policy, plan
-        from vlm_doctor.errors import VlmDoctorError
-
+    line.send({"versions": versions, "families": tiny_architectures.families()})
+    while True:
         try:
-            planned = plan(self.profile, self.machine(), self.workload(), Policy(min_gpus=2, max_gpus=2))
-        except VlmDoctorError as error:
-            self.row.add(plan={"failed": _said(error)})
+            family = line.recv()
+        except EOFError:
             return
-        used = sorted(set(planned.device_map.values()))
-        self.row.add(plan={"fits": planned.fits, "devices": used, "share": self.share(planned.device_map)})
-        if planned.fits:
-            self.row["plan"].update(self.judge(planned.device_map))
-            self.row.add()
-
-    def workload(self) -> Any:
-        """A short prompt, with an image where the profile knows how to count it."""
-        from vlm_doctor import Workload
-
-        return Workload(images=int(self.profile.vision is not None), text_tokens=64, new_tokens=8)
-
-    def share(self, device_map: dict[str, Any]) -> float:
-        """Part of the weights on the first device."""
-        from vlm_doctor.planner.map_names import owner
-
-        total = first = 0
-        for name, parameter in self.model.named_parameters():
-            total += parameter.numel()
-            key = owner(device_map, name)
-            first += parameter.numel() * (key is not None and device_map[key] == 0)
-        return round(first / max(1, total), 3)
-
-    def accelerate(self) -> None:
-        """The maps of accelerate: half and half, and transformers' own ``auto`` for two GPUs of a little more than half."""
-        for name, make in (("accelerate", self.half_and_half), ("auto", self.automatic)):
-            try:
-                device_map = make()
-            except Exception as error:  # noqa: BLE001 - the library's own failure is the result
-                self.row.add(**{name: {"failed": _said(error)}})
-                continue
-            entry: dict[str, Any] = {
-                "share": self.share(device_map),
-                "devices": sorted({str(d) for d in device_map.values()}),
-            }
-            self.row.add(**{name: entry})
-            if len(entry["devices"]) > 1 and set(entry["devices"]) <= {"0", "1"}:
-                entry.update(self.judge(device_map), map={key: int(device) for key, device in device_map.items()})
-            self.row.add()
-
-    def half_and_half(self) -> dict[str, Any]:
-        """``infer_auto_device_map`` as scripts call it, with the class's own list of blocks."""
-        from accelerate import infer_auto_device_map
-
-        model = self.on_meta()
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        blocks = list(_no_split(model))
-        found: dict[str, Any] = infer_auto_device_map(
-            model, max_memory={0: size // 2, 1: size * 2}, no_split_module_classes=blocks or None
-        )
-        return found
-
-    def automatic(self) -> dict[str, Any]:
-        """What ``device_map="auto"`` of the installed transformers makes of two GPUs with room for 0.7 of the model."""
-        import accelerate.utils.modeling
-        import torch
-
-        model = self.on_meta()
-        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        memory = {0: int(size * 0.7), 1: int(size * 0.7), "cpu": size * 10}
-
-        def free(asked: Any = None) -> Any:
-            return dict(memory if asked is None else asked)
-
-        accelerate.utils.modeling.get_max_memory = free
-        if self.release.startswith("4."):
-            import transformers.modeling_utils as loading
-
-            loading.get_max_memory = free
-            return dict(loading._get_device_map(model, "auto", None, None, torch.float32, None))
-        import transformers.integrations.accelerate as own
-
-        own.accelerate_max_memory = free
-        return dict(own._get_device_map(model, "auto", None, None))
-
-    def on_meta(self) -> Any:
-        """The class without weights, tied."""
-        import copy
-
-        import torch
-
-        with torch.device("meta"):
-            model = self.kind._from_config(copy.deepcopy(self.model.config))
-        model.tie_weights()
-        return model
-
-    def cuts(self) -> None:
-        """Every contiguous cut of the chain, the tower whole and in parts."""
-        from vlm_doctor.planner.constraints import can_break_tower, chain
-        from vlm_doctor.planner.quantized import as_loaded
-
-        profile = as_loaded(self.profile, self.machine())
-        found = []
-        for breaks in (False, True):
-            if breaks and not can_break_tower(profile):
-                continue
-            atoms = chain(profile, breaks_tower=breaks).atoms
-            for border in range(1, len(atoms)):
-                device_map = {unit.key: int(at >= border) for at, atom in enumerate(atoms) for unit in atom.units}
-                judged = self.judge(device_map)
-                found.append({"breaks_tower": breaks, "border": border, "of": len(atoms), **judged})
-        self.row.add(cuts=found)
-
-    # -- runs
-
-    def judge(self, device_map: dict[str, Any]) -> dict[str, Any]:
-        """What ``check_map`` says before, and what happens."""
-        checked = self.checked(device_map)
-        results = {name: self.compare(device_map, name, inputs) for name, inputs in self.inputs.items()}
-        crashed = [result for result in results.values() if result["failed"]]
-        names = [result.get("module", "") for result in crashed]
-        return {
-            "check": checked,
-            "runs": results,
-            "crashes": bool(crashed),
-            "equal": all(result.get("equal") for result in results.values()),
-            "named": any(_is_about(text, module) for text in checked["errors"].values() for module in names),
-        }
-
-    def checked(self, device_map: dict[str, Any]) -> dict[str, Any]:
-        """Codes and sentences of ``check_map``."""
-        from vlm_doctor.errors import VlmDoctorError
-        from vlm_doctor.planner.map_check import check_map
-
+        row = Row(options.out / "rows" / f"{family}.json", family)
         try:
-            checked = check_map(device_map, self.profile, self.machine(), self.workload())
-        except VlmDoctorError as error:
-            return {"failed": _said(error), "errors": {}, "warnings": []}
-        errors: dict[str, str] = {}
-        for found in checked.findings:
-            if found.severity == "error":
-                errors.setdefault(found.code, "")
-                errors[found.code] += f"{found.message} {found.cause or ''} {found.fix.text if found.fix else ''} "
-        return {"errors": errors, "warnings": sorted({f.code for f in checked.findings if f.severity == "warning"})}
-
-    def compare(self, device_map: dict[str, Any], name: str, inputs: Any) -> dict[str, Any]:
-        """Load by the map and answer; beside the answer of one device."""
-        import torch
-
-        expected = self.expected[name]
-        if expected["failed"]:
-            return {"failed": "", "equal": False, "note": f"fails on one device too: {expected['failed']}"}
-        found = self.placed(device_map, inputs)
-        if found["failed"]:
-            return {key: found.get(key, "") for key in ("failed", "module", "where")}
-        difference = (found["logits"] - expected["logits"]).abs().max().item()
-        scale = expected["logits"].abs().max().item()
-        same = (
-            torch.equal(found["tokens"], expected["tokens"]) if found["tokens"] is not None else expected["tokens"] is None
-        )
-        is_equal = difference <= 1e-4 * max(1.0, scale) and same
-        return {"failed": "", "equal": is_equal, "difference": difference, "tokens_equal": same}
-
-    def answer(self, model: Any, inputs: Any) -> dict[str, Any]:
-        """Logits of one pass and greedy tokens, or what was raised and in which module."""
-        import torch
-
-        at: list[str] = []
-        names = {id(module): name for name, module in model.named_modules()}
-
-        def begin(module: Any, _: Any) -> None:
-            at.append(names.get(id(module), ""))
-
-        def end(_: Any, __: Any, ___: Any) -> None:
-            at.pop()
-
-        enter = torch.nn.modules.module.register_module_forward_pre_hook(begin)
-        leave = torch.nn.modules.module.register_module_forward_hook(end)
-        try:
-            logits = _logits(model, inputs)
-            tokens = _tokens(model, inputs)
-        except Exception as error:  # noqa: BLE001 - the crash is the result
-            where = _where(error)
-            return {"failed": _said(error), "module": at[-1] if at else "", "where": where, "logits": None, "tokens": None}
-        finally:
-            enter.remove()
-            leave.remove()
-        return {"failed": "", "module": "", "logits": logits, "tokens": tokens}
-
-    def placed(self, device_map: dict[str, Any], inputs: Any) -> dict[str, Any]:
-        """The answer of the model as the map places it."""
-        if self.is_fake:
-            return self.on_fake_devices(device_map, inputs)
-        import torch
-
-        from vlm_doctor.planner.map_devices import main_device
-
-        real = {key: self.devices[device] for key, device in device_map.items()}
-        try:
-            model = self.kind.from_pretrained(self.folder.name, device_map=real, **self.options()).eval()
-        except Exception as error:  # noqa: BLE001 - the library's own failure is the result
-            return {"failed": _said(error), "module": "", "logits": None, "tokens": None}
-        first = self.devices[int(main_device(device_map.values()) or 0)]
-        found = self.answer(model, _moved(inputs, first))
-        del model
-        torch.cuda.empty_cache()
-        return found
-
-    def on_fake_devices(self, device_map: dict[str, Any], inputs: Any) -> dict[str, Any]:
-        """The same with tensors that say where they are."""
-        import copy
-
-        import torch
-        from accelerate import dispatch_model
-
-        from tests.models.fake_devices import FakeDevices
-        from vlm_doctor.planner.map_devices import main_device
-
-        model = copy.deepcopy(self.model)
-        with torch.no_grad(), FakeDevices():
-            try:
-                places = {key: torch.device("cuda", device) for key, device in device_map.items()}
-                first = torch.device("cuda", int(main_device(device_map.values()) or 0))
-                _load_at(model, places)
-                skip = model._skip_keys_device_placement
-                dispatch_model(model, places, main_device=first, skip_keys=skip, force_hooks=True)
-            except Exception as error:  # noqa: BLE001 - the library's own failure is the result
-                return {"failed": _said(error), "module": "", "logits": None, "tokens": None}
-            found = self.answer(model, _moved(inputs, first))
-        for name in ("logits", "tokens"):
-            if found[name] is not None:
-                found[name] = found[name].as_subclass(torch.Tensor)
-        return found
-
-
-def _load_at(model: Any, places: dict[str, Any]) -> None:
-    """Put every tensor where loading puts it: accelerate moves modules only, and a bare parameter is none."""
-    from vlm_doctor.planner.map_names import owner
-
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        key = owner(places, name)
-        if key is not None:
-            tensor.data = tensor.data.to(places[key])
-
-
-def _moved(inputs: Any, device: Any) -> Any:
-    return {name: value.to(device) for name, value in inputs.items()}
-
-
-def _no_split(model: Any) -> list[str]:
-    """The class's list of blocks, as either major version keeps it."""
-    if hasattr(model, "_get_no_split_modules"):
-        try:
-            return list(model._get_no_split_modules("auto"))
-        except ValueError:
-            return []
-    return list(model._no_split_modules or ())
-
-
-def _logits(model: Any, inputs: Any) -> Any:
-    import torch
-
-    torch.manual_seed(0)
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    logits = logits.cpu()
-    if torch.isnan(logits).any():
-        raise ArithmeticError("logits are not numbers")
-    return logits.float()
-
-
-def _tokens(model: Any, inputs: Any, count: int = 3) -> Any:
-    """Greedy tokens; nothing where the class makes none."""
-    import torch
-
-    if not model.can_generate() or type(model).__name__ in _NO_TOKENS:
-        return None
-    torch.manual_seed(0)
-    with torch.no_grad():
-        # Without an end, so that no logits processor is asked to hold it back.
-        for part in (model, getattr(model, "language_model", None)):
-            if getattr(part, "generation_config", None) is not None:
-                part.generation_config.eos_token_id = None
-        return model.generate(**inputs, max_new_tokens=count, do_sample=False).cpu()
-
-
-_NO_TOKENS = frozenset({"DiffusionGemmaForBlockDiffusion", "PI0ForConditionalGeneration"})
-"""They make actions, or denoise a canvas."""
-
-
-def _image_rule(profile: Any) -> str:
-    return profile.image.kind if profile.image is not None else ""
-
-
-def _is_about(text: str, module: str) -> bool:
-    """True when a sentence names the module that failed, one in it, or the block or part that holds it."""
-    words = {word.strip("'\":,.();") for word in text.replace("(", " ").split()}
-    return any(
-        word.count(".") >= 1 and (word == module or word.startswith(f"{module}.") or module.startswith(f"{word}."))
-        for word in words
-    )
+            Trial(family, options, row).run()
+        except Exception as error:  # noqa: BLE001 - whatever it raises is the row's result
+            row.add(failed=said(error), where=traceback.format_exc(limit=-3))
+        line.send(family)
+        if row.get("is_lost"):
+            return
 
 
 def render(results: dict[str, Any]) -> str:
@@ -575,26 +221,54 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _counts(rows: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for name in ("plan", "accelerate", "auto"):
-        ran = [row[name] for row in rows if "runs" in row.get(name, {})]
-        crashed = [entry for entry in ran if entry["crashes"]]
-        differs = [entry for entry in ran if not entry["crashes"] and not entry["equal"]]
-        flagged = [entry for entry in crashed if entry["check"]["errors"]]
-        false = [entry for entry in ran if not entry["crashes"] and entry["check"]["errors"]]
-        named = sum(entry["named"] for entry in crashed)
+    """How many, and which."""
+    lost = {r["family"]: r.get("end") or r.get("failed", "") for r in rows if "seconds" not in r or r.get("end")}
+    lines = [f"done: {len(rows) - len(lost)} of {len(rows)}", *(f"  not done: {name}: {why}" for name, why in lost.items())]
+    for name, words in MAPS.items():
+        lines += ["", f"{words}:"]
+        kinds: dict[str, list[str]] = {}
+        for row in rows:
+            kinds.setdefault(_kind(row, name), []).append(row["family"])
+        lines += [f"  {kind}: {len(kinds[kind])}" + _names(kind, kinds[kind]) for kind in sorted(kinds)]
+        ran = [(row["family"], row[name]) for row in rows if "runs" in row.get(name, {})]
+        crashed = [(family, entry) for family, entry in ran if entry["crashes"]]
+        seen = [family for family, entry in crashed if entry["check"]["errors"]]
+        missed = [family for family, entry in crashed if not entry["check"]["errors"]]
+        false = [family for family, entry in ran if not entry["crashes"] and entry["check"]["errors"]]
+        named = sum(entry["named"] for _, entry in crashed)
         lines.append(
-            f"{name}: {len(ran)} split, {len(crashed)} crash, {len(differs)} differ; check_map flags {len(flagged)} of the "
-            f"crashes ({named} by module) and {len(false)} that run."
+            f"  check-map: {len(seen)} of {len(crashed)} crashes said before ({named} by module)"
+            f"{_names('missed', missed, ', missed')}; false alarms {len(false)}{_names('false', false)}"
         )
+    return lines + _counts_of_cuts(rows)
+
+
+def _kind(row: dict[str, Any], name: str) -> str:
+    entry = row.get(name)
+    if not entry:
+        return "not run"
+    if "runs" not in entry:
+        return "no map" if entry.get("failed") else "does not split"
+    if entry["crashes"]:
+        return "crash"
+    if any("note" in run for run in entry["runs"].values()):
+        return "fails on one device too"
+    if entry["equal"]:
+        return "equal"
+    return "differ" if all(row.get("repeats", {"": True}).values()) else "differ, but so does one device from itself"
+
+
+def _names(kind: str, families: list[str], word: str = "") -> str:
+    return f"{word} ({', '.join(families)})" if families and kind != "equal" else ""
+
+
+def _counts_of_cuts(rows: list[dict[str, Any]]) -> list[str]:
     cuts = [cut for row in rows for cut in row.get("cuts", ())]
-    if cuts:
-        crashed = [cut for cut in cuts if cut["crashes"]]
-        lines.append(
-            f"other cuts of the planner: {len(cuts)}, {len(crashed)} crash, "
-            f"{sum(not cut['equal'] and not cut['crashes'] for cut in cuts)} differ."
-        )
-    return lines
+    if not cuts:
+        return []
+    crashed = [cut for cut in cuts if cut["crashes"]]
+    differ = sum(not cut["equal"] and not cut["crashes"] for cut in cuts)
+    return [f"other cuts of the planner: {len(cuts)}, {len(crashed)} crash, {differ} differ."]
 
 
 if __name__ == "__main__":
