@@ -90,6 +90,9 @@ def _inconsistency(machine: Machine) -> str | None:
             return f"GPU {gpu.index} has a memory size out of range"
         if gpu.memory_total_bytes is not None and (gpu.memory_free_bytes or 0) > gpu.memory_total_bytes:
             return f"GPU {gpu.index} has more free memory than memory"
+    for reading in machine.calibrations:
+        if not (0 <= reading.context_bytes < 2**50 and 0 <= reading.workspace_bytes < 2**50):
+            return f"the calibration of {reading.gpu_name[:60]} has a size out of range"
     for link in machine.links:
         if link.a not in known or link.b not in known or link.a >= link.b:
             return f"link {link.a}-{link.b} does not join two of its GPUs in rising order"

@@ -145,7 +145,8 @@ def test_any_nvml(name: str, root: Path, tmp_path: Path, double_environment: Env
     assert machine.driver.nvml_state == state
     assert len(machine.gpus) == (1 if name == "ok" else 0)
     assert (machine.torch.state, machine.torch.message) == ("not_asked", "was not asked")
-    assert set(machine.seconds) == {"environment", "pci_devices", "driver", "host", "libraries", "nvml", "gpus"}
+    parts = {"environment", "pci_devices", "driver", "host", "libraries", "calibrations", "nvml", "gpus"}
+    assert set(machine.seconds) == parts
 
 
 def test_binding_that_is_not_installed(root: Path, tmp_path: Path) -> None:
