@@ -117,10 +117,10 @@ def _model_and_machine(options: Namespace) -> tuple[ModelProfile, Machine]:
 
     if options.machine == "live":
         with Collection(with_torch=False) as collection:
-            profile = load_profile(options.model, allow_network=not options.offline)
+            profile = load_profile(options.model, allow_network=not options.offline, families=options.families)
             return profile, collection.without_torch()
     machine = load_machine(options.machine)
-    return load_profile(options.model, allow_network=not options.offline), machine
+    return load_profile(options.model, allow_network=not options.offline, families=options.families), machine
 
 
 def check_map(options: Namespace) -> int:
