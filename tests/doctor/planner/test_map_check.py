@@ -190,6 +190,13 @@ def test_where_nothing_says_what_a_block_is_given_it_is_taken_to_come_from_where
     assert cut.cause.startswith("A block adds what goes in, which is on cuda:0,")
 
 
+def test_the_positions_of_a_tower_are_no_change_where_its_key_covers_them() -> None:
+    device_map: Map = {unit.key: 0 for unit in GLM.units if unit.role != "head"}
+    checked = judged(device_map, GLM)
+    assert codes(checked, "error") == ["VLM611"]
+    assert checked.changes == ("lm_head is on cuda:0; it had no device.",)
+
+
 def test_unknown_names_are_answered_with_those_of_this_version() -> None:
     old: Map = {"visual": 0, "model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     old.update({f"model.layers.{n}": n // 14 for n in range(28)})
