@@ -182,20 +182,23 @@ def _said(checked: MapCheck) -> str:
 
 
 def _loading(kind: Any, folder: str, device_map: dict[str, Device], names: list[str]) -> str:
-    """GPU 0 becomes the CPU and GPU 1 the disk, so that it can be tried without GPUs; where keys take more, say what."""
+    """GPU 0 becomes the CPU and GPU 1 the disk, so that it can be tried without GPUs, except for keys inside keys."""
     loader = importlib.import_module("transformers.modeling_utils" if IS_OLD else "transformers.integrations.accelerate")
-    where = {0: "cpu", 1: "disk", "cuda:0": "cpu", "cuda:1": "disk"}
-    try:
+    if any(key.startswith(f"{other}." if other else "") for key in device_map for other in device_map if key != other):
         expanded = loader.expand_device_map(device_map, names)
-        kind.from_pretrained(folder, device_map={k: where.get(v, v) for k, v in device_map.items()},
-                             offload_folder=str(Path(folder) / "off"))  # fmt: skip
+        wrong = sorted({name.split(".")[3] for name in names if expanded[name] != device_of(name, device_map)}, key=int)
+        return f"(not tried) puts layers {' and '.join(wrong)} on another GPU" if wrong else "(not tried)"
+    where = {0: "cpu", 1: "disk", "cuda:0": "cpu", "cuda:1": "disk"}
+    if not set(device_map.values()) <= set(where):
+        return "(not tried)"
+    try:
+        kind.from_pretrained(
+            folder,
+            device_map={key: where[value] for key, value in device_map.items()},
+            offload_folder=str(Path(folder) / "off"),
+        )
     except Exception as error:  # noqa: BLE001 - what the user would see
         return f"{type(error).__name__}: {' '.join(str(error).split())[:110]}"
-    inner = ".layers.1"
-    if any(key.endswith(inner) for key in device_map):
-        device = next(value for key, value in device_map.items() if key.endswith(inner))
-        taken = {name.split(".")[3] for name, place in expanded.items() if ".layers." in name and place == device}
-        return f"accepted; loads layers {', '.join(sorted(taken, key=int))} to GPU {device}"
     return "accepted"
 
 
