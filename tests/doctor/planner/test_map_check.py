@@ -167,7 +167,7 @@ def test_blocks_that_an_inner_key_moves_are_told_once(inner: str) -> None:
 
 def test_a_block_that_is_cut_for_another_reason_is_told_beside_the_inner_key() -> None:
     device_map = split(QWEN, 14)
-    parts: Map = {"self_attn": 1, "mlp": 0, "input_layernorm": 1, "post_attention_layernorm": 1}
+    parts: dict[str, int] = {"self_attn": 1, "mlp": 0, "input_layernorm": 1, "post_attention_layernorm": 1}
     checked = judged({**cut(QWEN, f"{LAYERS}.3", device_map, **parts), "model.visual.blocks": 1}, QWEN)
     assert codes(checked, "error") == ["VLM612", "VLM614"]
     assert said(checked, "VLM614").startswith(f"Block {LAYERS}.3 is cut: it is on cuda:0 (mlp) and cuda:1 (")
