@@ -1,24 +1,32 @@
 """From a machine to the report of a command: judge it, plan for it, and come to a verdict. Pure.
 
-The planner is imported where it is used: a check of a machine without GPUs has no use for it.
+What only one command needs is imported there: a check of a machine without GPUs has no use for the planner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from . import __version__
-from .checks import diagnose
+from .answers import ErrorAnswer
+from .checks import diagnose, plain
 from .errors import UsageError
 from .machine import Machine
 from .model import ModelProfile
 from .placement import Plan
 from .report import Report
 from .trace import Traces
-from .verdict import PROBLEM, USABLE, exit_status, focus
+from .verdict import COULD_NOT_LOOK, PROBLEM, USABLE, exit_status, focus
 from .workload import Policy, Workload
+
+if TYPE_CHECKING:
+    from .expectations import Expectations
+
+SLOW_SOURCE_S = 2.0
+"""Every source but torch takes less than a tenth of this on any machine that was measured."""
 
 
 def check_report(
@@ -44,7 +52,15 @@ def check_report(
         machine=machine,
         diagnosis=diagnosis,
         exit_status=exit_status(machine, diagnosis, strict=strict),
+        notes=_slow_sources(machine),
     )
+
+
+def _slow_sources(machine: Machine) -> tuple[str, ...]:
+    """Name what held up the verdict: a doctor that hangs does not say on what. torch's own time is expected."""
+    slow = sorted((s, part) for part, s in machine.seconds.items() if s >= SLOW_SOURCE_S and part != "torch")
+    named = ", ".join(f"{plain(part)} {seconds:.1f} s" for seconds, part in reversed(slow[-3:]))
+    return (f"Slow to read: {named}.",) if named else ()
 
 
 def with_suggestion(report: Report, profile: ModelProfile, *, gpus: tuple[int, ...] | None = None) -> Report:
@@ -118,6 +134,64 @@ def map_report(
         diagnosis=diagnosis,
         map_check=checked,
         exit_status=PROBLEM if status == USABLE and not checked.is_clean else status,
+    )
+
+
+def gate_report(
+    wanted: Expectations,
+    machine: Machine,
+    profile: ModelProfile | None = None,
+    *,
+    ignore: Sequence[str] = (),
+    strict: bool = False,
+) -> Report:
+    """Say whether a machine is what a job expects.
+
+    Args:
+        wanted: What it expects.
+        machine: What was seen.
+        profile: The model that has to fit, if there is one.
+        ignore: Codes, or beginnings of codes, whose findings decide nothing.
+        strict: Warnings about the machine, or about the GPUs that would be used, stand against it.
+
+    Raises:
+        UsageError: The model cannot be planned for this machine as asked.
+        ModelFileError: The model cannot be placed.
+    """
+    from .gate import answer_gate, choose, refused
+
+    diagnosis = diagnose(machine, ignore=ignore)
+    choice = choose(wanted, machine, diagnosis)
+    plan = None
+    if profile is not None and choice.gpus:
+        from .planner import plan as place
+
+        plan = place(profile, machine, Workload(), Policy(gpus=choice.gpus))
+        if not plan.fits and len(choice.able) > len(choice.gpus) and not wanted.nvlink:
+            plan = place(profile, machine, Workload(), Policy(gpus=choice.able))
+    answer = answer_gate(wanted, machine, choice, plan)
+    if answer.is_met:
+        diagnosis = focus(diagnosis, answer.gpus)
+        if strict and diagnosis.count("warning"):
+            answer = refused(answer, diagnosis)
+    status = USABLE if answer.is_met else PROBLEM if answer.unmet else COULD_NOT_LOOK
+    return Report(
+        version=__version__, command="gate", machine=machine, diagnosis=diagnosis, gate=answer, exit_status=status
+    )
+
+
+def error_report(answer: ErrorAnswer, machine: Machine) -> Report:
+    """Compare what a log says with a machine."""
+    from .error_answer import confirm
+
+    diagnosis = diagnose(machine)
+    return Report(
+        version=__version__,
+        command="explain-error",
+        machine=machine,
+        diagnosis=diagnosis,
+        error_text=confirm(answer, diagnosis),
+        exit_status=USABLE if answer.is_recognized else COULD_NOT_LOOK,
     )
 
 

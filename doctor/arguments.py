@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 
 from .errors import UsageError
+from .expectations import capability, gpu_count
 from .units import parse_bytes
 
 _SIZE = re.compile(r"(\d{1,6})(?:[xX](\d{1,6}))?", re.ASCII)
@@ -17,7 +18,18 @@ _CODE_START = re.compile(r"VLM\d{1,3}", re.ASCII)
 
 def asks_for_json(words: Sequence[str]) -> bool:
     """Tell whether a command line asks for JSON, even one that cannot be understood otherwise."""
-    return "--json" in words or "--format=json" in words or ("--format", "json") in pairwise(words)
+    return "--json" in words or _asks_for(words, "json")
+
+
+def failure_style(words: Sequence[str]) -> str:
+    """How a run that fails has to say so: ``json``, ``github``, or ``text``; also of a command line that is wrong."""
+    if asks_for_json(words):
+        return "json"
+    return "github" if _asks_for(words, "github") else "text"
+
+
+def _asks_for(words: Sequence[str], format: str) -> bool:  # noqa: A002 - the word of the command line
+    return f"--format={format}" in words or ("--format", format) in pairwise(words)
 
 
 def gpu_indices(text: str, *, option: str = "--gpus") -> tuple[int, ...]:
@@ -95,7 +107,34 @@ def headroom_bytes(text: str) -> int:
     return parse_bytes(text, where="--headroom")
 
 
-def codes(texts: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+def vram_bytes(text: str) -> int:
+    """Read ``20GiB`` as bytes.
+
+    Raises:
+        UsageError: It is not a size with a unit.
+    """
+    return parse_bytes(text, where="--vram")
+
+
+def gpu_number(text: str) -> int:
+    """Read ``2`` as a number of GPUs.
+
+    Raises:
+        UsageError: It is not a whole number from 1 on.
+    """
+    return gpu_count(text, where="--gpus")
+
+
+def compute_capability(text: str) -> tuple[int, int]:
+    """Read ``8.0`` as a compute capability.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    return capability(text, where="--capability")
+
+
+def codes(texts: Sequence[str], known: Collection[str], *, where: str = "--ignore") -> tuple[str, ...]:
     """Read codes, or beginnings of codes, for ``--ignore``: ``VLM503``, ``vlm5``; several may share one option.
 
     Raises:
@@ -105,7 +144,7 @@ def codes(texts: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
     for entry in wanted:
         if not _CODE_START.fullmatch(entry) or not any(code.startswith(entry) for code in known):
             raise UsageError(
-                f"--ignore: {entry!r} is not the beginning of a code; write one such as VLM503, or VLM5 for a family."
+                f"{where}: {entry!r} is not the beginning of a code; write one such as VLM503, or VLM5 for a family."
             )
     return tuple(wanted)
 

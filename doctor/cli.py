@@ -19,18 +19,22 @@ from typing import NoReturn
 import msgspec
 
 from . import __version__, arguments
+from .answers import ErrorAnswer
 from .delivery import is_utf8, look_of, write_file, write_stdout
 from .errors import ModelError, UsageError, VlmDoctorError
 from .formats.look import Look
 from .machine import Machine
 from .model import ModelProfile
 from .options import parse, policy, with_headroom, workload
+from .progress import Progress
 from .report import Report
 from .workload import Policy
 
 DEFAULT_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
 """Model of the closing suggestion: an open 9B vision-language model that the catalogue knows, so no network is needed."""
 
+TORCH_CHECKS = frozenset({"VLM206", "VLM304", "VLM305"})
+"""Checks that need torch's own answer."""
 MAX_MESSAGE_CHARS = 600
 INTERRUPTED = 130
 FAILED = 3
@@ -42,36 +46,130 @@ def check(options: Namespace) -> int:
     look = _look(options)
     from .sources import Collection, load_machine
 
-    demoted = _known_codes(options.ignore) if options.ignore else ()
+    demoted, notes = _with_project(options)
+    saved = None
+    if options.since is not None:
+        from .sources.saved_report import read_saved
+
+        saved = read_saved(options.since)
 
     def judge(machine: Machine) -> Report:
         from .answer import check_report
 
-        return check_report(machine, ignore=demoted, gpus=options.gpus, strict=options.strict)
+        report = check_report(machine, ignore=demoted, gpus=options.gpus, strict=options.strict)
+        if saved is None:
+            return report
+        from .changes import with_changes
+
+        return with_changes(report, saved)
 
     def complete(report: Report) -> Report:
-        return msgspec.structs.replace(_suggest(report, options), seconds=time.perf_counter() - started)
+        done = _suggest(report, options)
+        done = msgspec.structs.replace(done, notes=(*notes, *done.notes), seconds=time.perf_counter() - started)
+        if options.save is not None:
+            from . import codec
+
+            write_file(options.save, codec.to_json(done), option="--save")
+        return done
 
     if options.machine != "live":
         return _finish(complete(judge(load_machine(options.machine))), options, look)
     with Collection(with_torch=not options.no_torch, fresh_torch=options.fresh_torch) as collection:
-        first = judge(collection.without_torch())
-        if options.no_torch or first.machine.torch.state != "not_asked":
-            return _finish(complete(first), options, look)
-        if options.format != "terminal" or options.output is not None or not _is_terminal():
-            return _finish(complete(judge(collection.complete())), options, look)
-        from .formats.to_terminal import head, tail
 
-        write_stdout(head(first, look))
-        final = complete(judge(collection.complete()))
+        def waiting() -> Progress:
+            return Progress(lambda: collection.waiting_for, sys.stderr)
+
+        with waiting():
+            machine = collection.without_torch()
+        first = judge(machine)
+        if options.no_torch or machine.torch.state != "not_asked":
+            return _finish(complete(first), options, look)
+        is_page = options.format == "terminal" and options.output is None and _is_terminal()
+        if is_page:
+            from .formats.to_terminal import head, tail
+
+            write_stdout(head(first, look))
+        with waiting():
+            machine = collection.complete()
+        final = complete(judge(machine))
+        if not is_page:
+            return _finish(final, options, look)
         write_stdout(tail(final, look, earlier=first))
         return final.exit_status
 
 
-def _known_codes(texts: Sequence[str]) -> tuple[str, ...]:
+def _with_project(options: Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Add what the project's file says to the options: ``ignore``, ``strict``, ``model``.
+
+    Returns:
+        Codes to demote, and notes that say what came from the file.
+    """
+    from .sources.project_file import read_project
+
+    project = None if options.no_project else read_project()
+    options.project = project
+    demoted = _known_codes(options.ignore, "--ignore") if options.ignore else ()
+    if project is None or project.path is None:
+        return demoted, ()
+    where = f"{project.path}: [tool.vlm-doctor]"
+    settings = project.settings
+    said = []
+    if settings.ignore:
+        demoted = (*demoted, *_known_codes(settings.ignore, f"{where} ignore"))
+        said.append(f"ignore {', '.join(settings.ignore)}")
+    if settings.strict and not options.strict:
+        options.strict = True
+        said.append("strict")
+    if settings.model is not None and options.model is None:
+        options.model = settings.model
+        said.append(f"model {settings.model}")
+    return demoted, (f"From {where}: {'; '.join(said)}.",) if said else ()
+
+
+def _known_codes(texts: Sequence[str], where: str) -> tuple[str, ...]:
     from .codes import all_codes
 
-    return arguments.codes(texts, all_codes())
+    return arguments.codes(texts, all_codes(), where=where)
+
+
+def gate(options: Namespace) -> int:
+    """Say whether a machine is what a job expects."""
+    started = time.perf_counter()
+    look = _look(options)
+    from .expectations import ProjectSettings, expectations
+    from .sources import collect as collect_machine
+    from .sources import load_machine
+
+    demoted, notes = _with_project(options)
+    project = options.project
+    wanted = expectations(
+        ProjectSettings() if project is None else project.settings,
+        gpus=options.gpus,
+        vram_bytes=options.vram,
+        nvlink=options.nvlink,
+        capability_wanted=options.capability,
+        model=options.model,
+        where="pyproject.toml" if project is None else str(project.path),
+    )
+    profile = None
+    if wanted.model is not None:
+        from .sources.model_files import load_profile
+
+        profile = load_profile(wanted.model, allow_network=not options.offline)
+    if options.machine == "live":
+        machine = collect_machine(with_torch=not options.no_torch, fresh_torch=options.fresh_torch)
+    else:
+        machine = load_machine(options.machine)
+    from .answer import gate_report
+
+    report = gate_report(wanted, machine, profile, ignore=demoted, strict=options.strict)
+    report = msgspec.structs.replace(report, notes=notes, seconds=time.perf_counter() - started)
+    if options.github_output and report.gate is not None:
+        from .formats.gate_text import step_outputs
+        from .sources.github_output import write_outputs
+
+        write_outputs(step_outputs(report.gate), os.environ)
+    return _finish(report, options, look)
 
 
 def _suggest(report: Report, options: Namespace) -> Report:
@@ -142,9 +240,17 @@ def collect(options: Namespace) -> int:
     """Write a snapshot of this machine."""
     from . import codec
     from .sources import collect as collect_machine
+    from .sources import load_machine
 
-    machine = collect_machine(with_torch=not options.no_torch, fresh_torch=options.fresh_torch)
-    _write(codec.to_json(machine if options.no_redact else codec.redact(machine)), options.output)
+    if options.machine == "live":
+        machine = collect_machine(with_torch=not options.no_torch, fresh_torch=options.fresh_torch)
+    else:
+        machine = load_machine(options.machine)
+    if options.redact:
+        from .sources.identity import private_words
+
+        machine = codec.redact(machine, secrets=private_words(os.environ))
+    _write(codec.to_json(machine), options.output)
     return 0
 
 
@@ -167,10 +273,11 @@ def calibrate(options: Namespace) -> int:
 
 
 def explain(options: Namespace) -> int:
-    """Explain a code."""
+    """Explain a code, or list all of them."""
     from .codes import explain as explain_code
+    from .codes import list_text
 
-    text = explain_code(options.code)
+    text = list_text() if options.code is None else explain_code(options.code)
     if _is_terminal():
         from .formats.markdown_text import render
 
@@ -179,13 +286,45 @@ def explain(options: Namespace) -> int:
     return 0
 
 
+def explain_error(options: Namespace) -> int:
+    """Explain a log or a traceback."""
+    started = time.perf_counter()
+    look = _look(options)
+    from .sources.log_file import read_log
+
+    if options.file == "-" and sys.stdin is not None and sys.stdin.isatty() and sys.stderr is not None:
+        sys.stderr.write("Paste a log or a traceback, then press Ctrl-D.\n")
+    log = read_log(options.file)
+    from .error_answer import answer_error
+
+    where = "standard input" if options.file == "-" else options.file
+    answer = answer_error(log.text, where=where, skipped_bytes=log.skipped_bytes)
+    from .answer import error_report
+
+    report = error_report(answer, _machine_for(answer, options))
+    return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+
+
+def _machine_for(answer: ErrorAnswer, options: Namespace) -> Machine:
+    """The machine to compare with. torch is asked only where one of the checks that count needs its answer."""
+    from .sources import collect as collect_machine
+    from .sources import load_machine
+
+    if options.machine != "live":
+        return load_machine(options.machine)
+    needs_torch = not options.no_torch and not TORCH_CHECKS.isdisjoint(answer.checks)
+    return collect_machine(with_torch=needs_torch, fresh_torch=options.fresh_torch)
+
+
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
     "check": check,
+    "gate": gate,
     "plan": plan,
     "check-map": check_map,
     "collect": collect,
     "calibrate": calibrate,
     "explain": explain,
+    "explain-error": explain_error,
 }
 
 
@@ -220,15 +359,15 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         words: Arguments without the program's name; ``None`` takes those of the process.
     """
     given = list(sys.argv[1:] if words is None else words)
-    is_json = arguments.asks_for_json(given)
+    style = arguments.failure_style(given)
     try:
         status = _run(given)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except VlmDoctorError as error:
-        status = _fail(type(error).__name__, str(error), error.exit_status, is_json=is_json)
+        status = _fail(type(error).__name__, str(error), error.exit_status, style=style)
     except Exception as error:  # noqa: BLE001 - last border: a defect must not reach the user as a traceback
-        status = _fail("InternalError", _confession(error), FAILED, is_json=is_json)
+        status = _fail("InternalError", _confession(error), FAILED, style=style)
     sys.exit(status)
 
 
@@ -240,18 +379,24 @@ def _run(words: list[str]) -> int:
     return COMMANDS[options.command](options)
 
 
-def _fail(kind: str, message: str, exit_status: int, *, is_json: bool) -> int:
-    """Say what stopped the run: as JSON on standard output where JSON was asked for, else on standard error."""
-    from .formats.page import inert
+def _fail(kind: str, message: str, exit_status: int, *, style: str) -> int:
+    """Say what stopped the run: on standard output as JSON or as an annotation where that was asked for, else on stderr."""
+    from .formats.inert import inert
     from .formats.to_json import error_json
 
     if len(message) > MAX_MESSAGE_CHARS:
         # Somebody's name or value is huge: what is wrong stands at the beginning, what to do at the end.
         message = f"{message[: MAX_MESSAGE_CHARS // 2]} ... {message[-MAX_MESSAGE_CHARS // 3 :]}"
     message = inert(message)
-    if is_json:
+    if style in ("json", "github"):
         try:
-            write_stdout(error_json(kind, message, exit_status))
+            if style == "json":
+                write_stdout(error_json(kind, message, exit_status))
+            else:
+                from .formats.to_github import command
+
+                is_unicode = sys.stdout is not None and is_utf8(sys.stdout)
+                write_stdout(f"{command('error', 'vlm-doctor', inert(message, is_unicode=is_unicode))}\n")
             return exit_status
         except UsageError as error:
             message = f"{message} {error}"

@@ -1,15 +1,16 @@
-"""Records to JSON and back, and redaction. Bytes in, bytes out: reading files is the job of ``sources``."""
+"""Records to JSON and back. Bytes in, bytes out: reading files is the job of ``sources``."""
 
 from __future__ import annotations
 
-import hashlib
-import re
 from typing import TypeVar
 
 import msgspec
 
 from .errors import MachineError
 from .machine import SCHEMA, Machine
+from .redaction import redact
+
+__all__ = ["MAX_GPUS", "MAX_SNAPSHOT_BYTES", "from_json", "machine_from_json", "redact", "to_json"]
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
@@ -19,13 +20,21 @@ MAX_SNAPSHOT_BYTES = 16 * 2**20
 MAX_GPUS = 256
 """More than any machine has; some of the arithmetic on pairs of GPUs is quadratic."""
 
+_MOST = {
+    "pci_devices": 1024,
+    "gaps": 4096,
+    "kernel_events": 1024,
+    "nccl_settings": 1024,
+    "checkpoints": 1024,
+    "environment": 1024,
+    "calibrations": 1024,
+}
+"""More than any source writes: what a check does with them stays short."""
+_MOST_PROCESSES = 4096
 _INDEX_END = 10_000
 """First GPU index that ``--gpus`` cannot name."""
 _MAX_REASON_CHARS = 300
 _AGAIN = "record it again with vlm-doctor collect"
-
-_UUID = re.compile(r"\b(GPU|MIG)-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", re.IGNORECASE)
-_HOME = re.compile(r"/(?:home|Users)/[^/\s\"':;,]+|/root(?=/|\b)")
 
 
 def to_json(record: msgspec.Struct, *, indent: int = 2) -> str:
@@ -80,8 +89,14 @@ def _check_consistency(machine: Machine, where: str) -> None:
 def _inconsistency(machine: Machine) -> str | None:
     if len(machine.gpus) > MAX_GPUS:
         return f"{len(machine.gpus):,} GPUs are too many for one machine (at most {MAX_GPUS})"
+    for name, most in _MOST.items():
+        count = len(getattr(machine.driver if name == "kernel_events" else machine, name) or ())
+        if count > most:
+            return f"{count:,} {name} are too many for one machine (at most {most:,})"
     known: set[int] = set()
     for gpu in machine.gpus:
+        if len(gpu.processes) > _MOST_PROCESSES or len(gpu.nvlinks) > _MOST_PROCESSES:
+            return f"GPU {gpu.index} has more than {_MOST_PROCESSES:,} processes or NVLinks"
         if not 0 <= gpu.index < _INDEX_END or gpu.index in known:
             return f"GPU index {gpu.index} is given twice or out of range"
         known.add(gpu.index)
@@ -90,34 +105,14 @@ def _inconsistency(machine: Machine) -> str | None:
             return f"GPU {gpu.index} has a memory size out of range"
         if gpu.memory_total_bytes is not None and (gpu.memory_free_bytes or 0) > gpu.memory_total_bytes:
             return f"GPU {gpu.index} has more free memory than memory"
-    for reading in machine.calibrations:
-        if not (0 <= reading.context_bytes < 2**50 and 0 <= reading.workspace_bytes < 2**50):
-            return f"the calibration of {reading.gpu_name[:60]} has a size out of range"
     for link in machine.links:
         if link.a not in known or link.b not in known or link.a >= link.b:
             return f"link {link.a}-{link.b} does not join two of its GPUs in rising order"
+    return _wrong_reading(machine)
+
+
+def _wrong_reading(machine: Machine) -> str | None:
+    for reading in machine.calibrations:
+        if not (0 <= reading.context_bytes < 2**50 and 0 <= reading.workspace_bytes < 2**50):
+            return f"the calibration of {reading.gpu_name[:60]} has a size out of range"
     return None
-
-
-def redact(machine: Machine) -> Machine:
-    """Make a snapshot safe to publish: UUIDs become stable pseudonyms, user names and commands go, home becomes ``~``.
-
-    The same UUID gives the same pseudonym everywhere in the snapshot, so CUDA_VISIBLE_DEVICES still resolves.
-    """
-
-    def pseudonym(match: re.Match[str]) -> str:
-        digest = hashlib.sha256(match[0].lower().encode()).hexdigest()
-        return f"{match[1]}-{digest[:8]}-{digest[8:12]}-{digest[12:16]}-{digest[16:20]}-{digest[20:32]}"
-
-    quiet = msgspec.structs.replace(
-        machine,
-        gpus=tuple(
-            msgspec.structs.replace(
-                gpu,
-                processes=tuple(msgspec.structs.replace(process, user=None, command=None) for process in gpu.processes),
-            )
-            for gpu in machine.gpus
-        ),
-    )
-    text = _HOME.sub("~", _UUID.sub(pseudonym, msgspec.json.encode(quiet).decode()))
-    return msgspec.json.decode(text, type=Machine)

@@ -1,4 +1,4 @@
-"""The page of every code: from the docstring of its check, or for codes without a check from ``data/pages``."""
+"""The page of every code: the docstring of its check, a file of ``data/pages``, or made from the known error texts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib.resources import files
 from .checks import CHECKS, RETIRED
 from .errors import UsageError
 
+_BY_HAND = "## How to look by hand"
 _HEADING = re.compile(r"# (VLM[0-9]{3}): (.+)")
 
 
@@ -44,11 +45,57 @@ def all_codes() -> dict[str, str]:
     return titles
 
 
+def _quoted(text: str) -> str:
+    """Text as Markdown code, also where it has backticks itself."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def list_text() -> str:
+    """All codes with their titles, Markdown text."""
+    lines = ["# Codes", ""]
+    lines += [f"- {code}: {title}" for code, title in all_codes().items()]
+    return "\n".join([*lines, "", "`vlm-doctor explain CODE` explains one."]) + "\n"
+
+
 @cache
 def _pages() -> dict[str, str]:
     """Code to page. A page in ``data/pages`` begins with ``# VLM701: title``, as the generated ones do."""
+    from .data.by_hand import BY_HAND
+    from .data.by_hand_machine import BY_HAND_MACHINE
+
     pages = {check.code: check.page for check in CHECKS}
     for entry in files("vlm_doctor.data").joinpath("pages").iterdir():
         if entry.name.endswith(".md"):
             pages[entry.name.removesuffix(".md")] = entry.read_text(encoding="utf-8")
+    pages |= _error_pages()
+    by_hand = BY_HAND | BY_HAND_MACHINE
+    return {code: _with_section(page, by_hand.get(code)) for code, page in pages.items()}
+
+
+def _with_section(page: str, by_hand: str | None) -> str:
+    """A page with how to look by hand before what to do, unless it says so itself."""
+    if by_hand is None or _BY_HAND in page:
+        return page
+    before, heading, after = page.partition("## What to do\n")
+    return f"{before}{_BY_HAND}\n{by_hand}\n\n{heading}{after}" if heading else page
+
+
+def _error_pages() -> dict[str, str]:
+    """Pages of errors that only a log shows, from the texts by which they are recognized."""
+    from .data.error_codes import ERROR_CODES
+    from .data.known_texts import all_known_texts
+
+    texts = all_known_texts()
+    pages = {}
+    for one in ERROR_CODES:
+        own = [known for known in texts if known.code == one.code]
+        examples = "\n".join(f"- {_quoted(known.example)}\n  {known.says}" for known in own)
+        meanings = "An error that a program meets; `vlm-doctor explain-error` recognizes it in a log."
+        sources = "; ".join(dict.fromkeys(known.source for known in own))
+        pages[one.code] = (
+            f"# {one.code}: {one.title}\n\n{meanings}\n\n"
+            "## What it checks\nThe text of an error given to `vlm-doctor explain-error`. A machine does not show it.\n\n"
+            f"## Why it matters\n{one.why}\n\n## Example\n{examples}\n\n{_BY_HAND}\n{one.look}\n\n"
+            f"## What to do\n{one.do}\n\n## When it is fine\n{one.fine}\n\n## Sources\n{sources}.\n"
+        )
     return pages

@@ -63,10 +63,15 @@ def _silence_stdout() -> None:
     os.close(null)
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, text: str, *, option: str = "--output") -> None:
     """Write a file in UTF-8 so that it never exists half written.
 
     A device or pipe is written as it stands: replacing ``/dev/null`` by a file would harm the machine.
+
+    Args:
+        path: The file.
+        text: All of it.
+        option: Where the file was named, for the message.
 
     Raises:
         UsageError: The file cannot be written there.
@@ -91,7 +96,7 @@ def write_file(path: Path, text: str) -> None:
             draft.unlink(missing_ok=True)
     except (OSError, RuntimeError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UsageError(f"--output {path}: cannot be written: {why}.") from error
+        raise UsageError(f"{option} {path}: cannot be written: {why}.") from error
 
 
 def _write_as_it_stands(path: Path, text: str) -> None:

@@ -40,6 +40,16 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Indices of the GPUs it is about."""
     links: tuple[str, ...] = ()
     """Addresses to read more."""
+    demoted_from: Severity | None = None
+    """Severity before it was demoted to info; ``None`` when it was not."""
+    demoted_by: str | None = None
+    """Why: the option that did it, such as ``--ignore VLM503``, or that it is about a GPU that is not asked for."""
+
+    def demoted(self, reason: str) -> Finding:
+        """This finding as an info that says why it is one; an info stays as it is."""
+        if self.severity == "info":
+            return self
+        return msgspec.structs.replace(self, severity="info", demoted_from=self.severity, demoted_by=reason)
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +61,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """``skipped``: does not apply here; ``unknown``: the facts it needs could not be read; ``crashed``: the check itself
     failed, which is a defect of the doctor. Unknown is never folded into passed or found."""
     reason: str | None = None
+    symptom_of: str | None = None
+    """Code of the cause that explains what this check, too, would have found; it is then ``skipped``."""
     findings: tuple[Finding, ...] = ()
 
 
@@ -64,6 +76,10 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
         """All findings, worst first, then by code."""
         found = [finding for outcome in self.outcomes for finding in outcome.findings]
         return tuple(sorted(found, key=lambda finding: (SEVERITIES.index(finding.severity), finding.code)))
+
+    def symptoms(self, code: str) -> tuple[Outcome, ...]:
+        """What a cause also explains: outcomes of the checks that see the same trouble."""
+        return tuple(outcome for outcome in self.outcomes if outcome.symptom_of == code)
 
     def count(self, severity: Severity) -> int:
         """How many findings have this severity."""

@@ -64,6 +64,22 @@ class Fabric(msgspec.Struct, frozen=True, kw_only=True):
     clique_id: int | None = None
 
 
+class KernelEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel log says about NVIDIA GPUs since boot, one record a kind, number and device.
+
+    Only these are kept of a line, never its text: names and arguments of processes stand in it.
+    """
+
+    kind: Literal["xid", "init_failed", "gsp_failed", "needs_open_modules", "not_probed", "api_mismatch", "iommu_fault"]
+    """``xid``: the driver reports a fault; ``not_probed``: another driver had the device first; ``iommu_fault``: the IOMMU
+    refused an access of a device."""
+    code: int | None = None
+    """Number of an Xid. Source: NVIDIA, Xid Errors."""
+    bus_id: str | None = None
+    count: int = 1
+    last_s_ago: float | None = None
+
+
 class MigDevice(msgspec.Struct, frozen=True, kw_only=True):
     """A MIG slice."""
 
@@ -106,6 +122,16 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     numa_node: int | None = None
     persistence_mode: bool | None = None
     display_active: bool | None = None
+    slowdowns: tuple[Literal["hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake"], ...] | None = None
+    """Why the clocks are held down at this moment, without the normal reasons (idle, power cap, settings).
+    By hand: ``nvidia-smi -q -d PERFORMANCE``."""
+    pcie_replays: int | None = None
+    """PCIe packets sent again since the driver was loaded."""
+    nvlink_errors: int | None = None
+    """NVLink replays and recoveries of all ports since they were last cleared. By hand: ``nvidia-smi nvlink -e``."""
+    virtualization: Literal["none", "passthrough", "vgpu", "host_vgpu", "host_vsga"] | None = None
+    is_licensed: bool | None = None
+    """Whether a vGPU has its licence; ``None`` where none is wanted or it is not told."""
     has_unified_memory: bool | None = None
     """True where the GPU has no memory of its own (GB10, Jetson): its budget is the host's memory."""
     fabric: Fabric | None = None
@@ -174,8 +200,21 @@ class Driver(msgspec.Struct, frozen=True, kw_only=True):
     nvml_message: str | None = None
     driver_version: str | None = None
     """As NVML tells it, such as ``580.159.04``."""
+    kernel_events: tuple[KernelEvent, ...] | None = None
+    """``None`` when the kernel log may not be read, which is usual in containers."""
+    is_confidential_ready: bool | None = None
+    """Whether confidential computing lets work onto the GPUs; ``None`` where it is off or unknown."""
     cuda_version: tuple[int, int] | None = None
     """Newest CUDA that the driver supports, such as ``(13, 0)``."""
+
+
+class NumaNode(msgspec.Struct, frozen=True, kw_only=True):
+    """Processors and memory that are near each other. By hand: ``numactl --hardware``."""
+
+    node: int
+    cpu_count: int
+    allowed_cpu_count: int
+    """CPUs of it that this process may run on."""
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,6 +234,20 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     hf_cache: str | None = None
     """Folder where checkpoints are kept (HF_HUB_CACHE), home directory written as ``~``."""
     hf_cache_free_bytes: int | None = None
+    hf_cache_is_writable: bool | None = None
+    hf_cache_filesystem: str | None = None
+    """Type of the file system below it, such as ``ext4`` or ``nfs4``."""
+    tmp: str | None = None
+    """Folder for temporary files."""
+    tmp_free_bytes: int | None = None
+    address_space_limit_bytes: int | None = None
+    """``ulimit -v``; ``None`` when unlimited."""
+    tasks_left: int | None = None
+    """Processes and threads that the control group still lets this process start; ``None`` when unlimited."""
+    numa_nodes: tuple[NumaNode, ...] = ()
+    network_interfaces: tuple[str, ...] = ()
+    mps: Literal["absent", "running", "dead"] | None = None
+    """The control daemon of CUDA's multi-process service; ``dead``: its files are there, its process is not."""
     container: str | None = None
     """``docker``, ``podman``, ``kubernetes``, ``container`` …; ``None`` outside one."""
     is_wsl: bool = False
@@ -249,6 +302,11 @@ class Libraries(msgspec.Struct, frozen=True, kw_only=True):
     """Set when torch is half installed: metadata without package, a namespace torso, an unreadable version file."""
     pynvml_owners: tuple[str, ...] = ()
     """Distributions that ship a module named ``pynvml``: it should be exactly ``nvidia-ml-py``."""
+    bitsandbytes_cuda: tuple[str, ...] | None = None
+    """CUDA versions that the installed bitsandbytes has a library for, such as ``13.0``; ``None`` when not installed."""
+    foreign_cuda_libraries: tuple[str, ...] = ()
+    """CUDA libraries in folders of LD_LIBRARY_PATH that torch's wheel brings, too."""
+    is_virtual_environment: bool | None = None
 
     def version(self, name: str) -> str | None:
         """Version of the installed distribution ``name``, or ``None``."""
@@ -281,6 +339,28 @@ class TorchView(msgspec.Struct, frozen=True, kw_only=True):
     """True when the answer is that of a recent run on the same machine state."""
 
 
+_ENDS = ("", ".", "[")
+"""What may follow the path of a gap in a path that it covers."""
+
+
+class FileSetting(msgspec.Struct, frozen=True, kw_only=True):
+    """A variable that a settings file gives to every program, without being in the environment."""
+
+    name: str
+    value: str
+    file: str
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint in the cache of which something is to be said. The others are not recorded."""
+
+    repo: str
+    missing_files: int = 0
+    """Files of the newest snapshot that were not, or not wholly, downloaded."""
+    lost_calls: tuple[str, ...] = ()
+    """Methods of transformers that code shipped with the checkpoint calls and the installed transformers does not have."""
+
+
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that was seen, at one moment."""
 
@@ -303,6 +383,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """Allow-listed variables that were set, such as CUDA_VISIBLE_DEVICES. Never a secret."""
     calibrations: tuple[Calibration, ...] = ()
     """What ``vlm-doctor calibrate`` measured on these cards; the planner takes it in place of its defaults."""
+    nccl_settings: tuple[FileSetting, ...] = ()
+    """NCCL's settings from /etc/nccl.conf and ~/.nccl.conf."""
+    checkpoints: tuple[Checkpoint, ...] = ()
     gaps: tuple[Gap, ...] = ()
     seconds: dict[str, float] = {}
     """Time each source took."""
@@ -314,6 +397,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
     def gap(self, path: str) -> Gap | None:
         """The gap that covers ``path``: the path itself, or a part that contains it."""
-        return next(
-            (gap for gap in self.gaps if path == gap.path or path.startswith((f"{gap.path}.", f"{gap.path}["))), None
-        )
+        # Asked often of a large machine: the cheap comparison comes first.
+        covering = (gap for gap in self.gaps if path.startswith(gap.path))
+        return next((gap for gap in covering if path[len(gap.path) : len(gap.path) + 1] in _ENDS), None)

@@ -20,18 +20,24 @@ from .workload import Attention, DType, Optimizer, Policy, Preference, Quantizat
 
 _DESCRIPTION = "Examine a machine with NVIDIA GPUs, say what is wrong, and place a vision-language model on it."
 _EPILOG = (
-    "Without a command: check. Exit status: 0 usable; 1 an error was found, or the plan does not fit; 2 bad usage or "
+    "Without a command: check. Exit status: 0 usable; 1 an error was found, the plan does not fit or the gate is not "
+    "met; 2 bad usage or "
     "unreadable input; 3 could not look; 130 interrupted. Try 'vlm-doctor plan --help'."
 )
 COMMANDS = {
     "check": "Say what is wrong with a machine and how to repair it.",
+    "gate": "Say whether a machine is what a CI job expects: exit status 0 or 1 and one line.",
     "plan": "Place a model on the GPUs of a machine: device_map, memory of each GPU, and why.",
     "check-map": "Judge a device_map before anything loads: what fails, why, and the map that would do.",
     "collect": "Write a snapshot of this machine as JSON, for --machine elsewhere and for bug reports.",
     "calibrate": "Measure what torch takes of each GPU of this machine, for later plans; makes a CUDA context on each.",
-    "explain": "Explain a code: what it means, why it matters, how to repair it.",
+    "explain": "Explain a code: what it means, why it matters, how to repair it; without a code, list them.",
+    "explain-error": "Explain a log or a traceback: one cause, whether this machine agrees, what to do.",
 }
 
+
+JUDGEMENT_FORMATS = ("terminal", "json", "github", "junit", "sarif", "markdown")
+"""Of commands whose answer is verdicts on a machine."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python makes of bytes on the command line that are not UTF-8."""
@@ -92,11 +98,13 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         name: adder.add_parser(name, help=text, description=text, allow_abbrev=False) for name, text in COMMANDS.items()
     }
     _add_check(commands["check"])
+    _add_gate(commands["gate"])
     _add_plan(commands["plan"])
     _add_check_map(commands["check-map"])
     _add_collect(commands["collect"])
     _add_calibrate(commands["calibrate"])
-    commands["explain"].add_argument("code", metavar="CODE", help="such as VLM501")
+    commands["explain"].add_argument("code", metavar="CODE", nargs="?", help="such as VLM501; left out: list them all")
+    _add_explain_error(commands["explain-error"])
     return parser, commands
 
 
@@ -104,9 +112,40 @@ def _add_check(parser: Parser) -> None:
     _add_machine(parser)
     _add_torch(parser)
     parser.add_argument("--model", metavar="NAME", help="hub id or folder of the model to suggest a placement for")
+    _add_severity(parser)
+    parser.add_argument("--save", metavar="FILE", type=Path, help="keep this report, for --since when something broke")
+    parser.add_argument("--since", metavar="FILE", type=Path, help="say what changed since a saved report or snapshot")
+    _add_output(parser, JUDGEMENT_FORMATS)
+
+
+def _add_severity(parser: Parser) -> None:
     parser.add_argument("--ignore", metavar="CODE", action="append", default=[], help="demote findings to info; repeatable")
     parser.add_argument("--strict", action="store_true", help="warnings count like errors")
-    _add_output(parser, ("terminal", "json"))
+    parser.add_argument("--no-project", action="store_true", help="do not read [tool.vlm-doctor] of pyproject.toml")
+
+
+def _add_gate(parser: Parser) -> None:
+    parser.description = f"{COMMANDS['gate']} What is left out is taken from [tool.vlm-doctor] of pyproject.toml."
+    wanted = parser.add_argument_group("expectations")
+    wanted.add_argument("--gpus", metavar="N", type=arguments.gpu_number, help="at least so many GPUs (default: 1)")
+    wanted.add_argument("--vram", metavar="SIZE", type=arguments.vram_bytes, help="free on each of them: 20GiB")
+    wanted.add_argument(
+        "--nvlink", action=argparse.BooleanOptionalAction, default=None, help="NVLink joins them (--no-nvlink: need not)"
+    )
+    wanted.add_argument(
+        "--capability", metavar="X.Y", type=arguments.compute_capability, help="compute capability of each, or later: 8.0"
+    )
+    wanted.add_argument("--model", metavar="MODEL", help="hub id or folder of a model that fits on them")
+    parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    parser.add_argument("--machine", metavar="live|FILE|SPEC", default="live", help="as for check")
+    _add_torch(parser)
+    _add_severity(parser)
+    parser.add_argument(
+        "--github-output",
+        action="store_true",
+        help="write run-gpu-tests, reason, gpus, gpu-count, cuda-visible-devices and device-map to $GITHUB_OUTPUT",
+    )
+    _add_output(parser, JUDGEMENT_FORMATS)
 
 
 def _add_plan(parser: Parser) -> None:
@@ -206,10 +245,24 @@ def _add_check_map(parser: Parser) -> None:
     _add_output(parser, ("terminal", "json"))
 
 
+def _add_explain_error(parser: Parser) -> None:
+    parser.add_argument("file", metavar="FILE|-", nargs="?", default="-", help="a log; - or nothing: standard input")
+    _add_machine(parser)
+    _add_torch(parser)
+    _add_output(parser, ("terminal", "json"))
+
+
 def _add_collect(parser: Parser) -> None:
     _add_torch(parser)
     parser.add_argument(
-        "--no-redact", action="store_true", help="keep UUIDs, user names, commands and home folders as they are"
+        "--machine", metavar="live|FILE|SPEC", default="live", help="a snapshot to redact, in the place of this machine"
+    )
+    parser.add_argument(
+        "--redact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="replace user and host names, commands, folders, UUIDs, addresses and tokens (default); --no-redact "
+        "keeps them",
     )
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
 

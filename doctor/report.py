@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from .answers import Changes, ErrorAnswer, GateAnswer
 from .device_map import MapCheck
 from .findings import Diagnosis
 from .machine import Machine
@@ -20,15 +21,20 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = REPORT_SCHEMA
     version: str
     """Of pytest-vlmgpu."""
-    command: Literal["check", "plan", "check-map"] = "check"
+    command: Literal["check", "plan", "check-map", "gate", "explain-error"] = "check"
     """What was asked: in ``check`` the plan is only a sketch, in ``plan`` it is the answer, in ``check-map`` the map's
-    judgement is."""
+    judgement is, in ``gate`` whether expectations are met, in ``explain-error`` what a text says."""
     machine: Machine
     diagnosis: Diagnosis | None = None
     plan: Plan | None = None
     map_check: MapCheck | None = None
+    changes: Changes | None = None
+    """What is different since the report of ``--since``."""
+    gate: GateAnswer | None = None
+    error_text: ErrorAnswer | None = None
     exit_status: int
-    """0 usable; 1 an error was found (with --strict also a warning) or the plan does not fit; 3 could not look."""
+    """0 usable; 1 an error was found (with --strict also a warning), the plan does not fit or the gate is not met; 3 could
+    not look, or the error text is not recognized."""
     notes: tuple[str, ...] = ()
     """What this run left out, and why."""
     seconds: float | None = None

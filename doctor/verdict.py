@@ -72,7 +72,7 @@ def focus(diagnosis: Diagnosis, gpus: Collection[int]) -> Diagnosis:
     def demoted(finding: Finding) -> Finding:
         if not finding.gpus or not set(finding.gpus).isdisjoint(gpus):
             return finding
-        return msgspec.structs.replace(finding, severity="info")
+        return finding.demoted("it is about a GPU that is not asked for")
 
     return Diagnosis(
         outcomes=tuple(

@@ -12,11 +12,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Estimate": "requirements",
     "LoadFailure": "failures",
     "LoadedVlm": "loading",
     "Requirements": "requirements",
+    "TestImages": "images",
     "Verdict": "verdicts",
+    "VlmFactory": "ladder",
     "VlmSpec": "requirements",
+    "VramMeter": "vram",
 }
 
 __all__ = sorted([*_WHERE, "__version__"])  # noqa: PLE0605 - built from the table above, so that the two cannot differ

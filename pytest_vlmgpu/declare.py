@@ -1,65 +1,189 @@
-"""Every option, ini key and marker, as pytest lists them. Small on purpose: each pytest run of each project reads it."""
+"""Every option, ini key and marker, as pytest lists them. Small on purpose: each pytest run of each project reads it.
+
+A new setting is one line in :data:`SETTINGS`, one field of ``options.Settings`` and one line in ``options.READERS``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Sequence
+
     import pytest
 
-HELP = {
-    "gpus": "GPUs for tests that use vlm markers or fixtures: auto (all visible ones, default), none (run models on the "
-    "CPU), a count (2), positions among the visible GPUs (0,2 or 2,), or UUIDs (GPU-…)",
-    "model": "model (folder or hub id) for tests that use the fixture vlm and name none",
-    "machine": "decide for a recorded or made-up machine (snapshot file, or a spec such as 2xL4) and run no gated test; "
-    "default: this machine, live",
-    "strict": "report the plugin's own skips as errors, with the same VLM7xx codes",
-}
-"""Name of each setting to its help: ``--vlm-NAME``, ini ``vlm_NAME``, environment ``PYTEST_VLMGPU_NAME``."""
-ENVIRONMENT_PREFIX = "PYTEST_VLMGPU_"
+
+class Setting(NamedTuple):
+    """One setting: option ``--vlm-NAME``, ini key ``vlm_NAME``, environment ``VLMGPU_NAME``."""
+
+    name: str
+    """With underscores: ``min_tests`` is ``--vlm-min-tests``, ``vlm_min_tests`` and ``VLMGPU_MIN_TESTS``."""
+    help: str
+    metavar: str | None = None
+    """``None`` for an option that takes no value."""
+    levels: tuple[str, ...] = ()
+    """Values that may follow ``=`` of an option that takes none otherwise; the first is that of the bare option."""
+    is_option_only: bool = False
+    """It makes sense for one run only: no ini key, no variable."""
+    ini_type: Literal["string", "int"] = "string"
+    """As TOML has to write it: ``vlm_min_tests = 3``."""
+
+
+SETTINGS = (
+    Setting(
+        "gpus",
+        "GPUs for tests that use vlm markers or fixtures: auto (all visible ones, default), none (run models on the "
+        "CPU), a count (2), positions among the visible GPUs (0,2 or 2,), or UUIDs (GPU-…)",
+        "SPEC",
+    ),
+    Setting("model", "model (folder or hub id) for tests that use the fixture vlm and name none", "ID"),
+    Setting(
+        "machine",
+        "decide for a recorded or made-up machine (snapshot file, or a spec such as 2xL4) and run no gated test; "
+        "default: this machine, live",
+        "FILE|SPEC",
+    ),
+    Setting(
+        "fake_gpus",
+        "pretend to have these GPUs (snapshot file, or a spec such as 2x24GiB,1x80GB) and run what needs no real one: "
+        "models are loaded by a vlm_loader of yours only",
+        "SPEC",
+        is_option_only=True,
+    ),
+    Setting(
+        "strict",
+        "report skips of gated tests as errors: gpu (the plugin's own skips; the option alone means this), all (those of "
+        "the test too), auto (gpu where GPUs are expected or there), off",
+        levels=("gpu", "all", "auto", "off"),
+    ),
+    Setting("expect_gpus", "end the run at once (exit status 69) unless so many GPUs can be used", "N", ini_type="int"),
+    Setting("expect_vram", "with this much free memory on each of them, such as 20GiB or 24GB", "SIZE"),
+    Setting("min_tests", "fail the run unless at least so many gated tests ran", "N", ini_type="int"),
+    Setting("baseline", "fail the run unless each gated test that is listed in this file ran", "FILE"),
+    Setting(
+        "update_baseline",
+        "write the gated tests that ran into the file of --vlm-baseline",
+        levels=("on",),
+        is_option_only=True,
+    ),
+    Setting(
+        "wait",
+        "seconds to wait (or 90s, 10m, 1h) for GPUs that other runs have leased and for memory that others hold; default: "
+        "0, with strict 120",
+        "TIME",
+    ),
+    Setting("slots", "1 (default): one model is loaded at a time; fit: models that fit together stay loaded", "1|fit"),
+    Setting(
+        "lease_dir",
+        "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases; off: no leases",
+        "FOLDER",
+    ),
+    Setting("plan", "say what would run where and why not, and run nothing", levels=("on",), is_option_only=True),
+    Setting("mutation", "report a test that changes a shared model and leaves it so: error (default), warn, off", "LEVEL"),
+    Setting(
+        "leak_check",
+        "report GPU memory that stays taken after a test, or after a model was unloaded: warn (default), error, off",
+        "LEVEL",
+    ),
+    Setting("leak_tolerance", "memory that a test may leave behind on a GPU; default: 256MiB", "SIZE"),
+    Setting("seed", "seed of torch in each test that uses a shared model (default: 0), or none", "N", ini_type="int"),
+    Setting("suggest", "print markers to paste, from the measured peaks", levels=("on",), is_option_only=True),
+    Setting("report", "write what gated tests did, and why, into this file (JSON)", "FILE"),
+)
+ENVIRONMENT_PREFIXES = ("VLMGPU_", "PYTEST_VLMGPU_")
+"""Both are read, the first first."""
+ALIASES = "vlm_marker_aliases"
+"""Ini key alone: a table belongs into a file."""
 MARKERS = (
     "vlm(*names, dtype=None, trust_remote_code=False): Name the model (folder or hub id) that the fixture vlm loads; "
     "several names run the test with each.",
     "vlm_requires(*, gpus=1, vram_gib=None, total_vram_gib=None, capability=None, bf16=False, fp8=False): Skip unless GPUs "
     'can do it: so many, free memory on each and in all (GiB, or text such as "80GB"), capability.',
+    'vlm_limit_vram(amount): Fail when the test\'s tensors take more on any one GPU (GiB, or text such as "18GiB").',
+    "vlm_mutates(): The test may change the shared model: it runs last, and the model is loaded again after it.",
 )
 """The lines of ``pytest --markers``; :mod:`markers` holds the functions of these signatures."""
 MARKER_PREFIXES = ("vlm", "vml")
 """What a marker of ours begins with, typed right or wrong."""
-GATED_FIXTURES = frozenset({"vlm", "vlm_gpus"})
-"""Fixtures that make a test a gated one."""
-_METAVARS = {"gpus": "SPEC", "model": "ID", "machine": "FILE|SPEC"}
+GATED_FIXTURES = frozenset({"vlm", "vlm_gpus", "vlm_factory", "vlm_vram", "vlm_device"})
+"""Fixtures that make a test a gated one, or one whose memory is measured."""
+
+
+class _Level(argparse.Action):
+    """``--vlm-strict`` and ``--vlm-strict=all``, and never the word behind it, which is a folder of tests.
+
+    Each form is an option string of its own: with ``nargs="?"`` argparse takes ``tests/`` in ``--vlm-strict tests/``.
+    """
+
+    def __call__(
+        self,
+        _parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        _values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the level that was written, or the first one."""
+        level = (option_string or "").partition("=")[2]
+        setattr(namespace, self.dest, level or self.const)
 
 
 def add_options(parser: pytest.Parser) -> None:
     """Declare command-line options and ini keys. Each default is ``None``, so that "not given" can be told."""
     group = parser.getgroup("vlmgpu", "tests with vision-language models on GPUs")
-    for name, text in HELP.items():
-        option, dest = f"--vlm-{name}", f"vlm_{name}"
-        if name == "strict":
-            group.addoption(option, dest=dest, action="store_true", default=None, help=text)
-            parser.addini(dest, text, type="bool", default=None)
+    for setting in SETTINGS:
+        option, dest = option_of(setting.name), f"vlm_{setting.name}"
+        if setting.levels:
+            forms = [f"{option}={level}" for level in setting.levels] if len(setting.levels) > 1 else []
+            const = setting.levels[0]
+            group.addoption(option, *forms, dest=dest, action=_Level, nargs=0, const=const, default=None, help=setting.help)
         else:
-            group.addoption(option, dest=dest, metavar=_METAVARS[name], default=None, help=text)
-            parser.addini(dest, text, type="string", default=None)
+            group.addoption(option, dest=dest, metavar=setting.metavar, default=None, help=setting.help)
+        if not setting.is_option_only:
+            parser.addini(dest, setting.help, type=setting.ini_type, default=None)
+    help_text = "markers of the project that mean one of ours, one a line: multi_gpu = vlm_requires(gpus=2)"
+    parser.addini(ALIASES, help_text, type="linelist", default=[])
+
+
+def option_of(name: str) -> str:
+    """``--vlm-min-tests`` of ``min_tests``."""
+    return f"--vlm-{name.replace('_', '-')}"
 
 
 def is_anything_given(config: pytest.Config) -> bool:
     """True when a setting is given anywhere, right or wrong."""
-    for name in HELP:
-        if config.getoption(f"vlm_{name}") is not None or os.environ.get(f"{ENVIRONMENT_PREFIX}{name.upper()}"):
+    for setting in SETTINGS:
+        if config.getoption(f"vlm_{setting.name}") is not None:
+            return True
+        if setting.is_option_only:
+            continue
+        if any(os.environ.get(f"{prefix}{setting.name.upper()}") for prefix in ENVIRONMENT_PREFIXES):
             return True
         try:
-            if config.getini(f"vlm_{name}") is not None:
+            if config.getini(f"vlm_{setting.name}") is not None:
                 return True
         except Exception:  # noqa: BLE001 - pytest cannot convert it, and its versions raise different errors
             return True
     return False
 
 
-def may_be_gated(item: pytest.Function) -> bool:
-    """True when a test uses a fixture of ours, or a marker that looks like one of ours."""
-    if not GATED_FIXTURES.isdisjoint(item.fixturenames):
-        return True
-    return any(mark.name.startswith(MARKER_PREFIXES) for mark in item.iter_markers())
+def may_be_gated(
+    collector: pytest.Collector, items: Sequence[pytest.Function], aliases: Container[str] = ()
+) -> list[pytest.Function]:
+    """Those of a collector's tests that use a fixture of ours, or a marker that looks like one of ours or stands for one.
+
+    Markers of the collector and of what it is in are looked at once for all its tests: most projects have none.
+    """
+
+    def is_ours(mark: pytest.Mark) -> bool:
+        return mark.name.startswith(MARKER_PREFIXES) or mark.name in aliases
+
+    if any(map(is_ours, collector.iter_markers())):
+        return list(items)
+    found = []
+    for item in items:
+        marks = item.own_markers if item.parent is collector else item.iter_markers()
+        if any(map(is_ours, marks)) or not GATED_FIXTURES.isdisjoint(item.fixturenames):
+            found.append(item)
+    return found

@@ -29,6 +29,27 @@ _NO_GPU_ON_PURPOSE = ("", "-1", "NoDevFiles")
 """First entry of CUDA_VISIBLE_DEVICES when no GPU is wanted; the last is Slurm's for a job without any."""
 
 
+class Losses:
+    """GPUs that a run has seen: one that is gone later was lost, whatever the driver says then."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, str] = {}
+
+    def see(self, machine: Machine) -> None:
+        """Remember the GPUs of a reading."""
+        self._seen |= {gpu.uuid: gpu.label for gpu in machine.gpus}
+
+    def explain(self, verdict: Verdict, machine: Machine) -> Verdict:
+        """Say that a GPU is gone which was there before, where a test is skipped or the choice of GPUs no longer holds."""
+        here = {gpu.uuid for gpu in machine.gpus}
+        gone = [f"{label} ({uuid})" for uuid, label in self._seen.items() if uuid not in here]
+        if not gone or not (verdict.action == "skip" or verdict.code == verdicts.WRONG):
+            return verdict
+        was = "was" if len(gone) == 1 else "were"
+        text = f"{verdict.reason} {', '.join(gone)} {was} there earlier in this run: look for Xid messages with dmesg."
+        return Verdict("error", verdicts.FAULT, text)
+
+
 def judge_absence(machine: Machine) -> Verdict:
     """Decide about a machine on which the driver lists no GPU: skip if nothing suggests one, else an error."""
     driver = machine.driver

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .state import gate_of
+from .state import WATCH, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vlm_doctor.workload import Policy, Workload
 
     from .gate import Loader, Planner
+    from .images import TestImages
+    from .ladder import VlmFactory
+    from .vram import VramMeter
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +63,18 @@ def vlm_loader(request: pytest.FixtureRequest) -> Loader:
     """
     from .ladder import make_loader
 
-    return make_loader(gate_of(request.config))
+    return make_loader(gate_of(request.config), request.config)
 
 
 @pytest.fixture(scope="session")
-def vlm(request: pytest.FixtureRequest, vlm_loader: Loader) -> Iterator[Any]:
+def _vlm_residents(request: pytest.FixtureRequest, vlm_loader: Loader) -> Iterator[None]:  # noqa: ARG001 - outlives it
+    """At the end of the session, unload the models that were kept (--vlm-slots=fit)."""
+    yield
+    gate_of(request.config).residents.remove_all()
+
+
+@pytest.fixture(scope="session")
+def vlm(request: pytest.FixtureRequest, vlm_loader: Loader, _vlm_residents: None) -> Iterator[Any]:
     """The model that @pytest.mark.vlm("org/model") or --vlm-model names, loaded once a session (LoadedVlm)."""
     gate = gate_of(request.config)
     with gate.loaded(gate.spec_from(getattr(request, "param", None)), request, vlm_loader) as loaded:
@@ -93,7 +103,40 @@ def vlm_device_map(vlm: Any) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def vlm_gpus(request: pytest.FixtureRequest, vlm_machine: Machine) -> tuple[Gpu, ...]:
     """The GPUs that tests may use (CUDA_VISIBLE_DEVICES, --vlm-gpus), in CUDA order. Loads nothing."""
-    return gate_of(request.config).usable_gpus(vlm_machine)
+    return gate_of(request.config).usable_gpus(vlm_machine, request)
+
+
+@pytest.fixture(scope="session")
+def vlm_device(request: pytest.FixtureRequest) -> str:
+    """The first GPU that tests may use in torch's words, ``cuda:0``; ``cpu`` with --vlm-gpus=none. Loads nothing."""
+    return gate_of(request.config).first_device(request)
+
+
+@pytest.fixture(scope="session")
+def vlm_images() -> TestImages:
+    """Small generated pictures and frames, the same each time: ``vlm_images[0]``, ``.picture()``, ``.frames(8)``."""
+    from .images import TestImages
+
+    return TestImages()
+
+
+@pytest.fixture(scope="session")
+def vlm_factory(request: pytest.FixtureRequest, vlm_loader: Loader) -> VlmFactory:
+    """For models that are chosen at run time, gated and placed like all: ``with`` what it returns for a name."""
+    from .ladder import make_factory
+
+    return make_factory(gate_of(request.config), request, vlm_loader)
+
+
+@pytest.fixture(scope="class")
+def vlm_cls(request: pytest.FixtureRequest, vlm: Any) -> Iterator[None]:
+    """Give the tests of a class ``self.vlm``, for suites of unittest.TestCase: ``@pytest.mark.usefixtures("vlm_cls")``."""
+    owner: Any = request.cls
+    if owner is None:
+        pytest.fail("VLM720: the fixture vlm_cls sets an attribute of a class, and this test is in none.", pytrace=False)
+    owner.vlm = vlm
+    yield
+    del owner.vlm
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +145,25 @@ def vlm_doctor(vlm_machine: Machine) -> Report:
     from vlm_doctor.answer import check_report
 
     return check_report(vlm_machine)
+
+
+@pytest.fixture
+def vlm_vram() -> Iterator[VramMeter]:
+    """GPU memory of the test: ``.peak_gib``, ``.used_gib``, ``.peaks_gib()`` by CUDA ordinal, ``.reset()``."""
+    from .vram import VramMeter
+
+    meter = VramMeter()
+    yield meter
+    meter.close()
+
+
+@pytest.fixture
+def _vlm_watch(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Watch what a test does to the shared model and to memory. It is put before the test's own fixtures."""
+    watch = request.config.stash[WATCH]
+    watch.begin(request)
+    yield
+    watch.end(request)
 
 
 @pytest.fixture

@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from .requirements import VlmSpec
+    from vlm_doctor.machine import Gpu, Machine
+    from vlm_doctor.placement import Plan
+
+    from .evidence import RunReport
+    from .requirements import Estimate, VlmSpec
     from .verdicts import Verdict
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_vlmgpu_inventory(config: pytest.Config) -> Machine | None:
+    """Return the machine as it is now, in place of what the doctor reads (a remote one, a made-up one for a test).
+
+    Called each time that free memory matters, in the controller of pytest-xdist too.
+    """
 
 
 @pytest.hookspec(firstresult=True)
@@ -20,6 +32,38 @@ def pytest_vlmgpu_verdict(item: pytest.Item, verdict: Verdict) -> Verdict | None
     """
 
 
+@pytest.hookspec(firstresult=True)
+def pytest_vlmgpu_estimate(config: pytest.Config, spec: VlmSpec) -> Estimate | None:
+    """Say what a model needs that the planner is not to place, because an engine places it itself.
+
+    The gate then asks for that much free memory, and the loader gets ``plan=None``: implement ``pytest_vlmgpu_load`` or
+    override ``vlm_loader`` beside it.
+    """
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_vlmgpu_load(config: pytest.Config, spec: VlmSpec, plan: Plan | None, gpus: tuple[Gpu, ...]) -> Any:
+    """Load a model in place of the fixture ``vlm_loader`` and return it, or ``None`` to leave it to that fixture.
+
+    For plugins that bring an engine; a project overrides the fixture. ``gpus`` are those the model may use, in CUDA order:
+    those of the plan, or without one all that meet the requirements; empty on a CPU run. Failures that are expected are
+    raised as ``pytest_vlmgpu.LoadFailure``.
+    """
+
+
+@pytest.hookspec
+def pytest_vlmgpu_unload(config: pytest.Config, spec: VlmSpec, loaded: Any) -> None:
+    """Called when no test needs a model any more, before it is let go; one that a hook loaded is stopped here."""
+
+
 @pytest.hookspec
 def pytest_vlmgpu_loaded(config: pytest.Config, spec: VlmSpec, loaded: Any) -> None:
     """Called after a model was loaded and checked; ``loaded`` is the value of the fixture ``vlm``."""
+
+
+@pytest.hookspec
+def pytest_vlmgpu_report(config: pytest.Config, report: RunReport, extra: dict[str, Any]) -> None:
+    """Called with ``--vlm-report`` when the run has ended, on the controller; put into ``extra`` what the file is to hold.
+
+    ``report`` is a record, for reading. Values in ``extra`` must be such that JSON can hold them.
+    """

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from vlm_doctor.machine import Machine
     from vlm_doctor.placement import Plan
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 
     from .gate import Gate, Loader, Planner
     from .requirements import VlmSpec
+
+
+class VlmFactory(Protocol):
+    """Value of the fixture ``vlm_factory``."""
+
+    def __call__(
+        self, name: str, *, dtype: str | None = None, trust_remote_code: bool = False, gpus: int = 1
+    ) -> AbstractContextManager[Any]:
+        """Load a model and let it go at the end of the ``with`` block; arguments as those of the markers."""
+        ...
 
 
 def make_planner(workload: Workload, policy: Policy) -> Planner:
@@ -36,26 +47,45 @@ def make_planner(workload: Workload, policy: Policy) -> Planner:
     return place
 
 
-def make_loader(gate: Gate) -> Loader:
+def make_loader(gate: Gate, config: pytest.Config) -> Loader:
     """Load a model with transformers, and note what is still in memory after it was unloaded."""
 
     @contextmanager
     def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
-        from . import loading
+        from . import loading, progress
         from .gate import ordinals_by_uuid
 
+        if gate.settings.fake_gpus:
+            pytest.skip(f"{spec.label} is not loaded on made-up GPUs; a vlm_loader of your own would be asked.")
         if plan is None and gate.uses_gpus:
             raise pytest.UsageError("vlm_planner returned no plan: override vlm_loader too, to place the model yourself.")
         # The machine that the plan was just made for.
         ordinals = ordinals_by_uuid(gate.machine_used) if gate.uses_gpus and gate.machine_used is not None else None
-        loaded = loading.load(
-            spec.name, plan, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, ordinals=ordinals
-        )
+        with progress.shown(config, spec.label, plan, ordinals):
+            loaded = loading.load(
+                spec.name, plan, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, ordinals=ordinals
+            )
         try:
             yield loaded
         finally:
             left_bytes = loading.unload(loaded)
-            if gate.loads:
-                gate.loads[-1].left_bytes = left_bytes
+            for record in reversed(gate.loads):
+                if record.model == spec.label:
+                    record.left_bytes, record.held_by = left_bytes, [loaded.held_by] if loaded.held_by else []
+                    break
 
     return load
+
+
+def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> VlmFactory:
+    """Load models that are chosen at run time as the fixture ``vlm`` loads those that markers name."""
+
+    @contextmanager
+    def make(name: str, *, dtype: str | None = None, trust_remote_code: bool = False, gpus: int = 1) -> Iterator[Any]:
+        from .requirements import VlmSpec
+
+        spec = VlmSpec(name, dtype=dtype, trust_remote_code=trust_remote_code, min_gpus=gpus)
+        with gate.loaded(spec, request, loader) as loaded:
+            yield loaded
+
+    return make

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from vlm_doctor.errors import UsageError
 
 from .failures import Allocation, LoadFailure, broken_torch, check_weights, explained, needs_remote_code
+from .keepers import holder_of
+from .meter import driver_info, empty_cache
 from .placing import Placed, check_placement, device_map_for
 from .processors import load_processor, prompt_text
 from .source import Source, find_source
@@ -49,6 +51,12 @@ class LoadedVlm:
     input_device: str
     """Where inputs belong: the first stage's device, such as ``cuda:0``."""
     load_seconds: float
+    held_by: str = ""
+    """Who kept some of the model after :func:`unload`, such as ``variable KEPT of module test_ocr``; else empty."""
+
+    def __repr__(self) -> str:
+        where = ", ".join(f"cuda:{ordinal}" for ordinal in dict.fromkeys(self.device_map.values())) or "cpu"
+        return f"<LoadedVlm {self.name} on {where}>" if self.model is not None else f"<LoadedVlm {self.name}, unloaded>"
 
     def generate(
         self,
@@ -179,14 +187,20 @@ def unload(loaded: LoadedVlm) -> int:
 
     Returns:
         Bytes of weights that are still in memory because something else (a test's variable, the traceback of a failed
-        test) refers to them; 0 is what should be.
+        test) refers to them; 0 is what should be. ``loaded.held_by`` then names it.
     """
     if loaded.model is None:
         return 0
+    model = weakref.ref(loaded.model)
     tensors = [weakref.ref(tensor) for _, tensor in _named_tensors(loaded.model)]
     loaded.model = loaded.processor = None
     _give_back(loaded.device_map)
-    return sum(tensor.nbytes for ref in tensors if (tensor := ref()) is not None)
+    left_bytes: int = sum(tensor.nbytes for ref in tensors if (tensor := ref()) is not None)
+    if left_bytes:
+        # The model as a whole is fewer links away from whoever has a name.
+        kept = next((thing for ref in (model, *tensors) if (thing := ref()) is not None), None)
+        loaded.held_by = holder_of(kept)
+    return left_bytes
 
 
 def torch_ordinals(fallback: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -316,9 +330,7 @@ def _give_back(device_map: Mapping[str, int]) -> None:
     # accelerate's hooks refer to modules that refer to the hooks: reference counts alone free nothing.
     gc.collect()
     if device_map:
-        import torch
-
-        torch.cuda.empty_cache()
+        empty_cache()
 
 
 def _allocations(stages: Sequence[Stage], device_map: Mapping[str, int]) -> dict[str, Allocation]:
@@ -329,8 +341,10 @@ def _allocations(stages: Sequence[Stage], device_map: Mapping[str, int]) -> dict
 
     readings = {}
     for stage, ordinal in zip(stages, dict.fromkeys(device_map.values()), strict=False):
-        free, _ = torch.cuda.mem_get_info(ordinal)
-        readings[stage.uuid] = Allocation(torch.cuda.memory_allocated(ordinal), torch.cuda.memory_reserved(ordinal), free)
+        info = driver_info(torch.cuda, ordinal)
+        if info is not None:
+            held = torch.cuda.memory_allocated(ordinal), torch.cuda.memory_reserved(ordinal)
+            readings[stage.uuid] = Allocation(*held, info[0])
     return readings
 
 

@@ -16,10 +16,11 @@ import pytest
 
 from .declare import MARKER_PREFIXES
 from .declare import MARKERS as MARKER_LINES
+from .state import ALIASES
 from .verdicts import WRONG
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .requirements import Requirements, VlmSpec
 
@@ -84,7 +85,29 @@ def vlm_requires(
     )
 
 
-MARKERS: dict[str, Callable[..., Any]] = {"vlm": vlm, "vlm_requires": vlm_requires}
+def vlm_limit_vram(amount: float | str) -> int:
+    """Fail when the test's tensors take more on any one GPU (GiB, or text such as "18GiB")."""
+    size = _size("amount", amount)
+    if size is None:
+        raise _ArgumentError('has amount=None; write GiB as a number, or text such as "18GiB"')
+    return size
+
+
+def vlm_mutates() -> bool:
+    """The test may change the shared model: it runs last, and the model is loaded again after it."""
+    return True
+
+
+MARKERS: dict[str, Callable[..., Any]] = {
+    "vlm": vlm,
+    "vlm_requires": vlm_requires,
+    "vlm_limit_vram": vlm_limit_vram,
+    "vlm_mutates": vlm_mutates,
+}
+
+
+_READ: dict[tuple[str, str, str], Any] = {}
+"""Name, positional and keyword arguments of each right marker as text to what it says."""
 
 
 def wrong(sentence: str) -> pytest.Collector.CollectError:
@@ -105,6 +128,14 @@ def read(mark: pytest.Mark, where: str) -> Any:
     Raises:
         pytest.Collector.CollectError: Wrong arguments.
     """
+    # The same marker stands on many tests, and is asked for several times of each. What it says is frozen.
+    key = (mark.name, repr(mark.args), repr(mark.kwargs))
+    if key not in _READ:
+        _READ[key] = _read_anew(mark, where)
+    return _READ[key]
+
+
+def _read_anew(mark: pytest.Mark, where: str) -> Any:
     function = MARKERS[mark.name]
     try:
         inspect.signature(function).bind(*mark.args, **mark.kwargs)
@@ -122,7 +153,7 @@ def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
     Raises:
         pytest.Collector.CollectError: A marker is wrong.
     """
-    marks = list(definition.iter_markers_with_node("vlm"))
+    marks = [(node, mark) for node, mark in ours_with_node(definition, where) if mark.name == "vlm"]
     closest = [mark for node, mark in marks if node is marks[0][0]]
     # Stacked decorators apply from the bottom up, as with parametrize; read them in the order written.
     named = [spec for mark in closest for spec in read(mark, where)]
@@ -144,7 +175,46 @@ def read_requirements(definition: pytest.Function, where: str) -> Sequence[Requi
     Raises:
         pytest.Collector.CollectError: A marker is wrong.
     """
-    return [read(mark, where) for mark in definition.iter_markers("vlm_requires")]
+    return [read(mark, where) for _, mark in ours_with_node(definition, where) if mark.name == "vlm_requires"]
+
+
+def ours_with_node(definition: pytest.Function, where: str) -> Iterator[tuple[Any, pytest.Mark]]:
+    """Our markers of a test and those that stand for ours (``vlm_marker_aliases``), closest first, each with its node.
+
+    Raises:
+        pytest.Collector.CollectError: A marker that stands for ours has other arguments than its alias.
+    """
+    aliases = definition.config.stash.get(ALIASES, {})
+    for node, mark in definition.iter_markers_with_node():
+        if mark.name in MARKERS:
+            yield node, mark
+        elif mark.name in aliases:
+            alias = aliases[mark.name]
+            try:
+                yield node, alias.expand(mark)
+            except TypeError:
+                takes = f"{alias.name}{alias.signature}"
+                raise wrong(f"{where}: @pytest.mark.{alias.name} is an alias with other arguments: {takes}.") from None
+
+
+def read_limit(definition: pytest.Function, where: str) -> int | None:
+    """Bytes that the closest ``vlm_limit_vram`` allows; ``None`` without one.
+
+    Raises:
+        pytest.Collector.CollectError: A marker is wrong.
+    """
+    limits: list[int] = [read(mark, where) for mark in definition.iter_markers("vlm_limit_vram")]
+    return limits[0] if limits else None
+
+
+def may_mutate(definition: pytest.Function, where: str) -> bool:
+    """True when a ``vlm_mutates`` applies.
+
+    Raises:
+        pytest.Collector.CollectError: It has arguments.
+    """
+    marks = [read(mark, where) for mark in definition.iter_markers("vlm_mutates")]
+    return bool(marks)
 
 
 def registered(config: pytest.Config) -> set[str]:
@@ -163,8 +233,9 @@ def refuse_unknown(item: pytest.Item, *, is_surely_meant: bool) -> None:
     Raises:
         pytest.Collector.CollectError: Such a marker. Names in the setting ``markers`` are the user's own.
     """
+    aliases = item.config.stash.get(ALIASES, {})
     for mark in item.iter_markers():
-        if not mark.name.startswith(MARKER_PREFIXES) or mark.name in MARKERS:
+        if not mark.name.startswith(MARKER_PREFIXES) or mark.name in MARKERS or mark.name in aliases:
             continue
         import difflib
 
@@ -192,6 +263,10 @@ def _misuse(mark: pytest.Mark) -> str:
         else:
             instead = f"write @pytest.mark.{owner}({near}=…)" if owner else f"it takes {', '.join(parameters)}"
         return f"has no keyword {keyword!r}; {instead}"
+    if mark.name == "vlm_limit_vram":
+        return 'takes one size, such as vlm_limit_vram("18GiB")'
+    if mark.name == "vlm_mutates":
+        return "takes no arguments"
     return f"takes keywords only, such as gpus=2; got {', '.join(map(repr, mark.args))}"
 
 

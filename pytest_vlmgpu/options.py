@@ -7,21 +7,32 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytest
 
-from .declare import ENVIRONMENT_PREFIX, HELP
+from .declare import ENVIRONMENT_PREFIXES, SETTINGS, Setting, option_of
 from .verdicts import WRONG
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from vlm_doctor.machine import Machine
 
+Strict = Literal["off", "gpu", "all", "auto"]
+Level = Literal["off", "warn", "error"]
+MAX_BYTES = 2**46
+"""64 TiB, as for the markers: more is a size in another unit."""
+TESTING = "VLMGPU_TESTING"
+"""Variable that lets a run on made-up GPUs be held to what only real ones can prove."""
+_PROOFS = ("strict", "expect_gpus", "expect_vram", "min_tests", "baseline")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _COUNT = r"[1-9][0-9]{0,3}"
 _POSITION = r"0|[1-9][0-9]{0,3}"
+_STRICT_WAIT_S = 120.0
+"""A runner that exists for GPU tests rather waits for the job before it than fails."""
 _UUID = r"GPU-[0-9A-Fa-f-]{1,36}"
 
 
@@ -44,70 +55,142 @@ class Settings(NamedTuple):
     gpus: GpuChoice = GpuChoice()
     model: str | None = None
     machine: str = "live"
-    machine_origin: str = "--vlm-machine"
-    """Where the machine was given, for messages."""
-    is_strict: bool = False
+    fake_gpus: str | None = None
+    """A machine to pretend to be."""
+    strict: Strict = "off"
+    expect_gpus: int | None = None
+    expect_vram: int | None = None
+    """Bytes, free on each GPU."""
+    min_tests: int | None = None
+    baseline: Path | None = None
+    update_baseline: bool = False
+    plan: bool = False
+    mutation: Level = "error"
+    leak_check: Level = "warn"
+    leak_tolerance: int = 256 * 2**20
+    """Bytes on one GPU: a few of the allocator's largest rounding steps of 20 MiB, and less than a leaked KV cache."""
+    seed: int | None = 0
+    """Of torch, in tests that use a shared model; ``None`` leaves the random state alone."""
+    suggest: bool = False
+    report: Path | None = None
+    wait: float | None = None
+    """Seconds; ``None`` where it was not said."""
+    slots: bool = False
+    lease_dir: str | None = None
+    """Folder of the leases; ``None`` is the usual one, ``off`` none at all."""
+    origins: Mapping[str, str] = MappingProxyType({})
+    """Name of each setting that was given to where, for messages: ``--vlm-gpus``, ``VLMGPU_MODEL``, ``vlm_strict``."""
     given: tuple[str, ...] = ()
-    """What was set somewhere, for the header: ``--vlm-gpus=2``, ``PYTEST_VLMGPU_MODEL=…``, ``vlm_strict=true``."""
+    """What was set somewhere, for the header: ``--vlm-gpus=2``, ``VLMGPU_MODEL=…``, ``vlm_strict=gpu``."""
+
+    @property
+    def wait_s(self) -> float:
+        """To wait for GPUs and memory that others hold, in all."""
+        if self.wait is not None:
+            return self.wait
+        return 0.0 if self.strict == "off" or (self.strict == "auto" and not self.is_anything_expected) else _STRICT_WAIT_S
+
+    @property
+    def keeps_models(self) -> bool:
+        """True with ``--vlm-slots=fit``."""
+        return self.slots
+
+    @property
+    def is_gpus_given(self) -> bool:
+        """True when somebody said which GPUs are to be used."""
+        return "gpus" in self.origins
+
+    @property
+    def is_anything_expected(self) -> bool:
+        """True when the run is held to anything, so that somebody counts on its GPUs."""
+        return bool(self.expect_gpus or self.expect_vram or self.min_tests or self.baseline)
 
 
 def resolve(config: pytest.Config, environment: Mapping[str, str] = os.environ) -> Settings:
     """Settle every setting: command line > environment > ini file > default.
 
     Raises:
-        pytest.UsageError: A value cannot be understood; the message names where it was given.
+        pytest.UsageError: A value cannot be understood, or contradicts another; the message names where it was given.
     """
-    found = {name: _find(config, environment, name) for name in HELP}
-    values = {name: value for name, (value, _) in found.items() if value is not None}
-    origins = {name: origin for name, (_, origin) in found.items()}
-    return Settings(
-        gpus=parse_gpus(values["gpus"], origins["gpus"]) if "gpus" in values else GpuChoice(),
-        model=values.get("model"),
-        machine=values.get("machine", "live"),
-        machine_origin=origins["machine"] or "--vlm-machine",
-        is_strict=_parse_bool(values["strict"], origins["strict"]) if "strict" in values else False,
-        given=tuple(
-            origins[name] if name == "strict" and origins[name].startswith("--") else f"{origins[name]}={value}"
-            for name, value in values.items()
-        ),
-    )
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    given: list[str] = []
+    for setting in SETTINGS:
+        text, origin = _find(config, environment, setting)
+        if text is None:
+            continue
+        values[setting.name] = READERS[setting.name](text, origin)
+        origins[setting.name] = origin
+        is_bare = bool(setting.levels) and origin.startswith("--") and text == setting.levels[0]
+        # Where leases are is no news: every job of a runner says so.
+        if setting.name != "lease_dir" or origin.startswith("--"):
+            given.append(origin if is_bare else f"{origin}={text}")
+    settings = Settings(**values, origins=origins, given=tuple(given))
+    _refuse_contradictions(settings, environment)
+    return settings
+
+
+def _refuse_contradictions(settings: Settings, environment: Mapping[str, str]) -> None:
+    problem = ""
+    if settings.update_baseline and settings.baseline is None:
+        problem = "--vlm-update-baseline: there is no file to write; name it with --vlm-baseline=FILE."
+    elif settings.gpus.kind == "none" and (settings.expect_gpus or settings.expect_vram):
+        asked = [settings.origins[name] for name in ("expect_gpus", "expect_vram") if name in settings.origins]
+        problem = f"{asked[0]}: {settings.gpus.text} allows no GPU; leave out one of them."
+    elif settings.fake_gpus and "machine" in settings.origins:
+        problem = f"--vlm-fake-gpus: {settings.origins['machine']} names a machine too; give one of them."
+    elif settings.fake_gpus and not environment.get(TESTING):
+        asked = [settings.origins[name] for name in _PROOFS if name in settings.origins]
+        if asked:
+            problem = (
+                f"--vlm-fake-gpus: no GPU that is made up can satisfy {', '.join(asked)}; leave out one of them, or set "
+                f"{TESTING}=1 to try the wiring itself."
+            )
+    if problem:
+        raise pytest.UsageError(f"{WRONG}: {problem}")
 
 
 def recorded_machine(settings: Settings) -> Machine | None:
-    """The machine of ``--vlm-machine``; ``None`` for this one.
+    """The machine of ``--vlm-machine`` or ``--vlm-fake-gpus``; ``None`` for this one.
 
     Raises:
         pytest.UsageError: The file or spec cannot be read.
     """
-    if settings.machine == "live":
+    text = settings.fake_gpus or settings.machine
+    if text == "live":
         return None
     from vlm_doctor.errors import VlmDoctorError
     from vlm_doctor.sources import load_machine
 
     try:
-        return load_machine(settings.machine)
+        return load_machine(text)
     except VlmDoctorError as error:
-        raise pytest.UsageError(f"{WRONG}: {settings.machine_origin}: {error}") from error
+        origin = "--vlm-fake-gpus" if settings.fake_gpus else settings.origins.get("machine", "--vlm-machine")
+        raise pytest.UsageError(f"{WRONG}: {origin}: {error}") from error
 
 
-def _find(config: pytest.Config, environment: Mapping[str, str], name: str) -> tuple[str | None, str]:
+def _find(config: pytest.Config, environment: Mapping[str, str], setting: Setting) -> tuple[str | None, str]:
     """Raw value of one setting and the name of the place that gave it."""
-    key = f"vlm_{name}"
-    places = (
-        (f"--vlm-{name}", lambda: config.getoption(key)),
+    key = f"vlm_{setting.name}"
+    places: list[tuple[str, Callable[[], object]]] = [(option_of(setting.name), lambda: config.getoption(key))]
+    if not setting.is_option_only:
+        variables = [f"{prefix}{setting.name.upper()}" for prefix in ENVIRONMENT_PREFIXES]
         # An empty variable counts as unset, as CI systems cannot always leave one out.
-        (f"{ENVIRONMENT_PREFIX}{name.upper()}", lambda: environment.get(f"{ENVIRONMENT_PREFIX}{name.upper()}") or None),
-        (key, lambda: _ini(config, key)),
-    )
+        places += [(name, partial(_variable, environment, name)) for name in variables]
+        places.append((key, lambda: _ini(config, key)))
     for origin, read in places:
         value = read()
         if value is None:
             continue
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        if not text.strip():
+        text = str(value).strip()
+        if not text:
             raise pytest.UsageError(f"{WRONG}: {origin}: the value is empty; leave it out, or give one.")
-        return text.strip(), origin
+        return text, origin
     return None, ""
+
+
+def _variable(environment: Mapping[str, str], name: str) -> str | None:
+    return environment.get(name) or None
 
 
 def _ini(config: pytest.Config, key: str) -> object:
@@ -117,10 +200,126 @@ def _ini(config: pytest.Config, key: str) -> object:
         raise pytest.UsageError(f"{WRONG}: {key}: {error}.") from error
 
 
-def _parse_bool(text: str, origin: str) -> bool:
-    if text.lower() in _TRUE + _FALSE:
-        return text.lower() in _TRUE
-    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither true nor false; write 1 or 0.")
+def parse_strict(text: str, origin: str) -> Strict:
+    """Read a level of ``--vlm-strict``; words for true and false count, as the setting once was one of these.
+
+    Raises:
+        pytest.UsageError: It is none.
+    """
+    word = text.lower()
+    if word in _TRUE + _FALSE:
+        return "gpu" if word in _TRUE else "off"
+    for level in ("gpu", "all", "auto"):
+        if word == level:
+            return level
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no level; write gpu, all, auto or off.")
+
+
+def parse_level(text: str, origin: str) -> Level:
+    """Read what is to happen when something is found.
+
+    Raises:
+        pytest.UsageError: It is no level.
+    """
+    word = text.lower()
+    for level in ("off", "warn", "error"):
+        if word == level:
+            return level
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no level; write error, warn or off.")
+
+
+def parse_seed(text: str, origin: str) -> int | None:
+    """Read a seed; ``none`` leaves the random state alone.
+
+    Raises:
+        pytest.UsageError: It is no whole number from 0 on.
+    """
+    if text.lower() == "none":
+        return None
+    if re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+        return int(text)
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no seed; write a whole number from 0 on, or none.")
+
+
+def parse_count(text: str, origin: str) -> int:
+    """Read a number of GPUs or tests.
+
+    Raises:
+        pytest.UsageError: It is not a whole number above zero.
+    """
+    if not re.fullmatch("[1-9][0-9]{0,5}", text, re.ASCII):
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no number; write a whole number from 1 to 999999.")
+    return int(text)
+
+
+def parse_size(text: str, origin: str) -> int:
+    """Read an amount of memory, in bytes; a bare number is GiB, as in the markers.
+
+    Raises:
+        pytest.UsageError: It cannot be understood.
+    """
+    from vlm_doctor.errors import UsageError
+    from vlm_doctor.units import parse_bytes
+
+    is_bare = re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII)
+    try:
+        size = parse_bytes(f"{text}GiB" if is_bare else text)
+    except UsageError:
+        size = 0
+    if not 0 < size <= MAX_BYTES:
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no amount of memory; write one such as 20GiB or 24GB.")
+    return size
+
+
+def parse_path(text: str, origin: str) -> Path:
+    """Read the name of a file that is read or written.
+
+    Raises:
+        pytest.UsageError: It names a folder, or nothing that a file system takes.
+    """
+    path = Path(text)
+    try:
+        is_folder = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text[:80]!a} is no file name: {error}.") from error
+    if is_folder:
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text} is a folder; name a file in it.")
+    # A test may change the folder.
+    return Path.cwd() / path
+
+
+def _text(text: str, _origin: str) -> str:
+    return text
+
+
+def _switch(_text: str, _origin: str) -> bool:
+    return True
+
+
+def parse_wait(text: str, origin: str) -> float:
+    """Seconds of ``90``, ``90s``, ``10m``, ``1.5h``.
+
+    Raises:
+        pytest.UsageError: It is none of these.
+    """
+    match = re.fullmatch(r"([0-9]{1,7}(?:\.[0-9]{1,3})?)\s*([smh]?)", text.lower())
+    if match is None:
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no time; write seconds (90), or 90s, 10m, 1h.")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _parse_slots(text: str, origin: str) -> bool:
+    if text.lower() in ("1", "fit"):
+        return text.lower() == "fit"
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither 1 nor fit.")
+
+
+def _parse_lease_dir(text: str, origin: str) -> str:
+    if text.lower() == "off":
+        return "off"
+    if "\0" in text or not os.path.isabs(text):  # noqa: PTH117 - relative to what would differ from run to run
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no absolute path; other runs must find the same folder.")
+    return text
 
 
 def parse_gpus(text: str, origin: str) -> GpuChoice:
@@ -165,3 +364,28 @@ def _list_problem(entries: list[str]) -> str | None:
     if len(set(entries)) < len(entries):
         return "a GPU is named twice"
     return None
+
+
+READERS: dict[str, Callable[[str, str], Any]] = {
+    "gpus": parse_gpus,
+    "model": _text,
+    "machine": _text,
+    "fake_gpus": _text,
+    "strict": parse_strict,
+    "expect_gpus": parse_count,
+    "expect_vram": parse_size,
+    "min_tests": parse_count,
+    "baseline": parse_path,
+    "update_baseline": _switch,
+    "plan": _switch,
+    "wait": parse_wait,
+    "slots": _parse_slots,
+    "lease_dir": _parse_lease_dir,
+    "mutation": parse_level,
+    "leak_check": parse_level,
+    "leak_tolerance": parse_size,
+    "seed": parse_seed,
+    "suggest": _switch,
+    "report": parse_path,
+}
+"""Name of each setting to the function that reads its text; the second argument is where it was given."""

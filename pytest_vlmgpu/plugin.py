@@ -5,15 +5,17 @@ A run without gated tests imports nothing beyond what is imported here: each hoo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from . import declare, fixtures
-from .state import GATED_TEST, SETTINGS, gate_of
+from .state import ALIASES, CONTROLLER, GATED_TEST, SETTINGS, WATCHED_TEST, WORKER_INPUT, gate_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
+
+    from .summary import Summary
 
 _SUMMARY = "vlmgpu-summary"
 
@@ -36,17 +38,60 @@ def pytest_configure(config: pytest.Config) -> None:
         from .options import resolve
 
         config.stash[SETTINGS] = resolve(config)
-        if config.stash[SETTINGS].machine != "live":
+        settings = config.stash[SETTINGS]
+        told = getattr(config, "workerinput", {}).get(WORKER_INPUT)
+        if told is not None:
+            from .lifetime import end_with
+
+            end_with(told["controller"])
+        if settings.machine != "live" or settings.fake_gpus:
             gate_of(config)  # a machine that cannot be read ends the run here
+        if settings.plan:
+            config.option.collectonly = True  # until the session starts: pytest-xdist then starts no workers
+        if (settings.is_anything_expected or settings.report or settings.plan) and not hasattr(config, "workerinput"):
+            _add_summary(config)
+    if config.getini(declare.ALIASES):
+        from . import aliases
+
+        config.stash[ALIASES] = aliases.read_aliases(config)
+        for alias in config.stash[ALIASES].values():
+            config.addinivalue_line("markers", f"{alias.name}{alias.signature}: stands for {alias.target} of pytest-vlmgpu")
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
     for line in declare.MARKERS:
         config.addinivalue_line("markers", line)
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config: pytest.Config) -> None:
-    """The controller of pytest-xdist collects nothing, but it is where the reports of its workers arrive."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Make ``-n auto`` one worker a GPU where ``--vlm-gpus`` was given; else the choice is pytest-xdist's."""
+    if not declare.is_anything_given(config):
+        return None
+    from .controller import auto_workers
+
+    return auto_workers(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
+    """The controller of pytest-xdist collects nothing: it leases GPUs, and the reports of its workers arrive here."""
+    from .controller import start_controller
+
+    start_controller(config, specs)
     _add_summary(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker which one it is."""
+    node.config.stash[CONTROLLER].configure(node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each model one worker."""
+    from .scheduling import make
+
+    return make(config, log)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -58,10 +103,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """Read what each collected test asks for; a wrong marker makes the collection of its module fail."""
     report = yield
-    concerned = [item for item in report.result or () if isinstance(item, pytest.Function) and declare.may_be_gated(item)]
+    tests = [item for item in report.result or () if isinstance(item, pytest.Function)]
+    if not tests:
+        return report
+    aliases = collector.config.stash.get(ALIASES, {})
+    concerned = declare.may_be_gated(collector, tests, aliases)
     if concerned:
         from . import collecting
 
@@ -72,6 +123,10 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests that share a model next to each other."""
+    if any(WATCHED_TEST in item.stash for item in items):
+        from . import watch
+
+        watch.register(config)
     if any(GATED_TEST in item.stash for item in items):
         from . import collecting
 
@@ -80,9 +135,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             _add_summary(config)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the controller of pytest-xdist know what the tests of this worker need, before it sends any."""
+    if hasattr(session.config, "workerinput") and any(GATED_TEST in item.stash for item in session.items):
+        from .workers import hand_in
+
+        hand_in(session.config, session.items)
+
+
 def pytest_report_header(config: pytest.Config) -> str | None:
     """Name the settings that were given, and where; nothing when none was."""
-    return f"vlmgpu: {', '.join(config.stash[SETTINGS].given)}" if SETTINGS in config.stash else None
+    given = config.stash[SETTINGS].given if SETTINGS in config.stash else ()
+    if not given:
+        return None
+    from .controller import remark
+
+    aside = remark(config)
+    return f"vlmgpu: {', '.join(given)}{f'; {aside}' if aside else ''}"
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
@@ -92,6 +162,16 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     from . import reporting
 
     return reporting.collected(config, items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Run nothing where only a plan was asked for; collection errors end the run as always."""
+    summary: Summary | None = session.config.pluginmanager.get_plugin(_SUMMARY)
+    if summary is None or not summary.is_plan or session.testsfailed:
+        return None
+    summary.plan(session)
+    return True
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -114,11 +194,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         from . import reporting
 
-        reporting.hand_over(session.config)
+        reporting.hand_over(session)
 
 
 def _add_summary(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin(_SUMMARY):
-        from . import reporting
+        from .memory_summary import MemorySummary
+        from .summary import Summary
 
-        config.pluginmanager.register(reporting.Summary(config), _SUMMARY)
+        config.pluginmanager.register(Summary(config), _SUMMARY)
+        config.pluginmanager.register(MemorySummary(config), "vlmgpu-memory")

@@ -1,4 +1,4 @@
-"""What a run says about its gated tests: header, report properties, summary.
+"""What each test and each worker says: header, properties of reports, what a worker hands over.
 
 Everything a report needs travels in ``user_properties``, which reach the controller of pytest-xdist and the JUnit file.
 """
@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .state import GATE, GATED_TEST, VERDICT, gate_of
+from .verdicts import OWN_SKIP
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from vlm_doctor.machine import Machine
 
-    from .gate import Load
+    from .gate import Gate
     from .verdicts import Verdict
 
 PREFIX = "vlmgpu."
-_OUTPUT = "vlmgpu"
+"""What the names of our properties begin with."""
+OUTPUT = "vlmgpu"
 """Key of what a worker hands over (``config.workeroutput``)."""
 
 
@@ -33,29 +35,48 @@ def collected(config: pytest.Config, items: list[pytest.Item]) -> str | None:
         return None
     models = Counter(spec.label for test in tests for spec in test.specs)
     named = f"; {', '.join(f'{label} ({count})' for label, count in models.items())}" if models else ""
-    return f"vlmgpu: {len(tests)} of {_plural(len(items), 'test')} gated{named}"
+    return f"vlmgpu: {len(tests)} of {plural(len(items), 'test')} gated{named}"
 
 
 def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     """Add ``vlmgpu.*`` properties to a gated test when its setup has ended, before its report is made."""
-    verdict = _verdict(item)
-    if call.when != "setup" or verdict is None:
+    if call.when != "setup":
         return
-    test, gate = item.stash[GATED_TEST], gate_of(item.config)
-    properties = {
-        "verdict": verdict.action,
-        "code": verdict.code,
-        "model": ", ".join(spec.label for spec in test.specs) or None,
-        "gpus": ",".join(gate.gpu_uuids(test, verdict)) if verdict.action == "run" else None,
-    }
-    kept = [(name, value) for name, value in item.user_properties if not name.startswith(PREFIX)]
-    item.user_properties[:] = kept + [(f"{PREFIX}{name}", value) for name, value in properties.items() if value]
+    test, gate, verdict = item.stash[GATED_TEST], gate_of(item.config), _verdict(item)
+    properties: dict[str, object] = {"model": ", ".join(spec.label for spec in test.specs) or None}
+    if verdict is not None:
+        runs = verdict.action == "run"
+        need, is_about_gpus = gate.need_bytes(test), gate.is_machine_real or gate.settings.plan
+        properties |= {
+            "verdict": verdict.action,
+            "code": verdict.code,
+            "gpus": ",".join(gate.gpu_uuids(test, verdict)) if runs and is_about_gpus else None,
+            "need_gib": round(need / 2**30, 3) if need else None,
+        }
+    elif call.excinfo is not None:
+        # A skip marker, or a session fixture, came before the gate.
+        properties["verdict"] = "skip" if call.excinfo.errisinstance(pytest.skip.Exception) else "error"
+    _set(item.user_properties, properties)
 
 
 def correct(item: pytest.Item, report: pytest.TestReport) -> None:
     """Report a skip at the test's own line, and an error as an error even where the test is expected to fail."""
+    if report.when == "setup":
+        _correct_setup(item, report)
+    settings = gate_of(item.config).settings
+    if settings.strict == "all" and report.skipped and not hasattr(report, "wasxfail") and not settings.plan:
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr).removeprefix(
+            "Skipped: "
+        )
+        report.outcome = "failed"
+        report.longrepr = f"{OWN_SKIP}: the test skipped itself: {reason} (An error because of --vlm-strict=all.)"
+        for properties in (item.user_properties, report.user_properties):
+            _set(properties, {"code": OWN_SKIP})
+
+
+def _correct_setup(item: pytest.Item, report: pytest.TestReport) -> None:
     verdict = _verdict(item)
-    if report.when != "setup" or verdict is None:
+    if verdict is None:
         return
     if verdict.details and item.config.get_verbosity() > 0:
         report.sections.append(("vlmgpu: what the library raised", verdict.details))
@@ -69,79 +90,31 @@ def correct(item: pytest.Item, report: pytest.TestReport) -> None:
         vars(report).pop("wasxfail", None)
 
 
-def hand_over(config: pytest.Config) -> None:
-    """Leave what a worker loaded where the controller finds it."""
+def _set(properties: list[tuple[str, object]], values: Mapping[str, object]) -> None:
+    """Write some of our properties anew; those without a value go."""
+    names = {f"{PREFIX}{name}" for name in values}
+    kept = [(name, value) for name, value in properties if name not in names]
+    properties[:] = kept + [(f"{PREFIX}{name}", value) for name, value in values.items() if value]
+
+
+def hand_over(session: pytest.Session) -> None:
+    """Leave what a worker collected and loaded where the controller finds it."""
+    config = session.config
     output = getattr(config, "workeroutput", None)
     if output is not None and GATE in config.stash:
-        gate = config.stash[GATE]
-        machines = [_describe(gate.machine_used)] if gate.machine_used is not None else []
-        output[_OUTPUT] = {"machines": machines, "loads": [asdict(load) for load in gate.loads]}
+        output[OUTPUT] = said_by(config.stash[GATE], [item.nodeid for item in session.items if GATED_TEST in item.stash])
 
 
-class Summary:
-    """Collects what gated tests reported and prints it at the end; silent when there was none."""
+def said_by(gate: Gate, nodeids: Sequence[str]) -> dict[str, Any]:
+    """What one process knows, in the plain types that pytest-xdist carries."""
+    machine = gate.machine_used
+    said: dict[str, Any] = {"gated": list(nodeids), "loads": [asdict(load) for load in gate.loads]}
+    said["machines"] = [describe(machine)] if machine is not None else []
+    if gate.settings.report and machine is not None:
+        from .examining import examined
 
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self._verdicts: Counter[tuple[str, str]] = Counter()
-        self._on_gpu = 0
-        self._tests_of: Counter[str] = Counter()
-        self._from_workers: list[dict[str, Any]] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count a gated test once, when its setup has ended."""
-        found = {name: value for name, value in report.user_properties if name.startswith(PREFIX)}
-        action = found.get(f"{PREFIX}verdict")
-        if report.when != "setup" or action is None:
-            return
-        if action == "run":
-            # A fixture of the project's own may still have skipped or failed.
-            action = {"passed": "run", "skipped": "skip", "failed": "error"}[report.outcome]
-        self._verdicts[str(action), str(found.get(f"{PREFIX}code", ""))] += 1
-        if action == "run":
-            self._on_gpu += bool(found.get(f"{PREFIX}gpus"))
-            self._tests_of[str(found.get(f"{PREFIX}model", ""))] += 1
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """Take over what a worker of pytest-xdist loaded."""
-        output = getattr(node, "workeroutput", {})
-        if error is None and _OUTPUT in output:
-            self._from_workers.append(output[_OUTPUT])
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Print what ran, what did not and why, and what was loaded."""
-        if not self._verdicts:
-            return
-        from .gate import Load
-
-        gate = gate_of(self._config)
-        machines = [_describe(gate.machine_used)] if gate.machine_used is not None else []
-        machines += [line for output in self._from_workers for line in output["machines"]]
-        loads = gate.loads + [Load(**load) for output in self._from_workers for load in output["loads"]]
-        terminalreporter.section("vlmgpu")
-        for line in dict.fromkeys(machines):
-            terminalreporter.line(line)
-        terminalreporter.line(self._counts())
-        for load in loads:
-            terminalreporter.line(_load_line(load, self._tests_of[load.model]))
-        if not self._on_gpu:
-            gated = _plural(sum(self._verdicts.values()), "gated test")
-            terminalreporter.line(f"NO TEST RAN ON A GPU ({gated}).", red=True, bold=True)
-
-    def _counts(self) -> str:
-        from vlm_doctor.codes import all_codes
-
-        titles = all_codes()
-        parts = []
-        for action, word in (("run", "ran"), ("skip", "skipped"), ("error", "error")):
-            codes = {code: count for (of, code), count in sorted(self._verdicts.items()) if of == action}
-            if codes:
-                reasons = [f"{_title(code, titles)}: {number}" for code, number in codes.items() if code]
-                why = f" ({', '.join(reasons)})" if reasons else ""
-                count = sum(codes.values())
-                parts.append(f"{_plural(count, word) if action == 'error' else f'{count} {word}'}{why}")
-        return "; ".join(parts)
+        said["machine"], said["findings"] = examined(machine)
+    return said
 
 
 def _verdict(item: pytest.Item) -> Verdict | None:
@@ -154,12 +127,8 @@ def _verdict(item: pytest.Item) -> Verdict | None:
     return verdict
 
 
-def _title(code: str, titles: Mapping[str, str]) -> str:
-    """``VLM702 too few GPUs``; a code of the project's own (by the hook) alone."""
-    return f"{code} {titles[code].rpartition(': ')[2]}" if code in titles else code
-
-
-def _describe(machine: Machine) -> str:
+def describe(machine: Machine) -> str:
+    """One line about a machine: what it is, and how much memory is free."""
     from vlm_doctor.units import format_gib
 
     free = [
@@ -168,18 +137,6 @@ def _describe(machine: Machine) -> str:
     return f"{machine.description}; free: {', '.join(free)}" if free else machine.description
 
 
-def _load_line(load: Load, tests: int) -> str:
-    from vlm_doctor.units import format_gib
-
-    line = f"{load.model}: loaded in {load.seconds:.1f} s on {load.where}"
-    if load.weights_bytes:
-        line += f", {format_gib(load.weights_bytes)} of weights, peak {format_gib(load.predicted_peak_bytes)} predicted"
-    if load.measured_peak_bytes:
-        line += f", {format_gib(load.measured_peak_bytes)} measured"
-    if load.left_bytes:
-        line += f"; {format_gib(load.left_bytes)} still held after it was unloaded"
-    return f"{line}; {_plural(tests, 'test')}"
-
-
-def _plural(count: int, word: str) -> str:
+def plural(count: int, word: str) -> str:
+    """``1 test``, ``2 tests``."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +37,16 @@ class VlmSpec:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """What a model needs, as an engine that places it itself says (hook ``pytest_vlmgpu_estimate``)."""
+
+    vram_bytes: int
+    """Free memory on each GPU."""
+    gpus: int = 1
+    """On so many GPUs."""
+
+
+@dataclass(frozen=True)
 class Requirements:
     """What the GPUs of a test must offer. Sizes are bytes; every number is a lower bound that may be met exactly."""
 
@@ -60,6 +70,21 @@ class Requirements:
         return reduce(_stricter, requirements, cls())
 
 
+@dataclass(frozen=True)
+class WatchedTest:
+    """What is measured and guarded while a test runs, read when it is collected."""
+
+    loads: bool
+    """True when it uses the fixture ``vlm``: the model is shared, and must stay as it is."""
+    mutates: bool = False
+    """``vlm_mutates``: it may change the model, which is loaded again for whoever comes next."""
+    limit_bytes: int | None = None
+    """``vlm_limit_vram``: the most memory its tensors may take on any one GPU."""
+    declared_bytes: int | None = None
+    """``vlm_requires(vram_gib=…)``, to be held against what was measured."""
+
+
+@lru_cache(maxsize=1024)
 def _stricter(one: Requirements, other: Requirements) -> Requirements:
     joined: dict[str, Any] = {}
     for field in fields(Requirements):

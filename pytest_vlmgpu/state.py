@@ -1,4 +1,4 @@
-"""Keys of what the plugin keeps in ``config.stash`` and ``item.stash``; there are no other places."""
+"""Keys of what the plugin keeps in ``config.stash`` and ``item.stash``, and tells workers; there are no other places."""
 
 from __future__ import annotations
 
@@ -7,19 +7,37 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from .aliases import Alias
+    from .controller import Controller
     from .gate import Gate
     from .options import Settings
-    from .requirements import GatedTest
+    from .requirements import GatedTest, WatchedTest
     from .verdicts import Verdict
+    from .watch import Failure, Watch
 
 SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 """Of the config; there when a setting was given."""
+ALIASES: pytest.StashKey[dict[str, Alias]] = pytest.StashKey()
+"""Of the config; there when the project gives any."""
 GATE: pytest.StashKey[Gate] = pytest.StashKey()
 """Of the config; there from the first gated test that is collected."""
+CONTROLLER: pytest.StashKey[Controller] = pytest.StashKey()
+"""Of the config of pytest-xdist's controller."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
 """Of an item that asks for a model or GPUs."""
+WATCHED_TEST: pytest.StashKey[WatchedTest] = pytest.StashKey()
+"""Of an item that is measured and guarded: it uses a shared model or a fixture or marker about memory."""
+WATCH: pytest.StashKey[Watch] = pytest.StashKey()
+"""Of the config; there when a watched test was collected."""
+FAILURE: pytest.StashKey[Failure] = pytest.StashKey()
+"""Of a watched item: what its setup or call raised."""
+POSITION: pytest.StashKey[int] = pytest.StashKey()
+"""Of such an item: its place in the order in which tests run."""
 VERDICT: pytest.StashKey[Verdict] = pytest.StashKey()
 """Of such an item, once it was decided about."""
+
+WORKER_INPUT = "vlmgpu"
+"""Key of what a worker of pytest-xdist is told (``config.workerinput``)."""
 
 
 def gate_of(config: pytest.Config) -> Gate:
@@ -33,5 +51,5 @@ def gate_of(config: pytest.Config) -> Gate:
         from .options import Settings, recorded_machine
 
         settings = config.stash.get(SETTINGS, None) or Settings()
-        config.stash[GATE] = Gate(settings, recorded_machine(settings))
+        config.stash[GATE] = Gate(settings, config, recorded_machine(settings))
     return config.stash[GATE]

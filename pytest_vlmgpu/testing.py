@@ -1,4 +1,4 @@
-"""Tiny vision-language checkpoints and images, for tests of code that loads VLMs (see ``docs/testing.md``).
+"""Tiny vision-language checkpoints, images, and machines that are not there, for users' own suites (``docs/testing.md``).
 
 Each checkpoint is the real class of its family with the real processor, only small (well below 1 MiB) and with random
 weights: its answers mean nothing, everything else behaves as with the model of a hub. No network is used.
@@ -11,12 +11,23 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .fake_machines import fake_machine, machine_in_use
 from .tiny_families import ASSISTANT, CHAT_TEMPLATE, END, FAMILIES, MAX_POSITIONS, PAD, PRINTABLE, USER, Family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from PIL.Image import Image
+
+__all__ = [
+    "TINY_FAMILIES",
+    "fake_machine",
+    "machine_in_use",
+    "make_tiny_vlm",
+    "tiny_config",
+    "tiny_image",
+    "write_processor",
+]
 
 TINY_FAMILIES: tuple[str, ...] = tuple(FAMILIES)
 """What :func:`make_tiny_vlm` can build, in the words of ``model_type`` in config.json."""

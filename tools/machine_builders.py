@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from msgspec.structs import replace
@@ -16,6 +17,7 @@ from vlm_doctor.machine import (
     Host,
     Libraries,
     Machine,
+    NumaNode,
     Package,
     PciDevice,
     TorchBuild,
@@ -39,12 +41,25 @@ RULES = (
 )
 PACKAGES = {
     "accelerate": "1.15.0",
+    "av": "16.0.1",
     "nvidia-ml-py": "13.615.71",
+    "pillow": "12.0.0",
     "tokenizers": "0.23.1",
     "torch": "2.13.0+cu130",
+    "torchvision": "0.28.0+cu130",
     "transformers": "5.23.0",
 }
 DRIVER_VERSION = "580.95.05"
+
+
+MACHINES: dict[str, Callable[[], Machine]] = {}
+"""Every story by the name of its file."""
+
+
+def machine(build: Callable[[], Machine]) -> Callable[[], Machine]:
+    """Register a story under its name in kebab case; a leading underscore lets it begin with a digit."""
+    MACHINES[build.__name__.removeprefix("_").replace("_", "-")] = build
+    return build
 
 
 def uuid(text: str, kind: str = "GPU") -> str:
@@ -71,6 +86,11 @@ def healthy(spec: str, name: str, **changes: Any) -> Machine:
             persistence_mode=True,
             display_active=False,
             fabric=gpu.fabric or Fabric(state="not_supported"),
+            slowdowns=(),
+            pcie_replays=0,
+            nvlink_errors=0 if gpu.nvlinks else None,
+            virtualization="none",
+            numa_node=0,
         )
         for gpu in made.gpus
     )
@@ -111,6 +131,7 @@ def driver(count: int, **changes: Any) -> Driver:
         libcuda_path="/usr/lib/x86_64-linux-gnu/libcuda.so.580.95.05",
         nvml_state="ok",
         driver_version=DRIVER_VERSION,
+        kernel_events=(),
         cuda_version=(13, 0),
     )
     return replace(works, **changes)
@@ -148,6 +169,13 @@ HOST = Host(
     shm_free_bytes=125 * GIB,
     hf_cache="~/.cache/huggingface/hub",
     hf_cache_free_bytes=800 * GIB,
+    hf_cache_is_writable=True,
+    hf_cache_filesystem="ext4",
+    tmp="/tmp",
+    tmp_free_bytes=200 * GIB,
+    numa_nodes=(NumaNode(node=0, cpu_count=32, allowed_cpu_count=32),),
+    network_interfaces=("eno1", "lo"),
+    mps="absent",
     is_virtual_machine=False,
     iommu="off",
 )
@@ -169,6 +197,18 @@ def unseen(count: int, name: str, kernel_driver: str | None, **changes: Any) -> 
     devices = tuple(pci(f"0000:{index + 1:02x}:00.0", kernel_driver) for index in range(count))
     base = Machine(origin="recorded", description=name)
     return recorded(base, name, pci_devices=devices, torch=NO_CUDA, gaps=BLIND, **changes)
+
+
+def with_libraries(whole: Machine, **changes: Any) -> Machine:
+    """Change what is installed; ``packages`` stay as they are unless given."""
+    assert whole.libraries is not None
+    return replace(whole, libraries=replace(whole.libraries, **changes))
+
+
+def with_host(whole: Machine, **changes: Any) -> Machine:
+    """Change the computer around the GPUs."""
+    assert whole.host is not None
+    return replace(whole, host=replace(whole.host, **changes))
 
 
 def with_gpu(whole: Machine, index: int, **changes: Any) -> Machine:

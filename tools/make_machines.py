@@ -1,23 +1,27 @@
 """Write the made-up broken and healthy machines of tests/machines: ``python tools/make_machines.py``.
 
+The stories of what stands around the GPUs (settings, packages, limits) are in ``machine_stories.py``.
+
 Each is one story: a healthy machine with one thing changed. Files with ``recorded`` in their name come from real machines
 (``vlm-doctor collect``) and are left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
+import machine_stories  # noqa: F401 - its stories register themselves
 from machine_builders import (
     DOCKER,
     DRIVER_VERSION,
     HOST,
     LIBRARIES,
+    MACHINES,
     NO_CUDA,
     driver,
     healthy,
     holding,
+    machine,
     packages,
     pci,
     recorded,
@@ -44,14 +48,6 @@ from vlm_doctor.machine import (
 from vlm_doctor.units import GIB, MIB
 
 FOLDER = Path(__file__).parent.parent / "tests" / "machines"
-
-_MACHINES: dict[str, Callable[[], Machine]] = {}
-
-
-def machine(build: Callable[[], Machine]) -> Callable[[], Machine]:
-    """Register a story under its name in kebab case; a leading underscore lets it begin with a digit."""
-    _MACHINES[build.__name__.removeprefix("_").replace("_", "-")] = build
-    return build
 
 
 # Healthy
@@ -348,7 +344,13 @@ def _torch_hang() -> Machine:
 @machine
 def _old_driver() -> Machine:
     text = "The NVIDIA driver on your system is too old (found version 12040)."
-    old = driver(2, kernel_module_version="550.54.14", driver_version="550.54.14", cuda_version=(12, 4))
+    old = driver(
+        2,
+        kernel_module_version="550.54.14",
+        driver_version="550.54.14",
+        cuda_version=(12, 4),
+        libcuda_path="/usr/lib/x86_64-linux-gnu/libcuda.so.550.54.14",
+    )
     return healthy("2xL4", "driver older than torch's CUDA", driver=old, torch=replace(NO_CUDA, message=text))
 
 
@@ -448,14 +450,14 @@ def _full_disk() -> Machine:
 
 def machines() -> dict[str, str]:
     """File name to text of every made-up machine."""
-    return {f"{name}.json": to_json(build()) for name, build in _MACHINES.items()}
+    return {f"{name}.json": to_json(build()) for name, build in MACHINES.items()}
 
 
 def main() -> None:
     """Write the files."""
     for name, text in machines().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
-    print(f"{len(_MACHINES)} machines in {FOLDER}")
+    print(f"{len(MACHINES)} machines in {FOLDER}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from vlm_doctor.codes import all_codes, explain
 FOLDER = Path(__file__).parent.parent / "docs" / "codes"
 
 FAMILIES = {
-    "0": "The doctor itself",
+    "0": "The doctor itself, and errors that only a log shows",
     "1": "Driver and devices",
     "2": "Visibility and containers",
     "3": "Python libraries",

@@ -13,10 +13,48 @@ import msgspec
 from ..findings import Diagnosis, Outcome
 from ..machine import Machine
 from ..placement import Plan
-from . import devices, driver, host, libraries, links, memory, model, torch_build, visibility
-from ._check import NO_GPU_CAUSES, Check, Facts, examine
+from . import (
+    checkpoints,
+    companions,
+    condition,
+    devices,
+    driver,
+    environment,
+    host,
+    kernel,
+    libraries,
+    limits,
+    links,
+    memory,
+    model,
+    modes,
+    settings,
+    suitability,
+    torch_build,
+    transport,
+    visibility,
+)
+from ._check import NO_GPU_CAUSES, Check, Facts, examine, plain
 
-_FAMILIES = (driver, devices, visibility, libraries, torch_build, links, memory, host, model)
+__all__ = ["CHECKS", "RETIRED", "diagnose", "plain"]
+
+_FAMILIES = (
+    *(
+        driver,
+        devices,
+        kernel,
+        condition,
+        modes,
+        visibility,
+        environment,
+        libraries,
+        torch_build,
+        settings,
+        companions,
+        suitability,
+    ),
+    *(checkpoints, links, transport, memory, host, limits, model),
+)
 
 CHECKS: tuple[Check, ...] = tuple(
     sorted((check for family in _FAMILIES for check in family.CHECKS), key=lambda check: check.code)
@@ -57,7 +95,14 @@ def _settle(check: Check, facts: Facts, outcomes: dict[str, Outcome]) -> Outcome
     for code in (*check.explained_by, *hiding):
         cause = _settle(_BY_CODE[code], facts, outcomes)
         if any(finding.severity != "info" for finding in cause.findings):
-            outcome = Outcome(code=check.code, title=check.title, state="skipped", reason=f"explained by {code}")
+            sees_it_too = any(finding.severity != "info" for finding in examine(check, facts).findings)
+            outcome = Outcome(
+                code=check.code,
+                title=check.title,
+                state="skipped",
+                reason=f"explained by {code}",
+                symptom_of=code if sees_it_too else None,
+            )
             break
     else:
         outcome = examine(check, facts)
@@ -66,7 +111,8 @@ def _settle(check: Check, facts: Facts, outcomes: dict[str, Outcome]) -> Outcome
 
 
 def _demoted(outcome: Outcome, ignore: tuple[str, ...]) -> Outcome:
-    if not any(prefix and outcome.code.startswith(prefix.upper()) for prefix in ignore):
+    prefix = next((prefix for prefix in ignore if prefix and outcome.code.startswith(prefix.upper())), None)
+    if prefix is None:
         return outcome
-    findings = tuple(msgspec.structs.replace(finding, severity="info") for finding in outcome.findings)
+    findings = tuple(finding.demoted(f"--ignore {prefix.upper()}") for finding in outcome.findings)
     return msgspec.structs.replace(outcome, findings=findings)

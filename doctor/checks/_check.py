@@ -193,8 +193,8 @@ def _lacking(facts: Facts, path: str) -> NotRun | None:
         return skipped("no GPU")
     if path == "torch" and machine.torch.state != "not_asked":
         return None
-    gap = machine.gap(path)
-    if gap is not None and not value:
+    gap = None if value else machine.gap(path)
+    if gap is not None:
         return unknown(plain(f"{path}: {gap.reason}"))
     if path == "torch":
         value = None

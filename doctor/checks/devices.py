@@ -10,6 +10,7 @@ from ..machine import Gpu
 from ..units import format_gib
 from ._check import Check, Facts, Result, found, label, names, plain, skipped, unknown
 from .driver import addresses
+from .kernel import said_by_kernel
 
 
 def gpus_lost(facts: Facts) -> Result:
@@ -55,9 +56,7 @@ def gpus_lost(facts: Facts) -> Result:
             "error" if is_bound or not machine.gpus else "warning",
             f"The PCI bus has {counted.pci} NVIDIA GPU{plural}, the driver lists {counted.driver}: "
             f"{addresses(tuple(lost))} {'is' if len(lost) == 1 else 'are'} missing.",
-            cause="It fell off the bus or failed to start."
-            if is_bound
-            else "This driver does not support it, or it failed to start.",
+            cause=said_by_kernel(facts, {device.bus_id for device in lost}) or _usual_cause(is_bound=is_bound),
             evidence=facts.evidence(f"pci_devices[{position}].bus_id", f"pci_devices[{position}].kernel_driver"),
             fix=Fix(
                 text="Find out why in the kernel log; a GPU that fell off the bus needs the machine powered off and on.",
@@ -66,6 +65,12 @@ def gpus_lost(facts: Facts) -> Result:
             ),
         ),
     )
+
+
+def _usual_cause(*, is_bound: bool) -> str:
+    if is_bound:
+        return "It fell off the bus or failed to start."
+    return "This driver does not support it, or it failed to start."
 
 
 def gpu_fails(facts: Facts) -> Result:
@@ -91,6 +96,8 @@ def gpu_fails(facts: Facts) -> Result:
     ## Sources
     NVML errors 15 (GPU is lost) and 16 (reset required); NVIDIA's Xid catalog.
     """
+    if not facts.machine.gpus:
+        return skipped("no GPU")
     return tuple(_failing(facts, gpu) for gpu in facts.machine.gpus if gpu.error is not None)
 
 
@@ -111,7 +118,7 @@ def _failing(facts: Facts, gpu: Gpu) -> Finding:
     return found(
         "error",
         f"{label(gpu)} fails when asked: {text.rstrip('.')}.",
-        cause="It fell off the bus, or a fault stopped it.",
+        cause=said_by_kernel(facts, {gpu.bus_id}) or "It fell off the bus, or a fault stopped it.",
         evidence=facts.evidence(facts.path(gpu, "error")),
         fix=fix,
         gpus=(gpu,),
@@ -275,7 +282,7 @@ CHECKS = (
         title="GPU lost between bus and driver",
         run=gpus_lost,
         needs=("pci_devices",),
-        explained_by=("VLM102", "VLM103", "VLM104", "VLM105", "VLM106", "VLM205"),
+        explained_by=("VLM102", "VLM103", "VLM104", "VLM105", "VLM106", "VLM113", "VLM205"),
     ),
     Check(code="VLM108", title="GPU fails when asked", run=gpu_fails),
     Check(code="VLM109", title="compute mode restricted", run=compute_mode, needs=("gpus[].compute_mode",)),

@@ -188,6 +188,8 @@ def driver_mismatch(facts: Facts) -> Result:
     NVML error 18; `/proc/driver/nvidia/version`.
     """
     driver = facts.machine.driver
+    if driver.nvml_state not in ("ok", "error"):
+        return skipped("NVML did not answer")
     if driver.nvml_error_code != _NVML_MISMATCH:
         return ()
     in_container = facts.container is not None

@@ -284,8 +284,8 @@ def torch_sees_fewer(facts: Facts) -> Result:
 
 
 _WHY_TORCH_SEES_FEWER = (
-    *("VLM106", "VLM108", "VLM109", "VLM110", "VLM201", "VLM205", "VLM301", "VLM302"),
-    *("VLM303", "VLM304", "VLM305", "VLM306", "VLM403"),
+    *("VLM106", "VLM108", "VLM109", "VLM110", "VLM112", "VLM118", "VLM119", "VLM201", "VLM205", "VLM301"),
+    *("VLM302", "VLM303", "VLM304", "VLM305", "VLM306", "VLM403"),
 )
 
 CHECKS = (

@@ -10,7 +10,16 @@ from .look import DEFAULT_WIDTH, Look
 
 __all__ = ["FORMATS", "Look", "render"]
 
-FORMATS: dict[str, str] = {"terminal": "to_terminal", "json": "to_json", "python": "to_python", "yaml": "to_yaml"}
+FORMATS: dict[str, str] = {
+    "terminal": "to_terminal",
+    "json": "to_json",
+    "python": "to_python",
+    "yaml": "to_yaml",
+    "github": "to_github",
+    "junit": "to_junit",
+    "sarif": "to_sarif",
+    "markdown": "to_markdown",
+}
 """Format to the module of this package that writes it. Modules are loaded on use: only text for people needs rich."""
 
 

@@ -13,14 +13,29 @@ _MARKS: dict[Severity, tuple[str, str]] = {"error": ("✗", "x"), "warning": ("!
 """Mark in Unicode and in ASCII. The word always follows, so that nothing hangs on a mark or a color."""
 
 
-def write_findings(page: Page, findings: Iterable[Finding], *, verbose: bool = False) -> None:
-    """Write findings in the order given, each with what to do about it; without ``verbose``, infos only in brief."""
+def write_findings(
+    page: Page, findings: Iterable[Finding], *, diagnosis: Diagnosis | None = None, verbose: bool = False
+) -> None:
+    """Write findings in the order given, each with what to do about it; without ``verbose``, infos only in brief.
+
+    Args:
+        page: Where to write.
+        findings: What to write.
+        diagnosis: All outcomes: what a finding also explains is said with it.
+        verbose: Also evidence and links.
+    """
+    said: set[str] = set()
     for finding in findings:
         page.gap()
         mark = _MARKS[finding.severity][0 if page.is_unicode else 1]
         left: list[Piece] = [(f"{mark} {finding.severity}", STYLES[finding.severity]), "  ", (finding.title, "bold")]
         page.ends(left, (finding.code, "dim"))
         page.text(finding.message, indent=2)
+        if finding.demoted_from is not None:
+            page.text((f"Demoted from {finding.demoted_from}: {finding.demoted_by}.", "dim"), indent=2)
+        if diagnosis is not None and finding.code not in said:
+            said.add(finding.code)
+            _write_symptoms(page, diagnosis.symptoms(finding.code))
         if verbose or finding.severity != "info":
             _write_advice(page, finding)
         if verbose:
@@ -28,6 +43,11 @@ def write_findings(page: Page, findings: Iterable[Finding], *, verbose: bool = F
                 page.item("Seen:", f"{path} = {value}", indent=2)
             for link in finding.links:
                 page.verbatim(link, indent=2, style="dim")
+
+
+def _write_symptoms(page: Page, symptoms: Sequence[Outcome]) -> None:
+    if symptoms:
+        page.item("Also explains:", ", ".join(f"{one.title} ({one.code})" for one in symptoms), indent=2)
 
 
 def _write_advice(page: Page, finding: Finding) -> None:

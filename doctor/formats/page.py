@@ -16,13 +16,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .inert import inert
 from .look import DEFAULT_WIDTH
+
+__all__ = ["Column", "Page", "Piece", "inert"]
 
 MIN_WIDTH = 40
 MAX_WIDTH = 110
 """Longer lines are hard to read."""
-MAX_TEXT_CHARS = 1500
-"""More than any message of ours; a longer one was not made by the doctor."""
 
 Piece = str | tuple[str, str]
 """Text, or text with a style of rich, such as ``("error", "bold red")``."""
@@ -31,31 +32,6 @@ _GLUE = "\ue000"
 """Stands for a space that is no place to break a line. It cannot be in the text: :func:`inert` escapes it."""
 _NO_BREAK = re.compile(r"(?<=\d) (?=[KMG]?i?B\b)|(?<=\bGPU) (?=\d)|(?<=\w) (?=\d+\.\d+\.\d)")
 """Between a number and its unit, GPU and its index, a package and its version."""
-_ASCII = str.maketrans({"×": "x", "…": "...", "→": "->", "–": "-", "—": "-", "·": "-", "≥": ">=", "≤": "<=", "’": "'"})
-
-
-def inert(text: str, *, limit: int = MAX_TEXT_CHARS, is_unicode: bool = True) -> str:
-    r"""Make text harmless on a terminal.
-
-    Args:
-        text: Any text.
-        limit: Characters kept; what is cut off is replaced by an ellipsis.
-        is_unicode: False writes everything in ASCII.
-
-    Returns:
-        One line: white space becomes a space, and what cannot be printed (control characters, direction marks,
-        surrogates) becomes its escape, such as ``\x1b``.
-    """
-    shown = text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
-    if not shown.isprintable():
-        shown = "".join(map(_printable, shown))
-    return shown if is_unicode else shown.translate(_ASCII).encode("ascii", "backslashreplace").decode()
-
-
-def _printable(char: str) -> str:
-    if char.isprintable():
-        return char
-    return " " if char.isspace() else char.encode("unicode_escape").decode()
 
 
 class Column(NamedTuple):

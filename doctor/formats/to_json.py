@@ -33,15 +33,15 @@ def schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"Report of vlm-doctor, schema {REPORT_SCHEMA}",
-        **_clean(msgspec.json.schema(Report)),
+        **without_indentation(msgspec.json.schema(Report)),
     }
 
 
-def _clean(value: Any) -> Any:
+def without_indentation(value: Any) -> Any:
     """Descriptions without the indentation of docstrings, which Python keeps before 3.13 and msgspec takes as it is."""
     if isinstance(value, dict):
         return {
-            key: inspect.cleandoc(item) if key == "description" and isinstance(item, str) else _clean(item)
+            key: inspect.cleandoc(item) if key == "description" and isinstance(item, str) else without_indentation(item)
             for key, item in value.items()
         }
-    return [_clean(item) for item in value] if isinstance(value, list) else value
+    return [without_indentation(item) for item in value] if isinstance(value, list) else value

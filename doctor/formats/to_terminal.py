@@ -11,7 +11,10 @@ import shlex
 from ..findings import Diagnosis
 from ..report import Report
 from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
+from .changes_text import write_changes
+from .error_text import write_error
 from .finding_text import write_findings, write_tally, write_unknowns
+from .gate_text import write_gate
 from .look import Look
 from .machine_text import write_machine, write_torch
 from .map_text import write_map_check
@@ -29,6 +32,14 @@ def render(report: Report, look: Look) -> str:
         return _plan(report, look)
     if report.command == "check-map":
         return _map_check(report, look)
+    if report.error_text is not None:
+        page = _page(look)
+        write_error(page, report.error_text, report.machine, verbose=look.verbose)
+        return page.render()
+    if report.gate is not None:
+        page = _page(look)
+        write_gate(page, report, report.gate, verbose=look.verbose)
+        return page.render()
     return head(report, look) + tail(report, look)
 
 
@@ -42,8 +53,10 @@ def head(report: Report, look: Look) -> str:
     machine = report.machine
     origin = {"live": "this machine", "recorded": "recorded", "synthetic": "made up"}[machine.origin]
     page.text((f"vlm-doctor {report.version}", "dim"), "  ", (machine.description, "bold"), (f" ({origin})", "dim"))
+    if report.changes is not None:
+        write_changes(page, report.changes, verbose=look.verbose)
     findings = report.diagnosis.findings if report.diagnosis else ()
-    write_findings(page, findings, verbose=look.verbose)
+    write_findings(page, findings, diagnosis=report.diagnosis, verbose=look.verbose)
     write_machine(page, machine, report.diagnosis)
     return page.render()
 
@@ -60,8 +73,11 @@ def tail(report: Report, look: Look, *, earlier: Report | None = None) -> str:
     diagnosis = report.diagnosis or Diagnosis(outcomes=())
     if earlier is not None:
         write_torch(page, report.machine.torch)
+        if report.changes is not None and earlier.changes is not None:
+            write_changes(page, report.changes, shown=earlier.changes.changes, verbose=look.verbose)
         seen = earlier.diagnosis.findings if earlier.diagnosis else ()
-        write_findings(page, [finding for finding in diagnosis.findings if finding not in seen], verbose=look.verbose)
+        news = [finding for finding in diagnosis.findings if finding not in seen]
+        write_findings(page, news, diagnosis=diagnosis, verbose=look.verbose)
     write_unknowns(page, report.machine, diagnosis, verbose=look.verbose)
     page.gap()
     write_tally(page, report.machine, diagnosis, verbose=look.verbose)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from ..findings import Finding
 from .map_devices import shown
@@ -14,6 +14,7 @@ from .map_pieces import Piece
 from .map_question import Question, finding, listed, mismatch
 
 _MAX_BLOCKS = 6
+_OUTPUT = "output"
 _NORMS_BEHIND = frozenset({"cogvlm", "chatglm"})
 """Families whose vision blocks (EVA2-CLIP) have their norms behind attention and MLP. Source: their visual.py. Text bodies
 that have some there (Gemma 2 and 3, GLM-4 and 4.1V) name them ``post_..._layernorm``."""
@@ -45,7 +46,7 @@ def _stacks(layout: Layout) -> Iterator[tuple[Sequence[Piece], Device | None]]:
     for piece in pieces:
         if piece.is_block:
             is_text = piece.unit == piece.key
-            towers.setdefault(("" if is_text else piece.unit, piece.key.rpartition(".")[0]), []).append(piece)
+            towers.setdefault(("" if is_text else piece.unit, piece.list_key), []).append(piece)
     for (unit, _), blocks in towers.items():
         if not unit:
             yield blocks, layout.role_device("embedding")
@@ -79,7 +80,7 @@ def _walk(question: Question, layout: Layout, blocks: Sequence[Piece], stream: D
         if stream is None:
             stream = Counter(device for devices in parts.values() for device in devices).most_common(1)[0][0]
         devices = set().union(*parts.values())
-        if _strays(question, parts, block, stream):
+        if _strays(question, layout, parts, block, stream):
             is_cut = len(devices) > 1 or layout.is_hooked(block.key)
             yield (_cut if is_cut else _unhooked)(question, layout, block, parts, stream)
             work = [found for name, found in parts.items() if "norm" not in name.lower()]
@@ -89,14 +90,18 @@ def _walk(question: Question, layout: Layout, blocks: Sequence[Piece], stream: D
             yield _unhooked(question, layout, block, parts, stream if home is None else home)
         elif devices - {stream}:
             yield _needless(question, layout, block, parts, stream)
+            if _adds_inside(parts):
+                stream = _only(next(found for name, found in parts.items() if name.startswith(_OUTPUT))) or stream
 
 
-def _strays(question: Question, parts: dict[str, set[Device]], block: Piece, stream: Device) -> bool:
+def _strays(question: Question, layout: Layout, parts: dict[str, set[Device]], block: Piece, stream: Device) -> bool:
     """True when a result that is added to the input is not where the input is.
 
     Norms before attention or MLP may be anywhere, since what follows moves their result on; where a norm comes behind, it
     decides where the result is.
     """
+    if _adds_inside(parts):
+        return any(len(devices) > 1 and _is_torn(layout, f"{block.key}.{name}") for name, devices in parts.items())
     behind = _norms_behind(question, block, parts)
     for name, devices in parts.items():
         if "norm" in name.lower():
@@ -105,6 +110,18 @@ def _strays(question: Question, parts: dict[str, set[Device]], block: Piece, str
         if len(devices) > 1 or parts.get(norm, devices) != {stream}:
             return True
     return False
+
+
+def _is_torn(layout: Layout, part: str) -> bool:
+    """True for a part of such a block that is on two devices other than by its modules ``self`` and ``output``."""
+    inner = [name for name in layout.anatomy.names.children(part) if len(layout.runs_on(name)) > 1]
+    names = {name.rpartition(".")[2] for name in layout.anatomy.names.children(part)}
+    return bool(inner) or not {"self", "output"} <= names
+
+
+def _adds_inside(parts: Collection[str]) -> bool:
+    """True for a block as BERT has it: what is added is given to its module ``output``, whose hook brings both together."""
+    return any(name.startswith(_OUTPUT) for name in parts) and any(name.startswith("intermediate") for name in parts)
 
 
 def _loses_positions(layout: Layout, block: Piece, parts: dict[str, set[Device]], stream: Device) -> bool:
@@ -178,8 +195,12 @@ def _needless(question: Question, layout: Layout, block: Piece, parts: dict[str,
         question,
         "VLM614",
         "warning",
-        f"Block {block.key} is cut: it is on {_by_device(parts)}. It runs, since its norms bring the results back to "
-        f"{shown(stream)}.",
+        f"Block {block.key} is cut: it is on {_by_device(parts)}. It runs, since "
+        + (
+            "what it adds is given to its parts."
+            if _adds_inside(parts)
+            else f"its norms bring the results back to {shown(stream)}."
+        ),
         cause="At each new token the hidden states go there and back.",
         fix=_fix(layout, block.key),
         seen=_seen(layout, block.key),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +16,21 @@ import msgspec
 from .. import __version__
 from ..calibration import Calibration
 from ..errors import MachineError
-from ..machine import Driver, Gap, Gpu, Machine, PciDevice, TorchView
+from ..machine import Checkpoint, Driver, FileSetting, Gap, Gpu, KernelEvent, Machine, PciDevice, TorchView
+from .checkpoints import read_checkpoints
 from .child import Child
 from .driver import read_driver_files
 from .environment import read_environment
-from .host import read_host
+from .host import hf_cache_folder, read_host
+from .nccl_files import read_nccl_files
 from .nvml_answer import NvmlView, understand
 from .pci import read_pci_devices
 from .torch_view import TorchQuestion, search_path
 
 ResultT = TypeVar("ResultT")
+
+SOURCE_DEADLINE_S = 3.0
+"""What reading files may take: far more than it does, far less than a disk whose server is gone."""
 
 
 class Collection:
@@ -60,6 +66,8 @@ class Collection:
         self._nvml = Child("nvml", {}, environment=self._environment, deadline_s=deadline_s)
         self._torch: TorchQuestion | None = None
         self._machine: Machine | None = None
+        self.waiting_for = ""
+        """The source that is being read now, for whoever shows it; empty in between."""
         if not with_torch:
             return
         try:
@@ -85,6 +93,7 @@ class Collection:
         machine = self.without_torch()
         if self._torch is None:
             return machine
+        self.waiting_for = "torch"
         view = self._torch.view()
         seconds = machine.seconds if view.seconds is None else {**machine.seconds, "torch": view.seconds}
         return msgspec.structs.replace(machine, torch=view, seconds=seconds)
@@ -115,8 +124,19 @@ class Collection:
         devices = self._read("pci_devices", lambda: read_pci_devices(self._root), no_devices)
         files = self._read("driver", lambda: read_driver_files(self._root), no_files)
         host = self._read("host", lambda: read_host(self._root, self._environment, devices), None)
-        libraries = self._read("libraries", lambda: read_libraries(self._search_path, home=home), None)
+        libraries = self._read(
+            "libraries", lambda: read_libraries(self._search_path, home=home, environment=self._environment), None
+        )
+        no_events: tuple[KernelEvent, ...] | None = None
+        no_settings: tuple[FileSetting, ...] = ()
+        no_checkpoints: tuple[Checkpoint, ...] = ()
+        is_nvidia = bool(devices or files.get("kernel_module_version"))
+        # Without an NVIDIA GPU the kernel has nothing to say that matters here.
+        events = self._read("driver.kernel_events", self._read_kernel_log, no_events) if is_nvidia else no_events
+        settings = self._read("nccl_settings", lambda: read_nccl_files(self._root, self._environment), no_settings)
+        checkpoints = self._read("checkpoints", self._read_checkpoints, no_checkpoints)
         calibrations = self._read("calibrations", lambda: load_calibrations(self._cache_folder), no_readings)
+        self.waiting_for = "NVML"
         outcome = self._nvml.outcome()
         self._seconds["nvml"] = round(outcome.seconds, 4)
         seen = self._read("gpus", lambda: understand(outcome), NvmlView(driver=Driver()))
@@ -130,12 +150,14 @@ class Collection:
             gpus=gpus,
             links=seen.links,
             pci_devices=devices,
-            driver=msgspec.structs.replace(seen.driver, **files),
+            driver=msgspec.structs.replace(seen.driver, **files, kernel_events=events),
             host=host,
             libraries=libraries,
             torch=self._torch_so_far(),
             environment=environment,
             calibrations=tuple(reading for reading in calibrations if reading.gpu_name in names),
+            nccl_settings=settings,
+            checkpoints=checkpoints,
             gaps=(*self._gaps, *seen.gaps),
             seconds=self._seconds,
         )
@@ -145,19 +167,60 @@ class Collection:
             return TorchView(state="not_asked", message="was not asked")
         return self._torch.known() or TorchView(state="not_asked", message="still being asked")
 
+    def _read_kernel_log(self) -> tuple[KernelEvent, ...]:
+        from .kernel_log import read_kernel_log
+
+        return read_kernel_log(self._root)
+
+    def _read_checkpoints(self) -> tuple[Checkpoint, ...]:
+        cache = hf_cache_folder(self._environment)
+        if cache is None:
+            return ()
+        folders = (Path(folder) / "transformers" for folder in self._search_path)
+        transformers = next((folder for folder in folders if (folder / "__init__.py").is_file()), None)
+        return read_checkpoints(self._root / str(cache).lstrip("/"), transformers)
+
     def _read(self, part: str, source: Callable[[], ResultT], otherwise: ResultT) -> ResultT:
-        """Read one source; one that fails becomes a gap, so that the others still count."""
+        """Read one source; one that fails or does not end in time becomes a gap, so that the others still count."""
         started = time.perf_counter()
+        self.waiting_for = part
         try:
-            return source()
+            return _in_time(source, SOURCE_DEADLINE_S)
         except Exception as error:  # noqa: BLE001 - border: reading one source
             self._note_gap(part, error)
             return otherwise
         finally:
+            self.waiting_for = ""
             self._seconds[part] = round(time.perf_counter() - started, 4)
 
     def _note_gap(self, part: str, error: Exception) -> None:
         self._gaps.append(Gap(path=part, reason=f"{type(error).__name__}: {error}"[:300]))
+
+
+def _in_time(source: Callable[[], ResultT], deadline_s: float) -> ResultT:
+    """What a source gives. It runs in a thread of its own, since nothing can be done about a disk that does not answer.
+
+    Raises:
+        TimeoutError: It did not end in time; the thread is left to itself.
+        Exception: Whatever the source raised.
+    """
+    given: list[ResultT] = []
+    raised: list[Exception] = []
+
+    def look() -> None:
+        try:
+            given.append(source())
+        except Exception as error:  # noqa: BLE001 - raised again in the thread that asked
+            raised.append(error)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if raised:
+        raise raised[0]
+    if not given:
+        raise TimeoutError(f"no answer within {deadline_s:g} s")
+    return given[0]
 
 
 def collect(

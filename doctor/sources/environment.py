@@ -7,7 +7,10 @@ from collections.abc import Mapping
 _NAMES = frozenset(
     {
         "ACCELERATE_USE_CPU",
+        "GPU_DEVICE_ORDINAL",
         "HF_HOME",
+        "HF_HUB_ENABLE_HF_TRANSFER",
+        "HIP_VISIBLE_DEVICES",
         "HF_HUB_CACHE",
         "HF_HUB_OFFLINE",
         "HUGGINGFACE_HUB_CACHE",
@@ -22,9 +25,11 @@ _NAMES = frozenset(
         "PYTORCH_HIP_ALLOC_CONF",
         "PYTORCH_NO_CUDA_MEMORY_CACHING",
         "PYTORCH_NVML_BASED_CUDA_CHECK",
+        "ROCR_VISIBLE_DEVICES",
         "SLURM_JOB_GPUS",
         "SLURM_STEP_GPUS",
         "TORCH_USE_CUDA_DSA",
+        "TMPDIR",
         "XDG_CACHE_HOME",
     }
 )
@@ -43,8 +48,13 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: shown(environment[name], home)[:MAX_VALUE_CHARS]
         for name in sorted(environment)
-        if (name in _NAMES or name.startswith(_PREFIXES)) and not any(word in name for word in _SECRET_WORDS)
+        if (name in _NAMES or name.startswith(_PREFIXES)) and not is_secret(name)
     }
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable may hold a secret, by its name."""
+    return any(word in name.upper() for word in _SECRET_WORDS)
 
 
 def shown(text: str, home: str) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..machine import Host, PciDevice
 from .environment import shown
+from .limits import exists, filesystem_of, read_limits
 from .pci import read_iommu
+
+ResultT = TypeVar("ResultT")
 
 _NO_LIMIT_BYTES = 2**60
 """cgroup v1 writes about 2**63 where there is no limit."""
@@ -39,7 +44,9 @@ def read_host(root: Path, environment: Mapping[str, str], devices: Sequence[PciD
         limit = None
     shm_total, shm_free = _disk(root / "dev/shm") or (None, None)
     cache = hf_cache_folder(environment)
-    disk = _disk_in_time(root / str(cache).lstrip("/")) if cache is not None else None
+    disk = _in_time(lambda: _disk_and_access(root / str(cache).lstrip("/"))) if cache is not None else None
+    limits = read_limits(root, environment)
+    tmp = _in_time(lambda: _disk(root / (environment.get("TMPDIR") or "/tmp").lstrip("/")))
     release = _text(root / "proc/sys/kernel/osrelease") or "unknown"
     return Host(
         os=_os_name(root),
@@ -51,11 +58,15 @@ def read_host(root: Path, environment: Mapping[str, str], devices: Sequence[PciD
         shm_total_bytes=shm_total,
         shm_free_bytes=shm_free,
         hf_cache=shown(str(cache), environment.get("HOME", "")) if cache is not None else None,
-        hf_cache_free_bytes=disk[1] if disk else None,
+        hf_cache_free_bytes=disk[0] if disk else None,
+        hf_cache_is_writable=disk[1] if disk else None,
+        hf_cache_filesystem=filesystem_of(root, str(cache)) if cache is not None else None,
+        tmp_free_bytes=tmp[1] if tmp else None,
         container=_container(root, environment),
         is_wsl="microsoft" in release.lower(),
         is_virtual_machine=_is_virtual_machine(root),
         iommu=read_iommu(root, devices),
+        **limits,
     )
 
 
@@ -139,9 +150,22 @@ def _disk(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def _disk_in_time(path: Path) -> tuple[int, int] | None:
-    found: list[tuple[int, int] | None] = []
-    thread = threading.Thread(target=lambda: found.append(_disk(path)), daemon=True)
+def _disk_and_access(path: Path) -> tuple[int, bool] | None:
+    """Free bytes, and whether this user may write there, or into the nearest folder that exists."""
+    space = _disk(path)
+    nearest = next((folder for folder in (path, *path.parents) if exists(folder)), None)
+    return (space[1], os.access(nearest, os.W_OK | os.X_OK)) if space is not None and nearest is not None else None
+
+
+def _in_time(look: Callable[[], ResultT]) -> ResultT | None:
+    found: list[ResultT] = []
+
+    def note() -> None:
+        # A name that no file system takes, such as one of 100,000 characters, has nothing to tell.
+        with contextlib.suppress(OSError, ValueError):
+            found.append(look())
+
+    thread = threading.Thread(target=note, daemon=True)
     thread.start()
     thread.join(_DISK_DEADLINE_S)
     return found[0] if found else None

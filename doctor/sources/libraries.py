@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..machine import Libraries, Package
 from . import torch_build, version_rules
+from .cuda_libraries import bitsandbytes_cuda, foreign_cuda_libraries
 from .environment import shown
 
 DISTRIBUTIONS = (
@@ -25,6 +26,8 @@ DISTRIBUTIONS = (
     "numpy",
     "nvidia-cublas",
     "nvidia-cublas-cu12",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-runtime-cu12",
     "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13",
     "nvidia-ml-py",
@@ -46,6 +49,7 @@ DISTRIBUTIONS = (
     "torch",
     "torchao",
     "torchaudio",
+    "torchcodec",
     "torchvision",
     "transformers",
     "triton",
@@ -57,7 +61,9 @@ _PYNVML_CANDIDATES = ("nvidia-ml-py", "nvidia-ml-py3", "pynvml")
 """Distributions known to ship a module ``pynvml``; each is looked into, since newer releases of the last no longer do."""
 
 
-def read_libraries(search_path: Sequence[str], *, home: str = "") -> Libraries:
+def read_libraries(
+    search_path: Sequence[str], *, home: str = "", environment: Mapping[str, str] | None = None
+) -> Libraries:
     """Read the packages on ``search_path``, folders as in ``sys.path``; ``home`` is written as ``~``."""
     found = {name: distribution for name in DISTRIBUTIONS if (distribution := _find(name, search_path)) is not None}
     packages = tuple(
@@ -75,6 +81,9 @@ def read_libraries(search_path: Sequence[str], *, home: str = "") -> Libraries:
         torch_build=build,
         torch_problem=problem,
         pynvml_owners=tuple(name for name in _PYNVML_CANDIDATES if _ships_pynvml(_find(name, search_path))),
+        bitsandbytes_cuda=bitsandbytes_cuda(found.get("bitsandbytes")),
+        foreign_cuda_libraries=foreign_cuda_libraries(environment or {}),
+        is_virtual_environment=sys.prefix != sys.base_prefix,
     )
 
 

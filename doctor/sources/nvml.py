@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import nvml_links, nvml_processes
+from . import nvml_condition, nvml_links, nvml_processes
 
 _NOT_SUPPORTED = 3
 _NOT_FOUND = 6
@@ -124,6 +124,12 @@ def read(nvml: Any, answer: dict[str, Any], say: Callable[..., None]) -> None:
     alive = [(gpu, handle) for gpu, handle in zip(gpus, handles, strict=True) if "error" not in gpu]
     answer["pairs"] = nvml_links.ask_pairs(reader, alive, LostGpuError)
     answer["gaps"] = reader.gaps()
+    say("links between the GPUs", answer)
+    driver["is_confidential_ready"] = nvml_condition.confidential_readiness(reader)
+    for gpu, handle in alive:
+        if "error" not in gpu:
+            _ask_gpu(nvml_condition.ask, reader, gpu, handle)
+    answer["gaps"] = reader.gaps()
 
 
 def start(nvml: Any) -> dict[str, Any]:
@@ -195,8 +201,7 @@ def _ask_state(reader: Reader, gpu: dict[str, Any], handle: Any) -> None:
     mode = reader.ask(f"{path}.compute_mode", "nvmlDeviceGetComputeMode", handle)
     gpu["compute_mode"] = _COMPUTE_MODES[mode] if mode in range(len(_COMPUTE_MODES)) else None
     gpu["ecc_uncorrected"] = reader.ask(f"{path}.ecc_uncorrected", "nvmlDeviceGetTotalEccErrors", handle, 1, 0)
-    rows = reader.ask(f"{path}.remap_pending", "nvmlDeviceGetRemappedRows", handle)
-    gpu["remap_pending"], gpu["remap_failed"] = (bool(rows[2]), bool(rows[3])) if rows else (None, None)
+    _ask_repairs(reader, gpu, handle)
     gpu["recovery_action"] = _recovery_action(reader, path, handle)
     for field, function in (
         ("pcie_generation", "nvmlDeviceGetCurrPcieLinkGeneration"),
@@ -212,6 +217,19 @@ def _ask_state(reader: Reader, gpu: dict[str, Any], handle: Any) -> None:
         value = reader.ask(f"{path}.{field}", function, handle)
         gpu[field] = None if value is None else bool(value)
     _ask_mig(reader, gpu, handle)
+
+
+def _ask_repairs(reader: Reader, gpu: dict[str, Any], handle: Any) -> None:
+    """Row remapping; cards before Ampere retire whole pages instead, of which only "pending" is told."""
+    where = f"gpus[{gpu['index']}].remap_pending"
+    rows = reader.ask(where, "nvmlDeviceGetRemappedRows", handle)
+    if rows is not None:
+        gpu["remap_pending"], gpu["remap_failed"] = bool(rows[2]), bool(rows[3])
+    elif reader.code(where) == _NOT_SUPPORTED:
+        pending = reader.ask(where, "nvmlDeviceGetRetiredPagesPendingStatus", handle)
+        if pending is not None:
+            reader.forget(where)
+            gpu["remap_pending"] = bool(pending)
 
 
 def _recovery_action(reader: Reader, path: str, handle: Any) -> str | None:

@@ -32,3 +32,14 @@ def open_regular(path: Path, *, again: str) -> Iterator[tuple[BinaryIO, int]]:
             yield file, status.st_size
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions.") from error
+
+
+def read_text(path: Path, most_bytes: int) -> str | None:
+    """The beginning of a regular file; ``None`` when there is none, or it cannot be read. Never waits for a named pipe."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
+            return file.read(most_bytes).decode("utf-8", "replace")
+    except (OSError, ValueError):
+        return None

@@ -115,3 +115,31 @@ def test_other_limits_are_refused(text: str) -> None:
 def test_a_limit_without_a_unit_is_refused() -> None:
     with pytest.raises(UsageError, match="--max-memory: '20' is not a size; write a number and a unit"):
         arguments.max_memory("0=20")
+
+
+def test_what_a_gate_expects() -> None:
+    assert arguments.vram_bytes("20GiB") == 20 * 2**30
+    assert arguments.gpu_number("2") == 2
+    assert arguments.compute_capability("8.9") == (8, 9)
+    for read, text, option in (
+        (arguments.vram_bytes, "20", "--vram"),
+        (arguments.gpu_number, "two", "--gpus"),
+        (arguments.compute_capability, "new", "--capability"),
+    ):
+        with pytest.raises(UsageError, match=f"^{option}: "):
+            read(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "style"),
+    [
+        (["--json"], "json"),
+        (["--format", "github"], "github"),
+        (["gate", "--format=github"], "github"),
+        (["--format", "github", "--json"], "json"),
+        (["--format", "junit"], "text"),
+        (["github"], "text"),
+    ],
+)
+def test_how_a_failure_is_said(words: list[str], style: str) -> None:
+    assert arguments.failure_style(words) == style

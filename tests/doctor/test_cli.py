@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import msgspec
 import pytest
 
@@ -306,6 +307,7 @@ class FakeCollection:
     screen: Screen | None = None
     before_torch = ""
     machine = load_machine(recorded("2xl4-idle"))
+    waiting_for = ""
 
     def __init__(self, *, with_torch: bool = True, fresh_torch: bool = False) -> None:
         self.with_torch = with_torch
@@ -404,6 +406,182 @@ def test_collect_redacts_unless_told_otherwise(run: Run, tmp_path: Path, monkeyp
     assert codec.machine_from_json(whole.out.encode(), where="snapshot") == machine
     assert codec.machine_from_json(redacted.out.encode(), where="snapshot") == codec.redact(machine)
     assert redacted.out != whole.out
+
+
+def test_explain_without_a_code_lists_them(run: Run) -> None:
+    ran = run("explain")
+
+    assert ran.status == 0
+    assert "- VLM501: GPU memory held by other processes\n" in ran.out
+
+
+LOGS = Path(__file__).parents[1] / "logs"
+
+
+def test_an_error_is_explained_and_confirmed_by_a_machine(run: Run, golden: Callable[[str, str], None]) -> None:
+    words = ("explain-error", str(LOGS / "driver-warning-first.txt"), "--machine", recorded("old-driver"))
+
+    text, data = run(*words), run(*words, "--json")
+
+    assert (text.status, data.status, data.json["exit_status"]) == (0, 0, 0)
+    golden("terminal/explain_error.txt", text.out)
+    assert data.json["command"] == "explain-error"
+    assert data.json["error_text"]["cause"]["name"] == "driver-too-old"
+    assert data.json["error_text"]["confirmation"] == "confirmed"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in LOGS.glob("*.txt")))
+@pytest.mark.parametrize("machine", ["2xl4-idle", "nvml-crashed", "masked", "2xa10-half-taken"])
+def test_an_explanation_is_at_most_80_columns_of_ascii_where_asked(
+    run: Run, name: str, machine: str, tmp_path: Path
+) -> None:
+    ran = run("explain-error", str(LOGS / name), "--machine", recorded(machine), "--verbose")
+
+    assert ran.status == 0
+    assert all(len(line) <= 80 or line.startswith("    ") for line in ran.out.splitlines())
+    assert "Do this next:" in ran.out
+    assert "Then verify with:" in ran.out
+
+
+def test_an_error_that_is_not_known_is_3(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"KeyError: 'foo'\n")))
+
+    ran = run("explain-error", "--machine", "2xL4")
+
+    assert ran.status == 3
+    assert ran.out.startswith(
+        "Not recognized: nothing in this text is known to the doctor.\n  It ends with: KeyError: 'foo'\n"
+    )
+
+
+def test_an_empty_log_is_bad_usage_in_json_too(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+
+    ran = run("explain-error", str(tmp_path / "log"), "--json", "--machine", "2xL4")
+
+    assert (ran.status, ran.json["error"]["type"]) == (2, "UsageError")
+
+
+def test_only_errors_about_torch_ask_torch(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def collect(*, with_torch: bool, fresh_torch: bool) -> Machine:
+        asked.append(with_torch)
+        return load_machine(recorded("2xl4-idle"))
+
+    monkeypatch.setattr("vlm_doctor.sources.collect", collect, raising=False)
+    for text in ("RuntimeError: No CUDA GPUs are available", "Segmentation fault", "uncorrectable ECC error encountered"):
+        (tmp_path / "log").write_text(text, "utf-8")
+        run("explain-error", str(tmp_path / "log"))
+    run("explain-error", str(tmp_path / "log"), "--no-torch")
+
+    assert asked == [True, True, False, False]
+
+
+def test_a_gate_is_a_status_one_line_and_outputs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "output"))
+    words = ("gate", "--machine", "8xH100:nvswitch", "--gpus", "2", "--vram", "20GiB", "--nvlink", "--capability", "8.0")
+
+    ran = run(*words, "--model", MODEL, "--github-output")
+
+    assert (ran.status, ran.err, ran.out.count("\n")) == (0, "", 1)
+    assert ran.out.startswith("Met: GPUs 0, 1 (NVIDIA H100 80GB HBM3), 20.0 GiB free each, joined by NVLink")
+    assert "run-gpu-tests<<" in (tmp_path / "output").read_text("utf-8")
+    data = run(*words, "--json")
+    assert data.json["gate"]["is_met"] is True
+    assert data.json["command"] == "gate"
+    assert run("gate", "--machine", "T4", "--gpus", "2").status == 1
+    assert run("gate", "--machine", recorded("nvml-crashed"), "--no-project").status == 3
+
+
+def test_github_output_outside_of_a_job_is_bad_usage(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_OUTPUT", raising=False)
+
+    ran = run("gate", "--machine", "2xL4", "--github-output", "--json")
+
+    assert (ran.status, ran.json["error"]["type"]) == (2, "UsageError")
+
+
+def test_the_project_says_what_is_expected_and_the_report_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = '[tool.vlm-doctor]\ngpus = 2\nvram = "20GiB"\nignore = ["VLM501"]\nstrict = true\n'
+    (tmp_path / "pyproject.toml").write_text(table, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    machine = ("--machine", recorded("2xa10-half-taken"))
+
+    assert run("gate", *machine).status == 1
+    assert run("gate", *machine, "--gpus", "1").status == 0
+    assert run("gate", *machine, "--no-project").status == 0
+    checked = run(*machine)
+    assert checked.status == 0
+    assert "Demoted from warning: --ignore VLM501." in checked.out
+    assert f"From {tmp_path}/pyproject.toml: [tool.vlm-doctor]: ignore VLM501; strict." in " ".join(checked.out.split())
+    (tmp_path / "pyproject.toml").write_text("[tool.vlm-doctor]\nignore = ['VLM999']\n", "utf-8")
+    wrong = run(*machine)
+    assert wrong.status == 2
+    assert "[tool.vlm-doctor] ignore: 'VLM999' is not the beginning of a code" in wrong.err
+
+
+def test_the_model_of_the_project_is_suggested(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = next(name for name in catalogue_names() if name != MODEL)
+    (tmp_path / "pyproject.toml").write_text(f"[tool.vlm-doctor]\nmodel = '{other}'\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    assert f"{other}: " in run("--machine", "2xH200").out
+
+
+def test_a_report_is_saved_and_compared_with(run: Run, tmp_path: Path) -> None:
+    good = str(tmp_path / "good.json")
+
+    first = run("--machine", recorded("2xl4-idle"), "--save", good)
+    later = run("--machine", recorded("cpu-torch"), "--since", good, "--save", good)
+
+    assert (first.status, later.status) == (0, 1)
+    assert "Changed since 2026-11-22T12:00:00Z, when it was usable\n" in later.out
+    again = run("--machine", recorded("cpu-torch"), "--since", good, "--json")
+    assert again.json["changes"] == {
+        "where": good,
+        "saved_at": "2026-11-22T12:00:00Z",
+        "saved_exit_status": 1,
+        "changes": [],
+    }
+    unwritable = run("--machine", "2xL4", "--save", str(tmp_path / "missing" / "x.json"))
+    assert (unwritable.status, unwritable.out) == (2, "")
+    assert unwritable.err.startswith(f"vlm-doctor: --save {tmp_path}/missing/x.json: cannot be written: ")
+
+
+def test_a_snapshot_of_somebody_else_can_be_redacted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USER", "half")
+
+    ran = run("collect", "--redact", "--machine", recorded("2xa10-half-taken"))
+
+    assert ran.status == 0
+    assert "ana" not in ran.out
+    assert codec.machine_from_json(ran.out.encode(), where="snapshot").gpus[1].processes[0].pid == 4711
+
+
+def test_a_failure_in_a_job_is_an_annotation(run: Run) -> None:
+    ran = run("gate", "--format", "github", "--gpus", "%:,")
+
+    assert (ran.status, ran.err) == (2, "")
+    assert ran.out.startswith("::error title=vlm-doctor::--gpus: '%25:,' is not a number of GPUs")
+    assert ran.out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("gate", "--machine", "2xL4", "--gpus", "2", "--model", MODEL),
+        ("gate", "--machine", "T4", "--gpus", "2"),
+        ("explain-error", str(LOGS / "nccl-shm.txt"), "--machine", "2xL4"),
+        ("--machine", "2xL4", "--since", recorded("2xl4-idle")),
+    ],
+)
+def test_every_report_follows_the_published_schema(run: Run, words: tuple[str, ...]) -> None:
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text("utf-8"))
+
+    jsonschema.validate(run(*words, "--json").json, schema)
 
 
 def process(*words: str, **options: Any) -> subprocess.Popen[str]:

@@ -151,6 +151,6 @@ def test_redaction_hides_people_and_keeps_references_whole() -> None:
     assert machine.gpus[0].processes[0] == GpuProcess(pid=4711, kind="compute", used_bytes=2**30)
     assert machine.environment["CUDA_VISIBLE_DEVICES"] == f"{machine.gpus[0].uuid},1"
     assert machine.environment["HF_HOME"] == "~/hf"
-    assert machine.environment["LD_LIBRARY_PATH"] == "~/lib:/opt/rootless"
+    assert machine.environment["LD_LIBRARY_PATH"] == "~/lib:/opt/dir1"
     assert machine.gpus[0].uuid != machine.gpus[1].uuid
     assert redact(machine).gpus[0].processes == machine.gpus[0].processes

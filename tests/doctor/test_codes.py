@@ -8,18 +8,35 @@ import pytest
 
 from vlm_doctor import codes
 from vlm_doctor.checks import CHECKS, RETIRED
-from vlm_doctor.codes import all_codes, explain
+from vlm_doctor.codes import all_codes, explain, list_text
+from vlm_doctor.data.by_hand import BY_HAND
+from vlm_doctor.data.error_codes import ERROR_CODES
 from vlm_doctor.errors import UsageError
 from vlm_doctor.planner.map_question import TITLES
 
 ROOT = Path(__file__).parents[2]
-DOCTOR = ["VLM001", "VLM002"]
+DOCTOR = [f"VLM00{number}" for number in range(1, 7)]
+ERRORS = [one.code for one in ERROR_CODES]
 MAP = list(TITLES)
+SECTIONS = [
+    "What it checks",
+    "Why it matters",
+    "Example",
+    "How to look by hand",
+    "What to do",
+    "When it is fine",
+    "Sources",
+]
 GATE = ["VLM701", "VLM702", "VLM703", "VLM704", "VLM705"] + [f"VLM71{n}" for n in range(1, 7)] + ["VLM720"]
+LEASES = ["VLM730", "VLM731", "VLM732"]
+RUN = [f"VLM74{n}" for n in range(5)]
+GUARDS = [f"VLM75{n}" for n in range(5)]
 
 
 def test_every_check_and_every_verdict_has_a_page() -> None:
-    assert list(all_codes()) == sorted([*DOCTOR, *(check.code for check in CHECKS), *MAP, *GATE])
+    assert list(all_codes()) == sorted(
+        [*DOCTOR, *ERRORS, *(check.code for check in CHECKS), *MAP, *GATE, *LEASES, *RUN, *GUARDS]
+    )
     assert all(title and not title.endswith(".") for title in all_codes().values())
 
 
@@ -27,22 +44,31 @@ def test_pages_about_maps_have_the_titles_of_the_findings() -> None:
     assert {code: all_codes()[code] for code in MAP} == TITLES
 
 
-@pytest.mark.parametrize("code", [*DOCTOR, *MAP, *GATE])
-def test_pages_without_a_check_have_the_same_form(code: str) -> None:
+@pytest.mark.parametrize("code", all_codes())
+def test_every_page_has_every_section(code: str) -> None:
     page = explain(code)
 
     assert page.startswith(f"# {code}: {all_codes()[code]}\n\n")
-    assert re.findall(r"^## (.+)$", page, re.MULTILINE) == [
-        "What it checks",
-        "Why it matters",
-        "Example",
-        "What to do",
-        "When it is fine",
-        "Sources",
-    ]
+    assert re.findall(r"^## (.+)$", page, re.MULTILINE) == SECTIONS, f"{code}: see doctor/data/by_hand.py"
+    assert re.search(r"^## .+\n+(?=## |\Z)", page, re.MULTILINE) is None, f"{code}: an empty section"
 
 
-@pytest.mark.parametrize("code", GATE)
+def test_how_to_look_by_hand_is_about_codes() -> None:
+    assert all(re.fullmatch(r"VLM\d{3}", code) and text.endswith(".") for code, text in BY_HAND.items())
+
+
+def test_a_page_keeps_its_own_way_to_look_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = "# VLM001: a\n\n## How to look by hand\nSo.\n\n## What to do\nThis.\n"
+
+    assert codes._with_section(page, "Other.") == page
+    assert codes._with_section("no such heading", "Other.") == "no such heading"
+
+
+def test_the_list_names_every_code() -> None:
+    assert re.findall(r"^- (VLM\d{3}): .+$", list_text(), re.MULTILINE) == list(all_codes())
+
+
+@pytest.mark.parametrize("code", [*GATE, *GUARDS])
 def test_pages_of_the_gate_say_what_strictness_changes(code: str) -> None:
     assert "--vlm-strict" in explain(code)
 
@@ -69,7 +95,7 @@ def test_a_code_may_be_spelled_loosely(spelling: str) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("VLM51", "There is no code 'VLM51'; did you mean VLM501?"),
+        ("VLM51", "There is no code 'VLM51'; did you mean VLM751 or VLM512 or VLM511?"),
         ("VML403", "There is no code 'VML403'; did you mean VLM403?"),
         ("VLM999", "There is no code 'VLM999'; codes are VLM and three digits, such as VLM501."),
         ("", "There is no code ''; codes are VLM and three digits, such as VLM501."),

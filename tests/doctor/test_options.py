@@ -34,9 +34,8 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["plann"], "'plann' is not a command (they are check, plan, check-map, collect, calibrate, explain); "
-         "did you mean plan?"),
-        (["\x1b[31m"], "'\\x1b[31m' is not a command (they are check, plan, check-map, collect, calibrate, explain)."),
+        (["plann"], f"'plann' is not a command (they are {', '.join(COMMANDS)}); did you mean plan?"),
+        (["\x1b[31m"], f"'\\x1b[31m' is not a command (they are {', '.join(COMMANDS)})."),
         (["plan", "m", "--imags=2"], "'--imags=2' is no option of vlm-doctor plan; did you mean --images? "
          "Try 'vlm-doctor plan --help'."),
         (["--json", "plan", "m"], "'plan' is no option of vlm-doctor check. Try 'vlm-doctor check --help'."),
@@ -173,7 +172,7 @@ def test_every_option_of_check_and_collect_arrives() -> None:
     assert (options.no_torch, options.fresh_torch, options.strict) == (True, True, True)
     words = "collect --no-redact --no-torch --fresh-torch -o f"
     options = parse(words.split())
-    assert (options.no_redact, options.no_torch, options.fresh_torch, options.output) == (True, True, True, Path("f"))
+    assert (options.redact, options.no_torch, options.fresh_torch, options.output) == (False, True, True, Path("f"))
 
 
 @pytest.mark.parametrize("word", ["--images=--", "--gpus=--", "--format=--", "-o=--"])

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 # Imported for good: pytester forgets what is first imported inside a run, and imports it anew in the next one.
+import pytest_vlmgpu.controller
 import pytest_vlmgpu.gate
-import pytest_vlmgpu.loading  # noqa: F401
+import pytest_vlmgpu.loading
+import pytest_vlmgpu.watch
+import pytest_vlmgpu.workers  # noqa: F401
 import vlm_doctor.checks
 import vlm_doctor.sources.collection  # noqa: F401
+from pytest_vlmgpu import declare
 from vlm_doctor.codec import to_json
 from vlm_doctor.machine import Driver, Gpu, Machine
 from vlm_doctor.units import GIB
@@ -102,8 +106,13 @@ class Suite:
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
     """A project with two L4, both free."""
-    for name in ("GPUS", "MODEL", "MACHINE", "STRICT"):
-        monkeypatch.delenv(f"PYTEST_VLMGPU_{name}", raising=False)
+    for setting in declare.SETTINGS:
+        for prefix in declare.ENVIRONMENT_PREFIXES:
+            monkeypatch.delenv(f"{prefix}{setting.name.upper()}", raising=False)
+    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "VLMGPU_TESTING"):
+        monkeypatch.delenv(name, raising=False)
+    # Suites that run beside this one have GPUs of the same names.
+    monkeypatch.setenv("VLMGPU_LEASE_DIR", str(pytester.path / "leases"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     # pytester moves HOME; nothing here may look for models in the new one.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -78,13 +78,14 @@ def record(profile, machine, workload, policy):
     )
 
     result = suite.run(
+        "--vlm-gpus=0,1",
         test_x="""
         import pytest
         @pytest.mark.vlm("org/a", dtype="bfloat16")
         def test_marker(vlm): pass
         @pytest.mark.vlm("org/b")
         def test_default(vlm): pass
-        """
+        """,
     )
 
     result.assert_outcomes(errors=2)

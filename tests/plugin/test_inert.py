@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 HEAVY = ("torch", "transformers", "accelerate", "pynvml", "psutil", "rich", "typer")
-LATE = tuple(f"pytest_vlmgpu.{name}" for name in ("collecting", "gate", "markers", "options", "reporting", "requirements"))
+LATE = tuple(
+    f"pytest_vlmgpu.{name}"
+    for name in (
+        *("collecting", "gate", "leases", "markers", "options", "own_share", "reporting", "requirements", "residents"),
+        *("controller", "groups", "scheduling", "sets", "shares", "waiting", "workers"),
+    )
+)
 """Parts of the plugin that are read when the first gated test or setting is met."""
 CONFTEST = """
 import json, sys
@@ -100,3 +106,24 @@ def test_a_project_with_a_package_named_doctor_is_not_disturbed(pytester: pytest
     result: Any = pytester.runpytest_subprocess()
 
     result.assert_outcomes(passed=1)
+
+
+def test_workers_of_a_project_that_does_not_use_the_plugin_cost_it_no_doctor(pytester: pytest.Pytester) -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    pytester.makepyfile("def test_x(): pass\ndef test_y(): pass")
+    pytester.makeconftest(
+        """
+        import os, sys
+        from pathlib import Path
+        def pytest_unconfigure(config):
+            name = os.environ.get("PYTEST_XDIST_WORKER", "controller")
+            Path(f"{name}.txt").write_text(" ".join(sys.modules))
+        """
+    )
+
+    pytester.runpytest_subprocess("-n2", "-p", "no:hypothesispytest", "-p", "no:anyio").assert_outcomes(passed=2)
+
+    for name in ("controller", "gw0", "gw1"):
+        found = set((pytester.path / f"{name}.txt").read_text().split())
+        assert found.isdisjoint({"torch", "transformers", "pynvml", "msgspec", "vlm_doctor.machine", "ctypes.util"})
+    assert not list(pytester.path.glob("**/needs-*"))

@@ -163,11 +163,6 @@ def test_markers_are_listed_with_their_signature(suite: Any) -> None:
             "@pytest.mark.parametrize('n', [pytest.param(1, marks=pytest.mark.vlm('org/a'))])\ndef test_x(n, vlm): pass",
             "*the fixture vlm cannot take its model from a marker here*",
         ),
-        (
-            "import unittest\n@pytest.mark.vlm('org/a')\n@pytest.mark.usefixtures('vlm')\n"
-            "class TestX(unittest.TestCase):\n  def test_x(self): pass",
-            "*the fixture vlm cannot take its model from a marker here*",
-        ),
     ],
 )
 def test_a_wrong_marker_is_a_collection_error(suite: Any, body: str, message: str) -> None:

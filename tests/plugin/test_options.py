@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,21 +33,31 @@ def settle(
 
 
 def test_defaults_when_nothing_is_given() -> None:
-    assert settle() == Settings(gpus=GpuChoice(), model=None, machine="live", is_strict=False, given=())
+    assert settle() == Settings(gpus=GpuChoice(), model=None, machine="live", strict="off", given=())
 
 
+@pytest.mark.parametrize("prefix", ["VLMGPU_", "PYTEST_VLMGPU_"])
 @pytest.mark.parametrize(
-    ("setting", "field", "value"),
-    [("model", "model", "org/a"), ("machine", "machine", "2xL4"), ("strict", "is_strict", "1")],
+    ("setting", "text", "value"),
+    [
+        ("model", "org/a", "org/a"),
+        ("machine", "2xL4", "2xL4"),
+        ("strict", "all", "all"),
+        ("strict", "1", "gpu"),
+        ("expect_gpus", "2", 2),
+        ("expect_vram", "20", 20 * 2**30),
+        ("expect_vram", "24GB", 24 * 10**9),
+        ("min_tests", "10", 10),
+        ("baseline", "ran.json", Path.cwd() / "ran.json"),
+        ("report", "/tmp/out.json", Path("/tmp/out.json")),
+    ],
 )
-def test_each_place_of_each_setting(setting: str, field: str, value: str) -> None:
-    wanted = True if field == "is_strict" else value
+def test_each_place_of_each_setting(setting: str, text: str, value: object, prefix: str) -> None:
+    from_line = settle(line={f"vlm_{setting}": text})
+    from_environment = settle(env={f"{prefix}{setting.upper()}": text})
+    from_ini = settle(ini={f"vlm_{setting}": text})
 
-    from_line = settle(line={f"vlm_{setting}": True if field == "is_strict" else value})
-    from_environment = settle(env={f"PYTEST_VLMGPU_{setting.upper()}": value})
-    from_ini = settle(ini={f"vlm_{setting}": True if field == "is_strict" else value})
-
-    assert [getattr(found, field) for found in (from_line, from_environment, from_ini)] == [wanted] * 3
+    assert [getattr(found, setting) for found in (from_line, from_environment, from_ini)] == [value] * 3
 
 
 def test_command_line_wins_over_environment_and_environment_over_ini() -> None:
@@ -58,7 +69,7 @@ def test_command_line_wins_over_environment_and_environment_over_ini() -> None:
 
 
 def test_settings_say_where_they_were_given() -> None:
-    settings = settle({"vlm_strict": True}, {"PYTEST_VLMGPU_GPUS": "0,1"}, {"vlm_model": "org/a"})
+    settings = settle({"vlm_strict": "gpu"}, {"PYTEST_VLMGPU_GPUS": "0,1"}, {"vlm_model": "org/a"})
 
     assert settings.given == ("PYTEST_VLMGPU_GPUS=0,1", "vlm_model=org/a", "--vlm-strict")
 
@@ -68,14 +79,24 @@ def test_an_empty_environment_variable_counts_as_unset() -> None:
 
 
 def test_an_environment_variable_can_switch_strict_off() -> None:
-    assert settle(env={"PYTEST_VLMGPU_STRICT": "no"}, ini={"vlm_strict": True}).is_strict is False
+    assert settle(env={"PYTEST_VLMGPU_STRICT": "no"}, ini={"vlm_strict": "all"}).strict == "off"
 
 
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"PYTEST_VLMGPU_STRICT": "maybe"}, "PYTEST_VLMGPU_STRICT: 'maybe' is neither true nor false; write 1 or 0."),
+        ({"PYTEST_VLMGPU_STRICT": "maybe"}, "PYTEST_VLMGPU_STRICT: 'maybe' is no level; write gpu, all, auto or off."),
         ({"PYTEST_VLMGPU_MODEL": " "}, "PYTEST_VLMGPU_MODEL: the value is empty; leave it out, or give one."),
+        ({"VLMGPU_MIN_TESTS": "0"}, "VLMGPU_MIN_TESTS: '0' is no number; write a whole number from 1 to 999999."),
+        (
+            {"VLMGPU_EXPECT_VRAM": "much"},
+            "VLMGPU_EXPECT_VRAM: 'much' is no amount of memory; write one such as 20GiB or 24GB.",
+        ),
+        (
+            {"VLMGPU_EXPECT_VRAM": "999999999"},
+            "VLMGPU_EXPECT_VRAM: '999999999' is no amount of memory; write one such as 20GiB or 24GB.",
+        ),
+        ({"VLMGPU_REPORT": "/tmp"}, "VLMGPU_REPORT: /tmp is a folder; name a file in it."),
         ({"PYTEST_VLMGPU_GPUS": "cpu"}, "PYTEST_VLMGPU_GPUS: 'cpu' names no GPUs; write none."),
     ],
 )
@@ -165,7 +186,7 @@ def test_ini_file(suite: Any, section: str) -> None:
     result = suite.run(test_x="def test_x(): pass")
 
     assert result.ret == 0
-    result.stdout.fnmatch_lines(["vlmgpu: vlm_gpus=none, vlm_strict=true"])
+    result.stdout.fnmatch_lines(["vlmgpu: vlm_gpus=none, vlm_strict=*"])
 
 
 def test_pyproject(suite: Any) -> None:
@@ -174,4 +195,108 @@ def test_pyproject(suite: Any) -> None:
     result = suite.run(test_x="def test_x(): pass")
 
     assert result.ret == 0
-    result.stdout.fnmatch_lines(["vlmgpu: vlm_gpus=0,1, vlm_strict=true"])
+    result.stdout.fnmatch_lines(["vlmgpu: vlm_gpus=0,1, vlm_strict=[Tt]rue"])
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [
+        (["--vlm-strict", "tests"], "gpu"),
+        (["--vlm-strict=all", "tests"], "all"),
+        (["--vlm-strict=auto"], "auto"),
+        (["--vlm-strict=off"], "off"),
+        (["--vlm-strict", "--vlm-strict=all"], "all"),
+        (["tests"], None),
+    ],
+)
+def test_a_level_is_never_taken_from_the_word_behind(suite: Any, words: list[str], level: str | None) -> None:
+    config = suite.pytester.parseconfig(*words)
+
+    assert config.getoption("vlm_strict") == level
+    assert config.args[-1:] == (["tests"] if "tests" in words else config.args[-1:])
+
+
+def test_native_toml(suite: Any) -> None:
+    if pytest.version_tuple < (9,):
+        pytest.skip("pytest.toml came with pytest 9")
+    (suite.folder / "pytest.toml").write_text('[pytest]\nvlm_strict = "all"\nvlm_min_tests = 1\n')
+
+    result = suite.run(test_x="def test_x(): pass")
+
+    result.stdout.fnmatch_lines(["vlmgpu: vlm_strict=all, vlm_min_tests=1"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            {"vlm_update_baseline": "on"},
+            "--vlm-update-baseline: there is no file to write; name it with --vlm-baseline=FILE.",
+        ),
+        (
+            {"vlm_fake_gpus": "2xL4", "vlm_machine": "L4"},
+            "--vlm-fake-gpus: --vlm-machine names a machine too; give one of them.",
+        ),
+        (
+            {"vlm_fake_gpus": "2xL4", "vlm_strict": "gpu", "vlm_min_tests": "3"},
+            "--vlm-fake-gpus: no GPU that is made up can satisfy --vlm-strict, --vlm-min-tests; leave out one of them, or "
+            "set VLMGPU_TESTING=1 to try the wiring itself.",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(line: dict[str, str], message: str) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        settle(line)
+
+    assert str(caught.value) == f"VLM720: {message}"
+    if "vlm_fake_gpus" in line:
+        assert settle({**line, "vlm_machine": None}, {"VLMGPU_TESTING": "1"}).fake_gpus == "2xL4"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0", 0), ("90", 90), ("90s", 90), ("10m", 600), ("1.5H", 5400), ("2 h", 7200), ("0.5", 0.5)]
+)
+def test_a_time_to_wait(text: str, seconds: float) -> None:
+    assert settle({"vlm_wait": text}).wait_s == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "1d", "10m5s", "1e9", "nan", "٣", "10 minutes", "99999999"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(
+        pytest.UsageError, match=r"VLM720: --vlm-wait: .* is no time; write seconds \(90\), or 90s, 10m, 1h"
+    ):
+        settle({"vlm_wait": text})
+
+
+def test_a_strict_run_waits_for_the_job_before_it() -> None:
+    assert settle().wait_s == 0
+    assert settle({"vlm_strict": "gpu"}).wait_s == 120
+    assert settle({"vlm_strict": "gpu", "vlm_wait": "0"}).wait_s == 0
+
+
+def test_slots_and_lease_folder() -> None:
+    assert settle().keeps_models is settle({"vlm_slots": "1"}).keeps_models is False
+    assert settle({"vlm_slots": "FIT"}).keeps_models is True
+    assert settle().lease_dir is None
+    assert settle({"vlm_lease_dir": "OFF"}).lease_dir == "off"
+    assert settle({"vlm_lease_dir": "/mnt/leases"}).lease_dir == "/mnt/leases"
+    assert settle(env={"VLMGPU_LEASE_DIR": "/mnt/leases"}).given == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "message"),
+    [
+        ("slots", "2", "--vlm-slots: '2' is neither 1 nor fit."),
+        ("lease_dir", "leases", "--vlm-lease-dir: 'leases' is no absolute path; other runs must find the same folder."),
+        (
+            "lease_dir",
+            "/tmp/\0",
+            "--vlm-lease-dir: '/tmp/\\x00' is no absolute path; other runs must find the same folder.",
+        ),
+    ],
+)
+def test_a_wrong_slot_or_folder_is_refused(setting: str, text: str, message: str) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        settle({f"vlm_{setting}": text})
+
+    assert str(caught.value) == f"VLM720: {message}"

@@ -85,12 +85,28 @@ def test_junit_properties(suite: Any, family: str) -> None:
         for case in ET.parse(suite.folder / "out.xml").iter("testcase")
     }
     gpus = ["GPU-00000000-0000-0000-0000-000000000000", "GPU-00000001-0000-0000-0000-000000000000"]
+    wide = {
+        "vlmgpu.verdict": "run",
+        "vlmgpu.model": "org/wide",
+        "vlmgpu.gpus": ",".join(gpus),
+        "vlmgpu.need_gib": "30.0",
+    }
     assert cases == {
-        "test_wide": {"vlmgpu.verdict": "run", "vlmgpu.model": "org/wide", "vlmgpu.gpus": ",".join(gpus)},
-        "test_wide_too": {"vlmgpu.verdict": "run", "vlmgpu.model": "org/wide", "vlmgpu.gpus": ",".join(gpus)},
-        "test_a": {"vlmgpu.verdict": "run", "vlmgpu.model": "org/a (float16)", "vlmgpu.gpus": gpus[0]},
+        "test_wide": wide,
+        "test_wide_too": wide,
+        "test_a": {
+            "vlmgpu.verdict": "run",
+            "vlmgpu.model": "org/a (float16)",
+            "vlmgpu.gpus": gpus[0],
+            "vlmgpu.need_gib": "4.0",
+        },
         "test_few": {"vlmgpu.verdict": "skip", "vlmgpu.code": "VLM702"},
-        "test_oom": {"vlmgpu.verdict": "error", "vlmgpu.code": "VLM715", "vlmgpu.model": "org/oom"},
+        "test_oom": {
+            "vlmgpu.verdict": "error",
+            "vlmgpu.code": "VLM715",
+            "vlmgpu.model": "org/oom",
+            "vlmgpu.need_gib": "1.0",
+        },
         "test_free": {},
     }
 
@@ -142,7 +158,7 @@ def fake_loading():
 
 def fake_load(name, plan, *, dtype, trust_remote_code, ordinals):
     assert ordinals == {stage.uuid: stage.gpu for stage in plan.stages}
-    return SimpleNamespace(name=name, dtype=dtype, trust=trust_remote_code)
+    return SimpleNamespace(name=name, dtype=dtype, trust=trust_remote_code, held_by="variable KEPT of module test_x")
 """,
         without="vlm_loader",
     )
@@ -156,7 +172,17 @@ def fake_load(name, plan, *, dtype, trust_remote_code, ordinals):
     )
 
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["*peak 30.0 GiB predicted; 3.0 GiB still held after it was unloaded; 1 test"])
+    result.stdout.fnmatch_lines(
+        ["*peak 30.0 GiB predicted; 3.0 GiB still held by variable KEPT of module test_x after it was unloaded; 1 test"]
+    )
+
+    strict = suite.run("--vlm-leak-check=error")
+
+    assert strict.ret == pytest.ExitCode.TESTS_FAILED
+    strict.stdout.fnmatch_lines(
+        ["*VLM753*3.0 GiB of org/wide (float16) are still held after it was unloaded, by variable KEPT of module test_x: *"]
+    )
+    assert suite.run("--vlm-leak-check=error", "--vlm-leak-tolerance=4GiB").ret == pytest.ExitCode.OK
 
 
 @pytest.mark.parametrize(("options", "is_shown"), [((), False), (("-v",), True)])

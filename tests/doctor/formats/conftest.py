@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from vlm_doctor.findings import Diagnosis, Finding, Fix, Outcome
@@ -29,23 +25,8 @@ from vlm_doctor.report import Report
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Workload
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 UUIDS = ("GPU-11111111-2222-3333-4444-555555555555", "GPU-66666666-7777-8888-9999-aaaaaaaaaaaa")
 MODEL = "zai-org/GLM-4.1V-9B-Thinking"
-
-
-@pytest.fixture
-def golden() -> Callable[[str, str], None]:
-    """Compare text with a file of tests/golden; ``VLM_UPDATE_GOLDEN=1`` writes the file instead."""
-
-    def compare(name: str, text: str) -> None:
-        path = GOLDEN / name
-        if os.environ.get("VLM_UPDATE_GOLDEN") == "1":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        assert text == path.read_text(encoding="utf-8")
-
-    return compare
 
 
 @pytest.fixture

@@ -140,6 +140,11 @@ for _name in (
     "DisplayActive",
     "MigMode",
     "MaxMigDeviceCount",
+    "RetiredPagesPendingStatus",
+    "CurrentClocksEventReasons",
+    "CurrentClocksThrottleReasons",
+    "PcieReplayCounter",
+    "VirtualizationMode",
 ):
     globals()[f"nvmlDeviceGet{_name}"] = _simple(_name)
 
@@ -161,11 +166,11 @@ def nvmlDeviceGetMemoryInfo(handle: dict[str, Any], version: int | None = None) 
 
 def nvmlDeviceGetFieldValues(handle: dict[str, Any], fields: list[int]) -> list[Any]:
     _play("nvmlDeviceGetFieldValues")
-    known = {230: "recovery_action", 91: "link_count"}
+    known = {230: "recovery_action", 91: "link_count", 52: "link_replays", 59: "link_recoveries"}
     values = []
     for field in fields:
         number = handle.get(known[field])
-        value = SimpleNamespace(uiVal=number or 0)
+        value = SimpleNamespace(uiVal=number or 0, ullVal=number or 0)
         values.append(SimpleNamespace(nvmlReturn=3 if number is None else 0, value=value))
     return values
 
@@ -228,6 +233,27 @@ def nvmlDeviceGetMigDeviceHandleByIndex(handle: dict[str, Any], slot: int) -> di
     if found is None:
         raise NVMLError(6)
     return found
+
+
+def nvmlDeviceGetGridLicensableFeatures(handle: dict[str, Any]) -> Any:
+    _play("nvmlDeviceGetGridLicensableFeatures")
+    states = _result(handle, "licences")
+    features = [SimpleNamespace(featureState=state) for state in states]
+    return SimpleNamespace(
+        isGridLicenseSupported=int(bool(states)),
+        licensableFeaturesCount=len(states),
+        gridLicensableFeatures=[*features, SimpleNamespace(featureState=1)],
+    )
+
+
+def nvmlSystemGetConfComputeState() -> Any:
+    _play("nvmlSystemGetConfComputeState")
+    return SimpleNamespace(ccFeature=_result(SCENARIO, "confidential"))
+
+
+def nvmlSystemGetConfComputeGpusReadyState() -> int:
+    _play("nvmlSystemGetConfComputeGpusReadyState")
+    return int(_result(SCENARIO, "ready"))
 
 
 def _pair(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,11 @@ def rules(libraries: Libraries, requirer: str) -> dict[str, bool]:
 
 def test_empty_environment(site: Path) -> None:
     libraries = read(site)
-    assert libraries == Libraries(python=sys.version.split()[0], executable=sys.executable)
+    assert libraries == Libraries(
+        python=sys.version.split()[0],
+        executable=sys.executable,
+        is_virtual_environment=sys.prefix != sys.base_prefix,
+    )
 
 
 def test_packages_are_read_from_the_first_folder_that_has_them(site: Path, tmp_path: Path) -> None:

@@ -40,7 +40,13 @@ H200: dict[str, Any] = {
     "link_count": 18,
     "ports": [{"state": 1, "version": 6, "type": 2, "address": "FFFFFFFF:FF:FF.0"}] * 18,
     "fabric": {"state": 3, "status": 0, "healthMask": 0, "cliqueId": 0},
+    "CurrentClocksEventReasons": 1,
+    "PcieReplayCounter": 0,
+    "VirtualizationMode": 1,
+    "link_replays": 0,
+    "link_recoveries": 0,
 }
+CARD: dict[str, Any] = {**H200, "UUID": "GPU-1", "PciInfo": "00000000:01:00.0"}
 TWO_H200: dict[str, Any] = {
     "gpus": [
         {**H200, "UUID": "GPU-e51978dd-c5cb-2c03-406a-a7a5730d3445", "PciInfo": "00000000:00:06.0"},
@@ -129,10 +135,68 @@ def test_what_a_consumer_card_does_not_support_is_a_gap_except_what_it_cannot_ha
         "pcie_width_max",
         "persistence_mode",
         "display_active",
+        "slowdowns",
+        "pcie_replays",
+        "virtualization",
     ]
     gpu = seen.gpus[0]
     assert (gpu.mig_enabled, gpu.nvlinks, gpu.fabric) == (False, (), Fabric(state="not_supported"))
     assert (gpu.compute_mode, gpu.ecc_uncorrected, gpu.remap_pending) == (None, None, None)
+
+
+def test_condition_of_a_gpu(view: View) -> None:
+    card = {**CARD, "CurrentClocksEventReasons": 0x1 | 0x4 | 0x8 | 0x40, "PcieReplayCounter": 7}
+    seen = view({"gpus": [{**card, "link_replays": 12, "link_recoveries": 3}]})
+    gpu = seen.gpus[0]
+    assert (gpu.slowdowns, gpu.pcie_replays, gpu.nvlink_errors) == (("hw_slowdown", "hw_thermal"), 7, 15)
+    assert (gpu.virtualization, gpu.is_licensed) == ("passthrough", None)
+    assert seen.gaps == ()
+
+
+def test_old_driver_has_the_older_name_of_the_clocks_question(view: View) -> None:
+    card = {key: value for key, value in CARD.items() if key != "CurrentClocksEventReasons"}
+    seen = view({"gpus": [{**card, "CurrentClocksThrottleReasons": 0x80}]})
+    assert seen.gpus[0].slowdowns == ("hw_power_brake",)
+    assert seen.gaps == ()
+
+
+def test_nvlink_errors_that_are_not_counted_are_a_gap(view: View) -> None:
+    card = {key: value for key, value in CARD.items() if not key.startswith("link_re")}
+    seen = view({"gpus": [card]})
+    assert seen.gpus[0].nvlink_errors is None
+    assert [gap.path for gap in seen.gaps] == ["gpus[0].nvlink_errors"]
+    failing = view({"gpus": [CARD], "fail": {"nvmlDeviceGetFieldValues": 999}})
+    assert failing.gpus[0].nvlink_errors is None
+
+
+@pytest.mark.parametrize(("states", "is_licensed"), [([1, 0], True), ([0, 0], False), ([], None), ({"error": 3}, None)])
+def test_vgpu_tells_its_licence(view: View, states: Any, is_licensed: bool | None) -> None:
+    seen = view({"gpus": [{**CARD, "VirtualizationMode": 2, "licences": states}]})
+    assert (seen.gpus[0].virtualization, seen.gpus[0].is_licensed) == ("vgpu", is_licensed)
+    assert view({"gpus": [{**CARD, "VirtualizationMode": 77}]}).gpus[0].virtualization is None
+
+
+@pytest.mark.parametrize(
+    ("scenario", "is_ready", "gaps"),
+    [
+        ({}, None, []),
+        ({"confidential": 0}, None, []),
+        ({"confidential": 1, "ready": 1}, True, []),
+        ({"confidential": 1, "ready": 0}, False, []),
+        ({"confidential": 1}, None, ["driver.is_confidential_ready"]),
+        ({"confidential": {"error": 999}}, None, ["driver.is_confidential_ready"]),
+    ],
+)
+def test_confidential_computing(view: View, scenario: dict[str, Any], is_ready: bool | None, gaps: list[str]) -> None:
+    seen = view({**TWO_H200, **scenario})
+    assert seen.driver.is_confidential_ready is is_ready
+    assert [gap.path for gap in seen.gaps] == gaps
+
+
+def test_card_before_ampere_tells_retired_pages(view: View) -> None:
+    card = {key: value for key, value in CARD.items() if key != "RemappedRows"}
+    seen = view({"gpus": [{**card, "RetiredPagesPendingStatus": 1}]})
+    assert (seen.gpus[0].remap_pending, seen.gpus[0].remap_failed, seen.gaps) == (True, None, ())
 
 
 def test_everything_not_supported_leaves_a_gpu_without_facts(view: View) -> None:

@@ -145,8 +145,8 @@ def test_any_nvml(name: str, root: Path, tmp_path: Path, double_environment: Env
     assert machine.driver.nvml_state == state
     assert len(machine.gpus) == (1 if name == "ok" else 0)
     assert (machine.torch.state, machine.torch.message) == ("not_asked", "was not asked")
-    parts = {"environment", "pci_devices", "driver", "host", "libraries", "calibrations", "nvml", "gpus"}
-    assert set(machine.seconds) == parts
+    files = {"environment", "pci_devices", "driver", "host", "libraries", "nccl_settings", "checkpoints", "calibrations"}
+    assert set(machine.seconds) == {*files, "nvml", "gpus"}
 
 
 def test_binding_that_is_not_installed(root: Path, tmp_path: Path) -> None:
@@ -206,6 +206,8 @@ def test_without_a_cache_folder_torch_is_asked(
         ("read_driver_files", "driver"),
         ("read_host", "host"),
         ("read_libraries", "libraries"),
+        ("read_nccl_files", "nccl_settings"),
+        ("read_checkpoints", "checkpoints"),
         ("understand", "gpus"),
     ],
 )

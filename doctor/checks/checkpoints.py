@@ -1,0 +1,102 @@
+"""Checkpoints in the cache: whole, and with code that the installed transformers can run?"""
+
+from __future__ import annotations
+
+from ..findings import Finding, Fix
+from ..machine import Checkpoint
+from ._check import Check, Facts, Result, found, plain, skipped
+
+_MOST_SHOWN = 5
+
+
+def lost_calls(facts: Facts) -> Result:
+    """A checkpoint's own code calls what the installed transformers no longer has.
+
+    ## What it checks
+    The text of `modeling_*.py` of checkpoints in the cache (it is never run) for methods that transformers has removed,
+    against the files of the installed transformers.
+
+    ## Why it matters
+    Such a model loads, minutes pass, and the first `generate` fails: "'ChatGLMForConditionalGeneration' object has no
+    attribute '_extract_past_from_model_output'". CogVLM2, CogAgent and GLM-4V are such models.
+
+    ## Example
+    `warning VLM321 The code of THUDM/glm-4v-9b calls _extract_past_from_model_output, which transformers 5.23.0 lacks.`
+
+    ## What to do
+    An older transformers in an environment of its own (`transformers<4.42` for CogVLM2, `<4.49` for GLM-4V), a newer
+    revision of the checkpoint, or a model that transformers knows itself.
+
+    ## When it is fine
+    Where the checkpoint is not used any more.
+
+    ## Sources
+    Files of cache and package; zai-org/GLM-4 issue 716, zai-org/CogVLM2 issue 218, zai-org/CogVLM issue 517.
+    """
+    libraries = facts.machine.libraries
+    version = libraries.version("transformers") if libraries is not None else None
+    if version is None:
+        return skipped("transformers is not installed")
+    hit = [checkpoint for checkpoint in facts.machine.checkpoints if checkpoint.lost_calls]
+    return tuple(_lost(facts, checkpoint, version) for checkpoint in hit[:_MOST_SHOWN])
+
+
+def _lost(facts: Facts, checkpoint: Checkpoint, version: str) -> Finding:
+    position = facts.machine.checkpoints.index(checkpoint)
+    calls = plain(", ".join(checkpoint.lost_calls))
+    return found(
+        "warning",
+        f"The code of {plain(checkpoint.repo)} calls {calls}, which transformers {plain(version)} lacks.",
+        cause="It was written for an older transformers.",
+        evidence=facts.evidence(f"checkpoints[{position}].lost_calls"),
+        fix=Fix(
+            text="Use an older transformers in an environment of its own, or a newer revision of the checkpoint.",
+            commands=("python -m pip install 'transformers<4.42'",),
+        ),
+    )
+
+
+def incomplete_download(facts: Facts) -> Result:
+    """A checkpoint in the cache is incomplete.
+
+    ## What it checks
+    Downloads that were cut off, and files of the newest snapshot that are gone.
+
+    ## Why it matters
+    Online, the next load downloads the rest without a word, which takes a while; offline, it fails.
+
+    ## Example
+    `warning VLM511 2 files of Qwen/Qwen2.5-VL-7B-Instruct are incomplete, and HF_HUB_OFFLINE is set.`
+
+    ## What to do
+    `hf download REPO`.
+
+    ## When it is fine
+    While a download is under way. Online it is only mentioned.
+
+    ## Sources
+    `blobs/*.incomplete` and links of the snapshot; huggingface_hub, "Understand caching".
+    """
+    cut = [checkpoint for checkpoint in facts.machine.checkpoints if checkpoint.missing_files]
+    value = facts.machine.environment.get("HF_HUB_OFFLINE", "")
+    is_offline = value.lower() in ("1", "true", "yes", "on")
+    return tuple(_cut(facts, checkpoint, is_offline=is_offline) for checkpoint in cut[:_MOST_SHOWN])
+
+
+def _cut(facts: Facts, checkpoint: Checkpoint, *, is_offline: bool) -> Finding:
+    count, position = checkpoint.missing_files, facts.machine.checkpoints.index(checkpoint)
+    verb = "files of {} are" if count != 1 else "file of {} is"
+    tail = ", and HF_HUB_OFFLINE is set" if is_offline else ""
+    return found(
+        "warning" if is_offline else "info",
+        f"{count} {verb.format(plain(checkpoint.repo))} incomplete{tail}.",
+        cause="A download was cut off, or is still under way.",
+        evidence=facts.evidence(f"checkpoints[{position}].missing_files", "environment.HF_HUB_OFFLINE"),
+        fix=Fix(text="Download the rest with hf download.", commands=("hf cache --help", "unset HF_HUB_OFFLINE")),
+    )
+
+
+CHECKS = (
+    Check(code="VLM321", title="checkpoint code too old", run=lost_calls, needs=("gpus", "libraries")),
+    Check(code="VLM511", title="checkpoint incomplete", run=incomplete_download, needs=("gpus", "host")),
+)

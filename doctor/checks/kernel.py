@@ -1,0 +1,248 @@
+"""1xx, third part: does the driver's library fit the kernel module, and what does the kernel log say?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from ..data.xids import MINOR_XIDS, XIDS
+from ..findings import Finding, Fix
+from ..machine import Driver, KernelEvent, PciDevice
+from ._check import Check, Facts, Result, found, names, plain, skipped, unknown
+from .driver import addresses
+
+_LIBRARY_VERSION = re.compile(r"libcuda\.so\.([0-9]{3,4}\.[0-9.]+)$")
+_WSL_FOLDER = "/usr/lib/wsl/"
+_CONSUMER = ("GeForce", "TITAN")
+"""Cards for which NVIDIA does not support forward compatibility. Source: NVIDIA, CUDA Compatibility."""
+_FIRST_BLACKWELL = 0x2900
+"""PCI device numbers from here on are Blackwell and newer (GB100 is 0x2901, GB202 0x2b85), which only the open kernel
+modules drive. Source: open-gpu-kernel-modules, README, "Compatible GPUs"."""
+_FAULTS = ("xid", "init_failed", "gsp_failed")
+_RECENT_S = 86_400
+_DMESG = "sudo dmesg | grep -iE 'nvrm|xid'"
+
+
+def wrong_libcuda(facts: Facts) -> Result:
+    """The libcuda that programs load does not belong to this driver.
+
+    ## What it checks
+    What the loader finds for `libcuda.so.1`: a stub of the toolkit, the forward-compatibility library, a Linux driver
+    inside WSL2, or a version other than that of the kernel module.
+
+    ## Why it matters
+    CUDA then fails to start with error 34 (stub), 803 (versions differ) or 804 (forward compatibility on a card that does
+    not support it), and torch sees no GPU, while nvidia-smi looks fine.
+
+    ## Example
+    `error VLM112 Programs load a stub instead of the driver: /usr/local/cuda/lib64/stubs/libcuda.so.1.`
+
+    ## What to do
+    Take the folder out of `LD_LIBRARY_PATH`. In WSL2 remove the Linux driver; in a container remove the driver packages
+    that the image brings. By hand: `ldconfig -p | grep libcuda`.
+
+    ## When it is fine
+    Forward compatibility on a data center card. It is not reported there, nor where torch can use CUDA all the same.
+
+    ## Sources
+    dlopen("libcuda.so.1") in a child process; CUDA runtime API, cudaError_t; NVIDIA, CUDA Compatibility; microsoft/WSL
+    issue 8102; nvidia-docker issue 1294.
+    """
+    driver, torch = facts.machine.driver, facts.machine.torch
+    if driver.libcuda_path is None:
+        return skipped("libcuda is not found")
+    if torch.is_available:
+        return ()
+    trouble = _trouble_of_library(facts, driver.libcuda_path)
+    if trouble is None:
+        return ()
+    message, cause, fix = trouble
+    return (
+        found(
+            "error",
+            message,
+            cause=cause,
+            evidence=facts.evidence("driver.libcuda_path", "driver.kernel_module_version", "environment.LD_LIBRARY_PATH"),
+            fix=fix,
+        ),
+    )
+
+
+def _trouble_of_library(facts: Facts, path: str) -> tuple[str, str, Fix] | None:
+    shown, module = plain(path), facts.machine.driver.kernel_module_version
+    version = _LIBRARY_VERSION.search(path)
+    is_wsl = facts.machine.host is not None and facts.machine.host.is_wsl
+    if "/stubs/" in path:
+        cause = "The toolkit's folder for linking stands in LD_LIBRARY_PATH."
+        fix = Fix(text="Take the stubs out of LD_LIBRARY_PATH.", commands=("unset LD_LIBRARY_PATH",))
+        return f"Programs load a stub instead of the driver: {shown}.", cause, fix
+    if is_wsl and not path.startswith(_WSL_FOLDER):
+        cause = "A Linux driver was installed in WSL2, where the driver of Windows must be used."
+        fix = Fix(text="Remove the Linux driver.", commands=("sudo apt purge 'libnvidia-compute-*' 'nvidia-driver-*'",))
+        return f"In WSL2 programs load {shown} instead of {_WSL_FOLDER}lib/libcuda.so.1.", cause, fix
+    if "/compat/" in path:
+        consumer = [gpu for gpu in facts.visible if any(word in gpu.name for word in _CONSUMER)]
+        if not consumer:
+            return None
+        cause = "The image brings the forward-compatibility library, which works on data center cards only (error 804)."
+        fix = Fix(
+            text="Remove the package cuda-compat, or update the driver.", commands=("sudo apt purge 'cuda-compat-*'",)
+        )
+        return f"Programs load {shown}, which {names(consumer)} cannot use.", cause, fix
+    if version is None or module is None or version[1] == module:
+        return None
+    cause = "The driver was updated without a reboot, or the image brings a driver library of its own (error 803)."
+    fix = Fix(
+        text="Reboot; in a container remove the driver packages of the image and start it anew.",
+        commands=("ldconfig -p | grep libcuda", "cat /proc/driver/nvidia/version"),
+        who="administrator",
+    )
+    return f"Programs load libcuda {version[1]}, but the kernel module is {plain(module)}.", cause, fix
+
+
+def open_modules_needed(facts: Facts) -> Result:
+    """A GPU needs the open kernel modules, and the closed ones are loaded.
+
+    ## What it checks
+    The kernel log's own words, and NVIDIA devices of the Blackwell generation or newer that the driver does not list while
+    the closed kernel modules are loaded.
+
+    ## Why it matters
+    nvidia-smi says "No devices were found", although lspci shows the card.
+
+    ## Example
+    `error VLM113 The GPU at 0000:01:00.0 needs the open kernel modules, and the closed ones are loaded.`
+
+    ## What to do
+    Install the flavor of the driver that ends in `-open`, and reboot. By hand: `cat /proc/driver/nvidia/version`.
+
+    ## When it is fine
+    Never, unless the card is set aside.
+
+    ## Sources
+    `/proc/driver/nvidia/version` ("Open Kernel Module"), kernel log; open-gpu-kernel-modules issue 862.
+    """
+    machine, driver = facts.machine, facts.machine.driver
+    if driver.kernel_module_version is None:
+        return skipped("the NVIDIA driver is not loaded")
+    if driver.is_open_kernel_module is not False:
+        return skipped("the open kernel modules are loaded, or it is not known which")
+    lost = tuple(d for d in machine.pci_devices if d.bus_id in facts.counts.lost_by_driver and _is_new(d))
+    has_said_so = any(event.kind == "needs_open_modules" for event in driver.kernel_events or ())
+    if not lost and not has_said_so:
+        return ()
+    subject = f"The GPU{'s' if len(lost) > 1 else ''} at {addresses(lost)}" if lost else "A GPU"
+    verb = "need" if len(lost) > 1 else "needs"
+    branch = re.match(r"[0-9]{3,4}", driver.kernel_module_version, re.ASCII)
+    commands = (f"sudo apt install nvidia-driver-{branch[0]}-open", "sudo reboot") if branch else ("sudo reboot",)
+    return (
+        found(
+            "error",
+            f"{subject} {verb} the open kernel modules, and the closed ones are loaded.",
+            cause="Blackwell and newer GPUs are supported by the open kernel modules only.",
+            evidence=facts.evidence("driver.is_open_kernel_module", "driver.kernel_module_version"),
+            fix=Fix(
+                text="Install the open flavor of the driver and reboot (the command is for Debian and Ubuntu).",
+                commands=commands,
+                who="administrator",
+            ),
+        ),
+    )
+
+
+def _is_new(device: PciDevice) -> bool:
+    is_number = re.fullmatch(r"[0-9a-f]{4}", device.device_id, re.ASCII) is not None
+    return is_number and int(device.device_id, 16) >= _FIRST_BLACKWELL
+
+
+def faults_in_kernel_log(facts: Facts) -> Result:
+    """The driver reported faults in the kernel log.
+
+    ## What it checks
+    `NVRM: Xid` messages since boot, failures to start a GPU or its firmware, by GPU and number.
+
+    ## Why it matters
+    What a program sees is "CUDA error: unknown error" or a hang; the Xid says whether the program, the card, the link or
+    the driver is at fault.
+
+    ## Example
+    `warning VLM114 The kernel log has Xid 79 of GPU 1 (2 times, 5 min ago): the GPU has fallen off the bus.`
+
+    ## What to do
+    By number: 13, 31, 43 and 45 are about a program; 48, 63, 94 and 95 about memory: reset the GPU when it is idle; 64:
+    replace the card; 74: NVLink; 79: power the machine off and on; 119 and 120: firmware, try another driver branch.
+
+    ## When it is fine
+    Faults of a program, and faults older than a day, are only mentioned: a later reset may have dealt with them.
+
+    ## Sources
+    `/dev/kmsg`; NVIDIA, Xid Errors. Where the kernel log may not be read, which is usual in containers, the check is
+    unknown.
+    """
+    events = facts.machine.driver.kernel_events
+    if not facts.has_hardware:
+        return skipped("no GPU")
+    if events is None:
+        gap = facts.machine.gap("driver.kernel_events")
+        return unknown(f"the kernel log could not be read{f' ({plain(gap.reason)})' if gap else ''}")
+    told = [event for event in events if event.kind in _FAULTS]
+    return tuple(_fault(facts, event) for event in told[:20])
+
+
+def said_by_kernel(facts: Facts, bus_ids: Collection[str | None]) -> str | None:
+    """The newest fault that the kernel log has of one of these devices, as a sentence; ``None`` when it has none."""
+    for event in facts.machine.driver.kernel_events or ():
+        if event.kind in _FAULTS and event.bus_id is not None and event.bus_id in bus_ids:
+            what, meaning = _meaning(event)
+            return f"The kernel log has {what} of it: {meaning}."
+    return None
+
+
+def _meaning(event: KernelEvent) -> tuple[str, str]:
+    if event.kind == "xid":
+        return f"Xid {event.code}", XIDS.get(event.code or 0, "NVIDIA's list of Xid errors tells what it means")
+    what = "a failed start" if event.kind == "init_failed" else "a failed start of the firmware"
+    return what, "the driver could not start the GPU"
+
+
+def _fault(facts: Facts, event: KernelEvent) -> Finding:
+    gpus = [gpu for gpu in facts.machine.gpus if event.bus_id is not None and gpu.bus_id == event.bus_id]
+    whose = f" of {names(gpus)}" if gpus else f" of {plain(event.bus_id)}" if event.bus_id else ""
+    what, meaning = _meaning(event)
+    is_minor = event.kind == "xid" and event.code in MINOR_XIDS
+    times = f"{event.count} time{'s' if event.count != 1 else ''}"
+    age = f", {_age(event.last_s_ago)} ago" if event.last_s_ago is not None else ""
+    is_old = event.last_s_ago is None or event.last_s_ago > _RECENT_S
+    position = _position(facts.machine.driver, event)
+    fields = ("kind", "code", "bus_id", "count", "last_s_ago")
+    return found(
+        "info" if is_minor or is_old else "warning",
+        f"The kernel log has {what}{whose} ({times}{age}): {meaning}.",
+        evidence=facts.evidence(*(f"driver.kernel_events[{position}].{name}" for name in fields)),
+        fix=Fix(text="Read the messages around it.", commands=(_DMESG,), who="administrator"),
+        gpus=gpus,
+    )
+
+
+def _position(driver: Driver, event: KernelEvent) -> int:
+    events: Sequence[KernelEvent] = driver.kernel_events or ()
+    return events.index(event)
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+CHECKS = (
+    Check(code="VLM112", title="libcuda of another driver", run=wrong_libcuda, explained_by=("VLM104", "VLM102", "VLM205")),
+    Check(code="VLM113", title="open kernel modules needed", run=open_modules_needed, needs=("pci_devices",)),
+    Check(
+        code="VLM114",
+        title="faults in the kernel log",
+        run=faults_in_kernel_log,
+        explained_by=("VLM113",),
+    ),
+)

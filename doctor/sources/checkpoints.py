@@ -1,0 +1,90 @@
+"""Checkpoints in the local cache of which something is to be said: half downloaded, or with code that no longer runs.
+
+No code of a checkpoint is run or imported: its text is searched for calls of methods that transformers has removed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..data.removed_calls import REMOVED_CALLS
+from ..machine import Checkpoint
+from .regular_file import read_text
+
+_DEADLINE_S = 0.3
+_MOST_REPOS = 300
+_MOST_FILES = 500
+_CODE_BYTES = 512 * 1024
+"""More than the code of any model: modeling_chatglm.py has 50 kB."""
+_MAX_NAME_CHARS = 200
+
+
+def read_checkpoints(cache: Path, transformers: Path | None) -> tuple[Checkpoint, ...]:
+    """Look through the cache.
+
+    Args:
+        cache: The hub's cache folder.
+        transformers: Folder of the installed package, or ``None``.
+
+    Raises:
+        TimeoutError: There are so many, or the disk is so slow, that not all could be looked at.
+    """
+    until = time.monotonic() + _DEADLINE_S
+    gone = frozenset(_gone(transformers)) if transformers is not None else frozenset()
+    found = []
+    for folder in _repos(cache):
+        if time.monotonic() > until:
+            raise TimeoutError(f"not all checkpoints were looked at within {_DEADLINE_S:g} s")
+        snapshot = _newest(folder)
+        missing = _missing_files(folder, snapshot)
+        lost = tuple(sorted(_calls(snapshot, gone))) if snapshot is not None and gone else ()
+        if missing or lost:
+            repo = folder.name.removeprefix("models--").replace("--", "/")[:_MAX_NAME_CHARS]
+            found.append(Checkpoint(repo=repo, missing_files=missing, lost_calls=lost))
+    return tuple(found)
+
+
+def _repos(cache: Path) -> list[Path]:
+    try:
+        return sorted(path for path in cache.iterdir() if path.name.startswith("models--"))[:_MOST_REPOS]
+    except OSError:
+        return []
+
+
+def _newest(folder: Path) -> Path | None:
+    """The snapshot of ``main``, or the only one."""
+    commit = (read_text(folder / "refs/main", 100) or "").strip()
+    if commit and "/" not in commit and (folder / "snapshots" / commit).is_dir():
+        return folder / "snapshots" / commit
+    snapshots = _names(folder / "snapshots")
+    return folder / "snapshots" / snapshots[0] if len(snapshots) == 1 else None
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())[:_MOST_FILES]
+    except OSError:
+        return []
+
+
+def _missing_files(folder: Path, snapshot: Path | None) -> int:
+    """Downloads that were cut off, and links of the snapshot to files that are gone."""
+    missing = sum(name.endswith(".incomplete") for name in _names(folder / "blobs"))
+    if snapshot is not None:
+        missing += sum((snapshot / name).is_symlink() and not (snapshot / name).exists() for name in _names(snapshot))
+    return missing
+
+
+def _gone(transformers: Path) -> Iterator[str]:
+    for name, file in REMOVED_CALLS.items():
+        text = read_text(transformers / file, _CODE_BYTES)
+        if text is not None and name not in text:
+            yield name
+
+
+def _calls(snapshot: Path, gone: frozenset[str]) -> set[str]:
+    code = [name for name in _names(snapshot) if name.startswith("modeling_") and name.endswith(".py")]
+    texts = (read_text(snapshot / name, _CODE_BYTES) or "" for name in code)
+    return {name for text in texts for name in gone if f"self.{name}(" in text}

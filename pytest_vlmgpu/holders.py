@@ -1,0 +1,106 @@
+"""Who holds a lease: written into its file for messages, and read back so that a recycled pid is not misnamed.
+
+Nothing here decides anything: a lease is held as long as the kernel says that its file is locked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+MAX_BYTES = 4096
+"""More than any record of ours: what is longer is not read."""
+_UNKNOWN = "a process that left no name"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_START_TIME = 19
+"""Field ``starttime`` of /proc/PID/stat, counted behind the command's closing parenthesis. Source: proc_pid_stat(5)."""
+
+
+def describe_self() -> bytes:
+    """This process as a record: pid, user, command, since, and what tells it from a later process with its pid."""
+    from vlm_doctor.sources.nvml_processes import describe_command
+
+    record = {
+        "pid": os.getpid(),
+        "user": _user(),
+        "command": describe_command(_arguments()) or "",
+        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": os.uname().nodename,
+        "boot": _boot(),
+        "pid_namespace": _pid_namespace(),
+        "started": _start_ticks(os.getpid()),
+    }
+    return json.dumps(record).encode("utf-8", "replace")[:MAX_BYTES]
+
+
+def describe(raw: bytes) -> str:
+    """A record as part of a sentence: ``pid 4711 (ana, pytest tests) since 2026-01-02 10:11 UTC``.
+
+    Args:
+        raw: What the file of a lease contains; anything at all, since every user may write it.
+    """
+    try:
+        record = json.loads(raw)
+    except ValueError:
+        return _UNKNOWN
+    pid = record.get("pid") if isinstance(record, dict) else None
+    if not isinstance(pid, int) or isinstance(pid, bool) or not 0 < pid < 2**31:
+        return _UNKNOWN
+    names = [text for text in (_plain(record.get("user")), _plain(record.get("command"))) if text]
+    who = f"pid {pid} ({', '.join(names)})" if names else f"pid {pid}"
+    since = _plain(record.get("since"))[:16].replace("T", " ")
+    who = f"{who} since {since} UTC" if since else who
+    if record.get("boot") != _boot():
+        # Another computer, with a shared folder; or a file that is older than this computer's last start.
+        return f"{who} on {_plain(record.get('host')) or 'another computer'}"
+    if record.get("pid_namespace") != _pid_namespace():
+        return f"{who} (the pid counts in another container)"
+    return who if _start_ticks(pid) == record.get("started") else _UNKNOWN
+
+
+def _plain(value: object) -> str:
+    """Text of others for a terminal: printable and short."""
+    text = value if isinstance(value, str) else ""
+    return "".join(character if character.isprintable() else "?" for character in text)[:200]
+
+
+def _user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container may run under a number without a name
+        return f"uid {os.getuid()}"
+
+
+def _arguments() -> list[str]:
+    program, *others = sys.argv or [""]
+    folder, _, name = program.rpartition("/")
+    # python -m pytest
+    return [folder.rpartition("/")[2] if name == "__main__.py" and folder else program or "python", *others]
+
+
+def _boot() -> str:
+    try:
+        return _BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no file: the link's text is the answer
+    except OSError:
+        return ""
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot: no change of the wall clock moves it. ``None``: no process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return int(fields[_START_TIME])
+    except (OSError, ValueError, IndexError):
+        return None

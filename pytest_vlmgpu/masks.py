@@ -1,0 +1,58 @@
+"""CUDA_VISIBLE_DEVICES for a share of the GPUs, set where CUDA has not read it yet."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from vlm_doctor.machine import Gpu, Machine
+
+VARIABLE = "CUDA_VISIBLE_DEVICES"
+_NOT_INITIALIZED = 3
+"""``CUDA_ERROR_NOT_INITIALIZED``. Source: cuda.h."""
+
+
+def mask_for(names: Sequence[str]) -> dict[str, str]:
+    """Variables under which a process sees these GPUs and no other, numbered in this order.
+
+    torch's ``is_available`` then asks NVML, so that a ``skipif`` of a test module starts no CUDA.
+    """
+    return {VARIABLE: ",".join(names), "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+
+
+def cuda_name(gpu: Gpu, machine: Machine) -> str:
+    """What names a GPU in CUDA_VISIBLE_DEVICES and among leases: its UUID, or that of the one slice that CUDA would use."""
+    if not gpu.mig_enabled or not gpu.mig_devices:
+        return gpu.uuid
+    wanted = machine.environment.get(VARIABLE, "").split(",")[0].strip()
+    named = [slice_.uuid for slice_ in gpu.mig_devices if wanted.startswith("MIG-") and slice_.uuid.startswith(wanted)]
+    return named[0] if named else gpu.mig_devices[0].uuid
+
+
+def is_cuda_started() -> bool:
+    """True when this process has read CUDA_VISIBLE_DEVICES for good (``cuInit``). It is not started by asking."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:  # not loaded by anything in this process
+        return False
+    count = ctypes.c_int()
+    return bool(library.cuDeviceGetCount(ctypes.byref(count)) != _NOT_INITIALIZED)
+
+
+def apply(variables: Mapping[str, str]) -> Callable[[], None]:
+    """Set variables in this process; returns what puts them back."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+
+    def restore() -> None:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    return restore
