@@ -9,6 +9,7 @@ from ..findings import Finding
 from .map_devices import shown
 from .map_keys import has_inner_conflict
 from .map_layout import Device, Layout
+from .map_names import owner
 from .map_pieces import Piece
 from .map_question import Question, finding, listed, mismatch
 
@@ -59,6 +60,11 @@ def _only(devices: set[Device]) -> Device | None:
     return next(iter(devices)) if len(devices) == 1 else None
 
 
+def _either(device: Device | None, otherwise: Device | None) -> Device | None:
+    """The device, unless it is not known; 0 is one."""
+    return otherwise if device is None else device
+
+
 def _walk(question: Question, layout: Layout, blocks: Sequence[Piece], stream: Device | None) -> Iterator[Finding]:
     """Follow the hidden states through a list of blocks."""
     for block in blocks:
@@ -67,7 +73,7 @@ def _walk(question: Question, layout: Layout, blocks: Sequence[Piece], stream: D
             continue
         parts = _parts(layout, block.key)
         if not any(parts.values()) or _has_conflict(layout, block.key):
-            stream = layout.hook_device(block.key) or stream
+            stream = _either(layout.hook_device(block.key), stream)
             continue
         if layout.is_hooked(block.key):
             stream = layout.hook_device(block.key)
@@ -78,9 +84,10 @@ def _walk(question: Question, layout: Layout, blocks: Sequence[Piece], stream: D
             is_cut = len(devices) > 1 or layout.is_hooked(block.key)
             yield (_cut if is_cut else _unhooked)(question, layout, block, parts, stream)
             work = [found for name, found in parts.items() if "norm" not in name.lower()]
-            stream = stream if layout.is_hooked(block.key) or not work else _only(work[-1]) or stream
+            stream = stream if layout.is_hooked(block.key) or not work else _either(_only(work[-1]), stream)
         elif _loses_positions(layout, block, parts, stream):
-            yield _unhooked(question, layout, block, parts, layout.role_device("embedding") or stream)
+            home = layout.role_device("embedding")
+            yield _unhooked(question, layout, block, parts, stream if home is None else home)
         elif devices - {stream}:
             yield _needless(question, layout, block, parts, stream)
             if _adds_inside(parts):
@@ -143,7 +150,10 @@ def _parts(layout: Layout, block: str) -> dict[str, set[Device]]:
 
 
 def _has_conflict(layout: Layout, block: str) -> bool:
-    """True where VLM612 tells the cause already."""
+    """True where VLM612 tells the cause already: of a key inside the block, or of the key that the block follows."""
+    around = owner(layout.module_keys, block)
+    if around is not None and has_inner_conflict(layout, around):
+        return True
     return any(key.startswith(f"{block}.") and has_inner_conflict(layout, key) for key in layout.module_keys)
 
 

@@ -178,8 +178,9 @@ def changes_between(layout: Layout, place: Place) -> list[str]:
     """What a placement does differently, one sentence a unit, neighbors that move alike together."""
     found: list[tuple[str, list[str]]] = []
     for piece in layout.anatomy.pieces:
-        names = layout.anatomy.tensors_under(piece.key)
-        before = sorted({shown(layout.device_of[name]) for name in names if name in layout.device_of})
+        # Positions of a tower hold no tensors: they stand for themselves.
+        names = layout.anatomy.tensors_under(piece.key) or [piece.key]
+        before = sorted({shown(device) for name in names if (device := layout.device_for(name)) is not None})
         after = shown(place[piece.key])
         if before == [after]:
             continue
