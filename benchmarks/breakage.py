@@ -89,7 +89,7 @@ def cases(folder: Path, uuids: list[str]) -> list[Case]:
         Case("an index that does not exist", "VLM202", {visible: "0,9"}),
         Case("a wrong separator", "VLM202", {visible: "0;1"}),
         Case("the beginning of a UUID", None, {visible: uuids[1][:12]}),
-        Case("CPU build of torch", "VLM303", fake_torch(folder / "cpu", TORCH_CPU)),
+        Case("CPU build of torch in front", "VLM302", fake_torch(folder / "cpu", TORCH_CPU)),
         Case(
             "torch raises", "VLM304", fake_torch(folder / "raises", "raise OSError('libcudart.so.13: not found')", "'13.0'")
         ),

@@ -4,14 +4,14 @@ Each round starts a run of pytest, kills its worker, its controller, or the one 
 then asks three things: is every lease free, are the processes of the run gone, and does a run that wants all GPUs at once
 start and pass. A run whose worker was killed must also end by itself, with that test as its only failure at most.
 
-With --fake the machine is made up (two L4) and models take no memory; otherwise the GPUs of this machine are used with two
-tiny models, which needs torch and transformers. Nothing needs a network.
+With --fake the machine is made up (two L4) and models take no memory. Otherwise the GPUs of this machine are used, and each
+model takes SHARE of a GPU, so that a next run cannot start beside what a killed one has left. No torch and no network are
+needed.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import signal
 import statistics
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from pytest_command import pytest_command, pytest_environment
 
 from pytest_vlmgpu.leases import Leases
 from vlm_doctor.codec import to_json
@@ -30,6 +31,8 @@ from vlm_doctor.machine import Driver, Gpu, Machine
 from vlm_doctor.units import GIB
 
 VICTIMS = ("worker", "controller", "holder")
+HERE = Path(__file__).parent
+SHARE = 0.6
 LIMIT_S = 180.0
 """After this a run counts as stuck."""
 FREE_LIMIT_S = 5.0
@@ -40,10 +43,10 @@ TESTS = """
 import time
 import pytest
 
-@pytest.mark.vlm({first!r})
+@pytest.mark.vlm("org/a")
 @pytest.mark.parametrize("n", range(6))
 def test_first(vlm, n): time.sleep(0.1)
-@pytest.mark.vlm({second!r})
+@pytest.mark.vlm("org/b")
 @pytest.mark.parametrize("n", range(6))
 def test_second(vlm, n): time.sleep(0.1)
 @pytest.mark.parametrize("n", range(6))
@@ -52,9 +55,9 @@ def test_free(n): time.sleep(0.05)
 CHECK = """
 import pytest
 
-@pytest.mark.vlm({first!r})
+@pytest.mark.vlm("org/wide")
 @pytest.mark.vlm_requires(gpus={gpus})
-def test_all(vlm, vlm_gpus): assert len(vlm_gpus) == {gpus}
+def test_all(vlm, vlm_gpus): assert len(vlm_gpus) == len(vlm.gpus) == {gpus}
 """
 
 
@@ -75,21 +78,15 @@ class Bench:
 
     def __init__(self, folder: Path, *, is_fake: bool) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "PYTEST_VLMGPU_LEASE_DIR": str(folder / "leases")}
-        if is_fake:
-            self.uuids = fake_machine(folder)
-            models = ["org/a", "org/b"]
-        else:
-            self.uuids, models = real_machine(folder)
-        first, second = models
-        (folder / "test_long.py").write_text(TESTS.format(first=first, second=second))
-        (folder / "test_check.py").write_text(CHECK.format(first=first, gpus=len(self.uuids)))
+        self.environment = pytest_environment(VLMGPU_LEASE_DIR=str(folder / "leases"), KILL_ROUNDS_SHARE=str(SHARE))
+        self.uuids = fake_machine(folder) if is_fake else real_machine(folder)
+        (folder / "test_long.py").write_text(TESTS)
+        (folder / "test_check.py").write_text(CHECK.format(gpus=len(self.uuids)))
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start pytest on the project, in a session of its own."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *arguments]
         return subprocess.Popen(
-            command,
+            pytest_command("-q", *arguments),
             cwd=self.folder,
             env=self.environment,
             text=True,
@@ -107,8 +104,7 @@ class Bench:
 
 
 def fake_machine(folder: Path) -> list[str]:
-    project = Path(__file__).parents[1] / "tests" / "plugin" / "shared_project.py"
-    (folder / "conftest.py").write_text(project.read_text())
+    (folder / "conftest.py").write_text(shared_project().read_text())
     gpus = tuple(
         Gpu(
             index=index,
@@ -126,15 +122,22 @@ def fake_machine(folder: Path) -> list[str]:
     return [gpu.uuid for gpu in gpus]
 
 
-def real_machine(folder: Path) -> tuple[list[str], list[str]]:
-    from pytest_vlmgpu.testing import make_tiny_vlm
+def real_machine(folder: Path) -> list[str]:
     from vlm_doctor.sources import collect
+    from vlm_doctor.visibility import visible_gpus
 
     machine = collect(with_torch=False)
-    if not machine.gpus:
+    by_index = {gpu.index: gpu.uuid for gpu in machine.gpus}
+    uuids = [by_index[index] for index in visible_gpus(machine).gpus]
+    if not uuids:
         raise SystemExit("this machine has no GPU: try --fake")
-    models = [str(make_tiny_vlm(folder / family, family)) for family in ("llava", "qwen2_vl")]
-    return [gpu.uuid for gpu in machine.gpus], models
+    (folder / "shared_project.py").write_text(shared_project().read_text())
+    (folder / "conftest.py").write_text((HERE / "driver_project.py").read_text())
+    return uuids
+
+
+def shared_project() -> Path:
+    return HERE.parent / "tests" / "plugin" / "shared_project.py"
 
 
 def victim_of(run: subprocess.Popen[str], kind: str) -> psutil.Process | None:

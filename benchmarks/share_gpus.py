@@ -15,8 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pytest_command import pytest_command, pytest_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LIMIT_S = 300
 CONFTEST = """
@@ -72,11 +79,11 @@ class Failed(Exception):
 
 
 class Bench:
-    """Projects in one folder, with one lease folder and one log."""
+    """Projects in one folder, with one lease folder; each look has a log of its own."""
 
-    def __init__(self, folder: Path, models: list[str]) -> None:
+    def __init__(self, folder: Path, models: list[str], log: str) -> None:
         self.folder, self.models = folder, models
-        self.log = folder / "log.txt"
+        self.log = folder / log
 
     def start(self, name: str, body: str, *arguments: str) -> subprocess.Popen[str]:
         """Start pytest on a project of its own."""
@@ -84,17 +91,10 @@ class Bench:
         project.mkdir(exist_ok=True)
         (project / "conftest.py").write_text(CONFTEST)
         (project / "test_it.py").write_text(HEADER + body)
-        lease_dir = str(self.folder / "leases")
-        environment = {
-            **os.environ,
-            "SHARE_LOG": str(self.log),
-            "PYTEST_VLMGPU_LEASE_DIR": lease_dir,
-            "HF_HUB_OFFLINE": "1",
-        }
         return subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+            pytest_command(*arguments),
             cwd=project,
-            env=environment,
+            env=pytest_environment(SHARE_LOG=str(self.log), VLMGPU_LEASE_DIR=str(self.folder / "leases")),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -206,7 +206,7 @@ def gone_again(bench: Bench) -> str:
     text = end(bench.start("return", body, "--vlm-gpus=1", "--vlm-wait=60"))
     hold("did not come back" not in text and "still held" not in text, text)
     kept = "KEPT = []\n" + ONE.format(model=first, name="first").replace("assert", "KEPT.append(vlm.model); assert")
-    text = end(bench.start("kept", kept + ONE.format(model=second, name="second"), "--vlm-gpus=1"))
+    text = end(bench.start("kept", kept + ONE.format(model=second, name="second"), "--vlm-gpus=1", "--vlm-wait=60"))
     bench.loads()
     hold("still held by" in text and "KEPT" in text, text)
     return next(line for line in text.splitlines() if "still held by" in line)[-120:]
@@ -219,6 +219,16 @@ def gpu_count() -> int:
     return len(visible_gpus(collect(with_torch=False)).gpus)
 
 
+def line_of(look: Callable[[Bench], str], folder: Path, models: list[str]) -> tuple[str, bool]:
+    """What to print of one look, and whether all held."""
+    started = time.monotonic()
+    try:
+        result, is_ok = f"ok       {look(Bench(folder, models, f'{look.__name__}.log'))}", True
+    except Exception as error:  # noqa: BLE001 - every other line is still wanted
+        result, is_ok = f"FAILED   {type(error).__name__}: {error}", False
+    return f"{look.__name__:<14}{time.monotonic() - started:6.1f} s  {result}", is_ok
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=50, help="of kill_rounds.py; 0 leaves it out")
@@ -228,21 +238,20 @@ def main() -> int:
         return 3
     from pytest_vlmgpu.testing import make_tiny_vlm
 
-    failures = 0
+    failures, started = 0, time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        bench = Bench(folder, [str(make_tiny_vlm(folder / family, family)) for family in ("llava", "qwen2_vl")])
-        for look in (two_workers, two_runs, ballast, side_by_side, gone_again):
-            started = time.monotonic()
-            try:
-                result = f"ok       {look(bench)}"
-            except Exception as error:  # noqa: BLE001 - every other line is still wanted
-                failures += 1
-                result = f"FAILED   {type(error).__name__}: {error}"
-            print(f"{look.__name__:<14}{time.monotonic() - started:6.1f} s  {result}", flush=True)
+        models = [str(make_tiny_vlm(folder / family, family)) for family in ("llava", "qwen2_vl")]
+        # The last two want one GPU each, and wait for each other where there is only one.
+        for together in ((two_workers,), (two_runs,), (ballast,), (side_by_side, gone_again)):
+            with ThreadPoolExecutor() as pool:
+                for line, is_ok in pool.map(partial(line_of, folder=folder, models=models), together):
+                    failures += not is_ok
+                    print(line, flush=True)
     if options.rounds:
         program = [sys.executable, str(Path(__file__).with_name("kill_rounds.py")), "--rounds", str(options.rounds)]
         failures += bool(subprocess.run(program, check=False).returncode)
+    print(f"{failures} failed, {time.monotonic() - started:.0f} s in all")
     return bool(failures)
 
 

@@ -201,20 +201,11 @@ def plan(options: Namespace) -> int:
 
         tracing = trace_model(options.model, profile, machine, wanted, allow_network=not options.offline)
         traces, untraced = tracing.traces, tracing.reason
-    chosen = _calibrated(policy(options), machine)
+    chosen = policy(options)
     report = plan_report(
         profile, machine, wanted, chosen, suggest_gpus=options.suggest_gpus, traces=traces, untraced=untraced
     )
     return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
-
-
-def _calibrated(chosen: Policy, machine: Machine) -> Policy:
-    """A policy that knows what was measured on this machine, if it is this one."""
-    if machine.origin != "live":
-        return chosen
-    from .sources.calibration import load_calibrations
-
-    return msgspec.structs.replace(chosen, calibrations=load_calibrations())
 
 
 def _model_and_machine(options: Namespace) -> tuple[ModelProfile, Machine]:
@@ -224,10 +215,10 @@ def _model_and_machine(options: Namespace) -> tuple[ModelProfile, Machine]:
 
     if options.machine == "live":
         with Collection(with_torch=False) as collection:
-            profile = load_profile(options.model, allow_network=not options.offline)
+            profile = load_profile(options.model, allow_network=not options.offline, families=options.families)
             return profile, collection.without_torch()
     machine = load_machine(options.machine)
-    return load_profile(options.model, allow_network=not options.offline), machine
+    return load_profile(options.model, allow_network=not options.offline, families=options.families), machine
 
 
 def check_map(options: Namespace) -> int:
@@ -241,7 +232,7 @@ def check_map(options: Namespace) -> int:
     from .answer import map_report
 
     careful = with_headroom(Policy(gpus=options.gpus or read.gpus), options.headroom)
-    report = map_report(read.device_map, profile, machine, workload(options), _calibrated(careful, machine))
+    report = map_report(read.device_map, profile, machine, workload(options), careful)
     return _finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
 
 

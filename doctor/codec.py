@@ -27,6 +27,7 @@ _MOST = {
     "nccl_settings": 1024,
     "checkpoints": 1024,
     "environment": 1024,
+    "calibrations": 1024,
 }
 """More than any source writes: what a check does with them stays short."""
 _MOST_PROCESSES = 4096
@@ -107,4 +108,11 @@ def _inconsistency(machine: Machine) -> str | None:
     for link in machine.links:
         if link.a not in known or link.b not in known or link.a >= link.b:
             return f"link {link.a}-{link.b} does not join two of its GPUs in rising order"
+    return _wrong_reading(machine)
+
+
+def _wrong_reading(machine: Machine) -> str | None:
+    for reading in machine.calibrations:
+        if not (0 <= reading.context_bytes < 2**50 and 0 <= reading.workspace_bytes < 2**50):
+            return f"the calibration of {reading.gpu_name[:60]} has a size out of range"
     return None

@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from .calibration import Calibration
+
 SCHEMA = 1
 """Number of the snapshot format. It changes only when an old snapshot would be read wrongly."""
 
@@ -379,6 +381,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     torch: TorchView = TorchView(state="not_asked", message="not part of this snapshot")
     environment: dict[str, str] = {}
     """Allow-listed variables that were set, such as CUDA_VISIBLE_DEVICES. Never a secret."""
+    calibrations: tuple[Calibration, ...] = ()
+    """What ``vlm-doctor calibrate`` measured on these cards; the planner takes it in place of its defaults."""
     nccl_settings: tuple[FileSetting, ...] = ()
     """NCCL's settings from /etc/nccl.conf and ~/.nccl.conf."""
     checkpoints: tuple[Checkpoint, ...] = ()

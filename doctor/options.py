@@ -157,7 +157,7 @@ def _add_gate(parser: Parser) -> None:
 def _add_plan(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
     _add_machine(parser)
-    parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    _add_model_reading(parser)
     parser.add_argument(
         "--trace",
         action="store_true",
@@ -279,7 +279,7 @@ def _add_check_map(parser: Parser) -> None:
     parser.add_argument("map", metavar="FILE|-", help="JSON, YAML lines, a Python dict or a plan; - is standard input")
     parser.add_argument("--model", metavar="MODEL", required=True, help="hub id, or folder of a checkpoint")
     _add_machine(parser)
-    parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    _add_model_reading(parser)
     _add_workload(parser)
     parser.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
     _add_output(parser, ("terminal", "json"))
@@ -322,6 +322,13 @@ def _add_machine(parser: Parser) -> None:
     )
     parser.add_argument(
         "--gpus", metavar="0,1", type=arguments.gpu_indices, help="the GPUs that matter, as nvidia-smi has them"
+    )
+
+
+def _add_model_reading(parser: Parser) -> None:
+    parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    parser.add_argument(
+        "--families", metavar="FILE", type=Path, help="TOML with rules for models that are not built in (docs/models.md)"
     )
 
 

@@ -63,7 +63,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     context_bytes: int | None = None
     """CUDA context of one process on one GPU; ``None`` takes the measured default of ``planner/budget.py``."""
     calibrations: tuple[Calibration, ...] = ()
-    """Readings of ``vlm-doctor calibrate``, which take the place of that default on the same card and driver."""
+    """Readings of ``vlm-doctor calibrate``, which take the place of that default on the same card and driver; before those
+    that the machine itself brings (``Machine.calibrations``)."""
     prefer: Preference = "balanced"
     """What counts among the placements that fit. ``balanced``: fewest GPUs, then longest prompt, then fastest links;
     ``speed``: fewest GPUs, then fastest links, then longest prompt; ``context``: longest prompt, then fewest GPUs."""

@@ -14,9 +14,9 @@ from .groups import Groups
 from .requirements import Requirements, VlmSpec
 from .sets import Demand, demands_of, divide, owners_of
 from .shares import Share, Shares
-from .state import CONTROLLER, SETTINGS, gate_of
+from .state import CONTROLLER, SETTINGS, WORKER_INPUT, gate_of
 from .waiting import GRACE_S
-from .workers import INPUT, warn, write
+from .workers import warn, write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +90,7 @@ class Controller:
         """Tell a worker where files go, and which of the workers it is."""
         slot = next((number for number, spec in enumerate(self._specs) if spec is node.gateway.spec), None)
         if slot is not None and self.is_local:
-            node.workerinput[INPUT] = {"folder": str(self._folder), "slot": slot}
+            node.workerinput[WORKER_INPUT] = {"folder": str(self._folder), "slot": slot, "controller": os.getpid()}
 
     def slot_of(self, node: Any) -> int:
         """Which of the workers a node is; its replacement is the same one."""

@@ -15,9 +15,10 @@ import pytest
 
 from . import verdicts
 from .faults import Losses
+from .meter import empty_cache
 from .own_share import OwnShare
 from .requirements import Estimate, GatedTest, Requirements, VlmSpec
-from .residents import Resident, Residents, empty_cache, free_before
+from .residents import Resident, Residents, free_before
 from .selection import judge_without_gpus, keep_from_acting
 from .state import GATED_TEST, POSITION, VERDICT
 from .verdicts import Verdict
@@ -356,6 +357,7 @@ class Gate:
 
         refusal = self._settle(self._machine(request, max_age_s=math.inf), request)
         self._refuse_unless_run(spec, refusal)
+        # Beside a model that stays, the next one needs what torch keeps.
         empty_cache()
         self._await_memory(self._machine(request, max_age_s=0), request)
         placed = place_now(math.inf)

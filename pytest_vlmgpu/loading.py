@@ -16,6 +16,7 @@ from vlm_doctor.probes.loading import auto_class, workload_options
 
 from .failures import Allocation, LoadFailure, broken_torch, check_weights, explained, needs_remote_code
 from .keepers import holder_of
+from .meter import driver_info, empty_cache
 from .placing import Placed, check_placement, device_map_for
 from .processors import load_processor, prompt_text
 from .source import Source, find_source
@@ -307,9 +308,7 @@ def _give_back(device_map: Mapping[str, int]) -> None:
     # accelerate's hooks refer to modules that refer to the hooks: reference counts alone free nothing.
     gc.collect()
     if device_map:
-        import torch
-
-        torch.cuda.empty_cache()
+        empty_cache()
 
 
 def _allocations(stages: Sequence[Stage], device_map: Mapping[str, int]) -> dict[str, Allocation]:
@@ -320,8 +319,10 @@ def _allocations(stages: Sequence[Stage], device_map: Mapping[str, int]) -> dict
 
     readings = {}
     for stage, ordinal in zip(stages, dict.fromkeys(device_map.values()), strict=False):
-        free, _ = torch.cuda.mem_get_info(ordinal)
-        readings[stage.uuid] = Allocation(torch.cuda.memory_allocated(ordinal), torch.cuda.memory_reserved(ordinal), free)
+        info = driver_info(torch.cuda, ordinal)
+        if info is not None:
+            held = torch.cuda.memory_allocated(ordinal), torch.cuda.memory_reserved(ordinal)
+            readings[stage.uuid] = Allocation(*held, info[0])
     return readings
 
 

@@ -92,7 +92,7 @@ class MemorySummary:
             return
         yield "markers by what was measured in this run (each GPU; vram_gib counts the CUDA context too):"
         for nodeid, test in self._measured.items():
-            limit = math.ceil(test.peak * SLACK * 10) / 10
+            limit = max(1, math.ceil(test.peak * SLACK * 10)) / 10
             yield f"{nodeid}{f'  # {test.hint}' if test.hint else ''}"
             yield f"    @pytest.mark.vlm_requires(vram_gib={test.needed})"
             yield f"    @pytest.mark.vlm_limit_vram({limit:g})"

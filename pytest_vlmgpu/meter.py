@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 
@@ -77,9 +78,33 @@ def driver_bytes() -> dict[int, int]:
     for ordinal in range(cuda.device_count()):
         if cuda.memory_reserved(ordinal):
             # Asked only where a context exists already: the question would create one.
-            free, total = cuda.mem_get_info(ordinal)
-            taken[ordinal] = total - free
+            info = driver_info(cuda, ordinal)
+            if info is not None:
+                taken[ordinal] = info[1] - info[0]
     return taken
+
+
+def driver_info(cuda: Any, ordinal: int) -> tuple[int, int] | None:
+    """Free and total bytes as the driver counts; ``None`` from a GPU that has stopped answering.
+
+    That is asked while a failure is reported, which must not be lost: each later use of the GPU tells it again.
+    """
+    try:
+        free, total = cuda.mem_get_info(ordinal)
+    except RuntimeError:
+        return None
+    return free, total
+
+
+def empty_cache() -> None:
+    """Let torch return to the driver what it keeps for later, where CUDA was used.
+
+    A GPU that has stopped answering gives nothing back; the next use of it tells.
+    """
+    cuda = used_cuda()
+    if cuda is not None:
+        with suppress(RuntimeError):
+            cuda.empty_cache()
 
 
 def used_cuda() -> Any:
@@ -112,9 +137,10 @@ def allocators() -> dict[int, Allocator]:
         return {}
     found = {}
     for ordinal in range(cuda.device_count()):
-        if not cuda.memory_reserved(ordinal):
+        info = driver_info(cuda, ordinal) if cuda.memory_reserved(ordinal) else None
+        if info is None:
             continue
-        free, total = cuda.mem_get_info(ordinal)
+        free, total = info
         stats = cuda.memory_stats(ordinal)
         found[ordinal] = Allocator(
             allocated=cuda.memory_allocated(ordinal),

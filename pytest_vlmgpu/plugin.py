@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import declare, fixtures
-from .state import ALIASES, CONTROLLER, GATED_TEST, SETTINGS, WATCHED_TEST, gate_of
+from .state import ALIASES, CONTROLLER, GATED_TEST, SETTINGS, WATCHED_TEST, WORKER_INPUT, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -39,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.stash[SETTINGS] = resolve(config)
         settings = config.stash[SETTINGS]
+        told = getattr(config, "workerinput", {}).get(WORKER_INPUT)
+        if told is not None:
+            from .lifetime import end_with
+
+            end_with(told["controller"])
         if settings.machine != "live" or settings.fake_gpus:
             gate_of(config)  # a machine that cannot be read ends the run here
         if settings.plan:

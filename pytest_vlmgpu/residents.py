@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -114,13 +113,6 @@ class Residents:
     def settle(self) -> None:
         """Stop waiting for memory: what is missing was noted."""
         self._awaited.clear()
-
-
-def empty_cache() -> None:
-    """Let torch return what it keeps for later: beside a model that stays, the next one needs it."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def free_before(plan: Plan | None, machine: Machine | None) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Keys of what the plugin keeps in ``config.stash`` and ``item.stash``; there are no other places."""
+"""Keys of what the plugin keeps in ``config.stash`` and ``item.stash``, and tells workers; there are no other places."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ POSITION: pytest.StashKey[int] = pytest.StashKey()
 """Of such an item: its place in the order in which tests run."""
 VERDICT: pytest.StashKey[Verdict] = pytest.StashKey()
 """Of such an item, once it was decided about."""
+
+WORKER_INPUT = "vlmgpu"
+"""Key of what a worker of pytest-xdist is told (``config.workerinput``)."""
 
 
 def gate_of(config: pytest.Config) -> Gate:

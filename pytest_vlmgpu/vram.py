@@ -11,7 +11,7 @@ import pytest
 from vlm_doctor.units import GIB, format_gib
 
 from .keepers import holder_of
-from .meter import Meter, allocated_bytes, driver_bytes, used_cuda
+from .meter import Meter, allocated_bytes, driver_bytes, empty_cache
 from .state import WATCHED_TEST
 from .verdicts import OVER_LIMIT
 
@@ -112,9 +112,7 @@ def grown(before: Mapping[int, int], tolerance_bytes: int) -> dict[int, int]:
 def collect() -> None:
     """Free what only reference cycles keep alive, and return it to the driver."""
     gc.collect()
-    cuda = used_cuda()
-    if cuda is not None:
-        cuda.empty_cache()
+    empty_cache()
 
 
 def on_gpus(sizes: Mapping[int, int]) -> str:

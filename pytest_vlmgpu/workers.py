@@ -9,23 +9,18 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from .groups import group_tests
+from .lifetime import end_with
 from .shares import Share
-from .state import gate_of
+from .state import WORKER_INPUT, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-INPUT = "vlmgpu"
-"""Key of what a worker is told (``config.workerinput``)."""
-_SET_PARENT_DEATH_SIGNAL = 1
-"""``PR_SET_PDEATHSIG``. Source: sys/prctl.h."""
 
 
 class Worker:
@@ -47,7 +42,7 @@ class Worker:
 
 def hand_in(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
     """Write down what the tests of a worker need, where the controller looks."""
-    told = getattr(config, "workerinput", {}).get(INPUT)
+    told = getattr(config, "workerinput", {}).get(WORKER_INPUT)
     if told is None:
         return
     name = f"needs-{getattr(config, 'workerinput', {}).get('workerid', os.getpid())}.json"
@@ -55,13 +50,13 @@ def hand_in(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
         write(Path(told["folder"]) / name, group_tests(items).to_json())
     except OSError as error:
         warn(f"{told['folder']} cannot be written ({error.strerror}), so this worker leases GPUs for itself")
-    _end_with_parent()
+    end_with(told["controller"])
     config.pluginmanager.register(Worker(config), "vlmgpu-worker")
 
 
 def share_of_worker(config: pytest.Config) -> Share | None:
     """What the controller gave this worker; ``None`` when it gave nothing, or this is no worker."""
-    told = getattr(config, "workerinput", {}).get(INPUT)
+    told = getattr(config, "workerinput", {}).get(WORKER_INPUT)
     if told is None:
         return None
     try:
@@ -69,18 +64,6 @@ def share_of_worker(config: pytest.Config) -> Share | None:
     except FileNotFoundError:
         return None
     return Share.from_json(json.loads(text))
-
-
-def _end_with_parent() -> None:
-    """Let the kernel end this worker as soon as the controller, which holds the leases, is gone: memory goes with it.
-
-    By itself a worker notices when its test has ended, which may be minutes later.
-    """
-    import ctypes
-    import signal
-
-    with suppress(AttributeError, OSError):  # Linux alone has it
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from hypothesis import settings
-
 if sys.gettrace() is not None:
+    # Not at the top: tests on GPUs need no hypothesis, and run where it is not installed.
+    from hypothesis import settings
+
     settings.register_profile("traced", derandomize=True)
     settings.load_profile("traced")

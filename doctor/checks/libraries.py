@@ -70,8 +70,8 @@ def torch_torso(facts: Facts) -> Result:
     Uninstall until pip finds nothing more, then install again.
 
     ## When it is fine
-    A torch that is used from its source folder (PYTHONPATH) need not be registered. One that works all the same is only a
-    warning.
+    A torch that is used from its source folder (PYTHONPATH) need not be registered. One that works all the same, with CUDA
+    where there are GPUs, is only a warning.
 
     ## Sources
     Package metadata and the files they list; nothing is imported.
@@ -79,7 +79,9 @@ def torch_torso(facts: Facts) -> Result:
     libraries = facts.machine.libraries
     if libraries is None or libraries.torch_problem is None:
         return ()
-    works = libraries.torch_build is not None and facts.machine.torch.state == "ok"
+    torch = facts.machine.torch
+    has_what_it_needs = torch.cuda is not None or not facts.machine.gpus
+    works = libraries.torch_build is not None and torch.state == "ok" and has_what_it_needs
     return (
         found(
             "warning" if works else "error",

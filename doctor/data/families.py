@@ -73,6 +73,11 @@ _FLAT_TEXT: tuple[Rename, ...] = tuple(
 )
 """Checkpoints whose text body stands at the root."""
 
+_FLAT_BODY: tuple[Rename, ...] = tuple(
+    (f"model.{part}", f"model.language_model.{part}") for part in ("embed_tokens", "layers", "norm")
+)
+"""Checkpoints whose text body stands directly in ``model``."""
+
 _OMNI: tuple[Rename, ...] = (
     *((part, f"model.{part}") for part in ("visual", "audio_tower")),
     *((f"model.{part}", f"model.{part}") for part in ("visual", "audio_tower", "language_model")),
@@ -150,6 +155,28 @@ RENAMES: Mapping[str, tuple[Rename, ...]] = {
     ),
     "shieldgemma2": (("model.language_model.model", "model.language_model"), *_LLAVA),
     "cosmos3_edge": _FLAT_TEXT,
+    "deepseek_ocr2": (
+        ("model.sam_model.blocks", "model.vision_tower.sam_encoder.layers"),
+        ("model.sam_model.net_#", "model.vision_tower.sam_encoder.proj.conv#"),
+        ("model.sam_model", "model.vision_tower.sam_encoder"),
+        ("model.qwen2_model.model.model", "model.vision_tower.vision_encoder"),
+        ("model.qwen2_model.query_768", "model.vision_tower.query_768_resolution"),
+        ("model.qwen2_model.query_1024", "model.vision_tower.query_1024_resolution"),
+        ("model.projector.layers", "model.multi_modal_projector"),
+        ("model.view_seperator", "model.view_separator"),
+        *_FLAT_BODY,
+    ),
+    "gemma4_unified": (
+        ("model.embed_vision.embedding_projection", "model.embed_vision.multimodal_embedder.embedding_projection"),
+        ("model.vision_embedder", "model.embed_vision"),
+    ),
+    "hunyuan_vl": (
+        ("vit.perceive.proj.0", "model.vision_tower.patch_merger.proj_conv"),
+        ("vit.perceive.proj.2", "model.vision_tower.patch_merger.proj_out"),
+        ("vit.perceive", "model.vision_tower.patch_merger"),
+        ("vit", "model.vision_tower"),
+        *_FLAT_BODY,
+    ),
     "cosmos3_omni": (
         *_FLAT_TEXT,
         *((part, f"model.visual.{part}") for part in ("patch_embed", "pos_embed", "blocks", "merger")),
@@ -226,6 +253,9 @@ RENAMES: Mapping[str, tuple[Rename, ...]] = {
         ("mlp1", "model.multi_modal_projector"),
     ),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), _OMNI),
+    "t5gemma2": tuple(
+        (f"model.encoder.{part}", f"model.encoder.text_model.{part}") for part in ("embed_tokens", "layers", "norm")
+    ),
     "unlimited_ocr": (
         ("model.sam_model.blocks", "model.vision_tower.sam_encoder.layers"),
         ("model.sam_model.net_#", "model.vision_tower.sam_encoder.proj.conv#"),
@@ -234,7 +264,7 @@ RENAMES: Mapping[str, tuple[Rename, ...]] = {
         ("model.vision_model", "model.vision_tower.vision_encoder"),
         ("model.projector", "model.multi_modal_projector"),
         ("model.view_seperator", "model.view_separator"),
-        *((f"model.{part}", f"model.language_model.{part}") for part in ("embed_tokens", "layers", "norm")),
+        *_FLAT_BODY,
     ),
     "paddleocr_vl": (
         ("mlp_AR", "model.projector"),
@@ -261,7 +291,18 @@ would be on several GPUs (``torch.stack`` in modeling_mllama.py, ``torch.cat`` i
 turns with the convolutions of another list. Qwen Omni names the encoder itself in ``_no_split_modules``."""
 
 _ROTARY_POS_EMB = (
-    *("cosmos3_omni", "dots3_note", "ernie4_5_vl_moe", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm5_next", "glm_ocr"),
+    *(
+        "cohere_compass",
+        "cosmos3_omni",
+        "dots3_note",
+        "ernie4_5_vl_moe",
+        "exaone4_5",
+        "glm46v",
+        "glm4v",
+        "glm4v_moe",
+        "glm5_next",
+        "glm_ocr",
+    ),
     *("glmga", "hyperclovax_vision_v2", "lfm3_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5"),
     *("qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "video_llama_3"),
 )
@@ -270,6 +311,7 @@ TOWER_BUFFERS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(_ROTARY_POS_EMB, ("rotary_pos_emb",)),
     **dict.fromkeys(("inkling2", "kimi_k25", "minimax_m3_vl", "muse_glimmer", "muse_spark", "step3p7"), ("rotary_emb",)),
     **dict.fromkeys(("lighton_ocr", "mistral3", "mistral_large4", "pixtral"), ("patch_positional_embedding",)),
+    **dict.fromkeys(("diffusion_gemma", "gemma4"), ("encoder.rotary_emb",)),
     "llama4": ("rotary_embedding",),
     "paddleocr_vl": ("vision_model.encoder.rotary_pos_emb",),
 }
@@ -289,6 +331,17 @@ ROTARY: Mapping[str, tuple[str, ...]] = {
     "chatglm": ("transformer.rotary_pos_emb",),
     "minicpmv": ("llm.model.rotary_emb",),
     **dict.fromkeys(("kosmos-2", "kosmos-2.5"), ("text_model.model.embed_positions",)),
+    # Tables that share the tensor of another: a checkpoint stores nothing for them.
+    "diffusion_gemma": (
+        "model.encoder.language_model.rotary_emb",
+        *(f"model.decoder.{part}" for part in ("embed_tokens", "norm", "rotary_emb")),
+    ),
+    "florence2": (
+        *(f"model.language_model.{part}.embed_tokens" for part in ("encoder", "decoder")),
+        "lm_head",
+    ),
+    "t5gemma2": ("model.decoder.embed_tokens",),
+    "udop": ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
     "molmo2": ("model.language_model.rotary_emb", "model.language_model.rotary_emb_unscaled"),
 }
 """Family to its parameter-free modules with position buffers, which the map must name as well (InternVL#688: left out, its

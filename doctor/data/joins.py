@@ -59,8 +59,72 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
             "projector", "language.model.embed_tokens", "masked_scatter_ of image features", False, "DeepSeek-VL2#8, #113"
         ),
     ),
+    "deepseek_ocr2": tuple(
+        Join(
+            f"model.vision_tower.query_{name}_resolution",
+            "model.vision_tower.sam_encoder.proj",
+            "torch.cat((hidden_states, queries)) in modeling_deepseek_ocr2.py",
+            False,
+            "transformers 5.23, run on two devices",
+        )
+        for name in ("768", "1024")
+    ),
+    "pix2struct": tuple(
+        Join(
+            f"encoder.embeddings.{name}_embedder",
+            "encoder.embeddings.patch_projection",
+            "embeddings + row_embeddings + col_embeddings in modeling_pix2struct.py",
+            False,
+            "transformers 4.57.6 and 5.23, run on two devices",
+        )
+        for name in ("row", "column")
+    ),
+    "udop": (
+        Join(
+            "encoder.cell_2d_embedding",
+            "encoder.embed_tokens",
+            "inputs_embeds += cell_2d_embedding(bbox) in modeling_udop.py",
+            False,
+            "transformers 4.57.6 and 5.23, run on two devices",
+        ),
+    ),
+    "git": (
+        Join(
+            "git.visual_projection",
+            "git.embeddings",
+            "torch.cat((projected_visual_features, embedding_output)) in modeling_git.py",
+            False,
+            "transformers 4.57.6 and 5.23, run on two devices",
+        ),
+    ),
+    "unlimited_ocr": (
+        Join(
+            "model.vision_tower.vision_encoder",
+            "model.vision_tower.sam_encoder.proj",
+            "torch.cat((hidden_states, residual)) in modeling_unlimited_ocr.py",
+            False,
+            "transformers 5.23, run on two devices",
+        ),
+    ),
+    "deepseek_vl_hybrid": (
+        Join(
+            "model.high_res_vision_alpha",
+            "model.high_res_vision_proj",
+            "global_hidden_state * high_res_vision_alpha in modeling_deepseek_vl_hybrid.py",
+            False,
+            "transformers 4.57.6 and 5.23, run on two devices",
+        ),
+    ),
 }
 """By ``model_type``. In CogVLM image features are moved to the embeddings (``.to(device=inputs_embeds.device)``)."""
+
+JOINED_BLOCKS: Mapping[str, str] = {
+    "mllama": "torch.cat((hidden_states, intermediate_hidden_states)) in modeling_mllama.py",
+    "molmo2": "torch.cat of hidden_states in modeling_molmo2.py",
+    "vipllava": "torch.cat(image_features) in modeling_vipllava.py",
+}
+"""Families that join the outputs of several blocks of their tower: they must be on one device. Run on two devices with
+transformers 5.23 (molmo2: read)."""
 
 ROTARY_NOT_MOVED = frozenset(
     {"glm4v", "glm4v_moe", "llama4", "mllama", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe", "qwen3_vl",

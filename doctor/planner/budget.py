@@ -173,7 +173,7 @@ def _budget(gpu: Gpu, machine: Machine, policy: Policy) -> Budget:
 def _overhead(gpu: Gpu, machine: Machine, policy: Policy) -> Overhead:
     """What torch takes of a GPU beside tensors: as the policy says, else as was measured here, else by its generation."""
     overhead = overhead_of(gpu.compute_capability)
-    known = calibration_of(policy.calibrations, gpu.name, machine.driver.kernel_module_version)
+    known = calibration_of((*policy.calibrations, *machine.calibrations), gpu.name, machine.driver.kernel_module_version)
     if known is not None:
         source = f"calibrated on this machine, {known.date}"
         overhead = Overhead(known.context_bytes, known.workspace_bytes, source, source)

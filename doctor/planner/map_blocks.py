@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from ..findings import Finding
 from .map_devices import shown
 from .map_keys import has_inner_conflict
 from .map_layout import Device, Layout
+from .map_names import owner
 from .map_pieces import Piece
 from .map_question import Question, finding, listed, mismatch
 
 _MAX_BLOCKS = 6
+_OUTPUT = "output"
 _NORMS_BEHIND = frozenset({"cogvlm", "chatglm"})
 """Families whose vision blocks (EVA2-CLIP) have their norms behind attention and MLP. Source: their visual.py. Text bodies
 that have some there (Gemma 2 and 3, GLM-4 and 4.1V) name them ``post_..._layernorm``."""
@@ -44,7 +46,7 @@ def _stacks(layout: Layout) -> Iterator[tuple[Sequence[Piece], Device | None]]:
     for piece in pieces:
         if piece.is_block:
             is_text = piece.unit == piece.key
-            towers.setdefault(("" if is_text else piece.unit, piece.key.rpartition(".")[0]), []).append(piece)
+            towers.setdefault(("" if is_text else piece.unit, piece.list_key), []).append(piece)
     for (unit, _), blocks in towers.items():
         if not unit:
             yield blocks, layout.role_device("embedding")
@@ -58,6 +60,11 @@ def _only(devices: set[Device]) -> Device | None:
     return next(iter(devices)) if len(devices) == 1 else None
 
 
+def _either(device: Device | None, otherwise: Device | None) -> Device | None:
+    """The device, unless it is not known; 0 is one."""
+    return otherwise if device is None else device
+
+
 def _walk(question: Question, layout: Layout, blocks: Sequence[Piece], stream: Device | None) -> Iterator[Finding]:
     """Follow the hidden states through a list of blocks."""
     for block in blocks:
@@ -66,30 +73,35 @@ def _walk(question: Question, layout: Layout, blocks: Sequence[Piece], stream: D
             continue
         parts = _parts(layout, block.key)
         if not any(parts.values()) or _has_conflict(layout, block.key):
-            stream = layout.hook_device(block.key) or stream
+            stream = _either(layout.hook_device(block.key), stream)
             continue
         if layout.is_hooked(block.key):
             stream = layout.hook_device(block.key)
         if stream is None:
             stream = Counter(device for devices in parts.values() for device in devices).most_common(1)[0][0]
         devices = set().union(*parts.values())
-        if _strays(question, parts, block, stream):
+        if _strays(question, layout, parts, block, stream):
             is_cut = len(devices) > 1 or layout.is_hooked(block.key)
             yield (_cut if is_cut else _unhooked)(question, layout, block, parts, stream)
             work = [found for name, found in parts.items() if "norm" not in name.lower()]
-            stream = stream if layout.is_hooked(block.key) or not work else _only(work[-1]) or stream
+            stream = stream if layout.is_hooked(block.key) or not work else _either(_only(work[-1]), stream)
         elif _loses_positions(layout, block, parts, stream):
-            yield _unhooked(question, layout, block, parts, layout.role_device("embedding") or stream)
+            home = layout.role_device("embedding")
+            yield _unhooked(question, layout, block, parts, stream if home is None else home)
         elif devices - {stream}:
             yield _needless(question, layout, block, parts, stream)
+            if _adds_inside(parts):
+                stream = _only(next(found for name, found in parts.items() if name.startswith(_OUTPUT))) or stream
 
 
-def _strays(question: Question, parts: dict[str, set[Device]], block: Piece, stream: Device) -> bool:
+def _strays(question: Question, layout: Layout, parts: dict[str, set[Device]], block: Piece, stream: Device) -> bool:
     """True when a result that is added to the input is not where the input is.
 
     Norms before attention or MLP may be anywhere, since what follows moves their result on; where a norm comes behind, it
     decides where the result is.
     """
+    if _adds_inside(parts):
+        return any(len(devices) > 1 and _is_torn(layout, f"{block.key}.{name}") for name, devices in parts.items())
     behind = _norms_behind(question, block, parts)
     for name, devices in parts.items():
         if "norm" in name.lower():
@@ -98,6 +110,18 @@ def _strays(question: Question, parts: dict[str, set[Device]], block: Piece, str
         if len(devices) > 1 or parts.get(norm, devices) != {stream}:
             return True
     return False
+
+
+def _is_torn(layout: Layout, part: str) -> bool:
+    """True for a part of such a block that is on two devices other than by its modules ``self`` and ``output``."""
+    inner = [name for name in layout.anatomy.names.children(part) if len(layout.runs_on(name)) > 1]
+    names = {name.rpartition(".")[2] for name in layout.anatomy.names.children(part)}
+    return bool(inner) or not {"self", "output"} <= names
+
+
+def _adds_inside(parts: Collection[str]) -> bool:
+    """True for a block as BERT has it: what is added is given to its module ``output``, whose hook brings both together."""
+    return any(name.startswith(_OUTPUT) for name in parts) and any(name.startswith("intermediate") for name in parts)
 
 
 def _loses_positions(layout: Layout, block: Piece, parts: dict[str, set[Device]], stream: Device) -> bool:
@@ -126,7 +150,10 @@ def _parts(layout: Layout, block: str) -> dict[str, set[Device]]:
 
 
 def _has_conflict(layout: Layout, block: str) -> bool:
-    """True where VLM612 tells the cause already."""
+    """True where VLM612 tells the cause already: of a key inside the block, or of the key that the block follows."""
+    around = owner(layout.module_keys, block)
+    if around is not None and has_inner_conflict(layout, around):
+        return True
     return any(key.startswith(f"{block}.") and has_inner_conflict(layout, key) for key in layout.module_keys)
 
 
@@ -168,8 +195,12 @@ def _needless(question: Question, layout: Layout, block: Piece, parts: dict[str,
         question,
         "VLM614",
         "warning",
-        f"Block {block.key} is cut: it is on {_by_device(parts)}. It runs, since its norms bring the results back to "
-        f"{shown(stream)}.",
+        f"Block {block.key} is cut: it is on {_by_device(parts)}. It runs, since "
+        + (
+            "what it adds is given to its parts."
+            if _adds_inside(parts)
+            else f"its norms bring the results back to {shown(stream)}."
+        ),
         cause="At each new token the hidden states go there and back.",
         fix=_fix(layout, block.key),
         seen=_seen(layout, block.key),

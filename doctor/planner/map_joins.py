@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from ..data.joins import JOINS, LOGITS_MOVED, TOWER_ENTRY, TOWER_ROTARY, TOWER_TABLES, TOWER_WINDOWED, Join
+from ..data.joins import JOINED_BLOCKS, JOINS, LOGITS_MOVED, TOWER_ENTRY, TOWER_ROTARY, TOWER_TABLES, TOWER_WINDOWED, Join
 from ..findings import Finding, Severity
 from .map_devices import shown
 from .map_layout import Device, Layout
@@ -15,6 +15,7 @@ from .map_question import Question, finding, listed, mismatch
 def about_joins(question: Question, layout: Layout) -> Iterator[Finding]:
     """VLM615, VLM616, VLM621 and VLM623."""
     yield from parted_joins(question, layout)
+    yield from parted_blocks(question, layout)
     yield from parted_parameters(question, layout)
     yield from parted_positions(question, layout)
     yield from parted_ties(question, layout)
@@ -49,6 +50,34 @@ def parted_joins(question: Question, layout: Layout) -> Iterator[Finding]:
             seen=[(key, layout.device_map[key]) for key in (join.moves, join.meets) if key in layout.device_map],
             devices=devices,
             links=(),
+        )
+
+
+def tower_of_joined_blocks(question: Question, layout: Layout) -> list[str]:
+    """The blocks of a tower whose outputs the family's code joins, where they are on several devices."""
+    if question.profile.model_type not in JOINED_BLOCKS:
+        return []
+    roles = {unit.key: unit.role for unit in question.profile.units}
+    blocks = [piece.key for piece in layout.anatomy.pieces if piece.is_block and roles[piece.unit] == "vision"]
+    return blocks if len(set().union(*(layout.runs_on(block) for block in blocks))) > 1 else []
+
+
+def parted_blocks(question: Question, layout: Layout) -> Iterator[Finding]:
+    """Blocks of a tower whose outputs are joined."""
+    blocks = tower_of_joined_blocks(question, layout)
+    if blocks:
+        devices = set().union(*(layout.runs_on(block) for block in blocks))
+        tower = next(piece.unit for piece in layout.anatomy.pieces if piece.key == blocks[0])
+        yield finding(
+            question,
+            "VLM615",
+            "error",
+            f"The blocks of {tower} are on {listed(sorted(map(shown, devices)))}, and their outputs are joined: "
+            f"{JOINED_BLOCKS[question.profile.model_type]} says {mismatch(devices)}",
+            cause="Each output stays where its block is; nothing moves them together.",
+            fix=f"Put all of {tower} on one device.",
+            seen=[(key, layout.device_map[key]) for key in blocks if key in layout.device_map][:6],
+            devices=devices,
         )
 
 

@@ -34,7 +34,7 @@ class Layout:
     def device_of(self) -> dict[str, Device]:
         """Device of every tensor, and of every unit without tensors, that the map covers."""
         names = (name for tensors in self.anatomy.tensors_of.values() for name in tensors)
-        found = {name: self._device_of(name) for name in names}
+        found = {name: self.device_for(name) for name in names}
         return {name: device for name, device in found.items() if device is not None}
 
     @cached_property
@@ -42,7 +42,8 @@ class Layout:
         """Tensors, and units without tensors, that the map does not cover."""
         return [name for names in self.anatomy.tensors_of.values() for name in names if name not in self.device_of]
 
-    def _device_of(self, name: str) -> Device | None:
+    def device_for(self, name: str) -> Device | None:
+        """Where the map puts a tensor, or a module without any; ``None`` where no key covers it."""
         key = owner(self.module_keys, name) if self.dispatches else None
         if key is None:
             key = owner(self.device_map, name)

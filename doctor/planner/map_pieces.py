@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import msgspec
@@ -16,6 +16,10 @@ from .map_names import ROOT, Names, prefixes
 from .memory import unit_bytes
 
 
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit()
+
+
 class Piece(msgspec.Struct, frozen=True):
     """What a sound map never cuts."""
 
@@ -24,6 +28,13 @@ class Piece(msgspec.Struct, frozen=True):
     """Key of the unit it belongs to; its own for a whole unit."""
     is_block: bool
     """True for one of a list of repeated blocks, which add what goes in to what comes out."""
+
+    @property
+    def list_key(self) -> str:
+        """The list that a block is in; of lists in lists the outermost one in the unit."""
+        below = self.key[len(self.unit) + 1 :].split(".")
+        at = next((index for index, part in enumerate(below) if _is_number(part)), 0)
+        return ".".join([self.unit, *below[:at]]) if self.key != self.unit else self.key.rpartition(".")[0]
 
 
 _EARLY = ("embed", "patch", "pre_", "post_conv")
@@ -34,8 +45,21 @@ def _when(piece: Piece) -> tuple[int, int]:
     """When a piece of a tower runs, as far as names tell: embeddings, blocks by number, the rest."""
     last = piece.key.rpartition(".")[2]
     if piece.is_block:
-        return 1, int(last)
+        return 1, next(int(part) for part in reversed(piece.key.split(".")) if _is_number(part))
     return (0 if any(word in last for word in _EARLY) else 2), 0
+
+
+def _inner(path: Sequence[str], at: int) -> int:
+    """How many components further in a list's item stands what is a block itself.
+
+    In ``stages.2.5`` the second number, in ``down.4.block.0`` the item of the inner list, in ``blocks.5.channel_block`` the
+    part of that name; 0 for none.
+    """
+    if at + 3 < len(path) and _is_number(path[at + 1]):
+        return 1
+    if at + 4 < len(path) and _is_number(path[at + 2]):
+        return 2
+    return 1 if at + 3 < len(path) and path[at + 1].endswith("_block") else 0
 
 
 class Anatomy:
@@ -75,7 +99,7 @@ class Anatomy:
         return [piece for piece in self.pieces if piece.unit == unit]
 
     def _pieces(self, unit: Unit) -> Iterable[Piece]:
-        if unit.parts:
+        if unit.parts and not self._has_inner_blocks(unit):
             return [Piece(part.key, unit.key, part.layer is not None) for part in unit.parts]
         if unit.role not in ("vision", "projector", "other"):
             return [Piece(unit.key, unit.key, unit.role == "layer")]
@@ -88,12 +112,22 @@ class Anatomy:
             keys[next(p for p in reversed(list(prefixes(name))) if p in blocks or p not in above)] = None
         return sorted((Piece(key, unit.key, key in blocks) for key in keys), key=_when)
 
+    def _has_inner_blocks(self, unit: Unit) -> bool:
+        """True where the parts of a tower hold blocks of their own, so that a cut in a part need not be one in a block."""
+        parts = [f"{part.key}." for part in unit.parts if part.layer is not None]
+        return any(block.startswith(tuple(parts)) for block in self._blocks(unit.key)) if parts else False
+
     def _blocks(self, unit: str) -> set[str]:
-        """Items of numbered lists in a unit that have at least two modules with tensors in them, outermost lists only."""
+        """Items of numbered lists in a unit that have at least two modules with tensors in them.
+
+        Of lists in lists, and of items that are called blocks in an item, the inner ones: each adds its own input.
+        """
         below: dict[str, set[str]] = {}
         for name in self.tensors_of[unit]:
             path = name[len(unit) + 1 :].split(".")
-            at = next((index for index, part in enumerate(path) if part.isascii() and part.isdigit()), None)
+            at = next((index for index, part in enumerate(path) if _is_number(part)), None)
+            while at is not None and (step := _inner(path, at)):
+                at += step
             if at is not None and at + 2 < len(path):
                 below.setdefault(".".join([unit, *path[: at + 1]]), set()).add(path[at + 1])
         return {block for block, modules in below.items() if len(modules) > 1}

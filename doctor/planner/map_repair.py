@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..data.joins import TOWER_ENTRY, TOWER_ROTARY
 from ..placement import Plan
 from .map_devices import OFF_GPU, main_device, shown
-from .map_joins import broken_joins, entry_of_broken_tower, parts_at_inputs
+from .map_joins import broken_joins, entry_of_broken_tower, parts_at_inputs, tower_of_joined_blocks
 from .map_layout import Device, Layout
 from .map_pieces import Anatomy, Piece
 from .map_question import Question, listed
@@ -70,6 +70,8 @@ def _join(question: Question, layout: Layout, place: Place) -> None:
     for join, _ in broken_joins(question, layout):
         target = next(place[piece.key] for piece in anatomy.pieces if _touches(piece, join.meets))
         place.update({piece.key: target for piece in anatomy.pieces if _touches(piece, join.moves)})
+    joined = tower_of_joined_blocks(question, layout)
+    place.update(dict.fromkeys(joined, place[joined[0]]) if joined else {})
     first = next((unit.key for unit in profile.units if unit.role == "embedding"), None)
     together = list(profile.tied)
     if profile.runs_inner_generate and first is not None:
@@ -176,8 +178,9 @@ def changes_between(layout: Layout, place: Place) -> list[str]:
     """What a placement does differently, one sentence a unit, neighbors that move alike together."""
     found: list[tuple[str, list[str]]] = []
     for piece in layout.anatomy.pieces:
-        names = layout.anatomy.tensors_under(piece.key)
-        before = sorted({shown(layout.device_of[name]) for name in names if name in layout.device_of})
+        # Positions of a tower hold no tensors: they stand for themselves.
+        names = layout.anatomy.tensors_under(piece.key) or [piece.key]
+        before = sorted({shown(device) for name in names if (device := layout.device_for(name)) is not None})
         after = shown(place[piece.key])
         if before == [after]:
             continue

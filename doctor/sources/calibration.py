@@ -120,19 +120,17 @@ def _obstacle(gpu: Gpu, machine: Machine) -> str | None:
 def load_calibrations(cache_folder: Path | None = None) -> tuple[Calibration, ...]:
     """All readings that were taken with the torch that is installed; none where there are none."""
     folder = cache_folder or default_folder()
-    if folder is None:
+    paths: list[Path] = []
+    with contextlib.suppress(OSError):
+        paths = [] if folder is None else sorted(folder.glob("calibration-*.json"))
+    if not paths:
         return ()
     try:
         installed = metadata.version("torch").partition("+")[0]
     except (metadata.PackageNotFoundError, ValueError, OSError):
         return ()
-    found = []
-    with contextlib.suppress(OSError):
-        for path in sorted(folder.glob("calibration-*.json")):
-            calibration = load_record(path, Calibration, most_bytes=_MAX_BYTES)
-            if calibration is not None and calibration.torch_version.partition("+")[0] == installed:
-                found.append(calibration)
-    return tuple(found)
+    found = (load_record(path, Calibration, most_bytes=_MAX_BYTES) for path in paths)
+    return tuple(one for one in found if one is not None and one.torch_version.partition("+")[0] == installed)
 
 
 def _store(folder: Path, calibration: Calibration) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from .. import __version__
+from ..calibration import Calibration
 from ..errors import MachineError
 from ..machine import Checkpoint, Driver, FileSetting, Gap, Gpu, KernelEvent, Machine, PciDevice, TorchView
 from .checkpoints import read_checkpoints
@@ -42,7 +43,7 @@ class Collection:
         deadline_s: Seconds that NVML may take.
         torch_deadline_s: Seconds that importing and asking torch may take.
         fresh_torch: Do not use an answer of torch from the last ten minutes.
-        cache_folder: Where torch's answers are kept; ``None`` for the user's cache folder.
+        cache_folder: Where torch's answers and the readings of ``calibrate`` are kept; ``None`` for the user's.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Collection:
     ) -> None:
         self._environment = dict(os.environ if environment is None else environment)
         self._root = root
+        self._cache_folder = cache_folder
         self._gaps: list[Gap] = []
         self._seconds: dict[str, float] = {}
         self._search_path = search_path(self._environment)
@@ -110,12 +112,14 @@ class Collection:
 
     def _assemble(self) -> Machine:
         # Late: reading metadata takes 20 ms to import, and the children shall be running by then.
+        from .calibration import load_calibrations
         from .libraries import read_libraries
 
         home = self._environment.get("HOME", "")
         no_variables: dict[str, str] = {}
         no_devices: tuple[PciDevice, ...] = ()
         no_files: dict[str, Any] = {}
+        no_readings: tuple[Calibration, ...] = ()
         environment = self._read("environment", lambda: read_environment(self._environment), no_variables)
         devices = self._read("pci_devices", lambda: read_pci_devices(self._root), no_devices)
         files = self._read("driver", lambda: read_driver_files(self._root), no_files)
@@ -131,11 +135,13 @@ class Collection:
         events = self._read("driver.kernel_events", self._read_kernel_log, no_events) if is_nvidia else no_events
         settings = self._read("nccl_settings", lambda: read_nccl_files(self._root, self._environment), no_settings)
         checkpoints = self._read("checkpoints", self._read_checkpoints, no_checkpoints)
+        calibrations = self._read("calibrations", lambda: load_calibrations(self._cache_folder), no_readings)
         self.waiting_for = "NVML"
         outcome = self._nvml.outcome()
         self._seconds["nvml"] = round(outcome.seconds, 4)
         seen = self._read("gpus", lambda: understand(outcome), NvmlView(driver=Driver()))
         gpus = tuple(_with_numa_node(gpu, devices) for gpu in seen.gpus)
+        names = {gpu.name for gpu in gpus}
         return Machine(
             origin="live",
             description=describe(gpus, devices),
@@ -149,6 +155,7 @@ class Collection:
             libraries=libraries,
             torch=self._torch_so_far(),
             environment=environment,
+            calibrations=tuple(reading for reading in calibrations if reading.gpu_name in names),
             nccl_settings=settings,
             checkpoints=checkpoints,
             gaps=(*self._gaps, *seen.gaps),

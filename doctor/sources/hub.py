@@ -53,7 +53,8 @@ def read_hub(model: HubId, settings: HubSettings) -> Checkpoint:
         index = session.get(INDEX)
         if index is None:
             raise ModelFileError(
-                f"{model.repo}: has no safetensors files on the hub; convert the model with save_pretrained."
+                f"{model.repo}: has no safetensors files on the hub, and the header of a .bin file is at its end; download "
+                "the model and name its folder, or convert it with save_pretrained."
             )
         shards = shards_of_index(index)
         with ThreadPoolExecutor(max_workers=CONNECTIONS) as pool:

@@ -110,14 +110,14 @@ def family_of_package(*names: str) -> dict[str, FamilyChanges]:
 def _read(path: Path) -> str:
     try:
         if not path.is_file():
-            raise UsageError(f"{path}: there is no such file of families; correct {VARIABLE} or the argument.")
+            raise UsageError(f"{path}: there is no such file of families; correct --families or {VARIABLE}.")
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise UsageError(f"{path}: more than {MAX_BYTES:,} bytes are no file of families; {_HELP}.")
         return text.decode()
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({_one_line(error)}); correct {VARIABLE} or the argument.") from error
+        raise UsageError(f"{path}: cannot be read ({_one_line(error)}); correct --families or {VARIABLE}.") from error
 
 
 def _parsed(text: str, path: Path) -> Mapping[str, Any]:

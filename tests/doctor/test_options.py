@@ -103,7 +103,7 @@ def test_every_option_of_plan_arrives() -> None:
         "--dtype float16 --quantization nf4 --attention eager --logits forward --max-gpus 2 --min-gpus 2 "
         "--headroom 2GiB --offline --json --output f.json --verbose --allocator expandable --prefer context --exclude 3,4 "
         "--pin model.visual=1 --pin lm_head=0 --max-memory 0=20GiB,1=1GiB --max-memory 2=2GiB --offload --suggest-gpus "
-        "--training lora --optimizer sgd --lora-rank 8 --no-gradient-checkpointing"
+        "--families own.toml --training lora --optimizer sgd --lora-rank 8 --no-gradient-checkpointing"
     )
     options = parse(words.split())
 
@@ -135,7 +135,7 @@ def test_every_option_of_plan_arrives() -> None:
     )
     assert options.suggest_gpus
     assert (options.model, options.machine, options.offline, options.format) == ("m", "2xL4", True, "json")
-    assert (options.output, options.verbose) == (Path("f.json"), True)
+    assert (options.output, options.verbose, options.families) == (Path("f.json"), True, Path("own.toml"))
 
 
 def test_training_has_the_usual_details_unless_they_are_given() -> None:

@@ -74,7 +74,7 @@ class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
         with torch._C.DisableTorchFunction():
             if func in _MOVES:
                 return self._move(func, args, kwargs)
-            tensors = args[:1] if func in _LOOKS_ONLY else (args, kwargs)
+            tensors = args[:1] if func in _LOOKS_ONLY or _fills_slice(func, args) else (args, kwargs)
             places = {place_of(tensor) for tensor in tree_iter(tensors) if _counts(tensor)}
             if func in _INDEXED:
                 places -= {torch.device("cpu")} - {place_of(args[0])}
@@ -86,12 +86,13 @@ class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
             device = kwargs.get("device")
             if device is not None:
                 kwargs["device"] = "meta" if torch.device(device).type == "meta" else "cpu"
-            result = func(*args, **kwargs)
+            result = func(*_countable(func, args), **kwargs)
         if device is None:
             device = next(iter(places), None)
             if device is None:
                 device = next((place_of(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)), None)
-        if device is None or func in _NO_RESULT:
+        # A torch.Size is a tuple with methods of its own.
+        if device is None or func in _NO_RESULT or isinstance(result, torch.Size):
             return result
         return tree_map(lambda item: put(item, device) if isinstance(item, torch.Tensor) else item, result)
 
@@ -115,6 +116,16 @@ class FakeDevices(TorchFunctionMode):  # type: ignore[misc]
         if target != place_of(tensor) or kwargs.get("copy"):
             moved = torch.Tensor.clone(moved)
         return put(moved, target)
+
+
+def _fills_slice(func: Any, args: Any) -> bool:
+    """Writing to a slice copies, from whatever device."""
+    return func is torch.Tensor.__setitem__ and not any(isinstance(item, torch.Tensor) for item in tree_iter(args[1]))
+
+
+def _countable(func: Any, args: Any) -> Any:
+    """CUDA counts integers in bins, the CPU does not."""
+    return (args[0].float(), *args[1:]) if func is torch.histc else args
 
 
 def _counts(item: Any) -> bool:

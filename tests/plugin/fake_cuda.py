@@ -17,6 +17,7 @@ class Cuda:
         self.reserved = [0, 0]
         self.peak_reserved = [0, 0]
         self.emptied = 0
+        self.is_broken = False
 
     def take(self, gib: float, ordinal: int = 0) -> None:
         self.allocated[ordinal] += int(gib * GIB)
@@ -26,6 +27,11 @@ class Cuda:
 
     def free(self, gib: float, ordinal: int = 0) -> None:
         self.allocated[ordinal] -= int(gib * GIB)
+
+    def _answer(self) -> None:
+        """What asks the driver fails once a kernel has failed."""
+        if self.is_broken:
+            raise RuntimeError("CUDA error: unspecified launch failure")
 
     def is_initialized(self) -> bool:
         return True
@@ -50,12 +56,14 @@ class Cuda:
         self.peak_reserved[ordinal] = self.reserved[ordinal]
 
     def mem_get_info(self, ordinal: int) -> tuple[int, int]:
+        self._answer()
         return self.total - self.reserved[ordinal] - GIB // 2, self.total
 
     def memory_stats(self, ordinal: int) -> dict[str, int]:
         return {"segment.all.current": 3, "inactive_split_bytes.all.current": 2**20, "num_alloc_retries": 1}
 
     def empty_cache(self) -> None:
+        self._answer()
         self.emptied += 1
         self.reserved = list(self.allocated)
 

@@ -49,9 +49,7 @@ import pathlib, pytest, time
 @pytest.mark.vlm("org/a")
 def test_a(vlm):
     pathlib.Path("started").touch()
-    for _ in range(600):
-        if pathlib.Path("go").exists(): break
-        time.sleep(0.1)
+    while not pathlib.Path("go").exists(): time.sleep(0.05)
 """
 LOAD = re.compile(r"LOAD (?P<model>\S+) gpus=(?P<gpus>\S+) worker=(?P<worker>\S+) sees=(?P<sees>\S+)")
 
@@ -357,6 +355,39 @@ def test_after_a_sigkill_of_the_controller_its_workers_go_too(make: Callable[...
 
     assert counts == {"passed": 2}, text
     assert [pid for pid in holders if is_running(pid)] == []
+
+
+@with_workers
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_worker_is_bound_to_its_controller_before_it_can_use_a_gpu(make: Callable[..., Project]) -> None:
+    body = f"""
+import ctypes, pytest
+def fate():
+    signal = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(signal), 0, 0, 0)  # PR_GET_PDEATHSIG
+    return signal.value
+WHILE_COLLECTING = fate()
+@pytest.mark.vlm("org/a")
+def test_a(vlm): assert WHILE_COLLECTING == fate() == {int(signal.SIGKILL)}
+"""
+
+    text, counts = make().run("-n2", "--vlm-gpus=auto", test_x=body)
+
+    assert counts == {"passed": 1}, text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_worker_whose_controller_is_gone_already_ends_too() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+
+    run = subprocess.run(
+        [sys.executable, "-c", f"from pytest_vlmgpu.lifetime import end_with; end_with({gone.pid}); print('alive')"],
+        check=False,
+        capture_output=True,
+    )
+
+    assert (run.returncode, run.stdout) == (-signal.SIGKILL, b"")
 
 
 @with_workers

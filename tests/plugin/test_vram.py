@@ -244,3 +244,26 @@ def test_a_wrong_setting_ends_the_run(suite: Any, option: str, message: str) -> 
 
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: VLM720: {message}"])
+
+
+BROKEN = """
+import pytest, torch
+class OutOfMemoryError(RuntimeError): pass
+@pytest.mark.vlm_limit_vram(9)
+@pytest.mark.parametrize("error", [ValueError("its own"), OutOfMemoryError("CUDA out of memory."), None])
+def test_x(error):
+    torch.cuda.take(1)
+    torch.cuda.is_broken = True
+    if error is not None: raise error
+    pytest.skip("as it likes")
+def test_other(): pass
+"""
+
+
+def test_a_gpu_that_stops_answering_hides_no_failure(suite: Any, cuda: Cuda) -> None:
+    result = suite.run("-rs", test_x=BROKEN)
+
+    result.assert_outcomes(passed=1, failed=2, skipped=1)
+    result.stdout.fnmatch_lines(["E       ValueError: its own", "*VLM752: out of GPU memory in the test*", "*as it likes"])
+    assert "INTERNALERROR" not in result.stdout.str()
+    assert "launch failure" not in result.stdout.str()

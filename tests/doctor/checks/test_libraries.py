@@ -53,6 +53,9 @@ def test_a_torch_that_works_unregistered_is_a_warning(ask: Ask, load: Load) -> N
     assert ask("VLM302", "2xl4-idle", libraries=unregistered).findings[0].severity == "warning"
     untried = TorchView(state="not_asked")
     assert ask("VLM302", "2xl4-idle", libraries=unregistered, torch=untried).findings[0].severity == "error"
+    # A CPU build that lies before the real one: seen on a machine with two H200s, where the run counted as usable.
+    without_cuda = TorchView(state="ok", version="2.13.0+cpu", cuda=None)
+    assert ask("VLM302", "2xl4-idle", libraries=unregistered, torch=without_cuda).findings[0].severity == "error"
 
 
 def test_loaders_missing(ask: Ask, said: Said) -> None:

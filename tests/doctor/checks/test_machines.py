@@ -100,6 +100,7 @@ HEALTHY = [
     "2x4090-no-p2p",
     "2xh200-nvswitch",
     "2xh200-recorded",
+    "2xh200-recorded-in-full",
     "2xl4-idle",
     "4x3090-two-bridges",
     "8xa100-nvswitch",

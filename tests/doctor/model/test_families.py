@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlm_doctor import Workload
+from vlm_doctor.cli import main
 from vlm_doctor.errors import ModelError, UsageError
 from vlm_doctor.planner.layer_work import coefficient_of
 from vlm_doctor.planner.vision_work import tower_coefficient
@@ -103,6 +105,25 @@ def test_the_example_of_the_page_describes_its_model(
     assert load_profile(str(folder)) == found
 
 
+def test_plan_and_check_map_take_the_file(
+    write_checkpoint: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(CONFIG, TENSORS, folder=tmp_path / "model")
+    own = str(file(tmp_path, EXAMPLE))
+    (tmp_path / "map.json").write_text('{"": 0}', encoding="utf-8")
+    monkeypatch.setenv("VLM_DOCTOR_FAMILIES", str(tmp_path / "nowhere.toml"))
+
+    def answered(*words: str) -> Any:
+        with pytest.raises(SystemExit) as caught:
+            main([*words, "--machine", "2xL4", "--json", "--families", own])
+        assert caught.value.code == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert answered("plan", str(folder))["plan"]["stages"][0]["keys"][0] == "model.tower"
+    best = answered("check-map", str(tmp_path / "map.json"), "--model", str(folder))["map_check"]["best"]
+    assert best["stages"][0]["keys"][0] == "model.tower"
+
+
 def test_the_name_of_the_class_and_built_in_families_work_too(write_checkpoint: Write, tmp_path: Path) -> None:
     folder = write_checkpoint(CONFIG, TENSORS, folder=tmp_path / "model")
     found = load_profile(str(folder), families=file(tmp_path, EXAMPLE.replace("my_vlm", "MyVlm")))
@@ -152,7 +173,7 @@ def test_nonsense_is_refused_in_one_sentence(tmp_path: Path, text: str, expected
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = "there is no such file of families; correct VLM_DOCTOR_FAMILIES or the argument."
+    missing = "there is no such file of families; correct --families or VLM_DOCTOR_FAMILIES."
     assert refusal(tmp_path / "nowhere.toml") == missing
     assert refusal(tmp_path) == missing
     path = file(tmp_path, "")

@@ -255,7 +255,10 @@ def test_a_revision_is_part_of_the_address(site: Site) -> None:
 
 def test_a_model_without_safetensors_on_the_hub_is_refused(site: Site, write_checkpoint: Write) -> None:
     (write_checkpoint(folder=site.folder) / "model.safetensors").unlink()
-    assert refusal() == "org/vlm: has no safetensors files on the hub; convert the model with save_pretrained."
+    assert refusal() == (
+        "org/vlm: has no safetensors files on the hub, and the header of a .bin file is at its end; download the model and "
+        "name its folder, or convert it with save_pretrained."
+    )
 
 
 def test_a_config_without_end_is_not_read(site: Site, write_checkpoint: Write, monkeypatch: pytest.MonkeyPatch) -> None:

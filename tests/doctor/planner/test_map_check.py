@@ -158,11 +158,23 @@ def test_whatever_the_map_the_corrected_one_is_clean(seed: int, profile: ModelPr
     judged({key: dice.choice(values) for key in dice.sample(keys, dice.randint(1, len(keys)))}, profile)
 
 
-def test_a_tower_inside_the_whole_model_keeps_the_outer_hooks_in_its_blocks() -> None:
+@pytest.mark.parametrize("inner", ["model.visual", "model.visual.blocks", "model.visual.blocks.3"])
+def test_blocks_that_an_inner_key_moves_are_told_once(inner: str) -> None:
+    checked = judged({"": 0, inner: 1}, QWEN)
+    assert codes(checked, "error") == ["VLM612"]
+    assert f"inside it, {inner!r} on cuda:1" in said(checked, "VLM612")
+
+
+def test_a_block_that_is_cut_for_another_reason_is_told_beside_the_inner_key() -> None:
+    device_map = split(QWEN, 14)
+    parts: dict[str, int] = {"self_attn": 1, "mlp": 0, "input_layernorm": 1, "post_attention_layernorm": 1}
+    checked = judged({**cut(QWEN, f"{LAYERS}.3", device_map, **parts), "model.visual.blocks": 1}, QWEN)
+    assert codes(checked, "error") == ["VLM612", "VLM614"]
+    assert said(checked, "VLM614").startswith(f"Block {LAYERS}.3 is cut: it is on cuda:0 (mlp) and cuda:1 (")
+
+
+def test_a_tower_inside_the_whole_model_stays_where_the_inner_key_says() -> None:
     checked = judged({"": 0, "model.visual": 1}, QWEN)
-    assert codes(checked, "error")[0] == "VLM612"
-    assert codes(checked, "error")[1:] == ["VLM614"] * len(codes(checked, "error")[1:])
-    assert "found at least two devices, cuda:0 and cuda:1" in said(checked, "VLM614")
     assert checked.corrected is not None
     assert checked.corrected["model.visual"] == 1
     assert {device for key, device in checked.corrected.items() if key != "model.visual"} == {0}
@@ -176,6 +188,13 @@ def test_where_nothing_says_what_a_block_is_given_it_is_taken_to_come_from_where
     assert f"Block {block} is cut: it is on cuda:0 (norm1, norm2, attn) and cuda:1 (mlp)." in cut.message
     assert cut.cause is not None
     assert cut.cause.startswith("A block adds what goes in, which is on cuda:0,")
+
+
+def test_the_positions_of_a_tower_are_no_change_where_its_key_covers_them() -> None:
+    device_map: Map = {unit.key: 0 for unit in GLM.units if unit.role != "head"}
+    checked = judged(device_map, GLM)
+    assert codes(checked, "error") == ["VLM611"]
+    assert checked.changes == ("lm_head is on cuda:0; it had no device.",)
 
 
 def test_unknown_names_are_answered_with_those_of_this_version() -> None:
@@ -373,7 +392,10 @@ def test_attention_in_parts_loses_mask_and_positions() -> None:
     parts = dict.fromkeys(("mlp", "input_layernorm", "post_attention_layernorm"), 1)
     attention = {f"self_attn.{name}_proj": 1 for name in "qkvo"}
 
-    assert codes(judged(cut(LLAVA, block, base, **parts, **attention)), "error") == ["VLM624"]
+    checked = judged(cut(LLAVA, block, base, **parts, **attention))
+
+    assert codes(checked, "error") == ["VLM624"]
+    assert "what goes in stays on cuda:0" in said(checked, "VLM624")
 
 
 def test_many_cut_blocks_end_in_one_sentence() -> None:

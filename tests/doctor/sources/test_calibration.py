@@ -11,13 +11,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from vlm_doctor import cli, load_machine
+from vlm_doctor import check_map, cli, codec, collect, load_machine, load_profile, plan
+from vlm_doctor.answer import check_report, with_suggestion
 from vlm_doctor.calibration import Calibration, calibration_of
+from vlm_doctor.errors import MachineError
 from vlm_doctor.formats.calibration_text import calibration_text
 from vlm_doctor.machine import Driver, GpuProcess, Machine
+from vlm_doctor.placement import Stage
 from vlm_doctor.planner.budget import CONTEXT_BYTES, budgets
 from vlm_doctor.sources import calibration as source
 from vlm_doctor.sources.calibration import Reading, calibrate, load_calibrations
+from vlm_doctor.sources.nvml_answer import NvmlView
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Policy
 
@@ -248,9 +252,46 @@ def test_the_command(
     assert [one["gpu"] for one in json.loads(out)] == [one.gpu for one in readings]
 
 
-def test_a_plan_of_this_machine_knows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "load_calibrations", lambda: (READING,))
-    made_up = load_machine("2xL4")
-    live = msgspec.structs.replace(made_up, origin="live")
-    assert cli._calibrated(Policy(max_gpus=2), live) == Policy(max_gpus=2, calibrations=(READING,))
-    assert cli._calibrated(Policy(max_gpus=2), made_up) == Policy(max_gpus=2)
+def test_a_machine_brings_the_readings_of_its_own_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = msgspec.structs.replace(READING, gpu_name="another")
+    for reading in (READING, other):
+        source._store(tmp_path, reading)
+    monkeypatch.setattr(metadata, "version", lambda _: "2.13.0")
+    card = msgspec.structs.replace(machine().gpus[0], name=READING.gpu_name)
+    view = NvmlView(driver=Driver(kernel_module_version="580.1"), gpus=(card,))
+    monkeypatch.setattr("vlm_doctor.sources.collection.understand", lambda _: view)
+
+    seen = collect(with_torch=False, root=tmp_path, environment={}, cache_folder=tmp_path)
+    elsewhere = collect(with_torch=False, root=tmp_path, environment={}, cache_folder=tmp_path / "none")
+
+    assert (seen.calibrations, elsewhere.calibrations) == ((READING,), ())
+    assert not [gap for gap in seen.gaps if gap.path == "calibrations"]
+    again = codec.machine_from_json(codec.to_json(codec.redact(seen)).encode(), where="snapshot")
+    assert again.calibrations == (READING,)
+
+
+def context_bytes(stage: Stage) -> int:
+    return next(line.size_bytes for line in stage.ledger if line.kind == "context")
+
+
+def test_every_plan_of_the_machine_counts_with_its_readings_and_a_policy_goes_before_them() -> None:
+    profile = load_profile("zai-org/GLM-4.1V-9B-Thinking", allow_network=False)
+    made = machine()
+    reading = msgspec.structs.replace(READING, gpu_name=made.gpus[0].name, context_bytes=2 * GIB)
+    known = msgspec.structs.replace(made, calibrations=(reading,))
+
+    stage, checked = plan(profile, known).stages[0], check_map({"": 0}, profile, known)
+    suggested = with_suggestion(check_report(known), profile).plan
+
+    assert context_bytes(stage) == context_bytes(checked.best.stages[0]) == 2 * GIB
+    assert context_bytes(plan(profile, made).stages[0]) == CONTEXT_BYTES
+    assert suggested is not None
+    assert context_bytes(suggested.stages[0]) == 2 * GIB
+    chosen = msgspec.structs.replace(reading, context_bytes=GIB)
+    assert budgets(known, Policy(calibrations=(chosen,))).usable[0].context_bytes == GIB
+
+
+def test_a_snapshot_with_impossible_readings_is_refused() -> None:
+    wrong = msgspec.structs.replace(machine(), calibrations=(msgspec.structs.replace(READING, context_bytes=-1),))
+    with pytest.raises(MachineError, match=r"^snapshot: the calibration of NVIDIA L4 has a size out of range; record it"):
+        codec.machine_from_json(codec.to_json(wrong).encode(), where="snapshot")

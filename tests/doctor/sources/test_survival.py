@@ -145,7 +145,7 @@ def test_any_nvml(name: str, root: Path, tmp_path: Path, double_environment: Env
     assert machine.driver.nvml_state == state
     assert len(machine.gpus) == (1 if name == "ok" else 0)
     assert (machine.torch.state, machine.torch.message) == ("not_asked", "was not asked")
-    files = {"environment", "pci_devices", "driver", "host", "libraries", "nccl_settings", "checkpoints"}
+    files = {"environment", "pci_devices", "driver", "host", "libraries", "nccl_settings", "checkpoints", "calibrations"}
     assert set(machine.seconds) == {*files, "nvml", "gpus"}
 
 
