@@ -260,7 +260,7 @@ def try_model(options: Namespace) -> int:
         trier,
         profile,
         machine,
-        _calibrated(policy(options), machine),
+        policy(options),
         on_cpu=options.cpu,
         beside_auto=options.beside_auto,
         watch=lambda what: Progress(lambda: what, sys.stderr),

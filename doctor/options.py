@@ -265,7 +265,7 @@ def _add_try(parser: Parser) -> None:
         help=f"for each load with its calls (default: {DEFAULT_TRIAL_S:.0f})",
     )
     _add_machine(parser)
-    parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
+    _add_model_reading(parser)
     _add_call(parser, Workload(new_tokens=TRIAL_TOKENS))
     # A trial is a call of generate with prompts of one length.
     parser.set_defaults(
