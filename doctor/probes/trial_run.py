@@ -101,6 +101,7 @@ class Trier:
             "trust_remote_code": self._trust_remote_code,
             "work": _work(self._profile, self.workload),
             "blocks": _blocks(self._profile),
+            "parent": os.getpid(),
         }
         child = Child(
             _PROGRAM,

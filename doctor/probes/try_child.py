@@ -5,7 +5,10 @@ Every step is told before the next begins, so that a crash, a hang or the kernel
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
+import signal
 import time
 import traceback
 import warnings
@@ -14,6 +17,8 @@ from typing import Any
 
 _KEPT_CHARS = 12_000
 """Of a traceback: its end, where the error is."""
+_SET_PARENT_DEATH_SIGNAL = 1
+"""``PR_SET_PDEATHSIG``. Source: sys/prctl.h."""
 _NAMED = 5
 """Names that are told of each kind; the rest are counted."""
 
@@ -30,6 +35,7 @@ def main(
     trust_remote_code: bool,
     work: dict[str, Any],
     blocks: list[str],
+    parent: int | None = None,
 ) -> None:
     """Answer the fields of ``vlm_doctor.trial.Attempt`` that a child can know.
 
@@ -44,7 +50,10 @@ def main(
         trust_remote_code: Allow Python code of the checkpoint to run.
         work: The call; see :func:`.try_prompt.make_prompt`, and ``new_tokens``.
         blocks: Module paths of the repeated blocks, none of which may be cut.
+        parent: Pid of the process without which this one has nobody to tell; ``None`` goes on alone.
     """
+    if parent is not None:
+        _end_with(parent)
     warnings.simplefilter("ignore")
     answer: dict[str, Any] = {"reached": "start"}
     trial = _Trial(say, answer)
@@ -59,6 +68,16 @@ def main(
     if answer["reached"] not in ("call", "second call"):
         trial.measure()
     say("end", answer, is_final=True)
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process with the one that started it: a model must not stay on GPUs for nobody. On Linux."""
+    import ctypes
+
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _Trial:
