@@ -101,7 +101,8 @@ def test_pyyaml_reads_every_scalar_back(value: Any) -> None:
     if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
         return
     assert read(f"{scalar('k')}: {scalar(value)}\n") == {"k": value}
-    if isinstance(value, str):
+    # YAML reads a key on the line of its colon up to 1,024 characters; names of modules are far shorter.
+    if isinstance(value, str) and len(scalar(value)) < 1_000:
         assert read(f"{scalar(value)}: 1\n") == {value: 1}
 
 
