@@ -1,4 +1,4 @@
-"""For all tests: no law is timed, and where coverage is measured it gets the same examples each time, so that the bar holds."""
+"""For all tests: no law is timed, and where coverage is measured it gets the same examples each time."""
 
 from __future__ import annotations
 
