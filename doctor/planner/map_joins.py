@@ -100,7 +100,8 @@ def parted_pairs(question: Question, layout: Layout) -> Iterator[Finding]:
     one, other, where = PAIRED_LAYERS.get(question.profile.model_type, ("", "", ""))
     for number in range(question.profile.text.layers if one else 0):
         pair = [owner(layout.device_map, f"{body}.{number}") for body in (one, other)]
-        devices = {layout.runs(layout.device_map[key]) for key in pair if key is not None} - {None}
+        found = (layout.runs(layout.device_map[key]) for key in pair if key is not None)
+        devices = {device for device in found if device is not None}
         if len(devices) > 1:
             yield finding(
                 question,
