@@ -172,6 +172,12 @@ TOWER_WINDOWED = frozenset({"qwen2_5_vl"})
 """Families whose tower sorts its patches into windows and back, in 4.57 by an index that stays with the inputs: there the
 first part and the merger must be at the inputs in any case."""
 
+MASKED_AT_INPUTS: Mapping[str, str] = {
+    "paligemma": "block_sequence_ids[batch_idx, q_idx] in masking_utils.py",
+}
+"""Families that make the mask of an image from token types, which stay with the inputs, and from positions, which are where
+the embedding is. Run on two devices with transformers 5.17."""
+
 TOWER_EXIT: Mapping[str, tuple[str, str]] = {
     "kimi_k25": ("final_layernorm", "hidden_states[merge_index] in modeling_kimi_k25.py"),
 }

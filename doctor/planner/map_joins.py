@@ -9,6 +9,7 @@ from ..data.joins import (
     JOINED_BLOCKS,
     JOINS,
     LOGITS_MOVED,
+    MASKED_AT_INPUTS,
     PAIRED_LAYERS,
     TOWER_ENTRY,
     TOWER_EXIT,
@@ -29,6 +30,7 @@ def about_joins(question: Question, layout: Layout) -> Iterator[Finding]:
     yield from parted_joins(question, layout)
     yield from parted_blocks(question, layout)
     yield from parted_pairs(question, layout)
+    yield from parted_mask(question, layout)
     yield from parted_parameters(question, layout)
     yield from parted_positions(question, layout)
     yield from parted_exit(question, layout)
@@ -115,6 +117,23 @@ def parted_pairs(question: Question, layout: Layout) -> Iterator[Finding]:
                 devices=devices,
             )
             return
+
+
+def parted_mask(question: Question, layout: Layout) -> Iterator[Finding]:
+    """A mask of images that is made of tensors at the inputs and at the embedding."""
+    where, first = MASKED_AT_INPUTS.get(question.profile.model_type), layout.role_device("embedding")
+    if where is None or first is None or not layout.dispatches or first == layout.main:
+        return
+    yield finding(
+        question,
+        "VLM615",
+        "error",
+        f"model.language_model.embed_tokens is on {shown(first)} and the inputs are on {shown(layout.main)}: with an image "
+        f"model says {mismatch({first, layout.main})} in {where}",
+        cause="The token types stay with the inputs, and nothing moves them to where the text runs.",
+        fix=f"Put the token embedding on {shown(layout.main)}.",
+        devices={first, layout.main},
+    )
 
 
 def parted_parameters(question: Question, layout: Layout) -> Iterator[Finding]:
