@@ -393,6 +393,10 @@ def _plain(model: Any) -> Any:
     """For inference, with experts in plain operations: kernels do not know devices that are not there, nor float32."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
+    for module in model.modules():
+        # A tower of experts is not asked.
+        if getattr(getattr(module, "config", None), "_experts_implementation", "eager") != "eager":
+            module.config._experts_implementation = "eager"
     return model.eval()
 
 
