@@ -203,6 +203,8 @@ def _word(entry: dict[str, Any] | None) -> str:
         return "-"
     if entry.get("failed"):
         return f"failed: {entry['failed'][:60]}"
+    if entry.get("whole"):
+        return "kept on one GPU"
     if "runs" not in entry:
         return f"no split ({', '.join(map(str, entry.get('devices', [])))})"
     flagged = ", ".join(entry["check"]["errors"]) or "clean"
@@ -247,6 +249,8 @@ def _kind(row: dict[str, Any], name: str) -> str:
     entry = row.get(name)
     if not entry:
         return "not run"
+    if entry.get("whole"):
+        return "kept on one GPU"
     if "runs" not in entry:
         return "no map" if entry.get("failed") else "does not split"
     if entry["crashes"]:

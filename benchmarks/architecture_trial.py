@@ -148,11 +148,14 @@ class Trial:
         except VlmDoctorError as error:
             self.row.add(plan={"failed": said(error)})
             return
+        if not planned.fits:
+            whole = plan(self.profile, self.machine(1), self.workload())
+            self.row.add(plan={"whole": whole.fits, "why": planned.shortage.message if planned.shortage else ""})
+            return
         used = sorted(set(planned.device_map.values()))
         self.row.add(plan={"fits": planned.fits, "devices": used, "share": self.share(planned.device_map)})
-        if planned.fits:
-            self.row["plan"].update(self.judge(planned.device_map))
-            self.row.add()
+        self.row["plan"].update(self.judge(planned.device_map))
+        self.row.add()
 
     def workload(self) -> Any:
         """A short prompt, with an image where the profile knows how to count it."""
@@ -390,6 +393,10 @@ def _plain(model: Any) -> Any:
     """For inference, with experts in plain operations: kernels do not know devices that are not there, nor float32."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
+    for module in model.modules():
+        # A tower of experts is not asked.
+        if getattr(getattr(module, "config", None), "_experts_implementation", "eager") != "eager":
+            module.config._experts_implementation = "eager"
     return model.eval()
 
 

@@ -167,10 +167,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "unlimited_ocr": {"text_config.num_key_value_heads": HEADS},
     "gemma3n": {"text_config.intermediate_size": MLP_WIDTH},
-    "granite4_vision": {"deepstack_layer_map": [[-2, 1], [-1, 2]], "downsample_rate": "1/2"},
+    "granite4_vision": {
+        "text_config.model_type": "granite", "deepstack_layer_map": [[-2, 1], [-1, 2]], "downsample_rate": "1/2",
+    },
     "diffusion_gemma": {
         "text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 32,
-        "vision_config.position_embedding_size": 64, "canvas_length": 8,
+        "vision_config": _GEMMA4_TOWER, "canvas_length": 8,
     },
     "dots3_note": {
         "text_config.per_layer_config": {
@@ -298,6 +300,8 @@ def _renumber(fields: dict[str, Any]) -> None:
 def _set(fields: dict[str, Any], path: str, value: Any) -> None:
     *above, last = path.split(".")
     for part in above:
+        if fields.get(part) is None:
+            return  # A tower that this release leaves out by default.
         fields = fields[part]
     fields[last] = value
 

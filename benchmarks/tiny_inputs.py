@@ -182,6 +182,24 @@ def _kosmos(model: Any) -> Inputs:
     return {**pictures, "image_embeds_position_mask": mask}
 
 
+def _robot(model: Any) -> Inputs:
+    """PI0: where the arm is, noise to be made into actions, and one camera."""
+    config = model.config
+    vision = config.vlm_config.vision_config
+    edge = _edge(vision)
+    places = torch.full(((edge // vision.patch_size) ** 2,), config.vlm_config.image_token_id)
+    ids = torch.cat((places, torch.arange(WORD, WORD + 4)))[None]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "state": torch.randn(1, config.max_state_dim),
+        "noise": torch.randn(1, config.chunk_size, config.max_action_dim),
+        "timestep": torch.tensor([0.5]),
+        "pixel_values": torch.randn(1, 1, 3, edge, edge),
+        "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
+    }
+
+
 def _idefics(model: Any) -> Inputs:
     return {**_tiles(model), "image_attention_mask": torch.ones(1, 12, 1, dtype=torch.long)}
 
@@ -202,7 +220,7 @@ def _merged_patches(model: Any) -> Inputs:
     vision = _vision(model)
     merge = _first(vision, "merge_size", "spatial_merge_size", default=2)
     edge = vision.patch_size * merge
-    return {"pixel_values": torch.randn(16 // merge**2, edge, edge, 3), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    return {"pixel_values": torch.randn(4, edge, edge, 3), "image_grid_thw": torch.tensor([[1, 2, 2]])}
 
 
 def _tiles_with_mask(model: Any) -> Inputs:
@@ -268,6 +286,7 @@ _OWN: dict[str, Callable[[Any], Inputs]] = {
     "inkling2": _merged_patches,
     "mllama": _mllama,
     "molmo2": _pooled,
+    "pi0": _robot,
     "pix2struct": lambda model: {**_flat_patches(model), "decoder_input_ids": torch.arange(WORD, WORD + 4)[None]},
     "lfm2_vl": _padded_patches,
     "nemotron_h_omni": _grid_of_patches,
@@ -279,7 +298,7 @@ _PLACES: dict[str, Callable[[Any], int]] = {"instructblipvideo": lambda model: 4
 """Families whose tower cannot be asked for its features alone."""
 _NO_TEXT = frozenset({"pp_formulanet", "vision-encoder-decoder", "pix2struct"})
 """They read no prompt."""
-_WHOLE_INPUTS = frozenset({"mllama", "blip", "git", "idefics", "kosmos-2", "kosmos-2.5", "udop"})
+_WHOLE_INPUTS = frozenset({"mllama", "blip", "git", "idefics", "kosmos-2", "kosmos-2.5", "pi0", "udop"})
 """Families whose prompt has no places for image features."""
 NO_IMAGES: dict[str, str] = {"mistral4": "a text model", "evolla": "reads proteins"}
 

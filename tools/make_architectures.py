@@ -28,7 +28,8 @@ Each tiny checkpoint with random weights was loaded over two devices by the plan
 accelerate's `infer_auto_device_map` (half of the weights on the first device) and `device_map="auto"`. Logits and greedy
 tokens, for a text and for an image, are compared with those of one device ({versions}; devices: {devices}).
 
-- planner: `equal` to one device, `crashes`, `differs`; `one device`: two runs of one device differ already; `-`: not run.
+- planner: `equal` to one device, `crashes`, `differs`; `one device`: two runs of one device differ already; `one GPU`: no
+  cut suits it, so that the plan keeps it whole; `-`: not run.
 - accelerate, auto: the same, and behind a crash what `vlm-doctor check-map` says of the map before anything loads.
 - memory: `script` where the allocations of the text body (and of the tower) are known one by one, `formula` elsewhere;
   `vlm-doctor plan --trace` replaces both.
@@ -74,6 +75,8 @@ def _brief_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _word(entry: dict[str, Any], *, is_same: bool) -> str:
+    if entry.get("whole"):
+        return "one GPU"
     if "runs" not in entry:
         return "does not split" if "failed" not in entry else "no map"
     codes = ", ".join(entry["check"]["errors"])

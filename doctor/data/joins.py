@@ -75,17 +75,26 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
             "encoder.embeddings.patch_projection",
             "embeddings + row_embeddings + col_embeddings in modeling_pix2struct.py",
             False,
-            "transformers 4.57.6 and 5.23, run on two devices",
+            "transformers 5.23, run on two devices",
         )
         for name in ("row", "column")
     ),
     "udop": (
         Join(
             "encoder.cell_2d_embedding",
-            "encoder.embed_tokens",
+            "shared",
             "inputs_embeds += cell_2d_embedding(bbox) in modeling_udop.py",
             False,
-            "transformers 4.57.6 and 5.23, run on two devices",
+            "transformers 5.23, run on two devices",
+        ),
+    ),
+    "diffusion_gemma": (
+        Join(
+            "model.encoder.language_model",
+            "model.decoder.layers",
+            "one of the layers in modeling_diffusion_gemma.py, whose weights both use,",
+            False,
+            "transformers 5.23, run on two devices",
         ),
     ),
     "git": (
@@ -94,7 +103,7 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
             "git.embeddings",
             "torch.cat((projected_visual_features, embedding_output)) in modeling_git.py",
             False,
-            "transformers 4.57.6 and 5.23, run on two devices",
+            "transformers 5.23, run on two devices",
         ),
     ),
     "unlimited_ocr": (
@@ -112,7 +121,7 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
             "model.high_res_vision_proj",
             "global_hidden_state * high_res_vision_alpha in modeling_deepseek_vl_hybrid.py",
             False,
-            "transformers 4.57.6 and 5.23, run on two devices",
+            "transformers 5.23, run on two devices",
         ),
     ),
 }
@@ -125,6 +134,22 @@ JOINED_BLOCKS: Mapping[str, str] = {
 }
 """Families that join the outputs of several blocks of their tower: they must be on one device. Run on two devices with
 transformers 5.23 (molmo2: read)."""
+
+WHOLE: Mapping[str, str] = {
+    "diffusion_gemma": "its encoder and its decoder share the weights of their layers",
+    "pi0": "the caches of its two text bodies are joined layer by layer",
+    "vision-encoder-decoder": "its two parts are any two models, whose modules are named by their own classes",
+}
+"""Families that are kept on one GPU, and why. Source: modeling files of transformers 5.23."""
+
+PAIRED_LAYERS: Mapping[str, tuple[str, str, str]] = {
+    "pi0": ("model.vlm.language_model.layers", "model.dit.layers", "torch.cat of the cache in cache_utils.py"),
+}
+"""Families of two bodies each layer of which must be where its twin is, and the line. Run on two devices with transformers
+5.23."""
+
+NAMED_ELSEWHERE = frozenset({"pi0", "vision-encoder-decoder"})
+"""Families whose modules have other names than their stored tensors, in ways that depend on what they are made of."""
 
 ROTARY_NOT_MOVED = frozenset(
     {"glm4v", "glm4v_moe", "llama4", "mllama", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl", "qwen3_omni_moe", "qwen3_vl",
@@ -146,6 +171,18 @@ devices with 4.57.6 and 5.23 (``tests/models/test_map_truth.py``)."""
 TOWER_WINDOWED = frozenset({"qwen2_5_vl"})
 """Families whose tower sorts its patches into windows and back, in 4.57 by an index that stays with the inputs: there the
 first part and the merger must be at the inputs in any case."""
+
+MASKED_AT_INPUTS: Mapping[str, str] = {
+    "paligemma": "block_sequence_ids[batch_idx, q_idx] in masking_utils.py",
+}
+"""Families that make the mask of an image from token types, which stay with the inputs, and from positions, which are where
+the embedding is. Run on two devices with transformers 5.17."""
+
+TOWER_EXIT: Mapping[str, tuple[str, str]] = {
+    "kimi_k25": ("final_layernorm", "hidden_states[merge_index] in modeling_kimi_k25.py"),
+}
+"""Families whose tower sorts its result by an index that stays with the inputs: the last part, and the line. Only a tower
+with a key of its own, whose hook moves the index too, may end elsewhere. Run on two devices with transformers 5.23."""
 
 TOWER_TABLES: Mapping[str, str] = {"glm4v": "embeddings", "glm4v_moe": "embeddings"}
 """Part of such a tower that uses the weight of a module in it without calling the module, so that only a key of the part

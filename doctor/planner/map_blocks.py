@@ -223,19 +223,27 @@ def _unhooked(question: Question, layout: Layout, block: Piece, parts: dict[str,
     )
 
 
+def _parts_a_product(layout: Layout, module: str) -> bool:
+    """True where a gate and what it multiplies are on two devices; an activation with a key takes the gate along."""
+    gate, up = (layout.runs_on(f"{module}.{name}") for name in ("gate_proj", "up_proj"))
+    key = next((f"{module}.{name}" for name in ("act_fn", "act") if f"{module}.{name}" in layout.device_map), None)
+    moved = None if key is None else layout.runs(layout.device_map[key])
+    return bool(gate and up) and (gate if moved is None else {moved}) != up
+
+
 def _cut_module(question: Question, layout: Layout, piece: Piece) -> Iterator[Finding]:
     """Parts of a module that is no block, such as the patch embedding or a projector."""
     devices = layout.runs_on(piece.key)
     if len(devices) < 2 or _has_conflict(layout, piece.key):
         return
-    is_sum = "embed" in piece.key.rpartition(".")[2]
+    is_sum = "embed" in piece.key.rpartition(".")[2] or _parts_a_product(layout, piece.key)
     yield finding(
         question,
         "VLM614",
         "error" if is_sum else "warning",
         f"{piece.key} is cut: it is on {_by_device(_parts(layout, piece.key) or {piece.key: devices})}."
         + (f" The first call says {mismatch(devices)}" if is_sum else ""),
-        cause="It adds its parts, and nothing moves them together."
+        cause="It combines its parts, and nothing moves them together."
         if is_sum
         else f"It works only if its parts run one after another; where it adds them, torch says {mismatch(devices)}",
         fix=_fix(layout, piece.key).replace("the block", "it"),

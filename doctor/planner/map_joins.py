@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from ..data.joins import JOINED_BLOCKS, JOINS, LOGITS_MOVED, TOWER_ENTRY, TOWER_ROTARY, TOWER_TABLES, TOWER_WINDOWED, Join
+from ..data.joins import (
+    JOINED_BLOCKS,
+    JOINS,
+    LOGITS_MOVED,
+    MASKED_AT_INPUTS,
+    PAIRED_LAYERS,
+    TOWER_ENTRY,
+    TOWER_EXIT,
+    TOWER_ROTARY,
+    TOWER_TABLES,
+    TOWER_WINDOWED,
+    Join,
+)
 from ..findings import Finding, Severity
 from .map_devices import shown
 from .map_layout import Device, Layout
+from .map_names import owner
 from .map_question import Question, finding, listed, mismatch
 
 
@@ -16,8 +29,11 @@ def about_joins(question: Question, layout: Layout) -> Iterator[Finding]:
     """VLM615, VLM616, VLM621 and VLM623."""
     yield from parted_joins(question, layout)
     yield from parted_blocks(question, layout)
+    yield from parted_pairs(question, layout)
+    yield from parted_mask(question, layout)
     yield from parted_parameters(question, layout)
     yield from parted_positions(question, layout)
+    yield from parted_exit(question, layout)
     yield from parted_ties(question, layout)
     yield from parted_logits(question, layout)
     yield from hops(question, layout)
@@ -79,6 +95,45 @@ def parted_blocks(question: Question, layout: Layout) -> Iterator[Finding]:
             seen=[(key, layout.device_map[key]) for key in blocks if key in layout.device_map][:6],
             devices=devices,
         )
+
+
+def parted_pairs(question: Question, layout: Layout) -> Iterator[Finding]:
+    """Layers of two bodies that are on two devices."""
+    one, other, where = PAIRED_LAYERS.get(question.profile.model_type, ("", "", ""))
+    for number in range(question.profile.text.layers if one else 0):
+        pair = [owner(layout.device_map, f"{body}.{number}") for body in (one, other)]
+        found = (layout.runs(layout.device_map[key]) for key in pair if key is not None)
+        devices = {device for device in found if device is not None}
+        if len(devices) > 1:
+            yield finding(
+                question,
+                "VLM615",
+                "error",
+                f"{one}.{number} and {other}.{number} are on {listed(sorted(map(shown, devices)))}: {where} says "
+                f"{mismatch(devices)}",
+                cause="The second reads the cache of the first, and nothing moves it.",
+                fix="Keep the model on one device.",
+                seen=[(key, layout.device_map[key]) for key in pair if key is not None],
+                devices=devices,
+            )
+            return
+
+
+def parted_mask(question: Question, layout: Layout) -> Iterator[Finding]:
+    """A mask of images that is made of tensors at the inputs and at the embedding."""
+    where, first = MASKED_AT_INPUTS.get(question.profile.model_type), layout.role_device("embedding")
+    if where is None or first is None or not layout.dispatches or first == layout.main:
+        return
+    yield finding(
+        question,
+        "VLM615",
+        "error",
+        f"model.language_model.embed_tokens is on {shown(first)} and the inputs are on {shown(layout.main)}: with an image "
+        f"model says {mismatch({first, layout.main})} in {where}",
+        cause="The token types stay with the inputs, and nothing moves them to where the text runs.",
+        fix=f"Put the token embedding on {shown(layout.main)}.",
+        devices={first, layout.main},
+    )
 
 
 def parted_parameters(question: Question, layout: Layout) -> Iterator[Finding]:
@@ -151,6 +206,34 @@ def parted_positions(question: Question, layout: Layout) -> Iterator[Finding]:
                 seen=[(part, layout.device_map[part])] if part in layout.device_map else (),
                 devices=there | {layout.main},
             )
+
+
+def exit_of_broken_tower(question: Question, layout: Layout) -> tuple[str, str] | None:
+    """The last part of a tower without a key of its own whose result is sorted at the inputs, and the line."""
+    part, where = TOWER_EXIT.get(question.profile.model_type, ("", ""))
+    for unit in question.profile.units:
+        if part and unit.role == "vision" and layout.dispatches and not layout.is_hooked(unit.key):
+            return f"{unit.key}.{part}", where
+    return None
+
+
+def parted_exit(question: Question, layout: Layout) -> Iterator[Finding]:
+    """A tower in parts that ends elsewhere than at the inputs."""
+    part, where = exit_of_broken_tower(question, layout) or ("", "")
+    there = layout.runs_on(part) if part else set()
+    if there and there != {layout.main}:
+        yield finding(
+            question,
+            "VLM615",
+            "error",
+            f"{part.rpartition('.')[0]} is in parts, and {part} is on {listed(sorted(map(shown, there)))} while the index "
+            f"that sorts its result stays with the inputs on {shown(layout.main)}: {where} says "
+            f"{mismatch(there | {layout.main})}",
+            cause="Only a tower with a key of its own has a hook that moves all its inputs.",
+            fix=f"Put {part} on {shown(layout.main)}, or give the tower one key.",
+            seen=[(part, layout.device_map[part])] if part in layout.device_map else (),
+            devices=there | {layout.main},
+        )
 
 
 def parted_ties(question: Question, layout: Layout) -> Iterator[Finding]:

@@ -47,6 +47,9 @@ class Layout:
         key = owner(self.module_keys, name) if self.dispatches else None
         if key is None:
             key = owner(self.device_map, name)
+        if key is None and name in self.anatomy.units:
+            # A module whose tensors are another's, so that the checkpoint does not tell what is in it.
+            key = next((inner for inner in self.device_map if inner.startswith(f"{name}.")), None)
         return None if key is None else self.device_map[key]
 
     def runs(self, device: Device) -> Device | None:

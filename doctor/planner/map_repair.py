@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from ..data.joins import TOWER_ENTRY, TOWER_ROTARY
 from ..placement import Plan
 from .map_devices import OFF_GPU, main_device, shown
-from .map_joins import broken_joins, entry_of_broken_tower, parts_at_inputs, tower_of_joined_blocks
+from .map_joins import (
+    broken_joins,
+    entry_of_broken_tower,
+    exit_of_broken_tower,
+    parts_at_inputs,
+    tower_of_joined_blocks,
+)
 from .map_layout import Device, Layout
 from .map_pieces import Anatomy, Piece
 from .map_question import Question, listed
@@ -85,6 +91,8 @@ def _join(question: Question, layout: Layout, place: Place) -> None:
         # The positions of the patches stay at the inputs.
         parts = {broken[1], *parts_at_inputs(question, layout, *broken)} & place.keys()
         place.update(dict.fromkeys(parts, main_device(place.values())))
+    last, _ = exit_of_broken_tower(question, layout) or ("", "")
+    place.update({last: main_device(place.values())} if last in place else {})
     weightless = [unit.key for unit in profile.units if not unit.elements and unit.role == "other"]
     place.update({key: place[first] for key in weightless if first is not None and key not in layout.device_of})
 

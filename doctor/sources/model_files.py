@@ -18,7 +18,7 @@ from .catalogue import catalogue, find_entry
 from .checkpoint import Checkpoint
 from .checkpoint_folder import read_folder
 from .hub_cache import DEFAULT_REVISION, HubId, find_snapshot, hub_settings, parse_hub_id
-from .installed_transformers import has_flat_towers
+from .installed_transformers import families_with_stored_names, has_flat_towers
 from .model_profile import build_profile, class_of
 from .user_families import families_of_user, family_of_package
 
@@ -74,7 +74,14 @@ def _describe(
     # Packages are asked about families that nobody here knows, so that the others need not wait for it.
     if not own.keys() & set(names) and names[0] not in ARCHITECTURES and names[0] not in REMOTE_TYPES.values():
         own = family_of_package(*names)
-    return build_profile(checkpoint, name=name, origin=origin, families=own, are_towers_flat=has_flat_towers())
+    return build_profile(
+        checkpoint,
+        name=name,
+        origin=origin,
+        families=own,
+        are_towers_flat=has_flat_towers(),
+        stored_names=families_with_stored_names(),
+    )
 
 
 def catalogue_names() -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from ..data.config_defaults import ARCHITECTURES, PARTS
@@ -34,6 +34,7 @@ def build_profile(
     origin: Literal["checkpoint", "hub", "catalogue"],
     families: Mapping[str, FamilyChanges] | None = None,
     are_towers_flat: bool = False,
+    stored_names: Collection[str] = (),
 ) -> ModelProfile:
     """Describe a model from its config and headers.
 
@@ -44,6 +45,7 @@ def build_profile(
         families: The user's own rules, by ``model_type`` or name of the class; what they give outdoes what is built in.
         are_towers_flat: The installed transformers has no ``vision_model`` inside CLIP and SigLIP towers (5.x), which
             matters only where a tower is broken into parts.
+        stored_names: Families whose class has the names of the checkpoint in the installed transformers.
 
     Raises:
         ModelFileError: The config lacks a key that a plan needs, or contradicts the tensors.
@@ -58,7 +60,9 @@ def build_profile(
     fields = text_fields(config)
     ties = _ties(config, fields.raw("tie_word_embeddings"))
     section = quantization_section(config)
-    named = by_module_name(_each_once(checkpoint, ties_embeddings=ties), rules.renames)
+    named = by_module_name(
+        _each_once(checkpoint, ties_embeddings=ties), () if model_type in stored_names else rules.renames
+    )
     if section is not None:
         named = join_quantized(named, section)
     tensors = with_flat_tower(named) if is_flat else named

@@ -14,7 +14,7 @@ import pytest
 
 from vlm_doctor.model import ModelProfile, Unit
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
-from vlm_doctor.sources.installed_transformers import has_flat_towers
+from vlm_doctor.sources.installed_transformers import families_with_stored_names, has_flat_towers
 from vlm_doctor.sources.model_profile import build_profile
 
 pytestmark = pytest.mark.models
@@ -93,7 +93,13 @@ def owners(keys: Iterable[str], name: str) -> list[str]:
 def profile_of(model: Any, tensors: dict[str, Any]) -> ModelProfile:
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     checkpoint = Checkpoint(config, headers(tensors))
-    return build_profile(checkpoint, name="x", origin="checkpoint", are_towers_flat=has_flat_towers())
+    return build_profile(
+        checkpoint,
+        name="x",
+        origin="checkpoint",
+        are_towers_flat=has_flat_towers(),
+        stored_names=families_with_stored_names(),
+    )
 
 
 def check_units(profile: ModelProfile, tensors: dict[str, Any], model: Any) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from vlm_doctor.data.joins import WHOLE
 from vlm_doctor.device_map import MapCheck
 from vlm_doctor.model import ModelProfile
+from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.map_check import check_map
+from vlm_doctor.planner.planning import plan
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.model_profile import build_profile
-from vlm_doctor.workload import Workload
+from vlm_doctor.workload import Policy, Workload
 
 from .profiles import machine
 
@@ -172,3 +175,74 @@ def test_parts_called_blocks_are_blocks() -> None:
 
     assert errors(checked(model, moved=[f"{stage}.channel_block"])) == []
     assert errors(checked(model, moved=[f"{stage}.channel_block.ffn"])) == ["VLM614"]
+
+
+PROJECTOR = [f"model.visual.merger.{part}_proj.weight" for part in ("gate", "up", "down")]
+
+
+def test_a_gate_and_what_it_multiplies_must_share_a_device() -> None:
+    blocks = [f"model.visual.blocks.{n}.{part}.weight" for n in range(2) for part in ("attn", "mlp")]
+    model = profile("exaone4_5", [*blocks, *PROJECTOR])
+    split: dict[str, int | str] = {unit.key: 0 for unit in model.units if not unit.key.startswith("model.visual")}
+    split["model.visual.blocks"] = 0
+    parts: dict[str, int | str] = {name.removesuffix(".weight"): 0 for name in PROJECTOR}
+    down: dict[str, int | str] = {"model.visual.merger.down_proj": 1}
+
+    def codes(**more: int) -> list[str]:
+        own = {f"model.visual.merger.{name}": device for name, device in more.items()}
+        return errors(check_map({**split, **parts, **down, **own}, model, ROOM, Workload(images=0)))
+
+    assert codes() == []
+    assert codes(act_fn=0) == []
+    assert codes(act_fn=1) == ["VLM614"]
+    assert codes(up_proj=1) == ["VLM614"]
+
+
+def test_masks_made_at_the_inputs_want_the_embedding_there() -> None:
+    model = profile("paligemma", CLIP)
+    text = [unit.key for unit in model.units if unit.key != "model.vision_model"]
+    found = checked(model, moved=text)
+
+    assert errors(found) == ["VLM615"]
+    assert "block_sequence_ids" in found.findings[0].message
+    assert errors(checked(profile("llava", CLIP), moved=text)) == []
+    assert errors(checked(model, moved=["model.language_model.layers.1"])) == []
+
+
+def test_a_tower_whose_result_is_sorted_at_the_inputs_ends_there() -> None:
+    tower = [f"model.vision_tower.layers.{n}.{part}.weight" for n in range(2) for part in ("self_attn", "mlp")]
+    model = profile("kimi_k25", [*tower, "model.vision_tower.final_layernorm.weight"])
+    found = checked(model, moved=["model.vision_tower.final_layernorm", "model.vision_tower.layers"])
+
+    assert "VLM615" in errors(found)
+    assert "merge_index" in " ".join(finding.message for finding in found.findings)
+    assert found.corrected is not None
+    assert errors(check_map(found.corrected, model, ROOM, Workload(images=0))) == []
+    assert errors(checked(model, moved=["model.vision_tower"])) == []
+
+
+def test_layers_of_two_bodies_that_share_a_cache_are_in_pairs() -> None:
+    model = profile("pi0", CLIP)
+    together: dict[str, int | str] = {"model.vlm.vision_tower": 1, "model.vlm.language_model": 0, "model.dit": 0}
+    found = check_map({**together, "model.dit": 1}, model, ROOM, Workload(images=0))
+
+    assert errors(found) == ["VLM615"]
+    assert "model.dit.layers.0" in found.findings[0].message
+    assert errors(check_map(together, model, ROOM, Workload(images=0))) == []
+    assert errors(check_map({"model.dit": 0, "model.vlm.vision_tower": 1}, model, ROOM, Workload(images=0))) == []
+
+
+@pytest.mark.parametrize("family", sorted(WHOLE))
+def test_a_family_that_no_cut_suits_stays_on_one_gpu(family: str) -> None:
+    model = profile(family, CLIP)
+    planned = plan(model, ROOM, Workload(images=0))
+
+    assert planned.fits
+    assert planned.device_map == {"": 0}
+    assert not plan(model, ROOM, Workload(images=0), Policy(min_gpus=2)).fits
+    assert chain(model).constraints == (f"All of the model stays on one GPU: {WHOLE[family]}.",)
+
+
+def test_a_head_that_shares_its_table_is_placed_by_a_key_inside_it() -> None:
+    model = profile("t5gemma2", ["lm_head.out_proj.weight"])
+    assert [error for error in errors(checked(model, moved=[])) if error == "VLM611"] == []
