@@ -148,12 +148,12 @@ def _run(descriptor: int, label: str, poll: Callable[[], tuple[list[Share], int]
     started = time.monotonic()
     if done.wait(QUIET_S):
         return
-    is_terminal = os.isatty(descriptor)
-    # A line that wraps could not be written over.
-    width = max(20, (os.get_terminal_size(descriptor).columns or 80) - 1) if is_terminal else 0
     next_line = started + LOG_FIRST_S
-    # Whatever goes wrong with the output: the load matters, this does not.
-    with suppress(OSError):
+    # Whatever goes wrong with the output or what is read for it: the load matters, this does not.
+    with suppress(OSError, RuntimeError):
+        is_terminal = os.isatty(descriptor)
+        # A line that wraps could not be written over.
+        width = max(20, (os.get_terminal_size(descriptor).columns or 80) - 1) if is_terminal else 0
         while True:
             now = time.monotonic()
             if is_terminal:

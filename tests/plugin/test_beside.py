@@ -81,9 +81,15 @@ def test_reruns(suite: Any) -> None:
 
 def test_timeouts(suite: Any) -> None:
     pytest.importorskip("pytest_timeout")
-    slow = '\n@pytest.mark.vlm("org/a")\n@pytest.mark.timeout(0.3)\ndef test_flaky(vlm):\n    import time; time.sleep(20)\n'
+    # Of the call alone: on a busy machine the setup may take longer than that.
+    slow = """
+@pytest.mark.vlm("org/a")
+@pytest.mark.timeout(0.3, func_only=True)
+def test_flaky(vlm):
+    import time; time.sleep(60)
+"""
 
-    result = suite.run("--vlm-report=out.json", "--timeout=60", "-p", "no:randomly", test_x=SUITE + slow)
+    result = suite.run("--vlm-report=out.json", "--timeout=300", "-p", "no:randomly", test_x=SUITE + slow)
 
     assert_complete(suite, result)
     assert records(suite)["test_flaky"]["outcome"] == "failed"
@@ -138,7 +144,7 @@ def test_all_of_them_with_workers(suite: Any) -> None:
     suite.pytester.makepyfile(test_x=SUITE)
 
     result = suite.pytester.runpytest_subprocess(
-        *("-n2", "--reruns=1", "--timeout=60", "--randomly-seed=7", "--cov=.", "--vlm-report=out.json"),
+        *("-n2", "--reruns=1", "--timeout=300", "--randomly-seed=7", "--cov=.", "--vlm-report=out.json"),
         *("--junitxml=out.xml", "-p", "no:hypothesispytest"),
     )
 

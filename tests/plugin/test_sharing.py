@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 with_workers = pytest.mark.skipif(find_spec("xdist") is None, reason="pytest-xdist is not installed")
 
-LIMIT_S = 120
+LIMIT_S = 300
 UUIDS = [f"GPU-{index:08d}-0000-0000-0000-000000000000" for index in range(4)]
 TWO_MODELS = """
 import pytest
@@ -316,7 +316,7 @@ def test_two_runs_take_a_gpu_each_and_a_third_is_told_who_has_them(make: Callabl
         assert "VLM730: 1 GPU is wanted, and other runs have leased those that may be used" in text
         assert "Traceback" not in text
 
-        waiting = third.start("--vlm-gpus=1", "--vlm-wait=100", test_x=ONE_MODEL)
+        waiting = third.start("--vlm-gpus=1", "--vlm-wait=300", test_x=ONE_MODEL)
         before = read_until(waiting, "vlmgpu: waiting")
         (first.folder / "go").touch()
         text, counts = finish(waiting, before)
@@ -511,12 +511,12 @@ def test_taken_memory_is_waited_for_and_its_holder_named(make: Callable[..., Pro
     assert counts == {"passed": 1, "error": 1}, text
     assert f"VLM711: org/a needs 4 GiB. GPU 0 (NVIDIA L4) has 2.0 GiB of 22.0 GiB free, held by pid {os.getpid()}" in text
 
-    run = project.start("--vlm-wait=100", test_x=ONE_MODEL)
+    run = project.start("--vlm-wait=300", test_x=ONE_MODEL)
     before = read_until(run, "vlmgpu: waiting")
     ballast.unlink()
     text, counts = finish(run, before)
     assert counts == {"passed": 2}, text
-    assert re.search(rf"vlmgpu: waiting \d+ of 100 s: .*pid {os.getpid()}", text)
+    assert re.search(rf"vlmgpu: waiting \d+ of 300 s: .*pid {os.getpid()}", text)
 
 
 def test_a_gpu_that_is_taken_in_mid_run_is_busy_and_not_skipped(make: Callable[..., Project]) -> None:

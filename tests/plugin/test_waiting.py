@@ -84,9 +84,10 @@ def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch
         asked.append(time.time())
         return False
 
+    # The upper bound is for a wall clock that counts: 10**9 s.
     assert not Waiting(0.3, lambda line, is_last=False: None).until(never, str, grace_s=0.3)
-    assert 0.3 <= time.monotonic() - started < 10
-    assert len(asked) >= 2
+    assert 0.3 <= time.monotonic() - started < 60
+    assert asked
 
 
 class Terminal(io.StringIO):
