@@ -10,7 +10,6 @@ import os
 import shlex
 import sys
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -256,9 +255,10 @@ def collect(options: Namespace) -> int:
     else:
         machine = load_machine(options.machine)
     if options.redact:
+        from .redaction import redact
         from .sources.identity import private_words
 
-        machine = codec.redact(machine, secrets=private_words(os.environ))
+        machine = redact(machine, secrets=private_words(os.environ))
     _write(codec.to_json(machine), options.output)
     return 0
 
@@ -416,6 +416,8 @@ def _fail(kind: str, message: str, exit_status: int, *, style: str) -> int:
 
 def _confession(error: Exception) -> str:
     """What a maintainer needs to find a defect, in one sentence."""
+    import traceback
+
     place = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"This is a defect of vlm-doctor {__version__}, please report it: {type(error).__name__}: {error} "

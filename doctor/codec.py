@@ -8,9 +8,8 @@ import msgspec
 
 from .errors import MachineError
 from .machine import SCHEMA, Machine
-from .redaction import redact
 
-__all__ = ["MAX_GPUS", "MAX_SNAPSHOT_BYTES", "from_json", "machine_from_json", "redact", "to_json"]
+__all__ = ["MAX_GPUS", "MAX_SNAPSHOT_BYTES", "from_json", "machine_from_json", "to_json"]
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import errno
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +28,15 @@ def look_of(
     if stream is None:
         return Look(verbose=verbose, machine_option=machine_option)
     has_color = stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
-    width = shutil.get_terminal_size((DEFAULT_WIDTH, 25)).columns if stream.isatty() else DEFAULT_WIDTH
+    width = _terminal_width() if stream.isatty() else DEFAULT_WIDTH
     return Look(width=width, color=has_color, is_unicode=is_utf8(stream), verbose=verbose, machine_option=machine_option)
+
+
+def _terminal_width() -> int:
+    # Late: it loads the archive formats.
+    import shutil
+
+    return shutil.get_terminal_size((DEFAULT_WIDTH, 25)).columns
 
 
 def is_utf8(stream: TextIO) -> bool:

@@ -5,7 +5,6 @@ A table of ours would be stale with their next release; theirs is right by defin
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import Distribution
@@ -108,6 +107,9 @@ def _transformers_rule(requirement: str, file: str) -> VersionRule:
 
 
 def _deps_table(text: str) -> list[str]:
+    # Late, as the text is there only with transformers.
+    import ast
+
     for part in statements(text, "deps = {"):
         try:
             table = ast.literal_eval(part.partition("=")[2].strip())

@@ -19,6 +19,7 @@ from vlm_doctor.formats import render
 from vlm_doctor.formats.look import Look
 from vlm_doctor.formats.to_terminal import head, tail
 from vlm_doctor.machine import Fabric, Link, Machine, Package, TorchBuild
+from vlm_doctor.redaction import redact
 from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.saved_report import read_saved
 from vlm_doctor.units import GIB
@@ -123,7 +124,7 @@ def test_free_memory_counts_from_a_gigabyte_on() -> None:
 def test_a_redacted_file_is_matched_by_place_and_name() -> None:
     one = machine()
 
-    assert texts(codec.redact(one), one) == []
+    assert texts(redact(one), one) == []
 
 
 def test_what_was_found_comes_first() -> None:
