@@ -20,7 +20,7 @@ import msgspec
 from . import __version__, arguments
 from .answers import ErrorAnswer
 from .delivery import is_utf8, look_of, write_file, write_stdout
-from .errors import ModelError, UsageError, VlmDoctorError
+from .errors import ModelError, OutputError, UsageError, VlmDoctorError
 from .formats.look import Look
 from .machine import Machine
 from .model import ModelProfile
@@ -373,6 +373,9 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         status = _run(given)
     except KeyboardInterrupt:
         status = INTERRUPTED
+    except OutputError as error:
+        # By now standard output leads nowhere: only standard error can say why.
+        status = _fail(type(error).__name__, str(error), error.exit_status, style="text")
     except VlmDoctorError as error:
         status = _fail(type(error).__name__, str(error), error.exit_status, style=style)
     except Exception as error:  # noqa: BLE001 - last border: a defect must not reach the user as a traceback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import TypeVar
 
 import msgspec
@@ -52,6 +53,9 @@ def from_json(data: bytes | str, record: type[RecordT], *, where: str) -> Record
     Raises:
         MachineError: The text is not JSON, or not such a record; the message names the first wrong field.
     """
+    if isinstance(data, bytes):
+        # Windows editors write one.
+        data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return msgspec.json.decode(data, type=record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from .errors import UsageError
+from .errors import OutputError, UsageError
 from .formats.look import DEFAULT_WIDTH, Look
 
 
@@ -48,7 +48,7 @@ def write_stdout(text: str) -> None:
     """Write to standard output and flush. A reader that went away, such as ``head``, is no error.
 
     Raises:
-        UsageError: Standard output cannot be written, such as on a full disk.
+        OutputError: Standard output cannot be written, such as on a full disk.
     """
     if sys.stdout is None:
         return
@@ -59,7 +59,7 @@ def write_stdout(text: str) -> None:
         _silence_stdout()
     except OSError as error:
         _silence_stdout()
-        raise UsageError(f"Standard output cannot be written: {error.strerror or error}.") from error
+        raise OutputError(f"Standard output cannot be written: {error.strerror or error}.") from error
 
 
 def _silence_stdout() -> None:
