@@ -603,10 +603,13 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_sentence_even_for_an_error_in_json() -> None:
+@pytest.mark.parametrize(
+    "words", [("--json", "--bogus"), ("--machine", "2xL4", "--json"), ("--machine", "2xL4", "--format", "github")]
+)
+def test_a_full_disk_is_one_sentence_even_where_errors_are_json(words: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         child = subprocess.run(
-            [sys.executable, "-m", "vlm_doctor", "--json", "--bogus"],
+            [sys.executable, "-m", "vlm_doctor", *words],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
