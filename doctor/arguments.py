@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from difflib import get_close_matches
 from itertools import pairwise
 
 from .errors import UsageError
 from .expectations import capability, gpu_count
+from .likeness import nearest
 from .units import parse_bytes
 
 _SIZE = re.compile(r"(\d{1,6})(?:[xX](\d{1,6}))?", re.ASCII)
@@ -164,5 +164,5 @@ def codes(texts: Sequence[str], known: Collection[str], *, where: str = "--ignor
 
 def suggestion(word: str, known: Collection[str]) -> str:
     """``; did you mean plan?``, or nothing."""
-    near = get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
+    near = nearest(word.partition("=")[0], known, most=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else "."

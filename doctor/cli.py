@@ -10,7 +10,6 @@ import os
 import shlex
 import sys
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import msgspec
 from . import __version__, arguments
 from .answers import ErrorAnswer
 from .delivery import is_utf8, look_of, write_file, write_stdout
-from .errors import ModelError, UsageError, VlmDoctorError
+from .errors import ModelError, OutputError, UsageError, VlmDoctorError
 from .formats.look import Look
 from .machine import Machine
 from .model import ModelProfile
@@ -279,9 +278,10 @@ def collect(options: Namespace) -> int:
     else:
         machine = load_machine(options.machine)
     if options.redact:
+        from .redaction import redact
         from .sources.identity import private_words
 
-        machine = codec.redact(machine, secrets=private_words(os.environ))
+        machine = redact(machine, secrets=private_words(os.environ))
     _write(codec.to_json(machine), options.output)
     return 0
 
@@ -397,6 +397,9 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         status = _run(given)
     except KeyboardInterrupt:
         status = INTERRUPTED
+    except OutputError as error:
+        # By now standard output leads nowhere: only standard error can say why.
+        status = _fail(type(error).__name__, str(error), error.exit_status, style="text")
     except VlmDoctorError as error:
         status = _fail(type(error).__name__, str(error), error.exit_status, style=style)
     except Exception as error:  # noqa: BLE001 - last border: a defect must not reach the user as a traceback
@@ -440,6 +443,8 @@ def _fail(kind: str, message: str, exit_status: int, *, style: str) -> int:
 
 def _confession(error: Exception) -> str:
     """What a maintainer needs to find a defect, in one sentence."""
+    import traceback
+
     place = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f"This is a defect of vlm-doctor {__version__}, please report it: {type(error).__name__}: {error} "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import TypeVar
 
 import msgspec
 
 from .errors import MachineError
 from .machine import SCHEMA, Machine
-from .redaction import redact
 
-__all__ = ["MAX_GPUS", "MAX_SNAPSHOT_BYTES", "from_json", "machine_from_json", "redact", "to_json"]
+__all__ = ["MAX_GPUS", "MAX_SNAPSHOT_BYTES", "from_json", "machine_from_json", "to_json"]
 
 RecordT = TypeVar("RecordT", bound=msgspec.Struct)
 
@@ -54,6 +54,9 @@ def from_json(data: bytes | str, record: type[RecordT], *, where: str) -> Record
     Raises:
         MachineError: The text is not JSON, or not such a record; the message names the first wrong field.
     """
+    if isinstance(data, bytes):
+        # Windows editors write one.
+        data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return msgspec.json.decode(data, type=record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from functools import cache
 from importlib.resources import files
 
 from .checks import CHECKS, RETIRED
 from .errors import UsageError
+from .likeness import nearest
 
 _BY_HAND = "## How to look by hand"
 _HEADING = re.compile(r"# (VLM[0-9]{3}): (.+)")
@@ -30,7 +30,7 @@ def explain(code: str) -> str:
         return f"# {wanted}: no longer used\n\n{RETIRED[wanted]}\n"
     page = _pages().get(wanted)
     if page is None:
-        near = difflib.get_close_matches(wanted[:20], _pages(), n=3, cutoff=0.8)
+        near = nearest(wanted[:20], _pages(), most=3, cutoff=0.8)
         hint = f"did you mean {' or '.join(near)}?" if near else "codes are VLM and three digits, such as VLM501."
         raise UsageError(f"There is no code {code[:20]!a}; {hint}")
     return page

@@ -5,13 +5,12 @@ from __future__ import annotations
 import codecs
 import errno
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from .errors import UsageError
+from .errors import OutputError, UsageError
 from .formats.look import DEFAULT_WIDTH, Look
 
 
@@ -29,8 +28,15 @@ def look_of(
     if stream is None:
         return Look(verbose=verbose, machine_option=machine_option)
     has_color = stream.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
-    width = shutil.get_terminal_size((DEFAULT_WIDTH, 25)).columns if stream.isatty() else DEFAULT_WIDTH
+    width = _terminal_width() if stream.isatty() else DEFAULT_WIDTH
     return Look(width=width, color=has_color, is_unicode=is_utf8(stream), verbose=verbose, machine_option=machine_option)
+
+
+def _terminal_width() -> int:
+    # Late: it loads the archive formats.
+    import shutil
+
+    return shutil.get_terminal_size((DEFAULT_WIDTH, 25)).columns
 
 
 def is_utf8(stream: TextIO) -> bool:
@@ -42,7 +48,7 @@ def write_stdout(text: str) -> None:
     """Write to standard output and flush. A reader that went away, such as ``head``, is no error.
 
     Raises:
-        UsageError: Standard output cannot be written, such as on a full disk.
+        OutputError: Standard output cannot be written, such as on a full disk.
     """
     if sys.stdout is None:
         return
@@ -53,7 +59,7 @@ def write_stdout(text: str) -> None:
         _silence_stdout()
     except OSError as error:
         _silence_stdout()
-        raise UsageError(f"Standard output cannot be written: {error.strerror or error}.") from error
+        raise OutputError(f"Standard output cannot be written: {error.strerror or error}.") from error
 
 
 def _silence_stdout() -> None:

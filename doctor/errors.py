@@ -4,6 +4,7 @@
 
     VlmDoctorError
     ├── UsageError              bad command line, machine spec, marker or setting      exit status 2
+    │   ├── OutputError         standard output cannot be written
     │   ├── MachineError        a machine spec or snapshot that cannot be read
     │   └── MapError            a device_map that cannot be read, or a model that cannot be moved
     ├── ModelError              a model that cannot be read                            exit status 2
@@ -23,6 +24,10 @@ class VlmDoctorError(Exception):
 
 class UsageError(VlmDoctorError):
     """What the user wrote cannot be understood."""
+
+
+class OutputError(UsageError):
+    """Standard output cannot be written."""
 
 
 class MachineError(UsageError):

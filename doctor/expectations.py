@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import msgspec
 
 from .errors import UsageError
+from .likeness import nearest
 from .units import format_gib, parse_bytes
 
 MAX_GPUS = 1_000
@@ -68,7 +68,7 @@ def read_settings(table: Mapping[str, Any], *, where: str) -> ProjectSettings:
     known = ProjectSettings.__struct_fields__
     for key in table:
         if key not in known:
-            near = get_close_matches(key, known, n=1, cutoff=0.6)
+            near = nearest(key, known, most=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
             raise UsageError(f"{where}: [tool.vlm-doctor] has no key {key[:40]!r}; {hint}")
     try:

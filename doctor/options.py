@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -82,7 +83,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         raise UsageError(
             f"{words[0]!r} is not a command (they are {', '.join(COMMANDS)}){arguments.suggestion(words[0], COMMANDS)}"
         )
-    parser, commands = _parsers()
+    parser, commands = _parsers(words[0])
     options, unknown = parser.parse_known_args(words)
     if unknown:
         known = re.findall(r"--[a-z-]+", commands[options.command].format_usage())
@@ -95,22 +96,16 @@ def parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parsers() -> tuple[Parser, dict[str, Parser]]:
+def _parsers(wanted: str) -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and those of the commands; only that of the command ``wanted`` has its options, which take their time."""
     parser = Parser(prog="vlm-doctor", description=_DESCRIPTION, epilog=_EPILOG, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the version")
     adder = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     commands = {
         name: adder.add_parser(name, help=text, description=text, allow_abbrev=False) for name, text in COMMANDS.items()
     }
-    _add_check(commands["check"])
-    _add_gate(commands["gate"])
-    _add_plan(commands["plan"])
-    _add_check_map(commands["check-map"])
-    _add_try(commands["try"])
-    _add_collect(commands["collect"])
-    _add_calibrate(commands["calibrate"])
-    commands["explain"].add_argument("code", metavar="CODE", nargs="?", help="such as VLM501; left out: list them all")
-    _add_explain_error(commands["explain-error"])
+    if wanted in _ADDERS:
+        _ADDERS[wanted](commands[wanted])
     return parser, commands
 
 
@@ -408,3 +403,20 @@ def with_headroom(chosen: Policy, size_bytes: int | None) -> Policy:
     if size_bytes is None:
         return chosen
     return msgspec.structs.replace(chosen, headroom_fraction=0.0, headroom_min_bytes=size_bytes)
+
+
+def _add_explain(parser: Parser) -> None:
+    parser.add_argument("code", metavar="CODE", nargs="?", help="such as VLM501; left out: list them all")
+
+
+_ADDERS: dict[str, Callable[[Parser], None]] = {
+    "check": _add_check,
+    "gate": _add_gate,
+    "plan": _add_plan,
+    "check-map": _add_check_map,
+    "try": _add_try,
+    "collect": _add_collect,
+    "calibrate": _add_calibrate,
+    "explain": _add_explain,
+    "explain-error": _add_explain_error,
+}

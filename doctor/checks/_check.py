@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -39,8 +37,7 @@ def unknown(reason: str) -> NotRun:
     return NotRun("unknown", reason)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What a check may look at."""
 
     machine: Machine
@@ -100,8 +97,7 @@ class Facts:
 Result = Sequence[Finding] | NotRun
 
 
-@dataclass(frozen=True, kw_only=True)
-class Check:
+class Check(msgspec.Struct, frozen=True, kw_only=True):
     """One judgement, with its code for ever."""
 
     code: str
@@ -122,6 +118,8 @@ class Check:
     @property
     def page(self) -> str:
         """Markdown text of the code's page."""
+        import inspect  # Late: only 'explain' reads pages.
+
         return f"# {self.code}: {self.title}\n\n{inspect.getdoc(self.run) or 'Python runs without docstrings (-OO).'}\n"
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from ..findings import Finding, Fix
 from ..machine import Checkpoint
 from ._check import Check, Facts, Result, found, plain, skipped
 
+_REPO = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
+"""A name that a shell takes as it stands; a snapshot may hold any text."""
 _MOST_SHOWN = 5
 
 
@@ -69,7 +73,7 @@ def incomplete_download(facts: Facts) -> Result:
     `warning VLM511 2 files of Qwen/Qwen2.5-VL-7B-Instruct are incomplete, and HF_HUB_OFFLINE is set.`
 
     ## What to do
-    `hf download REPO`.
+    `HF_HUB_OFFLINE=0 hf download REPO`, on a computer that has a network and this cache.
 
     ## When it is fine
     While a download is under way. Online it is only mentioned.
@@ -92,7 +96,10 @@ def _cut(facts: Facts, checkpoint: Checkpoint, *, is_offline: bool) -> Finding:
         f"{count} {verb.format(plain(checkpoint.repo))} incomplete{tail}.",
         cause="A download was cut off, or is still under way.",
         evidence=facts.evidence(f"checkpoints[{position}].missing_files", "environment.HF_HUB_OFFLINE"),
-        fix=Fix(text="Download the rest with hf download.", commands=("hf cache --help", "unset HF_HUB_OFFLINE")),
+        fix=Fix(
+            text="Download the rest where there is a network, into this cache.",
+            commands=(f"HF_HUB_OFFLINE=0 hf download {checkpoint.repo}",) if _REPO.fullmatch(checkpoint.repo) else (),
+        ),
     )
 
 

@@ -210,13 +210,15 @@ def _fault(facts: Facts, event: KernelEvent) -> Finding:
     whose = f" of {names(gpus)}" if gpus else f" of {plain(event.bus_id)}" if event.bus_id else ""
     what, meaning = _meaning(event)
     is_minor = event.kind == "xid" and event.code in MINOR_XIDS
+    # Of a GPU that fails when asked, VLM108 says it, with what to do.
+    is_said = any(gpu.error is not None for gpu in gpus)
     times = f"{event.count} time{'s' if event.count != 1 else ''}"
     age = f", {_age(event.last_s_ago)} ago" if event.last_s_ago is not None else ""
     is_old = event.last_s_ago is None or event.last_s_ago > _RECENT_S
     position = _position(facts.machine.driver, event)
     fields = ("kind", "code", "bus_id", "count", "last_s_ago")
     return found(
-        "info" if is_minor or is_old else "warning",
+        "info" if is_minor or is_old or is_said else "warning",
         f"The kernel log has {what}{whose} ({times}{age}): {meaning}.",
         evidence=facts.evidence(*(f"driver.kernel_events[{position}].{name}" for name in fields)),
         fix=Fix(text="Read the messages around it.", commands=(_DMESG,), who="administrator"),

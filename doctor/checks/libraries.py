@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shlex
-
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
+from typing import TYPE_CHECKING
 
 from ..findings import Finding, Fix
 from ..machine import Libraries, VersionRule
 from ._check import Check, Facts, Result, found, plain, skipped, unknown
 from .torch_build import torch_command
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _LOADERS = ("transformers", "accelerate")
 """What loading with a ``device_map`` takes besides torch."""
@@ -159,6 +159,10 @@ def rule_not_met(facts: Facts) -> Result:
     libraries = facts.machine.libraries
     if libraries is None or not libraries.rules:
         return skipped("no library declares rules")
+    # Late: it loads logging and more, and without these libraries there are no rules.
+    from packaging.requirements import InvalidRequirement
+    from packaging.version import InvalidVersion
+
     findings: dict[tuple[str, str], Finding] = {}
     unread: list[str] = []
     for position, rule in enumerate(libraries.rules):
@@ -174,6 +178,10 @@ def rule_not_met(facts: Facts) -> Result:
 
 def _violated(libraries: Libraries, rule: VersionRule) -> Requirement | None:
     """The requirement, when what is installed does not satisfy it. What is absent altogether is for VLM301 and VLM308."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    from packaging.version import Version
+
     requirement = Requirement(rule.requirement[:500])
     name = canonicalize_name(requirement.name)
     installed = libraries.python if name == "python" else libraries.version(name)
@@ -191,6 +199,8 @@ def _minor(libraries: Libraries) -> str:
 
 
 def _violation(facts: Facts, rule: VersionRule, requirement: Requirement, position: int) -> Finding:
+    from packaging.utils import canonicalize_name
+
     libraries = facts.machine.libraries
     name = canonicalize_name(requirement.name)
     is_python = name == "python"

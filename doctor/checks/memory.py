@@ -54,7 +54,16 @@ def _held(facts: Facts, gpu: Gpu) -> Finding | None:
     shown = ", ".join(map(_process, ordered[:4])) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
     amount = f"{format_gib(held)} of {format_gib(total)}" if total else format_gib(held)
     pids = ",".join(str(process.pid) for process in ordered[:20] if process.pid > 0)
-    commands = (f"ps -o pid,user,etime,args -p {pids}",) if pids else ("nvidia-smi",)
+    if pids and any(process.user or process.command for process in ordered):
+        fix = Fix(
+            text="Wait for it, take another GPU, or stop it if it is yours.",
+            commands=(f"ps -o pid,user,etime,args -p {pids}",),
+        )
+    else:
+        fix = Fix(
+            text="Wait for it, or take another GPU; who it is can be seen outside this container or machine.",
+            commands=("nvidia-smi",),
+        )
     paths = [
         facts.path(gpu, "memory_used_bytes"),
         facts.path(gpu, "memory_free_bytes"),
@@ -64,7 +73,7 @@ def _held(facts: Facts, gpu: Gpu) -> Finding | None:
         "warning" if held >= max(_MUCH_BYTES, _MUCH_SHARE * total) else "info",
         f"{label(gpu)}: {amount} are held by {shown}.",
         evidence=facts.evidence(*paths),
-        fix=Fix(text="Wait for it, take another GPU, or stop it if it is yours.", commands=commands),
+        fix=fix,
         gpus=(gpu,),
     )
 
@@ -78,7 +87,9 @@ def _process(process: GpuProcess) -> str:
         details.append(format_gib(process.used_bytes))
     if process.started_s_ago is not None:
         details.append(_age(process.started_s_ago))
-    return f"pid {process.pid} ({', '.join(details)})"
+    # WSL gives no numbers.
+    who = f"pid {process.pid}" if process.pid > 0 else "a process"
+    return f"{who} ({', '.join(details)})"
 
 
 def _age(seconds: float) -> str:

@@ -128,8 +128,8 @@ def torch_import_dies(facts: Facts) -> Result:
     `error VLM305 Importing torch crashes the process (SIGSEGV).`
 
     ## What to do
-    See where it happens: `python -X faulthandler -c 'import torch'`. Then reinstall torch. A hang is often a network
-    disk or a driver that does not answer: try `nvidia-smi`.
+    See where it happens: `timeout -s ABRT 60 python -X faulthandler -c 'import torch'`. Then reinstall torch. A hang is
+    often a network disk or a driver that does not answer: try `nvidia-smi`.
 
     ## When it is fine
     A first import from a slow disk can take longer than the deadline: run the doctor again.
@@ -154,7 +154,7 @@ def torch_import_dies(facts: Facts) -> Result:
             evidence=facts.evidence("torch.state", "torch.message", "torch.seconds"),
             fix=Fix(
                 text="See where it happens, then reinstall torch.",
-                commands=("timeout 60 python -X faulthandler -c 'import torch'", torch_command(facts)),
+                commands=("timeout -s ABRT 60 python -X faulthandler -c 'import torch'", torch_command(facts)),
             ),
         ),
     )

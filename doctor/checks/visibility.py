@@ -44,7 +44,12 @@ def all_hidden(facts: Facts) -> Result:
         cause = "Slurm sets it for a job that was given no GPU."
         fix = Fix(text="Ask Slurm for GPUs.", commands=("srun --gpus=1 --pty bash",))
     else:
-        cause = "CUDA drops the first entry it does not accept and everything after it, without a message."
+        is_empty = not seen.value or not seen.value.strip()
+        cause = (
+            "An empty value names no GPU; only where the variable is not set are all of them visible."
+            if is_empty
+            else "CUDA drops the first entry it does not accept and everything after it, without a message."
+        )
         assign = (f"export {VARIABLE}={shlex.quote(seen.corrected)}",) if seen.corrected else ()
         fix = Fix(text="Unset the variable, or name the GPUs you want.", commands=(f"unset {VARIABLE}", *assign))
     return (

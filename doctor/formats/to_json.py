@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import re
 from typing import Any
 
@@ -20,11 +18,17 @@ def render(report: Report, look: Look) -> str:
     """Write a report as JSON, keys in the order of the records; where the output is not UTF-8, as ASCII with escapes."""
     text = codec.to_json(report)
     # Beyond ASCII there are only characters inside strings, so that an escape is right wherever it is put.
-    return text if look.is_unicode else _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    if look.is_unicode:
+        return text
+    import json
+
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def error_json(kind: str, message: str, exit_status: int) -> str:
     """Write what stopped the run: ``{"error": {"type": ..., "message": ...}, "exit_status": ...}``."""
+    import json
+
     return json.dumps({"error": {"type": kind, "message": message}, "exit_status": exit_status}, indent=2) + "\n"
 
 
@@ -39,6 +43,8 @@ def schema() -> dict[str, Any]:
 
 def without_indentation(value: Any) -> Any:
     """Descriptions without the indentation of docstrings, which Python keeps before 3.13 and msgspec takes as it is."""
+    import inspect
+
     if isinstance(value, dict):
         return {
             key: inspect.cleandoc(item) if key == "description" and isinstance(item, str) else without_indentation(item)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from .cards import suggest_gpus
 from .planning import plan, sketch
 from .validate import validate_policy, validate_workload
 
@@ -29,9 +28,13 @@ __all__ = ["check_map", "plan", "sketch", "suggest_gpus", "validate_policy", "va
 
 
 def __getattr__(name: str) -> Any:
-    # Late: a plan has no use for it.
-    if name != "check_map":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .map_check import check_map
+    # Late: a plan that fits has no use for them.
+    if name == "check_map":
+        from .map_check import check_map
 
-    return check_map
+        return check_map
+    if name == "suggest_gpus":
+        from .cards import suggest_gpus
+
+        return suggest_gpus
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

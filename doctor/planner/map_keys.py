@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from ..data.families import ROTARY
@@ -16,6 +17,7 @@ from .map_question import Question, finding, listed
 _WEIGHTLESS = ("rotary", "rope", "pos_emb", "act", "drop", "pool", "loss", "position_ids", "inv_freq", "identity")
 """Parts of names of modules and buffers that hold no weights, so that a checkpoint cannot tell whether they exist."""
 _MAX_UNKNOWN = 20
+_NUMBERS = re.compile(r"\d+")
 _FIRST_5 = (5, 0)
 
 
@@ -32,24 +34,30 @@ def unknown_modules(question: Question, layout: Layout) -> Iterator[Finding]:
     """VLM610: keys that name nothing. Loaders accept them without a word."""
     names = layout.anatomy.names
     unknown = [key for key in layout.device_map if not names.is_known(key) and not _may_be_weightless(layout, key)]
-    for key in unknown[:_MAX_UNKNOWN]:
+    alike: dict[str, list[str]] = {}
+    for key in unknown:
+        alike.setdefault(_NUMBERS.sub("*", key), []).append(key)
+    groups = list(alike.values())
+    for key, *others in groups[:_MAX_UNKNOWN]:
         meant, why = names.proposal(key, question.profile.model_type)
         hint = f"; {why}" if why and not meant else ""
+        more = f", and {len(others):,} more are named like it" if others else ""
         yield finding(
             question,
             "VLM610",
             "warning",
-            f"{question.profile.name} has no module {key!r}{hint}.",
+            f"{question.profile.name} has no module {key!r}{more}{hint}.",
             cause="Loaders accept such a key without a word, and place nothing by it.",
             fix=f"Write {meant!r}: {why}." if meant else "Leave it out, or write the name of a module of this model.",
             seen=[(key, layout.device_map[key])],
         )
-    if len(unknown) > _MAX_UNKNOWN:
+    left = sum(map(len, groups[_MAX_UNKNOWN:]))
+    if left:
         yield finding(
             question,
             "VLM610",
             "warning",
-            f"{len(unknown) - _MAX_UNKNOWN:,} more keys name no module of {question.profile.name}.",
+            f"{left:,} more keys name no module of {question.profile.name}.",
             fix="Check that the map belongs to this model.",
         )
 

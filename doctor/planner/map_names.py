@@ -14,9 +14,9 @@ Three readers of one map, and they differ:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from difflib import get_close_matches
 
 from ..data.families import RENAMES
+from ..likeness import nearest
 
 ROOT = ""
 """The key of the whole model."""
@@ -132,7 +132,7 @@ class Names:
             if part.isdigit() and any(other.isdigit() for other in below):
                 last = max(int(other) for other in below if other.isdigit())
                 return "", f"{path} has the numbers 0 to {last}"
-            near = get_close_matches(part, below, n=1, cutoff=0.75)
+            near = nearest(part, below, most=1, cutoff=0.75)
             if not near or guessed:
                 return None
             path, guessed = below[near[0]], True

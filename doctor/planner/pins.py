@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 
 from ..errors import UsageError
+from ..likeness import nearest
 from ..model import ModelProfile, Unit
 from ..workload import Policy
 from .budget import Budgets
@@ -63,7 +63,7 @@ def _no_such_part(path: str, profile: ModelProfile) -> str:
     if holder is not None:
         return f"it is inside {holder}, which is placed as a whole; pin {holder}."
     parents = {".".join(parts[:length]) for parts in _split(profile) for length in range(1, len(parts) + 1)}
-    near = get_close_matches(path, sorted(parents), n=_SHOWN, cutoff=_CUTOFF)
+    near = nearest(path, sorted(parents), most=_SHOWN, cutoff=_CUTOFF)
     ending = sorted(parent for parent in parents if parent.endswith(f".{path}"))[:_SHOWN]
     proposed = ending or near
     if proposed:

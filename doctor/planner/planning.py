@@ -12,12 +12,9 @@ from ..placement import Plan, Stage
 from ..trace import Traces
 from ..workload import Policy, Workload
 from . import account
-from .auto import auto_placement
 from .budget import Budgets, Exclusion, budgets
-from .cards import suggest_gpus
 from .constraints import can_break_tower, chain
 from .levers import levers_that_save, shortage
-from .limits import limits
 from .memory import loaded_dtype
 from .offload import offloaded, with_offload
 from .pins import validate_pins
@@ -74,6 +71,11 @@ def plan(
         UsageError: Workload or policy make no sense, alone or for this model and machine.
         ModelFileError: The profile cannot be placed: it has no layers, or ties units that it does not have.
     """
+    # Late: a sketch does without.
+    from .auto import auto_placement
+    from .cards import suggest_gpus
+    from .limits import limits
+
     profile = as_loaded(profile, machine)
     validate_workload(workload, profile)
     validate_policy(policy, machine)

@@ -266,7 +266,7 @@ def load_machine(spec: str) -> Machine:
     try:
         return parse_machine(spec)
     except MachineError:
-        if len(spec) < 256 and Path(spec.replace("\0", "")).is_file():
+        if len(spec) < 256 and Path(spec.replace("\0", "")).exists():
             return read_snapshot(Path(spec))
         raise
 

@@ -97,12 +97,9 @@ def _find(name: str, search_path: Sequence[str]) -> importlib.metadata.Distribut
 
 def _version(distribution: importlib.metadata.Distribution) -> str:
     """Version, or an empty text when the metadata is missing or damaged."""
-    try:
-        # Not distribution.version: where there is none, Python 3.12 warns and later ones may raise.
-        metadata = distribution.metadata
-        return metadata["Version"] or "" if "Version" in metadata else ""
-    except (KeyError, OSError, TypeError, ValueError):
-        return ""
+    # Not distribution.version: where there is none, Python 3.12 warns and later ones may raise.
+    found = version_rules.fields(distribution, "Version")
+    return found[0] if found else ""
 
 
 def _ships_pynvml(distribution: importlib.metadata.Distribution | None) -> bool:

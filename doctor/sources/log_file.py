@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections import deque
 from pathlib import Path
@@ -18,6 +19,8 @@ MAX_AROUND = 16
 """Blocks kept of the middle."""
 MAX_READ_BYTES = 8 * 2**30
 """Where reading stops: a pipe may never end."""
+MAX_SEARCHED_BYTES = 2**30
+"""Of the beginning of a file that are searched for errors, some seconds long; then its end is looked at."""
 _BLOCK_BYTES = MIB
 _SIGNS = (b"Traceback (most recent call last)", b"out of memory", b"NVRM: Xid", b"NCCL WARN", b"CUDA error")
 """What an error in the middle of a huge log looks like; a search for fixed bytes runs at gigabytes a second."""
@@ -66,7 +69,11 @@ def _read(file: BinaryIO) -> LogFile:
     kept: list[bytes] = [head[:HEAD_BYTES]]
     blocks = deque([head[HEAD_BYTES:]])
     pending, found = len(blocks[0]), 0
-    while total < MAX_READ_BYTES:
+    tail_start = _tail_start(file)
+    while total < max(MAX_READ_BYTES, tail_start + TAIL_BYTES):
+        if MAX_SEARCHED_BYTES <= total < tail_start:
+            file.seek(tail_start)
+            total = tail_start
         block = file.read(_BLOCK_BYTES)
         if not block:
             break
@@ -83,6 +90,16 @@ def _read(file: BinaryIO) -> LogFile:
     kept.append(b"".join(blocks))
     text = "\n".join(_decoded(part) for part in kept)
     return LogFile(text, max(0, total - sum(map(len, kept))))
+
+
+def _tail_start(file: BinaryIO) -> int:
+    """Where the last bytes of a file begin; 0 in a pipe."""
+    if not file.seekable():
+        return 0
+    here = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(here)
+    return end - TAIL_BYTES
 
 
 def _around_error(block: bytes, following: bytes) -> bytes:

@@ -262,13 +262,19 @@ def _unquoted(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, _Pairs):
+        return "a nested object"
+    return "a list" if isinstance(value, list) else json.dumps(value)[:40]
+
+
 def _problem(entry: _Entry, known: dict[str, int | str]) -> str:
     """What is wrong with an entry; nothing when all is well."""
     key, value = entry.key[:60], entry.value
     if not _KEY.fullmatch(entry.key):
         return f"{key!r} is not the name of a module; {_HOW}"
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        shown = "a nested object" if isinstance(value, _Pairs) else repr(value)[:40]
+        shown = _shown(value)
         return f"the device of {key!r} is {shown}; write a number, cpu or disk"
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
         return f"the device of {key!r} is out of range; write the number of a GPU"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import msgspec
 from ..data.config_defaults import ARCHITECTURES
 from ..data.families import REMOTE_TYPES, FamilyChanges
 from ..errors import ModelFileError, ModelNotFoundError
+from ..likeness import nearest
 from ..model import ModelProfile
 from .catalogue import catalogue, find_entry
 from .checkpoint import Checkpoint
@@ -134,5 +134,5 @@ def _load_hub_model(name: str, model: HubId, own: Mapping[str, FamilyChanges], *
 def _end(name: str) -> str:
     """How to end a sentence about an unknown name: with a question about the catalogue's that look alike, if any."""
     known = [alias for entry in catalogue().values() for alias in (entry.name, *entry.aliases)]
-    close = difflib.get_close_matches(name[:200], known, n=2, cutoff=0.7)
+    close = nearest(name[:200], known, most=2, cutoff=0.7)
     return f"; did you mean {' or '.join(close)}?" if close else "."

@@ -7,6 +7,7 @@ disagree about which of the two wins (transformers 5.23 matches keys as unescape
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ _ORDER: dict[Role, int] = {"vision": 0, "projector": 1, "other": 2, "embedding":
 """Execution order. ``other`` comes early: what is not recognized (audio towers, position buffers) feeds the layers."""
 
 
+_NUMBER = re.compile(r"(?:^|\.)([0-9]{1,6})(?=\.|\Z)")
+"""A component that numbers a list's items (up to six digits, so that it is one)."""
+
+
 class _Place(NamedTuple):
     """Where one tensor belongs."""
 
@@ -70,7 +75,8 @@ def cut_into_units(tensors: Mapping[str, StoredTensor], rules: FamilyRules = Fam
     """
     stack = rules.layers or _text_stack(tensors, rules)
     body = stack.rpartition(".")[0]
-    places: dict[str, _Place | None] = {name: _recognize(name, stack, body, rules) for name in tensors}
+    lists: dict[str, _Place | None] = {}
+    places = {name: _recognize(name, stack, body, rules, lists) for name in tensors}
     taken = _ancestors(place.key for place in places.values() if place)
     complete = {name: place or _Place(_free_prefix(name, taken), "other") for name, place in places.items()}
     merged = _merge_nested(complete)
@@ -93,26 +99,39 @@ def _text_stack(tensors: Mapping[str, StoredTensor], rules: FamilyRules) -> str:
     """Find the list of text layers: of the numbered lists outside towers the one with the most bytes, usual names first."""
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        at = _first_number(parts)
-        if at and _tower(parts[:at], rules) is None:
-            stack = ".".join(parts[:at])
+        number = _NUMBER.search(name)
+        if number and number.start():
+            stack = name[: number.start()]
             sizes[stack] = sizes.get(stack, 0) + tensor.stored_bytes
-    usual = [stack for stack in sizes if stack.rpartition(".")[2] in _LAYER_LISTS]
-    return max(usual or sizes, key=lambda stack: sizes[stack], default="")
+    stacks = [stack for stack in sizes if _tower(stack.split("."), rules) is None]
+    usual = [stack for stack in stacks if stack.rpartition(".")[2] in _LAYER_LISTS]
+    return max(usual or stacks, key=lambda stack: sizes[stack], default="")
 
 
-def _recognize(name: str, stack: str, body: str, rules: FamilyRules) -> _Place | None:
-    """Tell a tensor's unit by its name; ``None`` when the name says nothing."""
-    parts = name.split(".")
-    at = _first_number(parts)
-    if stack and at is not None and ".".join(parts[:at]) == stack:
-        return _Place(".".join(parts[: at + 1]), "layer", int(parts[at]))
-    above = parts if at is None else parts[:at]
-    tower = _tower(above, rules)
+def _recognize(name: str, stack: str, body: str, rules: FamilyRules, lists: dict[str, _Place | None]) -> _Place | None:
+    """Tell a tensor's unit by its name; ``None`` when the name says nothing.
+
+    ``lists`` remembers what was told of a list: hundreds of tensors are in the same one.
+    """
+    number = _NUMBER.search(name)
+    if number is None:
+        parts = name.split(".")
+        return _by_words(parts, parts[:-1], body, rules)
+    above = name[: number.start()]
+    if stack and above == stack:
+        return _Place(name[: number.end()], "layer", int(number[1]))
+    if above not in lists:
+        parts = above.split(".")
+        lists[above] = _by_words(parts, parts, body, rules)
+    return lists[above]
+
+
+def _by_words(parts: list[str], modules: list[str], body: str, rules: FamilyRules) -> _Place | None:
+    """Tell a unit by components of a name; ``modules`` are those that are not the parameter itself."""
+    tower = _tower(parts, rules)
     if tower is not None:
         return _Place(".".join(parts[: tower[0] + 1]), tower[1])
-    for index, part in enumerate(above[:-1] if at is None else above):
+    for index, part in enumerate(modules):
         key = ".".join(parts[: index + 1])
         if part in _EMBEDDING or part in rules.embedding:
             return _Place(key, "embedding")
@@ -124,11 +143,6 @@ def _recognize(name: str, stack: str, body: str, rules: FamilyRules) -> _Place |
             if "norm" in part or part == "ln_f":
                 return _Place(key, "norm")
     return None
-
-
-def _first_number(parts: list[str]) -> int | None:
-    """Position of the first component that numbers a list's items (up to six digits, so that it is one)."""
-    return next((at for at, part in enumerate(parts) if len(part) <= 6 and part.isascii() and part.isdigit()), None)
 
 
 def _tower(parts: list[str], rules: FamilyRules) -> tuple[int, Role] | None:
@@ -168,11 +182,13 @@ def _merge_nested(places: Mapping[str, _Place]) -> dict[str, _Place]:
     by_key: dict[str, _Place] = {}
     for place in places.values():
         by_key.setdefault(place.key, place)
-    merged: dict[str, _Place] = {}
-    for name, place in places.items():
-        top = by_key[place.key]
-        key = place.key
-        while key := key.rpartition(".")[0]:
-            top = by_key.get(key, top)
-        merged[name] = top
-    return merged
+    tops = {key: _top(place, by_key) for key, place in by_key.items()}
+    return {name: tops[place.key] for name, place in places.items()}
+
+
+def _top(place: _Place, by_key: Mapping[str, _Place]) -> _Place:
+    """The unit highest above a unit, or itself."""
+    key, top = place.key, place
+    while key := key.rpartition(".")[0]:
+        top = by_key.get(key, top)
+    return top

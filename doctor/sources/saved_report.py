@@ -28,6 +28,9 @@ def read_saved(path: Path) -> Saved:
     """
     where = f"--since {path}"
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            # A pipe that nobody writes to would be waited for.
+            raise UsageError(f"{where}: not a regular file; write one with vlm-doctor --save FILE.")
         with path.open("rb") as file:
             data = file.read(2 * MAX_SNAPSHOT_BYTES + 1)
     except FileNotFoundError:

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import msgspec
 
 from ..data.gpus import ALIASES, GPUS, GpuModel, find_gpu
 from ..errors import MachineError, UsageError
+from ..likeness import nearest
 from ..machine import Driver, Fabric, Gpu, LinkPath, Machine, NvLink, TorchView
 from ..units import format_gib, parse_bytes
 from .links import Pair, join
@@ -108,7 +108,7 @@ def _model(spec: str, what: str) -> GpuModel:
         return GpuModel(f"GPU with {format_gib(size)}", size, 0, (0, 0), _BRIDGED_PORTS)
     names = [*GPUS, *ALIASES]
     by_lower = {name.lower(): name for name in names}
-    near = [by_lower[key] for key in difflib.get_close_matches(what.lower(), by_lower, n=3, cutoff=0.5)]
+    near = [by_lower[key] for key in nearest(what.lower(), by_lower, most=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, and sizes such as 24GiB."
     raise MachineError(f"{spec}: {what!r} is not a GPU of the catalogue; {hint}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib.util
 import platform
@@ -119,6 +118,9 @@ def statements(text: str, *starts: str) -> Iterator[str]:
 
 def _literals(text: str) -> dict[str, object]:
     """Names that a source file gives a literal value at its top level, with or without a type."""
+    # Late: without torch there is nothing to parse.
+    import ast
+
     values: dict[str, object] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign):

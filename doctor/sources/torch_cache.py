@@ -6,7 +6,6 @@ The key holds everything the answer depends on; a cache that cannot be read or w
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,6 +30,9 @@ class TorchCache:
     """
 
     def __init__(self, folder: Path, key: Iterable[str]) -> None:
+        # Late: it loads OpenSSL, and a machine without torch has nothing to remember.
+        import hashlib
+
         digest = hashlib.sha256("\0".join(key).encode("utf-8", "surrogateescape")).hexdigest()
         self._path = folder / f"torch-{digest[:32]}.json"
 

@@ -5,7 +5,6 @@ A table of ours would be stale with their next release; theirs is right by defin
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import Distribution
@@ -49,9 +48,24 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def fields(distribution: Distribution, name: str) -> list[str]:
+    """Values of a field of an installed package's metadata, in order; none where it is missing or damaged.
+
+    ``Distribution.metadata`` parses the package's long description as well, at each access: 20 ms for the packages that
+    matter, where only lines of the head are wanted.
+    """
+    try:
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    except (OSError, TypeError, ValueError):
+        return []
+    head = text.partition("\n\n")[0]
+    return [value.strip() for value in re.findall(rf"^{name}:(.*)$", head, re.MULTILINE | re.IGNORECASE)]
+
+
 def _from_metadata(requirer: str, distribution: Distribution, known: Collection[str]) -> Iterator[VersionRule]:
     try:
-        requirements = distribution.requires or []
+        # The second only for old installations, which keep them in a file of their own (requires.txt).
+        requirements = fields(distribution, "Requires-Dist") or distribution.requires or []
     except (OSError, ValueError):
         return
     for text in requirements:
@@ -108,6 +122,9 @@ def _transformers_rule(requirement: str, file: str) -> VersionRule:
 
 
 def _deps_table(text: str) -> list[str]:
+    # Late, as the text is there only with transformers.
+    import ast
+
     for part in statements(text, "deps = {"):
         try:
             table = ast.literal_eval(part.partition("=")[2].strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vlm_doctor.formats import render
 from vlm_doctor.formats.look import Look
 from vlm_doctor.formats.to_terminal import head, tail
 from vlm_doctor.machine import Fabric, Link, Machine, Package, TorchBuild
+from vlm_doctor.redaction import redact
 from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.saved_report import read_saved
 from vlm_doctor.units import GIB
@@ -120,10 +122,16 @@ def test_free_memory_counts_from_a_gigabyte_on() -> None:
     assert texts(with_free(20 * GIB), with_free(21 * GIB)) == ["GPU 0 (NVIDIA L4) free memory: 20.0 GiB → 21.0 GiB"]
 
 
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="not a regular file; write one with vlm-doctor --save FILE"):
+        read_saved(tmp_path / "pipe")
+
+
 def test_a_redacted_file_is_matched_by_place_and_name() -> None:
     one = machine()
 
-    assert texts(codec.redact(one), one) == []
+    assert texts(redact(one), one) == []
 
 
 def test_what_was_found_comes_first() -> None:

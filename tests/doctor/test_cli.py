@@ -19,6 +19,7 @@ import pytest
 from vlm_doctor import __version__, cli, codec
 from vlm_doctor.errors import ModelFileError
 from vlm_doctor.machine import Machine, TorchView
+from vlm_doctor.redaction import redact
 from vlm_doctor.report import Report
 from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.model_files import catalogue_names
@@ -404,7 +405,7 @@ def test_collect_redacts_unless_told_otherwise(run: Run, tmp_path: Path, monkeyp
     redacted, whole = run("collect"), run("collect", "--no-redact")
 
     assert codec.machine_from_json(whole.out.encode(), where="snapshot") == machine
-    assert codec.machine_from_json(redacted.out.encode(), where="snapshot") == codec.redact(machine)
+    assert codec.machine_from_json(redacted.out.encode(), where="snapshot") == redact(machine)
     assert redacted.out != whole.out
 
 
@@ -602,10 +603,13 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_sentence_even_for_an_error_in_json() -> None:
+@pytest.mark.parametrize(
+    "words", [("--json", "--bogus"), ("--machine", "2xL4", "--json"), ("--machine", "2xL4", "--format", "github")]
+)
+def test_a_full_disk_is_one_sentence_even_where_errors_are_json(words: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         child = subprocess.run(
-            [sys.executable, "-m", "vlm_doctor", "--json", "--bogus"],
+            [sys.executable, "-m", "vlm_doctor", *words],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

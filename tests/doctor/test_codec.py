@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_doctor.codec import MAX_SNAPSHOT_BYTES, from_json, machine_from_json, redact, to_json
+from vlm_doctor.codec import MAX_SNAPSHOT_BYTES, from_json, machine_from_json, to_json
 from vlm_doctor.errors import MachineError
 from vlm_doctor.machine import Gap, Gpu, GpuProcess, Link, Machine
+from vlm_doctor.redaction import redact
 from vlm_doctor.workload import Workload
 
 UUID = "GPU-0efff5b2-d110-bffb-58c1-6c442888ba3f"

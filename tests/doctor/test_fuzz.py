@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 
 from vlm_doctor.answer import check_report
 from vlm_doctor.checks import diagnose
-from vlm_doctor.codec import MAX_SNAPSHOT_BYTES, machine_from_json, redact, to_json
+from vlm_doctor.codec import MAX_SNAPSHOT_BYTES, machine_from_json, to_json
 from vlm_doctor.errors import MachineError, UsageError
 from vlm_doctor.formats import FORMATS, render
 from vlm_doctor.formats.look import Look
 from vlm_doctor.machine import Gpu, Machine
+from vlm_doctor.redaction import redact
 from vlm_doctor.report import Report
 from vlm_doctor.sources.environment import MAX_VALUE_CHARS, read_environment
 from vlm_doctor.sources.host import read_host

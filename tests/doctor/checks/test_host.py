@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from vlm_doctor.machine import Checkpoint
 from vlm_doctor.units import GIB, MIB
 
 from .asking import Ask, Load, Said, commands
@@ -14,6 +15,18 @@ def host(load: Load, name: str = "2xl4-idle", **fields: Any) -> dict[str, Any]:
     found = load(name).host
     assert found is not None
     return {"host": replace(found, **fields)}
+
+
+@pytest.mark.parametrize(
+    ("repo", "lines"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", ("HF_HUB_OFFLINE=0 hf download Qwen/Qwen2.5-VL-7B-Instruct",)),
+        ("--token=x/y; rm -rf ~", ()),
+    ],
+)
+def test_the_rest_of_a_checkpoint_is_downloaded(repo: str, lines: tuple[str, ...], ask: Ask) -> None:
+    cut = (Checkpoint(repo=repo, missing_files=2),)
+    assert commands(ask("VLM511", "offline-without-a-shard", checkpoints=cut)) == lines
 
 
 def test_small_shm(ask: Ask, said: Said) -> None:

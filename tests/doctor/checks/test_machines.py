@@ -94,7 +94,7 @@ EXPECTED = {
     "v100-missing-sm": ["error VLM307"],
     "wsl2-linux-driver": ["error VLM112"],
     "xid-48": ["warning VLM114", "warning VLM114"],
-    "xid-79": ["error VLM108", "warning VLM114"],
+    "xid-79": ["error VLM108"],
 }
 HEALTHY = [
     "2x4090-no-p2p",

@@ -67,10 +67,13 @@ def test_processes_that_are_not_visible_from_here(ask: Ask) -> None:
     outcome = ask("VLM501", "2xl4-idle", gpu=(0, fields))
 
     assert outcome.findings[0].message == (
-        "GPU 0 (NVIDIA L4): 9.0 GiB of 22.5 GiB are held by pid 0 (not visible from here)."
+        "GPU 0 (NVIDIA L4): 9.0 GiB of 22.5 GiB are held by a process (not visible from here)."
     )
     assert fixed_by(outcome) == ("nvidia-smi",)
     assert ask("VLM502", "2xl4-idle", gpu=(0, fields)).state == "passed"
+    # ps would know nothing of a process of another container either.
+    elsewhere = ask("VLM501", "2xl4-idle", gpu=(0, fields | {"processes": (process(683, 9 * GIB),)}))
+    assert fixed_by(elsewhere) == ("nvidia-smi",)
 
 
 def test_sizes_that_are_partly_unknown(ask: Ask) -> None:

@@ -115,7 +115,7 @@ def test_import_dies(torch: TorchView, message: str, ask: Ask, said: Said) -> No
     outcome = ask("VLM305", "2xl4-idle", torch=torch)
 
     assert said(outcome) == [("error", message)]
-    assert fixed_by(outcome)[1] == ("timeout 60 python -X faulthandler -c 'import torch'", f"{INDEX}/cu130")
+    assert fixed_by(outcome)[1] == ("timeout -s ABRT 60 python -X faulthandler -c 'import torch'", f"{INDEX}/cu130")
 
 
 def test_driver_too_old(ask: Ask, said: Said) -> None:

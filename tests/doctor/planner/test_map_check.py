@@ -235,13 +235,21 @@ def test_a_wrong_key_is_named_with_what_it_may_have_meant(key: str, message: str
 
 
 def test_many_wrong_keys_end_in_one_sentence_and_weightless_ones_are_let_pass() -> None:
-    many: Map = {f"wrong{n}": 0 for n in range(30)}
+    many: Map = {f"wrong{chr(97 + n)}{chr(97 + n)}": 0 for n in range(26)}
+    many |= {f"wrong{letter}": 0 for letter in "abcd"}
     many[f"{TOWER}.embeddings.position_ids"] = 0
 
     checked = judged({**split(LLAVA, 16), **many})
 
     assert codes(checked).count("VLM610") == 21
     assert checked.findings[20].message == "10 more keys name no module of llava-hf/llava-1.5-7b-hf."
+
+
+def test_keys_that_differ_in_a_number_are_one_finding() -> None:
+    checked = judged({**split(LLAVA, 16), **{f"wrong.{n}": 0 for n in range(30)}})
+
+    assert codes(checked).count("VLM610") == 1
+    assert checked.findings[0].message.startswith(f"{LLAVA.name} has no module 'wrong.0', and 29 more are named like it")
 
 
 @pytest.mark.parametrize(("gone", "named"), [("lm_head", "lm_head"), (f"{LAYERS}.7", f"{LAYERS}.7")])

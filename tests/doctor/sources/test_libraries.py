@@ -4,8 +4,9 @@ import importlib.util
 import platform
 import sys
 from importlib.machinery import ModuleSpec
-from importlib.metadata import Distribution
+from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,19 +123,28 @@ def test_damaged_metadata_is_not_an_installed_package(site: Path, text: str) -> 
     assert [package.name for package in read(site).packages] == ["numpy"]
 
 
+def test_requirements_of_an_old_installation_count(site: Path) -> None:
+    folder = site / "accelerate-0.20.0.egg-info"
+    folder.mkdir()
+    (folder / "PKG-INFO").write_text("Metadata-Version: 1.2\nName: accelerate\nVersion: 0.20.0\n\nVersion: 9\n")
+    (folder / "requires.txt").write_text("torch>=1.6\n")
+    libraries = read(site)
+    assert libraries.version("accelerate") == "0.20.0"
+    assert [rule.requirement for rule in libraries.rules] == ["torch>=1.6"]
+
+
 def test_metadata_on_a_failing_disk_is_no_error(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site, "accelerate", "1.15.0", requires=("torch>=2",))
     install(site, "pynvml", "11.5.0")
 
-    def fails(distribution: Distribution) -> list[str]:
+    def fails(*_: object) -> Any:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Distribution, "requires", property(fails))
     monkeypatch.setattr(Distribution, "files", property(fails))
     libraries = read(site)
     assert [package.name for package in libraries.packages] == ["accelerate", "pynvml"]
-    assert (libraries.rules, libraries.pynvml_owners) == ((), ())
-    monkeypatch.setattr(Distribution, "metadata", property(fails))
+    assert (len(libraries.rules), libraries.pynvml_owners) == (1, ())
+    monkeypatch.setattr(PathDistribution, "read_text", fails)
     assert read(site).packages == ()
 
 

@@ -77,6 +77,16 @@ def test_a_pipe_that_never_ends_is_left(monkeypatch: pytest.MonkeyPatch) -> None
     assert log.skipped_bytes > 0
 
 
+def test_the_end_of_a_log_counts_however_long_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_file, "MAX_SEARCHED_BYTES", 8 * MIB)
+    monkeypatch.setattr(log_file, "MAX_READ_BYTES", 16 * MIB)
+    path = written(tmp_path / "log", OOM, *[NOISE] * 40, b"the last line\n")
+    log = read_log(str(path))
+    assert log.text.startswith(OOM.decode())
+    assert log.text.endswith("the last line\n")
+    assert log.skipped_bytes + len(log.text) == pytest.approx(path.stat().st_size, abs=100)
+
+
 def test_only_so_many_errors_of_the_middle_are_kept(tmp_path: Path) -> None:
     path = written(tmp_path / "log", *([NOISE + OOM] * 30))
 

@@ -16,6 +16,13 @@ def message(spec: Path | str) -> str:
     return str(caught.value)
 
 
+def test_a_mark_of_windows_editors_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    machine = load_machine("2xL4")
+    path.write_bytes(b"\xef\xbb\xbf" + to_json(machine).encode())
+    assert load_machine(str(path)) == machine
+
+
 def test_snapshot_comes_back(tmp_path: Path) -> None:
     machine = load_machine("4x3090:nvlink=0-1,2-3")
     path = tmp_path / "machine.json"
@@ -36,6 +43,12 @@ def test_name_that_is_neither_gpu_nor_file() -> None:
 def test_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "absent.json"
     assert message(path) == f"{path}: no such file; record one with vlm-doctor collect."
+
+
+def test_folder_in_the_working_folder_is_not_taken_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("node7").mkdir()
+    assert message("node7") == "node7 is a folder; name the snapshot file in it."
 
 
 def test_folder(tmp_path: Path) -> None:
