@@ -117,7 +117,7 @@ class Gate:
         if isinstance(parameter, VlmSpec):
             return parameter
         name = parameter if isinstance(parameter, str) else self.settings.model
-        return VlmSpec(name) if name else None
+        return VlmSpec(name, dtype=self.settings.dtype) if name else None
 
     def machine(self) -> Machine:
         """The machine that decides: this one, read once, or that of ``--vlm-machine``."""

@@ -84,7 +84,7 @@ def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> 
     def make(name: str, *, dtype: str | None = None, trust_remote_code: bool = False, gpus: int = 1) -> Iterator[Any]:
         from .requirements import VlmSpec
 
-        spec = VlmSpec(name, dtype=dtype, trust_remote_code=trust_remote_code, min_gpus=gpus)
+        spec = VlmSpec(name, dtype=dtype or gate.settings.dtype, trust_remote_code=trust_remote_code, min_gpus=gpus)
         with gate.loaded(spec, request, loader) as loaded:
             yield loaded
 
