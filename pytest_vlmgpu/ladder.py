@@ -53,7 +53,7 @@ def make_loader(gate: Gate, config: pytest.Config) -> Loader:
     @contextmanager
     def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
         from . import loading, progress
-        from .gate import ordinals_by_uuid
+        from .machine_reader import ordinals_by_uuid
 
         if gate.settings.fake_gpus:
             pytest.skip(f"{spec.label} is not loaded on made-up GPUs; a vlm_loader of your own would be asked.")
