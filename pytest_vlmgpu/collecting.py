@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from . import markers
-from .state import GATED_TEST, POSITION, WATCHED_TEST, gate_of
+from .reading import Readings, uses
+from .state import ALIASES, GATED_TEST, IS_CONCERNED, POSITION, WATCHED_TEST, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .requirements import VlmSpec
+    from .aliases import Alias
+    from .gate import Gate
+    from .reading import Reading
+    from .requirements import GatedTest, VlmSpec
 
-_FIXTURES_MODULE = "pytest_vlmgpu.fixtures"
 _GATE_FIXTURE = "_vlm_gate"
 _WATCH_FIXTURE = "_vlm_watch"
+_SEVERAL: pytest.StashKey[bool] = pytest.StashKey()
+"""Of a module or class: its markers, and those of what it is in, may name more than one model."""
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
-    """Give the fixture ``vlm`` the models that a test names, or that of ``--vlm-model``.
+    """Run a test that names several models with each; the last part of each name is added to the test's id.
 
-    One model leaves the test's id as it is; several add the last part of each name.
+    One model is given to the test when it is examined: pytest's own way there costs as much as all the rest of a test.
 
     Raises:
         pytest.Collector.CollectError: A marker is wrong.
     """
     definition = metafunc.definition
-    if not _uses(definition, metafunc.fixturenames, "vlm") or _is_parametrized_by_user(definition):
+    if not _may_name_several(definition):
         return
-    specs: Sequence[VlmSpec | None] = markers.read_models(definition, definition.nodeid)
-    if not specs:
-        default = gate_of(metafunc.config).spec_from(None)
-        specs = [markers.with_gpus(default, definition, definition.nodeid)] if default else []
-    if specs:
-        ids = [pytest.HIDDEN_PARAM] if len(specs) == 1 else [spec.name.rstrip("/").split("/")[-1] for spec in specs if spec]
+    if not uses(definition, metafunc.fixturenames, "vlm") or _is_parametrized_by_user(definition):
+        return
+    specs = markers.read_models(definition, definition.nodeid)
+    if len(specs) > 1:
+        ids = [spec.name.rstrip("/").split("/")[-1] for spec in specs]
         metafunc.parametrize("vlm", specs, indirect=True, scope="session", ids=ids)
 
 
 def examine(report: pytest.CollectReport, concerned: Sequence[pytest.Function]) -> None:
     """Store what each test asks for and put the gate before its fixtures; turn a wrong marker into a collection error."""
+    config = concerned[0].config
+    config.stash[IS_CONCERNED] = True
+    aliases: dict[str, Alias] = config.stash.get(ALIASES, {})
+    readings = Readings(aliases)
+    places = _Places()
     try:
         for item in concerned:
-            _examine_test(item)
+            _examine_test(item, readings.of(item), places)
     except pytest.Collector.CollectError as error:
         report.outcome = "failed"
         report.longrepr = str(error)
@@ -57,112 +68,150 @@ def arrange(config: pytest.Config, items: list[pytest.Item]) -> None:
     group at all. Tests that need free memory and load nothing run before the first model takes it. Other tests stay in
     place, and an order that loads each model once is not touched.
     """
-    gated = {item: item.stash[GATED_TEST] for item in items if GATED_TEST in item.stash}
+    gated = [(item, item.stash[GATED_TEST]) for item in items if GATED_TEST in item.stash]
     if not gated:
         return
-    sharing = gate_of(config).sharing
+    gate = gate_of(config)
     groups: dict[VlmSpec, list[pytest.Item]] = {}
-    for item, test in gated.items():
+    # pytest computes the hash of an item anew each time it is asked for.
+    group_of: dict[int, list[pytest.Item]] = {}
+    before = []
+    for item, test in gated:
         if test.loads and test.specs:
-            groups.setdefault(test.specs[0], []).append(item)
-            asked = sharing.setdefault(test.specs[0], [])
+            group_of[id(item)] = group = groups.setdefault(test.specs[0], [])
+            group.append(item)
+        elif not test.loads and (test.requirements.needs_memory or test.specs):
+            before.append(item)
+    for test in {id(test): test for _, test in gated}.values():
+        if test.loads and test.specs:
+            asked = gate.sharing.setdefault(test.specs[0], [])
             if test.requirements not in asked:
                 asked.append(test.requirements)
     for tests in groups.values():
         # After a test that may change the model it is loaded again: nobody should be left who needs it.
         tests.sort(key=lambda item: item.stash[WATCHED_TEST].mutates)
-    before = [item for item, test in gated.items() if not test.loads and (test.requirements.needs_memory or test.specs)]
-    arranged: dict[pytest.Item, None] = {}
+    items[:] = _in_order(items, group_of, before)
+    _note_order(gate, items)
+
+
+def _in_order(
+    items: Sequence[pytest.Item], group_of: dict[int, list[pytest.Item]], before: Sequence[pytest.Item]
+) -> list[pytest.Item]:
+    """Each group whole at the place of its first test, and ``before`` in front of the first group."""
+    arranged: list[pytest.Item] = []
+    taken: set[int] = set()
     for item in items:
-        if item in arranged:
+        if id(item) in taken:
             continue
-        if item in gated and gated[item].loads and gated[item].specs:
-            arranged.update(dict.fromkeys([*before, *groups[gated[item].specs[0]]]))
-        else:
-            arranged[item] = None
-    items[:] = arranged
+        for one in (*before, *group_of[id(item)]) if id(item) in group_of else (item,):
+            if id(one) not in taken:
+                taken.add(id(one))
+                arranged.append(one)
+    return arranged
+
+
+def _note_order(gate: Gate, items: Sequence[pytest.Item]) -> None:
+    """Remember which model is used when, and what the tests of this process need."""
     from .groups import group_tests
     from .residents import uses_of
 
-    gate = gate_of(config)
     gate.own.needs = group_tests(items).needs
+    order = []
     for position, item in enumerate(items):
-        item.stash[POSITION] = position
-    gate.residents.uses = uses_of(
-        (position, gated[item].specs[0])
-        for position, item in enumerate(items)
-        if item in gated and gated[item].loads and gated[item].specs
-    )
+        test = item.stash.get(GATED_TEST, None)
+        if test is not None:
+            item.stash[POSITION] = position
+            if test.loads and test.specs:
+                order.append((position, test.specs[0]))
+    gate.residents.uses = uses_of(order)
 
 
-def _examine_test(item: pytest.Function) -> None:
-    from .requirements import GatedTest, Requirements, WatchedTest
+class _Places:
+    """Where our fixtures go among those of a test; the same for tests of one collector with the same fixtures."""
 
-    loads = _uses(item, item.fixturenames, "vlm")
-    uses_gpus = _uses(item, item.fixturenames, "vlm_gpus")
-    uses_factory = any(_uses(item, item.fixturenames, name) for name in ("vlm_factory", "vlm_device"))
-    limit_bytes, mutates = markers.read_limit(item, item.nodeid), markers.may_mutate(item, item.nodeid)
-    is_metered = limit_bytes is not None or _uses(item, item.fixturenames, "vlm_vram")
-    requirements = markers.read_requirements(item, item.nodeid)
-    is_ours = bool(loads or uses_gpus or uses_factory or requirements or is_metered or mutates)
-    markers.refuse_unknown(item, is_surely_meant=is_ours)
-    # A project may have had a marker or a fixture vlm before this plugin was installed: its tests run as they did.
-    is_theirs = not is_ours and ("vlm" in item.fixturenames or "vlm" in markers.registered(item.config))
-    named = () if is_theirs else markers.read_models(item, item.nodeid)
-    joined = Requirements.strictest(requirements)
-    if loads or uses_factory or is_metered:
-        item.stash[WATCHED_TEST] = WatchedTest(loads, mutates, limit_bytes, joined.vram_bytes)
-        _insert(item, _WATCH_FIXTURE, _before_own_fixtures(item))
-    if not (requirements or named or loads or uses_gpus or uses_factory):
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[int, int]] = {}
+
+    def of(self, item: Any) -> tuple[int, int]:
+        """Positions of the gate and of the watch."""
+        info = item._fixtureinfo
+        if any(mark.name in ("usefixtures", "parametrize") for mark in item.own_markers):
+            return _after_session_wide_setup(item), _before_own_fixtures(item)
+        key = (item.parent, tuple(item.fixturenames), info.argnames, info.initialnames)
+        places = self._known.get(key)
+        if places is None:
+            places = self._known[key] = (_after_session_wide_setup(item), _before_own_fixtures(item))
+        return places
+
+
+def _examine_test(item: pytest.Function, reading: Reading, places: _Places) -> None:
+    if reading.watched is None and not reading.is_gated:
         return
-    if loads:
-        if getattr(item, "nofuncargs", False):
-            _parametrize_unittest(item, named)
-        callspec: Any = getattr(item, "callspec", None)
-        parameter = callspec.params.get("vlm") if callspec is not None else None
-        if named and parameter not in named and not _is_parametrized_by_user(item):
-            raise markers.wrong(
-                f"{item.nodeid}: the fixture vlm cannot take its model from a marker here; a marker on a parameter comes "
-                "too late: put it on the test function, its class or module."
-            )
-        spec = gate_of(item.config).spec_from(parameter)
-        named = (markers.with_gpus(spec, item, item.nodeid),) if spec is not None else ()
-        if callspec is not None and named:
-            callspec.params["vlm"] = named[0]
-    item.stash[GATED_TEST] = GatedTest(
-        specs=named,
-        requirements=joined,
-        wants_gpus=bool(requirements) or uses_gpus,
-        loads=loads,
-    )
-    _insert(item, _GATE_FIXTURE, _after_session_wide_setup(item))
-
-
-def _parametrize_unittest(item: Any, named: Sequence[VlmSpec]) -> None:
-    """Give a test of a unittest.TestCase its model in the way of a parameter, so that it shares loads with all others.
-
-    pytest parametrises no such tests; what it reads of a parameter afterwards are these few attributes.
-    """
-    if len(named) > 1:
-        raise markers.wrong(
-            f"{item.nodeid}: @pytest.mark.vlm names {len(named)} models, and tests of a unittest.TestCase run once: name "
-            "one, and make a subclass for each other model."
-        )
-    from types import SimpleNamespace
-
-    spec = named[0] if named else gate_of(item.config).spec_from(None)
-    if spec is not None:
-        scopes = {"vlm": item._fixtureinfo.name2fixturedefs["vlm"][0]._scope}
-        item.callspec = SimpleNamespace(
-            params={"vlm": spec}, indices={"vlm": 0}, _arg2scope=scopes, _idlist=(), marks=[], id=""
-        )
-
-
-def _insert(item: pytest.Function, name: str, position: int) -> None:
+    before_all, before_own = places.of(item)
     # A list of its own: pytest shares one between all parameters of a function.
     names = list(item.fixturenames)
-    names.insert(position, name)
+    if reading.watched is not None:
+        item.stash[WATCHED_TEST] = reading.watched
+        names.insert(before_own, _WATCH_FIXTURE)
+    if reading.is_gated:
+        item.stash[GATED_TEST] = _with_model(item, reading) if reading.loads else reading.test(reading.named)
+        names.insert(before_all, _GATE_FIXTURE)
     item.fixturenames = names
+
+
+def _with_model(item: Any, reading: Reading) -> GatedTest:
+    """Give a test its model: that of its parameter, its marker or ``--vlm-model``.
+
+    Raises:
+        pytest.Collector.CollectError: It names several, and cannot run with each.
+    """
+    callspec: Any = getattr(item, "callspec", None)
+    is_given = callspec is not None and "vlm" in callspec.params
+    parameter = callspec.params["vlm"] if is_given else None
+    if not is_given and len(reading.named) == 1:
+        spec: VlmSpec | None = reading.named[0]
+    else:
+        if reading.named and parameter not in reading.named and not _is_parametrized_by_user(item):
+            raise _several_models(item, reading)
+        spec = gate_of(item.config).spec_from(parameter)
+        if spec is not None and spec.min_gpus != reading.requirements.gpus:
+            spec = replace(spec, min_gpus=reading.requirements.gpus)
+    if spec is None:
+        return reading.test(())
+    if callspec is None:
+        item.callspec = reading.callspecs.get(spec) or reading.callspecs.setdefault(spec, _callspec(item, spec))
+    else:
+        callspec.params["vlm"] = spec
+        if not is_given:
+            callspec.indices["vlm"], callspec._arg2scope["vlm"] = 0, _scope_of_vlm(item)
+    return reading.test((spec,))
+
+
+def _several_models(item: Any, reading: Reading) -> pytest.Collector.CollectError:
+    if getattr(item, "nofuncargs", False):
+        return markers.wrong(
+            f"{item.nodeid}: @pytest.mark.vlm names {len(reading.named)} models, and tests of a unittest.TestCase run "
+            "once: name one, and make a subclass for each other model."
+        )
+    return markers.wrong(
+        f"{item.nodeid}: a marker on a parameter names one model, and none where the test function names its own: this "
+        "test would have several."
+    )
+
+
+def _callspec(item: Any, spec: VlmSpec) -> Any:
+    """Give a test its model in the way of a parameter: pytest then keeps one loaded at a time.
+
+    pytest itself does this for functions, at the price of a new signature and several copies each, and not at all for
+    tests of a unittest.TestCase. What it reads of a parameter afterwards are these few attributes.
+    """
+    return SimpleNamespace(
+        params={"vlm": spec}, indices={"vlm": 0}, _arg2scope={"vlm": _scope_of_vlm(item)}, _idlist=(), marks=[], id=""
+    )
+
+
+def _scope_of_vlm(item: Any) -> Any:
+    return item._fixtureinfo.name2fixturedefs["vlm"][0]._scope
 
 
 def _before_own_fixtures(item: Any) -> int:
@@ -192,16 +241,21 @@ def _after_session_wide_setup(item: Any) -> int:
     return position
 
 
-def _uses(definition: Any, fixturenames: Sequence[str], name: str) -> bool:
-    """True when a test reaches our fixture of that name, and not only one of the project's own with the same name."""
-    if name not in fixturenames:
-        return False
-    for fixture in reversed(definition._fixtureinfo.name2fixturedefs.get(name, ())):
-        if fixture.func.__module__ == _FIXTURES_MODULE:
+def _may_name_several(definition: pytest.Function) -> bool:
+    """False where no marker can name more than one model; cheap, as it is asked of every test with the fixture."""
+    aliases = definition.config.stash.get(ALIASES, {})
+    names = 0
+    for mark in definition.own_markers:
+        if mark.name in aliases:
             return True
-        if name not in fixture.argnames:
-            return False
-    return False
+        names += len(mark.args) if mark.name == "vlm" else 0
+    if names or definition.parent is None:
+        return names > 1
+    if _SEVERAL not in definition.parent.stash:
+        marks = list(definition.parent.iter_markers())
+        above = sum(len(mark.args) for mark in marks if mark.name == "vlm")
+        definition.parent.stash[_SEVERAL] = above > 1 or any(mark.name in aliases for mark in marks)
+    return definition.parent.stash[_SEVERAL]
 
 
 def _is_parametrized_by_user(definition: pytest.Function) -> bool:

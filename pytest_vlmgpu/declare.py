@@ -40,6 +40,9 @@ SETTINGS = (
     ),
     Setting("model", "model (folder or hub id) for tests that use the fixture vlm and name none", "ID"),
     Setting(
+        "dtype", "dtype (bfloat16, float16, float32) for models whose marker names none; default: the checkpoint's", "DTYPE"
+    ),
+    Setting(
         "machine",
         "decide for a recorded or made-up machine (snapshot file, or a spec such as 2xL4) and run no gated test; "
         "default: this machine, live",

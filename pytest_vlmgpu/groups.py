@@ -49,6 +49,7 @@ def group_tests(items: Sequence[pytest.Item]) -> Groups:
     group_of: dict[int, int] = {}
     bound: dict[int, str] = {}
     shared: dict[VlmSpec, int] = {}
+    asked_by: dict[int, Requirements] = {}
     for position, item in enumerate(items):
         test = item.stash.get(GATED_TEST, None)
         if test is None:
@@ -58,7 +59,10 @@ def group_tests(items: Sequence[pytest.Item]) -> Groups:
             continue
         # Which models a test with vlm_factory loads is not known before it runs.
         takes_all = not _TAKES_ALL.isdisjoint(getattr(item, "fixturenames", ()))
-        asked = _with_estimates(item, test)
+        # Tests that ask for the same share one object.
+        asked = asked_by.get(id(test))
+        if asked is None:
+            asked = asked_by[id(test)] = _with_estimates(item, test)
         number = shared.get(test.specs[0]) if test.loads and test.specs else None
         if number is None:
             number = len(needs)
@@ -67,7 +71,7 @@ def group_tests(items: Sequence[pytest.Item]) -> Groups:
                 shared[test.specs[0]] = number
         else:
             known = needs[number]
-            joined = tuple(dict.fromkeys([*known.requirements, asked]))
+            joined = known.requirements if asked in known.requirements else (*known.requirements, asked)
             needs[number] = Need(known.specs, joined, known.takes_all or takes_all, known.tests + 1)
         group_of[position] = number
     return Groups(needs, group_of, bound)

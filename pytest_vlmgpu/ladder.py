@@ -53,7 +53,7 @@ def make_loader(gate: Gate, config: pytest.Config) -> Loader:
     @contextmanager
     def load(spec: VlmSpec, plan: Plan | None) -> Iterator[Any]:
         from . import loading, progress
-        from .gate import ordinals_by_uuid
+        from .machine_reader import ordinals_by_uuid
 
         if gate.settings.fake_gpus:
             pytest.skip(f"{spec.label} is not loaded on made-up GPUs; a vlm_loader of your own would be asked.")
@@ -84,7 +84,7 @@ def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> 
     def make(name: str, *, dtype: str | None = None, trust_remote_code: bool = False, gpus: int = 1) -> Iterator[Any]:
         from .requirements import VlmSpec
 
-        spec = VlmSpec(name, dtype=dtype, trust_remote_code=trust_remote_code, min_gpus=gpus)
+        spec = VlmSpec(name, dtype=dtype or gate.settings.dtype, trust_remote_code=trust_remote_code, min_gpus=gpus)
         with gate.loaded(spec, request, loader) as loaded:
             yield loaded
 

@@ -16,7 +16,8 @@ import pytest
 
 from .declare import MARKER_PREFIXES
 from .declare import MARKERS as MARKER_LINES
-from .state import ALIASES
+from .requirements import DTYPE_ALIASES, DTYPES
+from .state import ALIASES, SETTINGS
 from .verdicts import WRONG
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 NEAR_NAME = 0.66
 """Likeness (difflib) from which another name counts as ours misspelt: "vml" and "vlms" do, "vlm_slow" does not."""
-DTYPES = ("bfloat16", "float16", "float32")
-_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 MAX_GPUS = 1024
 MAX_GIB = 65_536
 """Anything larger (64 TiB) is a size in another unit: a DGX B200 has 1.4 TiB in all."""
@@ -159,14 +158,16 @@ def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
     named = [spec for mark in closest for spec in read(mark, where)]
     if len(set(named)) < len(named):
         raise wrong(f"{where}: @pytest.mark.vlm names a model twice.")
-    return tuple(with_gpus(spec, definition, where) for spec in named)
+    return tuple(completed(spec, definition, where) for spec in named)
 
 
-def with_gpus(spec: VlmSpec, definition: pytest.Function, where: str) -> VlmSpec:
-    """Have a model spread over as many GPUs as a test requires."""
+def completed(spec: VlmSpec, definition: pytest.Function, where: str) -> VlmSpec:
+    """Have a model spread over as many GPUs as a test requires, and in ``--vlm-dtype`` where its marker names none."""
     from .requirements import Requirements
 
-    return replace(spec, min_gpus=Requirements.strictest(read_requirements(definition, where)).gpus)
+    gpus = Requirements.strictest(read_requirements(definition, where)).gpus
+    settings = definition.config.stash.get(SETTINGS, None)
+    return replace(spec, min_gpus=gpus, dtype=spec.dtype or (settings.dtype if settings is not None else None))
 
 
 def read_requirements(definition: pytest.Function, where: str) -> Sequence[Requirements]:
@@ -339,6 +340,6 @@ def _dtype(value: object) -> str | None:
         return None
     text = str(value).removeprefix("torch.")
     if text not in DTYPES:
-        instead = _DTYPE_ALIASES.get(text.lower(), " or ".join(DTYPES))
+        instead = DTYPE_ALIASES.get(text.lower(), " or ".join(DTYPES))
         raise _ArgumentError(f"has dtype={value!r}; write {instead}")
     return text

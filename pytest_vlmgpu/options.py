@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pytest
 
 from .declare import ENVIRONMENT_PREFIXES, SETTINGS, Setting, option_of
+from .requirements import DTYPE_ALIASES, DTYPES
 from .verdicts import WRONG
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Settings(NamedTuple):
 
     gpus: GpuChoice = GpuChoice()
     model: str | None = None
+    dtype: str | None = None
+    """For models whose marker names none; ``None`` is the checkpoint's own."""
     machine: str = "live"
     fake_gpus: str | None = None
     """A machine to pretend to be."""
@@ -296,6 +299,19 @@ def _switch(_text: str, _origin: str) -> bool:
     return True
 
 
+def parse_dtype(text: str, origin: str) -> str:
+    """Read a dtype as the markers do.
+
+    Raises:
+        pytest.UsageError: Models are loaded in none of that name.
+    """
+    word = text.removeprefix("torch.")
+    if word in DTYPES:
+        return word
+    instead = DTYPE_ALIASES.get(word.lower(), " or ".join(DTYPES))
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no dtype; write {instead}.")
+
+
 def parse_wait(text: str, origin: str) -> float:
     """Seconds of ``90``, ``90s``, ``10m``, ``1.5h``.
 
@@ -369,6 +385,7 @@ def _list_problem(entries: list[str]) -> str | None:
 READERS: dict[str, Callable[[str, str], Any]] = {
     "gpus": parse_gpus,
     "model": _text,
+    "dtype": parse_dtype,
     "machine": _text,
     "fake_gpus": _text,
     "strict": parse_strict,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import declare, fixtures
-from .state import ALIASES, CONTROLLER, GATED_TEST, SETTINGS, WATCHED_TEST, WORKER_INPUT, gate_of
+from .state import ALIASES, CONTROLLER, GATED_TEST, IS_CONCERNED, SETTINGS, WATCHED_TEST, WORKER_INPUT, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -123,14 +123,17 @@ def pytest_make_collect_report(
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests that share a model next to each other."""
+    if IS_CONCERNED not in config.stash:
+        return
     if any(WATCHED_TEST in item.stash for item in items):
         from . import watch
 
         watch.register(config)
     if any(GATED_TEST in item.stash for item in items):
-        from . import collecting
+        from . import collecting, reporting
 
         collecting.arrange(config, items)
+        reporting.register(config)
         if not hasattr(config, "workerinput"):
             _add_summary(config)
 
@@ -172,21 +175,6 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         return None
     summary.plan(session)
     return True
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Attach properties to the report of a gated test, and put a skip at the test's own line."""
-    if GATED_TEST not in item.stash:
-        return (yield)
-    from . import reporting
-
-    reporting.attach(item, call)
-    report = yield
-    reporting.correct(item, report)
-    return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from .evidence import GatedRecord
-    from .gate import Load
+    from .loads import Load
 
 _NAMED = 10
 """Tests that a message names; the rest are counted."""

@@ -15,7 +15,7 @@ from .state import GATE, GATED_TEST, VERDICT, gate_of
 from .verdicts import OWN_SKIP
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from vlm_doctor.machine import Machine
 
@@ -26,6 +26,7 @@ PREFIX = "vlmgpu."
 """What the names of our properties begin with."""
 OUTPUT = "vlmgpu"
 """Key of what a worker hands over (``config.workeroutput``)."""
+_NAME = "vlmgpu-reports"
 
 
 def collected(config: pytest.Config, items: list[pytest.Item]) -> str | None:
@@ -36,6 +37,28 @@ def collected(config: pytest.Config, items: list[pytest.Item]) -> str | None:
     models = Counter(spec.label for test in tests for spec in test.specs)
     named = f"; {', '.join(f'{label} ({count})' for label, count in models.items())}" if models else ""
     return f"vlmgpu: {len(tests)} of {plural(len(items), 'test')} gated{named}"
+
+
+class Reports:
+    """Hook of runs with gated tests; other runs pay nothing for it."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Attach properties to the report of a gated test, and put a skip at the test's own line."""
+        if GATED_TEST not in item.stash:
+            return (yield)
+        attach(item, call)
+        report = yield
+        correct(item, report)
+        return report
+
+
+def register(config: pytest.Config) -> None:
+    """Have the reports of gated tests completed."""
+    if not config.pluginmanager.has_plugin(_NAME):
+        config.pluginmanager.register(Reports(), _NAME)
 
 
 def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""In which models are loaded, in torch's words."""
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+"""What else they are called, for messages."""
 BF16_CAPABILITY = (8, 0)
 """First compute capability with bfloat16 in hardware. Source: CUDA programming guide, arithmetic instructions."""
 FP8_CAPABILITY = (8, 9)

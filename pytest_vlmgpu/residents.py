@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vlm_doctor.machine import Machine
     from vlm_doctor.placement import Plan
 
-    from .gate import Load
+    from .loads import Load
     from .meter import Meter
     from .requirements import VlmSpec
 

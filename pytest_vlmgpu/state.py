@@ -23,6 +23,8 @@ GATE: pytest.StashKey[Gate] = pytest.StashKey()
 """Of the config; there from the first gated test that is collected."""
 CONTROLLER: pytest.StashKey[Controller] = pytest.StashKey()
 """Of the config of pytest-xdist's controller."""
+IS_CONCERNED: pytest.StashKey[bool] = pytest.StashKey()
+"""Of the config; there when a test was collected that may be gated or watched."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
 """Of an item that asks for a model or GPUs."""
 WATCHED_TEST: pytest.StashKey[WatchedTest] = pytest.StashKey()

@@ -117,7 +117,7 @@ class Summary:
             return
         terminalreporter.section("vlmgpu")
         if tests:
-            from .gate import Load
+            from .loads import Load
             from .summary_text import counts, load_line
 
             machines = [line for _, said in self._said for line in said["machines"]]
@@ -211,7 +211,7 @@ class Summary:
         self._broken += promises.did_not_run(self._tests, self._baseline, name)
         loads = [load for _, said in self._said for load in said["loads"]]
         if loads:
-            from .gate import Load
+            from .loads import Load
 
             records = [Load(**load) for load in loads]
             self._broken += promises.memory_stayed(records, settings.leak_check, settings.leak_tolerance)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .evidence import GatedRecord
-    from .gate import Load
+    from .loads import Load
 
 
 def counts(tests: Mapping[str, GatedRecord]) -> str:

@@ -94,6 +94,38 @@ def test_stacked_markers_give_each_model_its_own_options(suite: Any) -> None:
     assert [line for line in suite.loads() if line.startswith("LOAD")] == ["LOAD org/a (bfloat16)", "LOAD org/a (float16)"]
 
 
+def test_a_default_dtype_is_for_models_whose_marker_names_none(suite: Any) -> None:
+    suite.run(
+        "--vlm-dtype=float16",
+        "--vlm-model=org/a",
+        test_x="""
+        import pytest
+        @pytest.mark.vlm("org/a")
+        def test_default(vlm): pass
+        @pytest.mark.vlm("org/a", dtype="bfloat16")
+        def test_own(vlm): pass
+        def test_unmarked(vlm): pass
+        """,
+    )
+
+    assert [line for line in suite.loads() if line.startswith("LOAD")] == ["LOAD org/a (float16)", "LOAD org/a (bfloat16)"]
+
+
+def test_a_marker_on_a_parameter_names_the_model_of_that_case(suite: Any) -> None:
+    result = suite.run(
+        test_x="""
+        import pytest
+        A, B = pytest.mark.vlm("org/a"), pytest.mark.vlm("org/b")
+        @pytest.mark.parametrize("n", [pytest.param("org/a", marks=A), pytest.param("org/b", marks=B)])
+        @pytest.mark.parametrize("m", [1, 2])
+        def test_x(n, m, vlm): assert vlm.name == n
+        """
+    )
+
+    result.assert_outcomes(passed=4)
+    assert [line for line in suite.loads() if line.startswith("LOAD")] == ["LOAD org/a", "LOAD org/b"]
+
+
 def test_a_required_number_of_gpus_spreads_the_model(suite: Any) -> None:
     result = suite.run(
         test_x="""

@@ -41,6 +41,8 @@ def test_defaults_when_nothing_is_given() -> None:
     ("setting", "text", "value"),
     [
         ("model", "org/a", "org/a"),
+        ("dtype", "float16", "float16"),
+        ("dtype", "torch.bfloat16", "bfloat16"),
         ("machine", "2xL4", "2xL4"),
         ("strict", "all", "all"),
         ("strict", "1", "gpu"),
@@ -96,6 +98,8 @@ def test_an_environment_variable_can_switch_strict_off() -> None:
             {"VLMGPU_EXPECT_VRAM": "999999999"},
             "VLMGPU_EXPECT_VRAM: '999999999' is no amount of memory; write one such as 20GiB or 24GB.",
         ),
+        ({"VLMGPU_DTYPE": "fp16"}, "VLMGPU_DTYPE: 'fp16' is no dtype; write float16."),
+        ({"VLMGPU_DTYPE": "int4"}, "VLMGPU_DTYPE: 'int4' is no dtype; write bfloat16 or float16 or float32."),
         ({"VLMGPU_REPORT": "/tmp"}, "VLMGPU_REPORT: /tmp is a folder; name a file in it."),
         ({"PYTEST_VLMGPU_GPUS": "cpu"}, "PYTEST_VLMGPU_GPUS: 'cpu' names no GPUs; write none."),
     ],

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_vlmgpu.gate import Load
+from pytest_vlmgpu.loads import Load
 from pytest_vlmgpu.meter import Meter
 from pytest_vlmgpu.requirements import VlmSpec
 from pytest_vlmgpu.residents import CONTEXT_BYTES, Resident, Residents, free_before, uses_of

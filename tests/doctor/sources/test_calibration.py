@@ -19,6 +19,7 @@ from vlm_doctor.formats.calibration_text import calibration_text
 from vlm_doctor.machine import Driver, GpuProcess, Machine
 from vlm_doctor.placement import Stage
 from vlm_doctor.planner.budget import CONTEXT_BYTES, budgets
+from vlm_doctor.redaction import redact
 from vlm_doctor.sources import calibration as source
 from vlm_doctor.sources.calibration import Reading, calibrate, load_calibrations
 from vlm_doctor.sources.nvml_answer import NvmlView
@@ -266,7 +267,7 @@ def test_a_machine_brings_the_readings_of_its_own_cards(monkeypatch: pytest.Monk
 
     assert (seen.calibrations, elsewhere.calibrations) == ((READING,), ())
     assert not [gap for gap in seen.gaps if gap.path == "calibrations"]
-    again = codec.machine_from_json(codec.to_json(codec.redact(seen)).encode(), where="snapshot")
+    again = codec.machine_from_json(codec.to_json(redact(seen)).encode(), where="snapshot")
     assert again.calibrations == (READING,)
 
 
