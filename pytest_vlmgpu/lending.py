@@ -11,6 +11,7 @@ import pytest
 
 from . import verdicts
 from .loads import check_landing, describe
+from .meter import empty_cache
 from .residents import Resident, free_before
 from .verdicts import Verdict
 
