@@ -113,10 +113,10 @@ def test_workers_of_a_project_that_does_not_use_the_plugin_cost_it_no_doctor(pyt
     pytester.makepyfile("def test_x(): pass\ndef test_y(): pass")
     pytester.makeconftest(
         """
-        import os, sys
+        import sys
         from pathlib import Path
         def pytest_unconfigure(config):
-            name = os.environ.get("PYTEST_XDIST_WORKER", "controller")
+            name = getattr(config, "workerinput", {}).get("workerid", "controller")
             Path(f"{name}.txt").write_text(" ".join(sys.modules))
         """
     )
