@@ -51,7 +51,8 @@ HOSTILE = st.one_of(
     ),
     st.lists(st.integers(), max_size=3),
     st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
-    st.just([[[[[[]]]]]]),
+    # Made anew each time: a mutation may append to it.
+    st.builds(lambda: [[[[[[]]]]]]),
 )
 
 
