@@ -68,15 +68,13 @@ def _either(device: Device | None, otherwise: Device | None) -> Device | None:
 def _walk(question: Question, layout: Layout, blocks: Sequence[Piece], stream: Device | None) -> Iterator[Finding]:
     """Follow the hidden states through a list of blocks."""
     for block in blocks:
-        if layout.runs_on(block.key) == {layout.hook_device(block.key)}:
-            stream = layout.hook_device(block.key)
+        hook = layout.hook_device(block.key)
+        stream = _either(hook, stream)
+        if layout.runs_on(block.key) == {hook}:
             continue
         parts = _parts(layout, block.key)
         if not any(parts.values()) or _has_conflict(layout, block.key):
-            stream = _either(layout.hook_device(block.key), stream)
             continue
-        if layout.is_hooked(block.key):
-            stream = layout.hook_device(block.key)
         if stream is None:
             stream = Counter(device for devices in parts.values() for device in devices).most_common(1)[0][0]
         devices = set().union(*parts.values())
