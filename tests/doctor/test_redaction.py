@@ -208,7 +208,7 @@ def test_where_a_rule_was_read_stays_unless_it_is_somebodys_folder() -> None:
     assert one.libraries is not None
     rules = tuple(
         VersionRule(requirer="transformers", requirement="torch>=2.6", source=source)
-        for source in ("transformers/utils/import_utils.py", "/home/ana/work/rules.py")
+        for source in ("transformers/utils/import_utils.py", "/home/ana/ours/rules.py")
     )
 
     cleaned = redact(replace(one, libraries=replace(one.libraries, rules=rules))).libraries
