@@ -136,8 +136,6 @@ def gate(options: Namespace) -> int:
     started = time.perf_counter()
     look = _look(options)
     from .expectations import ProjectSettings, expectations
-    from .sources import collect as collect_machine
-    from .sources import load_machine
 
     demoted, notes = _with_project(options)
     project = options.project
@@ -155,10 +153,7 @@ def gate(options: Namespace) -> int:
         from .sources.model_files import load_profile
 
         profile = load_profile(wanted.model, allow_network=not options.offline)
-    if options.machine == "live":
-        machine = collect_machine(with_torch=not options.no_torch, fresh_torch=options.fresh_torch)
-    else:
-        machine = load_machine(options.machine)
+    machine = _machine(options)
     from .answer import gate_report
 
     report = gate_report(wanted, machine, profile, ignore=demoted, strict=options.strict)
@@ -270,13 +265,8 @@ def try_model(options: Namespace) -> int:
 def collect(options: Namespace) -> int:
     """Write a snapshot of this machine."""
     from . import codec
-    from .sources import collect as collect_machine
-    from .sources import load_machine
 
-    if options.machine == "live":
-        machine = collect_machine(with_torch=not options.no_torch, fresh_torch=options.fresh_torch)
-    else:
-        machine = load_machine(options.machine)
+    machine = _machine(options)
     if options.redact:
         from .redaction import redact
         from .sources.identity import private_words
@@ -339,13 +329,17 @@ def explain_error(options: Namespace) -> int:
 
 def _machine_for(answer: ErrorAnswer, options: Namespace) -> Machine:
     """The machine to compare with. torch is asked only where one of the checks that count needs its answer."""
+    return _machine(options, wants_torch=not TORCH_CHECKS.isdisjoint(answer.checks))
+
+
+def _machine(options: Namespace, *, wants_torch: bool = True) -> Machine:
+    """The machine of ``--machine``; this one is looked at, torch where it is wanted and ``--no-torch`` is not given."""
     from .sources import collect as collect_machine
     from .sources import load_machine
 
     if options.machine != "live":
         return load_machine(options.machine)
-    needs_torch = not options.no_torch and not TORCH_CHECKS.isdisjoint(answer.checks)
-    return collect_machine(with_torch=needs_torch, fresh_torch=options.fresh_torch)
+    return collect_machine(with_torch=wants_torch and not options.no_torch, fresh_torch=options.fresh_torch)
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
