@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import pytest_vlmgpu.gate
 import pytest_vlmgpu.loading
@@ -16,6 +15,7 @@ import vlm_doctor.checks
 import vlm_doctor.sources.collection  # noqa: F401
 from pytest_vlmgpu import fingerprint
 
+torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.models
 
 PROJECT = """
