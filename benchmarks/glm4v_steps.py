@@ -22,7 +22,7 @@ from vlm_doctor.workload import Policy, Workload
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_vlmgpu.loading import LoadedVlm
+    from pytest_vlmgpu.models.loading import LoadedVlm
     from vlm_doctor.machine import Machine
     from vlm_doctor.model import ModelProfile
     from vlm_doctor.placement import Plan, Stage
@@ -115,8 +115,8 @@ def build(folder: Path, family: str, answer: Answer, *, is_tiny: bool) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    from pytest_vlmgpu.fakes.tiny_families import PRINTABLE
     from pytest_vlmgpu.testing import tiny_config, write_processor
-    from pytest_vlmgpu.tiny_families import PRINTABLE
 
     started = time.perf_counter()
     settings = tiny_config(family, write_processor(folder, family))
@@ -138,7 +138,7 @@ def build(folder: Path, family: str, answer: Answer, *, is_tiny: bool) -> None:
 
 def accuracy(folder: Path, machine_spec: str, answer: Answer, deadline: float) -> None:
     """Predicted beside measured peak of each GPU, for prompts of several lengths, on the map that the planner chose."""
-    from pytest_vlmgpu.loading import load, torch_ordinals
+    from pytest_vlmgpu.models.loading import load, torch_ordinals
     from pytest_vlmgpu.testing import tiny_image
 
     profile, machine = load_profile(str(folder)), machine_of(machine_spec)
@@ -165,8 +165,8 @@ def measure(vlm: LoadedVlm, workload: Workload, places: list[tuple[Stage, int, i
     """One prompt: for each stage, with its ordinal and the memory that was free before loading, the peaks."""
     import torch
 
-    from pytest_vlmgpu.meter import Meter
     from pytest_vlmgpu.testing import tiny_image
+    from pytest_vlmgpu.watching.meter import Meter
 
     picture = tiny_image(workload.image_width or 0, workload.image_height or 0) if workload.images else None
     text = "x" * workload.text_tokens
@@ -201,7 +201,7 @@ def measure(vlm: LoadedVlm, workload: Workload, places: list[tuple[Stage, int, i
 
 def frontier(folder: Path, machine_spec: str, answer: Answer, deadline: float) -> None:
     """Longest text prompt that really runs: the planner's map, and other cuts, in both orders of the GPUs."""
-    from pytest_vlmgpu.loading import load, unload
+    from pytest_vlmgpu.models.loading import load, unload
 
     profile, machine = load_profile(str(folder)), machine_of(machine_spec)
     workload = Workload(images=0, text_tokens=512, new_tokens=2)
@@ -244,7 +244,7 @@ def load_auto(folder: Path) -> tuple[LoadedVlm, int]:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from pytest_vlmgpu.loading import LoadedVlm
+    from pytest_vlmgpu.models.loading import LoadedVlm
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, device_map="auto")
     placed = getattr(model, "hf_device_map", {"": 0})

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from pytest_vlmgpu import fingerprint
-from pytest_vlmgpu.loading import LoadedVlm, load
+from pytest_vlmgpu.models.loading import LoadedVlm, load
 from pytest_vlmgpu.testing import make_tiny_vlm, tiny_image
+from pytest_vlmgpu.watching import fingerprint
 
 FAMILY = "qwen2_5_vl"
 PUBLISHED_LAYERS = {"text": 28, "vision": 32}

@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 from pytest_command import pytest_command, pytest_environment
 
-from pytest_vlmgpu.leases import Leases
+from pytest_vlmgpu.leasing.leases import Leases
 from vlm_doctor.codec import to_json
 from vlm_doctor.machine import Driver, Gpu, Machine
 from vlm_doctor.units import GIB

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_vlmgpu.loading import LoadedVlm
+    from pytest_vlmgpu.models.loading import LoadedVlm
 
 
 @pytest.mark.vlm("zai-org/GLM-4.1V-9B-Thinking")

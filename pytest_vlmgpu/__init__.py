@@ -13,14 +13,14 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Estimate": "requirements",
-    "LoadFailure": "failures",
-    "LoadedVlm": "loading",
+    "LoadFailure": "models.failures",
+    "LoadedVlm": "models.loading",
     "Requirements": "requirements",
-    "TestImages": "images",
+    "TestImages": "fakes.images",
     "Verdict": "verdicts",
-    "VlmFactory": "ladder",
+    "VlmFactory": "models.ladder",
     "VlmSpec": "requirements",
-    "VramMeter": "vram",
+    "VramMeter": "watching.vram",
 }
 
 __all__ = sorted([*_WHERE, "__version__"])  # noqa: PLE0605 - built from the table above, so that the two cannot differ

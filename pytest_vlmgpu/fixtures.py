@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from vlm_doctor.report import Report
     from vlm_doctor.workload import Policy, Workload
 
-    from .gate import Loader, Planner
-    from .images import TestImages
-    from .ladder import VlmFactory
-    from .vram import VramMeter
+    from .fakes.images import TestImages
+    from .gating.gate import Loader, Planner
+    from .models.ladder import VlmFactory
+    from .watching.vram import VramMeter
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def vlm_planner(vlm_workload: Workload, vlm_policy: Policy) -> Planner:
 
     It may return ``None`` (do not plan) together with a ``vlm_loader`` of your own.
     """
-    from .ladder import make_planner
+    from .models.ladder import make_planner
 
     return make_planner(vlm_workload, vlm_policy)
 
@@ -61,7 +61,7 @@ def vlm_loader(request: pytest.FixtureRequest) -> Loader:
     ``plan`` is ``None`` on a CPU run. The value of the context manager is that of the fixture ``vlm``; where it has a
     ``device_map`` (or a ``model`` with ``hf_device_map``), that is held against the plan.
     """
-    from .ladder import make_loader
+    from .models.ladder import make_loader
 
     return make_loader(gate_of(request.config), request.config)
 
@@ -115,7 +115,7 @@ def vlm_device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def vlm_images() -> TestImages:
     """Small generated pictures and frames, the same each time: ``vlm_images[0]``, ``.picture()``, ``.frames(8)``."""
-    from .images import TestImages
+    from .fakes.images import TestImages
 
     return TestImages()
 
@@ -123,7 +123,7 @@ def vlm_images() -> TestImages:
 @pytest.fixture(scope="session")
 def vlm_factory(request: pytest.FixtureRequest, vlm_loader: Loader) -> VlmFactory:
     """For models that are chosen at run time, gated and placed like all: ``with`` what it returns for a name."""
-    from .ladder import make_factory
+    from .models.ladder import make_factory
 
     return make_factory(gate_of(request.config), request, vlm_loader)
 
@@ -150,7 +150,7 @@ def vlm_doctor(vlm_machine: Machine) -> Report:
 @pytest.fixture
 def vlm_vram() -> Iterator[VramMeter]:
     """GPU memory of the test: ``.peak_gib``, ``.used_gib``, ``.peaks_gib()`` by CUDA ordinal, ``.reset()``."""
-    from .vram import VramMeter
+    from .watching.vram import VramMeter
 
     meter = VramMeter()
     yield meter

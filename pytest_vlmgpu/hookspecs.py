@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from vlm_doctor.machine import Gpu, Machine
     from vlm_doctor.placement import Plan
 
-    from .evidence import RunReport
     from .requirements import Estimate, VlmSpec
+    from .results.evidence import RunReport
     from .verdicts import Verdict
 
 

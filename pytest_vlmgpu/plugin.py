@@ -15,7 +15,7 @@ from .state import ALIASES, CONTROLLER, GATED_TEST, IS_CONCERNED, SETTINGS, WATC
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from .summary import Summary
+    from .results.summary import Summary
 
 _SUMMARY = "vlmgpu-summary"
 
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         settings = config.stash[SETTINGS]
         told = getattr(config, "workerinput", {}).get(WORKER_INPUT)
         if told is not None:
-            from .lifetime import end_with
+            from .workers.lifetime import end_with
 
             end_with(told["controller"])
         if settings.machine != "live" or settings.fake_gpus:
@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if (settings.is_anything_expected or settings.report or settings.plan) and not hasattr(config, "workerinput"):
             _add_summary(config)
     if config.getini(declare.ALIASES):
-        from . import aliases
+        from .collection import aliases
 
         config.stash[ALIASES] = aliases.read_aliases(config)
         for alias in config.stash[ALIASES].values():
@@ -66,7 +66,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Make ``-n auto`` one worker a GPU where ``--vlm-gpus`` was given; else the choice is pytest-xdist's."""
     if not declare.is_anything_given(config):
         return None
-    from .controller import auto_workers
+    from .workers.controller import auto_workers
 
     return auto_workers(config)
 
@@ -74,7 +74,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
     """The controller of pytest-xdist collects nothing: it leases GPUs, and the reports of its workers arrive here."""
-    from .controller import start_controller
+    from .workers.controller import start_controller
 
     start_controller(config, specs)
     _add_summary(config)
@@ -89,7 +89,7 @@ def pytest_configure_node(node: Any) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each model one worker."""
-    from .scheduling import make
+    from .workers.scheduling import make
 
     return make(config, log)
 
@@ -97,7 +97,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make the models a test names a session-wide parameter: pytest then keeps one loaded at a time."""
     if "vlm" in metafunc.fixturenames:
-        from . import collecting
+        from .collection import collecting
 
         collecting.parametrize(metafunc)
 
@@ -114,7 +114,7 @@ def pytest_make_collect_report(
     aliases = collector.config.stash.get(ALIASES, {})
     concerned = declare.may_be_gated(collector, tests, aliases)
     if concerned:
-        from . import collecting
+        from .collection import collecting
 
         collecting.examine(report, concerned)
     return report
@@ -126,11 +126,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if IS_CONCERNED not in config.stash:
         return
     if any(WATCHED_TEST in item.stash for item in items):
-        from . import watch
+        from .watching import watch
 
         watch.register(config)
     if any(GATED_TEST in item.stash for item in items):
-        from . import collecting, reporting
+        from .collection import collecting
+        from .results import reporting
 
         collecting.arrange(config, items)
         reporting.register(config)
@@ -142,7 +143,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let the controller of pytest-xdist know what the tests of this worker need, before it sends any."""
     if hasattr(session.config, "workerinput") and any(GATED_TEST in item.stash for item in session.items):
-        from .workers import hand_in
+        from .workers.worker import hand_in
 
         hand_in(session.config, session.items)
 
@@ -152,7 +153,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     given = config.stash[SETTINGS].given if SETTINGS in config.stash else ()
     if not given:
         return None
-    from .controller import remark
+    from .workers.controller import remark
 
     aside = remark(config)
     return f"vlmgpu: {', '.join(given)}{f'; {aside}' if aside else ''}"
@@ -162,7 +163,7 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     """Count gated tests and models."""
     if not config.pluginmanager.has_plugin(_SUMMARY):
         return None
-    from . import reporting
+    from .results import reporting
 
     return reporting.collected(config, items)
 
@@ -180,15 +181,15 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Hand what a worker loaded to the controller."""
     if hasattr(session.config, "workeroutput"):
-        from . import reporting
+        from .results import reporting
 
         reporting.hand_over(session)
 
 
 def _add_summary(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin(_SUMMARY):
-        from .memory_summary import MemorySummary
-        from .summary import Summary
+        from .results.summary import Summary
+        from .watching.memory_summary import MemorySummary
 
         config.pluginmanager.register(Summary(config), _SUMMARY)
         config.pluginmanager.register(MemorySummary(config), "vlmgpu-memory")

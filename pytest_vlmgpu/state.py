@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from .aliases import Alias
-    from .controller import Controller
-    from .gate import Gate
+    from .collection.aliases import Alias
+    from .gating.gate import Gate
     from .options import Settings
     from .requirements import GatedTest, WatchedTest
     from .verdicts import Verdict
-    from .watch import Failure, Watch
+    from .watching.watch import Failure, Watch
+    from .workers.controller import Controller
 
 SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 """Of the config; there when a setting was given."""
@@ -49,7 +49,7 @@ def gate_of(config: pytest.Config) -> Gate:
         pytest.UsageError: ``--vlm-machine`` cannot be read.
     """
     if GATE not in config.stash:
-        from .gate import Gate
+        from .gating.gate import Gate
         from .options import Settings, recorded_machine
 
         settings = config.stash.get(SETTINGS, None) or Settings()

@@ -11,8 +11,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .fake_machines import fake_machine, machine_in_use
-from .tiny_families import ASSISTANT, CHAT_TEMPLATE, END, FAMILIES, MAX_POSITIONS, PAD, PRINTABLE, USER, Family
+from .fakes.fake_machines import fake_machine, machine_in_use
+from .fakes.tiny_families import ASSISTANT, CHAT_TEMPLATE, END, FAMILIES, MAX_POSITIONS, PAD, PRINTABLE, USER, Family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

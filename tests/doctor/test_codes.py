@@ -78,7 +78,7 @@ def test_pages_of_the_gate_say_what_strictness_changes(code: str) -> None:
 
 def test_the_plugin_gives_only_codes_that_can_be_explained() -> None:
     given = set(
-        re.findall(r'"(VLM\d{3})"', "".join(path.read_text("utf-8") for path in (ROOT / "pytest_vlmgpu").glob("*.py")))
+        re.findall(r'"(VLM\d{3})"', "".join(path.read_text("utf-8") for path in (ROOT / "pytest_vlmgpu").rglob("*.py")))
     )
 
     assert given

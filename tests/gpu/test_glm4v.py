@@ -13,7 +13,7 @@ import pytest
 from pytest_vlmgpu.testing import tiny_image
 
 if TYPE_CHECKING:
-    from pytest_vlmgpu.loading import LoadedVlm
+    from pytest_vlmgpu.models.loading import LoadedVlm
 
 pytestmark = pytest.mark.gpu
 

@@ -25,7 +25,7 @@ if torch.cuda.device_count() < 1:
 HEADER = """
 import gc
 import pytest, torch
-from pytest_vlmgpu import fingerprint
+from pytest_vlmgpu.watching import fingerprint
 GIB = 2**30
 """
 SUITE = """

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_vlmgpu.fingerprint import SAMPLES, changes, restore, take
+from pytest_vlmgpu.watching.fingerprint import SAMPLES, changes, restore, take
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.models

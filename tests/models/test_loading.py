@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_vlmgpu.loading import LoadFailure, load, torch_ordinals, unload
+from pytest_vlmgpu.models.loading import LoadFailure, load, torch_ordinals, unload
 from pytest_vlmgpu.testing import TINY_FAMILIES, tiny_image
 from vlm_doctor.errors import UsageError
 from vlm_doctor.placement import Plan, Shortage, Stage

@@ -35,8 +35,8 @@ import transformers  # noqa: E402
 from accelerate import dispatch_model, infer_auto_device_map  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
-from pytest_vlmgpu.processors import load_processor, prompt_text  # noqa: E402
-from pytest_vlmgpu.source import find_source  # noqa: E402
+from pytest_vlmgpu.models.processors import load_processor, prompt_text  # noqa: E402
+from pytest_vlmgpu.models.source import find_source  # noqa: E402
 from pytest_vlmgpu.testing import TINY_FAMILIES, tiny_image  # noqa: E402
 
 from .fake_devices import FakeDevices  # noqa: E402

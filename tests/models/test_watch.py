@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-import pytest_vlmgpu.gate
-import pytest_vlmgpu.loading
-import pytest_vlmgpu.watch  # noqa: F401
+import pytest_vlmgpu.gating.gate
+import pytest_vlmgpu.models.loading
+import pytest_vlmgpu.watching.watch  # noqa: F401
 import vlm_doctor.checks
 import vlm_doctor.sources.collection  # noqa: F401
-from pytest_vlmgpu import fingerprint
+from pytest_vlmgpu.watching import fingerprint
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.models
@@ -291,7 +291,7 @@ def test_y(vlm): assert (len(set(SEEN)), SEEN[0] == float(torch.rand(1, generato
 
 
 def test_memory_that_stays_after_unloading_has_a_holder(tmp_path: Path) -> None:
-    from pytest_vlmgpu.loading import LoadedVlm, unload
+    from pytest_vlmgpu.models.loading import LoadedVlm, unload
 
     model = torch.nn.Linear(8, 8)
     loaded = LoadedVlm("org/a", model, None, None, {}, (), "cpu", 0.0)

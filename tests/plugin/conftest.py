@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import pytest_vlmgpu.gating.gate
+import pytest_vlmgpu.models.loading
+import pytest_vlmgpu.watching.watch
+
 # Imported for good: pytester forgets what is first imported inside a run, and imports it anew in the next one.
-import pytest_vlmgpu.controller
-import pytest_vlmgpu.gate
-import pytest_vlmgpu.loading
-import pytest_vlmgpu.watch
-import pytest_vlmgpu.workers  # noqa: F401
+import pytest_vlmgpu.workers.controller
+import pytest_vlmgpu.workers.worker  # noqa: F401
 import vlm_doctor.checks
 import vlm_doctor.sources.collection  # noqa: F401
 from pytest_vlmgpu import declare

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pytest_vlmgpu import shim
-from pytest_vlmgpu.aliases import parse
+from pytest_vlmgpu.collection.aliases import parse
 
 ALIASES = """
 [pytest]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_vlmgpu.failures import Allocation, LoadFailure, broken_torch, check_weights, explained
+from pytest_vlmgpu.models.failures import Allocation, LoadFailure, broken_torch, check_weights, explained
 from vlm_doctor.placement import LedgerLine, Stage
 from vlm_doctor.units import GIB
 

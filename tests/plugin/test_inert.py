@@ -11,8 +11,8 @@ HEAVY = ("torch", "transformers", "accelerate", "pynvml", "psutil", "rich", "typ
 LATE = tuple(
     f"pytest_vlmgpu.{name}"
     for name in (
-        *("collecting", "gate", "leases", "markers", "options", "own_share", "reporting", "requirements", "residents"),
-        *("controller", "groups", "scheduling", "sets", "shares", "waiting", "workers"),
+        *("collection", "gating", "leasing", "models", "results", "watching", "workers"),
+        *("markers", "options", "requirements"),
     )
 )
 """Parts of the plugin that are read when the first gated test or setting is met."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vlmgpu.keepers import holder_of
+from pytest_vlmgpu.models.keepers import holder_of
 
 
 class Tensor:
@@ -90,7 +90,7 @@ def test_the_value_of_a_fixture(suite: Any) -> None:
     suite.configure(
         """
 import weakref
-from pytest_vlmgpu.keepers import holder_of
+from pytest_vlmgpu.models.keepers import holder_of
 class Tensor: pass
 @pytest.fixture(scope="session")
 def weights(): return Tensor()
@@ -103,7 +103,7 @@ def weights(): return Tensor()
         KEPT = []
         def test_first(weights): KEPT.append(weakref.ref(weights))
         def test_second():
-            from pytest_vlmgpu.keepers import holder_of
+            from pytest_vlmgpu.models.keepers import holder_of
             assert holder_of(KEPT[0]()) == "the value of fixture weights"
         """
     )

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_vlmgpu import holders, leases
-from pytest_vlmgpu.leases import LeaseError, Leases
+from pytest_vlmgpu.leasing import holders, leases
+from pytest_vlmgpu.leasing.leases import LeaseError, Leases
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ NOBODY = 65534
 TAKE = """
 import sys, time
 from pathlib import Path
-from pytest_vlmgpu.leases import Leases
+from pytest_vlmgpu.leasing.leases import Leases
 leases = Leases(Path(sys.argv[1]))
 print(leases.take(sys.argv[2:]), flush=True)
 sys.stdin.read()

@@ -46,7 +46,7 @@ def test_the_machine_is_read_once_and_again_before_each_load(suite: Any) -> None
 
 
 def test_free_memory_is_not_older_than_a_few_seconds(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_vlmgpu.gate.MEMORY_AGE_S", -1)
+    monkeypatch.setattr("pytest_vlmgpu.gating.gate.MEMORY_AGE_S", -1)
     suite.configure(LIVE, without="vlm_machine")
 
     suite.run(

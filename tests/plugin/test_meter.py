@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vlmgpu.meter import Meter, Peak
+from pytest_vlmgpu.watching.meter import Meter, Peak
 
 
 class _Cuda:
@@ -54,7 +54,7 @@ def test_without_cuda_in_use_there_is_nothing_to_measure(monkeypatch: pytest.Mon
 
 def test_metering_and_importing_the_loader_import_no_torch() -> None:
     program = (
-        "import sys, pytest_vlmgpu.loading, pytest_vlmgpu.testing; from pytest_vlmgpu.meter import Meter;"
+        "import sys, pytest_vlmgpu.models.loading, pytest_vlmgpu.testing; from pytest_vlmgpu.watching.meter import Meter;"
         "m = Meter(); m.start(); m.stop(); sys.exit(bool({'torch', 'transformers', 'PIL'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -44,7 +44,7 @@ def breaking(suite: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(sources, "collect", sources.collect)  # the conftest puts its own there
     for name in ("MEMORY_AGE_S", "HEALTH_AGE_S"):
-        monkeypatch.setattr(f"pytest_vlmgpu.gate.{name}", -1.0)
+        monkeypatch.setattr(f"pytest_vlmgpu.gating.gate.{name}", -1.0)
     suite.configure(LIVE, without="vlm_machine")
     return suite
 

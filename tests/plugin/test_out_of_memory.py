@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_vlmgpu.meter import Allocator
-from pytest_vlmgpu.out_of_memory import GpuFacts, describe, find, headline
+from pytest_vlmgpu.watching.meter import Allocator
+from pytest_vlmgpu.watching.out_of_memory import GpuFacts, describe, find, headline
 from vlm_doctor.machine import GpuProcess
 from vlm_doctor.placement import LedgerLine, Limits, Plan, Stage
 from vlm_doctor.units import GIB, MIB

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_vlmgpu.failures import LoadFailure
-from pytest_vlmgpu.placing import Placed, check_placement, device_map_for
+from pytest_vlmgpu.models.failures import LoadFailure
+from pytest_vlmgpu.models.placing import Placed, check_placement, device_map_for
 from vlm_doctor.placement import Offload, Plan, Stage
 from vlm_doctor.workload import Workload
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pytest_vlmgpu import progress
-from pytest_vlmgpu.progress import Share, line
+from pytest_vlmgpu.models import progress
+from pytest_vlmgpu.models.progress import Share, line
 from vlm_doctor.placement import LedgerLine, Stage
 
 GIB = 2**30
@@ -115,7 +115,7 @@ def test_an_output_that_is_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch)
 def test_it_shows_through_pytests_capture(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(Path(__file__).with_name("fake_project.py").read_text() + """
 import time
-from pytest_vlmgpu import progress
+from pytest_vlmgpu.models import progress
 progress.QUIET_S = progress.LOG_FIRST_S = 0.1
 plain = load
 @contextmanager

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_vlmgpu.evidence import GatedRecord
-from pytest_vlmgpu.expecting import judge_expectation
+from pytest_vlmgpu.gating.expecting import judge_expectation
 from pytest_vlmgpu.options import Settings
-from pytest_vlmgpu.promises import did_not_run, too_few_ran
+from pytest_vlmgpu.results.evidence import GatedRecord
+from pytest_vlmgpu.results.promises import did_not_run, too_few_ran
 
 if TYPE_CHECKING:
     from collections.abc import Callable

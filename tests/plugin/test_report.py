@@ -10,8 +10,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from pytest_vlmgpu.evidence import GatedRecord, schema
-from pytest_vlmgpu.github import commands, table
+from pytest_vlmgpu.results.evidence import GatedRecord, schema
+from pytest_vlmgpu.results.github import commands, table
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "run-report.schema.json"
 SUITE = """
@@ -149,7 +149,7 @@ def test_a_run_that_is_interrupted_leaves_a_complete_report(suite: Any) -> None:
 def test_a_run_that_is_killed_leaves_a_report_that_says_so(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     suite.configure(
         """
-from pytest_vlmgpu import report_file
+from pytest_vlmgpu.results import report_file
 report_file.INTERVAL_S = -1
 """
     )

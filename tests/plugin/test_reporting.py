@@ -150,7 +150,7 @@ def test_weights_that_stay_are_reported(suite: Any) -> None:
         """
 @pytest.fixture(scope="session", autouse=True)
 def fake_loading():
-    from pytest_vlmgpu import loading
+    from pytest_vlmgpu.models import loading
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load", fake_load)
         patch.setattr(loading, "unload", lambda loaded: 3 * GIB)

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_vlmgpu.loads import Load
-from pytest_vlmgpu.meter import Meter
+from pytest_vlmgpu.models.loads import Load
+from pytest_vlmgpu.models.residents import CONTEXT_BYTES, Resident, Residents, free_before, uses_of
 from pytest_vlmgpu.requirements import VlmSpec
-from pytest_vlmgpu.residents import CONTEXT_BYTES, Resident, Residents, free_before, uses_of
+from pytest_vlmgpu.watching.meter import Meter
 from vlm_doctor.machine import Gpu, GpuProcess, Machine
 from vlm_doctor.units import GIB
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_vlmgpu.groups import Groups
-from pytest_vlmgpu.scheduling import VlmScheduling, make
+from pytest_vlmgpu.collection.groups import Groups
 from pytest_vlmgpu.state import CONTROLLER
+from pytest_vlmgpu.workers.scheduling import VlmScheduling, make
 
 pytest.importorskip("xdist", reason="pytest-xdist is not installed")
 

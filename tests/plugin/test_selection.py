@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_vlmgpu.gating.selection import judge, judge_without_gpus, keep_from_acting
 from pytest_vlmgpu.options import GpuChoice, parse_gpus
 from pytest_vlmgpu.requirements import Requirements
-from pytest_vlmgpu.selection import judge, judge_without_gpus, keep_from_acting
 from pytest_vlmgpu.verdicts import Verdict
 from vlm_doctor.machine import Driver, Gap, GpuProcess, Host, Libraries, TorchBuild
 from vlm_doctor.placement import Plan, Shortage

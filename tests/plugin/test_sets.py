@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_vlmgpu.leasing.sets import Demand, Need, by_preference, cover, demands_of, divide, owners_of, total_demand
 from pytest_vlmgpu.options import GpuChoice
 from pytest_vlmgpu.requirements import Requirements, VlmSpec
-from pytest_vlmgpu.sets import Demand, Need, by_preference, cover, demands_of, divide, owners_of, total_demand
 from vlm_doctor.machine import Driver, Gpu, Machine
 from vlm_doctor.units import GIB
 

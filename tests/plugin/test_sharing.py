@@ -382,7 +382,11 @@ def test_a_worker_whose_controller_is_gone_already_ends_too() -> None:
     gone.wait()
 
     run = subprocess.run(
-        [sys.executable, "-c", f"from pytest_vlmgpu.lifetime import end_with; end_with({gone.pid}); print('alive')"],
+        [
+            sys.executable,
+            "-c",
+            f"from pytest_vlmgpu.workers.lifetime import end_with; end_with({gone.pid}); print('alive')",
+        ],
         check=False,
         capture_output=True,
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vlmgpu.failures import LoadFailure
-from pytest_vlmgpu.source import Source, find_source
+from pytest_vlmgpu.models.failures import LoadFailure
+from pytest_vlmgpu.models.source import Source, find_source
 
 COMMIT = "0123456789012345678901234567890123456789"
 

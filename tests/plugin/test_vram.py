@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vlmgpu.meter import Meter, Peak, allocators
+from pytest_vlmgpu.watching.meter import Meter, Peak, allocators
 
 from .fake_cuda import Cuda, fake_torch
 

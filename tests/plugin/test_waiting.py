@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vlmgpu.waiting import GRACE_S, Progress, Waiting
+from pytest_vlmgpu.leasing.waiting import GRACE_S, Progress, Waiting
 
 
 class Clock:

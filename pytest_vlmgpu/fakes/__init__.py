@@ -1,0 +1,1 @@
+"""Machines, models and images that stand in for real ones."""

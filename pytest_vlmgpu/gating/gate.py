@@ -1,0 +1,286 @@
+"""What one run knows while it decides: the machine, which tests share a model, what was loaded and what failed.
+
+Every decision is :mod:`selection`'s. Nothing is read and nothing heavy is imported before the first gated test is set up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+
+from .. import verdicts
+from ..leasing.own_share import OwnShare
+from ..leasing.waiting import GRACE_S
+from ..models.lending import Lending
+from ..models.loads import Load
+from ..models.residents import Residents
+from ..requirements import GatedTest, Requirements, VlmSpec
+from ..state import GATED_TEST, POSITION, VERDICT
+from ..verdicts import Verdict
+from .fitting import Fitting
+from .machine_reader import MachineReader, ordinals_by_uuid
+from .selection import judge_without_gpus, keep_from_acting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from vlm_doctor.machine import Gpu, Machine
+    from vlm_doctor.placement import Plan
+
+    from ..options import Settings
+
+    Planner = Callable[[VlmSpec, Machine, tuple[int, ...]], Plan | None]
+    Loader = Callable[[VlmSpec, Plan | None], AbstractContextManager[Any]]
+
+T = TypeVar("T")
+MEMORY_AGE_S = 5.0
+"""How old a reading of free memory may be for a test that loads no model: one costs some tenths of a second."""
+HEALTH_AGE_S = 30.0
+"""The same for a test that asks for no memory: a GPU can be lost while tests run."""
+
+
+class Gate:
+    """The state of one run; kept in ``config.stash``.
+
+    Args:
+        settings: Resolved.
+        config: Of this run.
+        recorded: The machine of ``--vlm-machine`` or ``--vlm-fake-gpus``; ``None`` is this one, read when first needed.
+    """
+
+    def __init__(self, settings: Settings, config: pytest.Config, recorded: Machine | None = None) -> None:
+        self.settings = settings
+        self.own = OwnShare(config, settings)
+        """The GPUs of this process."""
+        self.sharing: dict[VlmSpec, list[Requirements]] = {}
+        """Requirements of the tests that share each load."""
+        self.loads: list[Load] = []
+        self.refusals: dict[VlmSpec, Verdict] = {}
+        """Models that could not be loaded: each is tried once."""
+        self.reader = MachineReader(config, recorded)
+        self.fitting = Fitting(self.own, self.reader.losses, self.sharing)
+        self.residents = Residents()
+        self._lending = Lending(self)
+        self._fits: dict[VlmSpec, Verdict] = {}
+
+    @property
+    def machine_used(self) -> Machine | None:
+        """As last read; ``None`` until a gated test was decided about."""
+        return self.reader.used
+
+    @machine_used.setter
+    def machine_used(self, machine: Machine) -> None:
+        self.reader.used = machine
+
+    def machine(self) -> Machine:
+        """The machine that decides: this one, read once, or that of ``--vlm-machine``."""
+        return self.reader.first()
+
+    def latest_machine(self) -> Machine | None:
+        """The machine as it is right now, where it is this one and can be asked; else as last read."""
+        return self.reader.now()
+
+    @property
+    def uses_gpus(self) -> bool:
+        """False with ``--vlm-gpus=none``."""
+        return self.settings.gpus.kind != "none"
+
+    @property
+    def is_strict(self) -> bool:
+        """True when the plugin's own skips are errors; ``--vlm-strict=auto`` asks the machine that was used last."""
+        if self.settings.strict != "auto":
+            return self.settings.strict != "off"
+        machine = self.machine_used
+        has_gpus = machine is not None and bool(machine.gpus or machine.driver.device_files or machine.pci_devices)
+        return self.settings.is_anything_expected or (self.uses_gpus and has_gpus)
+
+    @property
+    def is_machine_real(self) -> bool:
+        """False where the machine that decided is made up or recorded: nothing ran on its GPUs."""
+        return self.machine_used is not None and self.machine_used.origin == "live"
+
+    def spec_from(self, parameter: object) -> VlmSpec | None:
+        """The model of a parameter of ``vlm``: a spec, a name (given by ``parametrize``), or that of ``--vlm-model``."""
+        if isinstance(parameter, VlmSpec):
+            return parameter
+        name = parameter if isinstance(parameter, str) else self.settings.model
+        return VlmSpec(name, dtype=self.settings.dtype) if name else None
+
+    def usable_gpus(self, machine: Machine, request: pytest.FixtureRequest) -> tuple[Gpu, ...]:
+        """GPUs that tests may use, in CUDA order; without any, the test that asks is skipped or fails."""
+        if self.uses_gpus:
+            verdict = self.fitting.judge(Requirements(), machine, loads=False, at_load=False)
+            refuse(verdict)
+            refuse(self.settle(machine, request))
+            verdict = self.fitting.judge(Requirements(), machine, loads=False, at_load=False)
+        else:
+            verdict = judge_without_gpus(self.settings.gpus, wants_gpus=True)
+        refuse(verdict)
+        by_index = {gpu.index: gpu for gpu in machine.gpus}
+        return tuple(by_index[index] for index in verdict.gpus)
+
+    def decide(self, request: pytest.FixtureRequest) -> None:
+        """Decide about the test that is set up, let the project have its say, and end the setup unless it is to run."""
+        item = request.node
+        # Of an attempt before, where a plugin runs tests again.
+        item.user_properties[:] = [pair for pair in item.user_properties if not pair[0].startswith("vlmgpu.")]
+        self.residents.now = item.stash.get(POSITION, -1)
+        verdict = self.judge_test(item.stash[GATED_TEST], request)
+        verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
+        item.stash[VERDICT] = self._as_strict_as_wanted(verdict)
+        if self.settings.plan:
+            pytest.skip("it was only asked what would become of the test")
+        refuse(item.stash[VERDICT])
+
+    def judge_test(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
+        """Decide about a test before any of its fixtures is set up, as far as that can be told without loading."""
+        if not self.uses_gpus:
+            verdict = judge_without_gpus(self.settings.gpus, wants_gpus=test.wants_gpus)
+        else:
+            verdict = self._judge_on_gpus(test, request)
+        if verdict.action == "run" and test.loads and not test.specs:
+            advice = 'add @pytest.mark.vlm("org/model"), or give --vlm-model'
+            return Verdict("error", verdicts.WRONG, f"the test uses the fixture vlm and names no model; {advice}.")
+        return self.keep_from_acting(verdict, request)
+
+    def plan_of(self, test: GatedTest) -> Plan | None:
+        """Where the model of a test was last placed."""
+        return next((self.fitting.plans[spec] for spec in test.specs if spec in self.fitting.plans), None)
+
+    def need_bytes(self, test: GatedTest) -> int | None:
+        """Memory that a test is expected to use over all its GPUs: the peak predicted of its models, else its markers."""
+        plans = [self.fitting.plans[spec] for spec in test.specs if spec in self.fitting.plans]
+        if plans:
+            return sum(stage.peak_bytes for plan in plans for stage in plan.stages)
+        needs = test.requirements
+        return max((needs.vram_bytes or 0) * needs.gpus, needs.total_vram_bytes or 0) or None
+
+    def _judge_on_gpus(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
+        needs_memory = not test.loads and (test.requirements.needs_memory or bool(test.specs))
+        max_age_s = MEMORY_AGE_S if needs_memory else HEALTH_AGE_S
+        at_load = not test.loads or self.settings.plan
+
+        def judge_now(max_age_s: float) -> Verdict:
+            machine = self.reader.current(request, max_age_s=max_age_s)
+            verdict = self.fitting.judge(test.requirements, machine, loads=test.loads, at_load=at_load)
+            for spec in test.specs:
+                if verdict.action == "run":
+                    verdict = self._judge_model(spec, test, machine, verdict, request)
+            return verdict
+
+        machine = self.reader.current(request, max_age_s=math.inf)
+        verdict = self.fitting.judge(test.requirements, machine, loads=test.loads, at_load=False)
+        if verdict.action != "run":
+            return verdict
+        if self.settings.plan:
+            return judge_now(max_age_s)
+        # What no machine of this kind could run takes nothing from others: GPUs are leased from here on.
+        refusal = self.settle(machine, request)
+        if refusal.action != "run":
+            return refusal
+        return self.when_free(judge_now, judge_now(max_age_s), lambda verdict: verdict, grace_s=0)
+
+    def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
+        """Take this process' GPUs, if that was not done; the refusal where there are none for it."""
+        return self.own.settle(machine, _planner_of(request)) or Verdict("run")
+
+    def when_free(
+        self, ask: Callable[[float], T], first: T, verdict_of: Callable[[T], Verdict], *, grace_s: float = GRACE_S
+    ) -> T:
+        """Ask until the answer is no longer that others hold the memory, or the time to wait is over.
+
+        Args:
+            ask: Takes how old a reading of the machine may be, in seconds.
+            first: The answer so far.
+            verdict_of: The verdict in an answer.
+            grace_s: At least so long: a driver gives memory back some time after a process has ended.
+        """
+        answer = [first]
+
+        def is_free() -> bool:
+            if verdict_of(answer[0]).code == verdicts.BUSY and self.reader.is_reread:
+                answer[0] = ask(0)
+            return verdict_of(answer[0]).code != verdicts.BUSY
+
+        if verdict_of(answer[0]).code == verdicts.BUSY and self.reader.is_reread:
+            self.own.waiting.until(is_free, lambda: verdict_of(answer[0]).reason, grace_s=grace_s)
+        return answer[0]
+
+    def gpu_uuids(self, test: GatedTest, verdict: Verdict) -> list[str]:
+        """GPUs a test ran on: those of its model if it loads one, else those that meet its requirements."""
+        resident = self.residents.get(test.specs[0]) if test.loads and test.specs else None
+        if resident is not None:
+            return [stage.uuid for stage in resident.plan.stages] if resident.plan else []
+        machine = self.machine_used
+        return [gpu.uuid for gpu in machine.gpus if gpu.index in verdict.gpus] if machine is not None else []
+
+    def loaded(self, spec: VlmSpec | None, request: pytest.FixtureRequest, loader: Loader) -> AbstractContextManager[Any]:
+        """Load a model for as long as tests need it. A refusal ends the setup of the test and is remembered."""
+        return self._lending.loaded(spec, request, loader)
+
+    def let_go(self, spec: VlmSpec) -> None:
+        """Unload a model that is kept for later tests: a test has spoilt it."""
+        self._lending.let_go(spec)
+
+    def first_device(self, request: pytest.FixtureRequest) -> str:
+        """The first usable GPU in torch's words; without any, the test that asks is skipped or fails."""
+        if not self.uses_gpus:
+            return "cpu"
+        machine: Machine = request.getfixturevalue("vlm_machine")
+        first = self.usable_gpus(machine, request)[0]
+        return f"cuda:{ordinals_by_uuid(machine).get(first.uuid, 0)}"
+
+    def _judge_model(
+        self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest
+    ) -> Verdict:
+        """Does the model fit? Whether its memory is taken right now is asked when the test or the fixture loads it."""
+        if not test.loads:
+            return self.fitting.place(spec, test.requirements, machine, own, request, loads=False, at_load=True)[0]
+        if self.residents.get(spec) is not None:
+            return own
+        if spec in self.refusals:
+            return self.refusals[spec]
+        if spec not in self._fits:
+            self._fits[spec] = self.fitting.place_shared(spec, machine, request, at_load=self.settings.plan)[0]
+        return self._fits[spec]
+
+    def keep_from_acting(self, verdict: Verdict, request: pytest.FixtureRequest) -> Verdict:
+        """Nothing runs for a machine that is not this one."""
+        if self.settings.plan or self.settings.fake_gpus or (not self.uses_gpus and self.settings.machine == "live"):
+            return verdict
+        return keep_from_acting(verdict, self.reader.current(request, max_age_s=math.inf))
+
+    def refuse_unless_run(self, spec: VlmSpec, verdict: Verdict) -> None:
+        """Remember that a model cannot be loaded, and end the setup of the test that asked for it."""
+        if verdict.action == "run":
+            return
+        self.refusals[spec] = self._as_strict_as_wanted(verdict)
+        refuse(self.refusals[spec])
+
+    def _as_strict_as_wanted(self, verdict: Verdict) -> Verdict:
+        return verdict.made_strict() if self.is_strict else verdict
+
+
+def _planner_of(request: pytest.FixtureRequest) -> Planner:
+    """The planner, which is only made if a model is placed; ``None`` for one that it cannot place: its test says why."""
+    from vlm_doctor.errors import VlmDoctorError
+
+    def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan | None:
+        try:
+            planner: Planner = request.getfixturevalue("vlm_planner")
+            return planner(spec, machine, gpus)
+        except VlmDoctorError:
+            return None
+
+    return place
+
+
+def refuse(verdict: Verdict) -> None:
+    """End the setup of a test as the verdict says; return for ``run``."""
+    if verdict.action == "skip":
+        pytest.skip(verdict.text)
+    if verdict.action == "error":
+        pytest.fail(verdict.text, pytrace=False)

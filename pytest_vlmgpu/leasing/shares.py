@@ -1,0 +1,205 @@
+"""The GPUs that this run may use: leased for the whole machine by the one process that decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import verdicts
+from ..gating.selection import judge
+from ..options import GpuChoice
+from ..requirements import Requirements
+from .leases import DEFAULT_FOLDER, OFF, LeaseError, Leases
+from .masks import VARIABLE, cuda_name
+from .sets import by_preference, cover, total_demand
+from .waiting import GRACE_S
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vlm_doctor.machine import Machine
+
+    from ..options import Settings
+    from .sets import Demand
+    from .waiting import Waiting
+
+
+class Share(NamedTuple):
+    """GPUs of one process of this run. Travels as JSON."""
+
+    gpus: tuple[str, ...]
+    """UUIDs, in the order in which CUDA counts them."""
+    names: tuple[str, ...]
+    """What stands for them in CUDA_VISIBLE_DEVICES; differs for MIG."""
+    run_gpus: tuple[str, ...]
+    """UUIDs of all GPUs that this run has leased."""
+    outer: str | None
+    """CUDA_VISIBLE_DEVICES as the run found it."""
+    code: str = ""
+    """With ``problem``: why GPUs are missing, VLM730 or VLM731."""
+    problem: str = ""
+    workers: int = 1
+    """Among how many processes the run's GPUs are shared."""
+
+    def choice(self, given: GpuChoice) -> GpuChoice:
+        """``--vlm-gpus`` for this process."""
+        return GpuChoice(kind="uuids", uuids=self.gpus, text=given.text)
+
+    def part(self, names: Sequence[str], workers: int) -> Share:
+        """The share of one of so many workers."""
+        uuids = dict(zip(self.names, self.gpus, strict=True))
+        return self._replace(gpus=tuple(uuids[name] for name in names), names=tuple(names), workers=workers)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Share:
+        """What ``_asdict`` gave, after a way through a file."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**values)
+
+
+class Shares:
+    """Takes and keeps the leases of one run.
+
+    Args:
+        settings: Resolved.
+        waiting: The time that may be spent.
+    """
+
+    def __init__(self, settings: Settings, waiting: Waiting) -> None:
+        self._settings = settings
+        self._waiting = waiting
+        folder = settings.lease_dir or DEFAULT_FOLDER
+        self._leases = None if folder == OFF else Leases(Path(folder))
+
+    def take(
+        self, machine: Machine, demands: Sequence[Demand] | None, workers: int, *, may_wait: bool = True
+    ) -> Share | None:
+        """Lease GPUs, all at once or none, so that two runs never wait for each other.
+
+        Args:
+            machine: As last read.
+            demands: Of all groups of tests; ``None`` when they are not known yet: then all that ``--vlm-gpus`` allows.
+            workers: Processes that will use the GPUs.
+            may_wait: False asks only as long as another run may need to make up its mind.
+
+        Returns:
+            ``None`` where there is nothing to lease: no GPU may be used, or, without waiting, none was to be had.
+        """
+        usable = self._usable(machine)
+        if not usable:
+            return None
+        names = {gpu.index: cuda_name(gpu, machine) for gpu in machine.gpus}
+        choice = self._settings.gpus
+        wish = _Wish(choice.number if choice.kind == "count" else len(usable), choice.kind == "auto", demands, workers)
+        ranked = by_preference(usable, demands or (), machine) if choice.kind == "auto" else usable
+        chosen: list[int] = []
+        holders: dict[str, str] = {}
+
+        def attempt(*, is_last: bool = False) -> bool:
+            chosen[:], taken = self._attempt([names[index] for index in ranked], ranked, wish, is_last=is_last)
+            holders.clear()
+            holders.update(taken)
+            return bool(chosen)
+
+        def reason() -> str:
+            labels = {names[gpu.index]: gpu.label for gpu in machine.gpus}
+            return "; ".join(f"{labels[name]} is leased by {holder}" for name, holder in holders.items())
+
+        code, problem = "", ""
+        try:
+            if not self._waiting.until(attempt, reason, may_wait=may_wait) and may_wait:
+                code, problem = verdicts.LEASED, self._problem(wish, reason())
+                attempt(is_last=True)
+        except LeaseError as error:
+            chosen.clear()
+            code, problem = verdicts.NO_LEASES, f"{str(error)[0].upper()}{str(error)[1:]}"
+        if not chosen and not may_wait:
+            return None
+        kept = [index for index in usable if index in chosen]
+        uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
+        gpus = tuple(uuids[index] for index in kept)
+        outer = machine.environment.get(VARIABLE)
+        return Share(gpus, tuple(names[index] for index in kept), gpus, outer, code, problem)
+
+    def shrink(self, share: Share, demands: Sequence[Demand], workers: int, machine: Machine) -> Share:
+        """Give back the GPUs that turn out not to be needed."""
+        indices = {gpu.uuid: gpu.index for gpu in machine.gpus}
+        ranked = by_preference([indices[uuid] for uuid in share.gpus], demands, machine)
+        wanted = _Wish(len(ranked), True, demands, workers).pick(ranked, is_last=True)
+        pairs = [pair for pair in zip(share.gpus, share.names, strict=True) if indices[pair[0]] in wanted]
+        gpus, names = tuple(uuid for uuid, _ in pairs), tuple(name for _, name in pairs)
+        if self._leases is not None:
+            self._leases.release([name for name in self._leases.held if name not in names])
+        return share._replace(gpus=gpus, names=names, run_gpus=gpus)
+
+    def close(self) -> None:
+        """Give all leases back."""
+        if self._leases is not None:
+            self._leases.release()
+
+    def _usable(self, machine: Machine) -> tuple[int, ...]:
+        """GPU indices that ``--vlm-gpus`` allows, in CUDA order; of a count, all from which it may be taken."""
+        choice = self._settings.gpus
+        verdict = judge(Requirements(), machine, choice, is_busy_decided_later=True)
+        if verdict.action == "run" and choice.kind == "count":
+            verdict = judge(Requirements(), machine, GpuChoice(), is_busy_decided_later=True)
+        return verdict.gpus if verdict.action == "run" else ()
+
+    def _attempt(
+        self, names: Sequence[str], ranked: Sequence[int], wish: _Wish, *, is_last: bool
+    ) -> tuple[list[int], dict[str, str]]:
+        """The GPUs that were had, none if they are too few, and the holders of the others."""
+        if self._leases is None:
+            return wish.pick(ranked, is_last=is_last), {}
+        before = set(self._leases.held)
+        taken = self._leases.take(names)
+        had = [index for index, name in zip(ranked, names, strict=True) if name not in taken]
+        chosen = wish.pick(had, is_last=is_last)
+        kept = {name for index, name in zip(ranked, names, strict=True) if index in chosen} or before
+        self._leases.release([name for name in self._leases.held if name not in kept])
+        return chosen, taken
+
+    def _problem(self, wish: _Wish, reason: str) -> str:
+        count = f"{wish.least} GPUs are wanted" if wish.least > 1 else "1 GPU is wanted"
+        waited = f" after {self._waiting.waited_s:.0f} s" if self._waiting.waited_s > GRACE_S + 1 else ""
+        return (
+            f"{count}, and other runs have leased those that may be used{waited}: {reason}. Wait (--vlm-wait=10m), "
+            "choose other GPUs with --vlm-gpus, or end those runs if they are yours."
+        )
+
+
+class _Wish(NamedTuple):
+    """Which GPUs to lease, of those that can be had."""
+
+    number: int
+    """As ``--vlm-gpus`` says; of ``auto`` the most."""
+    is_auto: bool
+    demands: Sequence[Demand] | None
+    workers: int
+
+    @property
+    def least(self) -> int:
+        """Fewer are not enough, for messages."""
+        if not self.is_auto:
+            return self.number
+        return max((demand.gpus for demand in self.demands or ()), default=1)
+
+    def pick(self, had: Sequence[int], *, is_last: bool) -> list[int]:
+        """The GPUs to keep; none, when it is better to wait for others.
+
+        Args:
+            had: GPU indices, best first.
+            is_last: True when the time to wait is over: then some tests may run with what there is.
+        """
+        if not self.is_auto:
+            return list(had[: self.number]) if len(had) >= self.number else []
+        if self.demands is None:
+            return list(had)
+        needed = cover(had, self.demands)
+        if not is_last and not all(demand.is_met_by(needed) for demand in self.demands):
+            return []
+        most = max(1, len(needed), min(total_demand(self.demands, self.workers), len(had)))
+        spare = [index for index in had if index not in needed][: most - len(needed)]
+        return [index for index in had if index in needed or index in spare]

@@ -1,0 +1,152 @@
+"""Models in memory: loaded when a test or a fixture asks, lent to it, and let go."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .. import verdicts
+from ..verdicts import Verdict
+from ..watching.meter import empty_cache
+from .loads import check_landing, describe
+from .residents import Resident, free_before
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vlm_doctor.machine import Gpu, Machine
+    from vlm_doctor.placement import Plan
+
+    from ..gating.gate import Gate, Loader
+    from ..requirements import VlmSpec
+
+
+class Lending:
+    """Loads each model once, and lends it.
+
+    Args:
+        gate: Whose decisions count.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._in_use: list[VlmSpec] = []
+        """Models that a fixture or a test holds right now."""
+
+    @contextmanager
+    def loaded(self, spec: VlmSpec | None, request: pytest.FixtureRequest, loader: Loader) -> Iterator[Any]:
+        """Load a model for as long as tests need it. A refusal ends the setup of the test and is remembered."""
+        if spec is None:
+            pytest.fail(f"{verdicts.WRONG}: the fixture vlm needs a model; give --vlm-model.", pytrace=False)
+        known = self._gate.residents.get(spec)
+        resident = known or self._load(spec, request, loader)
+        self._in_use.append(spec)
+        try:
+            yield resident.value
+        finally:
+            self._in_use.remove(spec)
+            # A test may ask at run time for the model that its fixture holds.
+            if known is None and not self._gate.settings.keeps_models:
+                self._unload(resident)
+
+    def let_go(self, spec: VlmSpec) -> None:
+        """Unload a model that is kept for later tests: a test has spoilt it."""
+        resident = self._gate.residents.get(spec)
+        if resident is not None and spec not in self._in_use:
+            self._unload(resident)
+
+    def _load(self, spec: VlmSpec, request: pytest.FixtureRequest, loader: Loader) -> Resident:
+        from ..watching.meter import Meter
+        from .failures import LoadFailure
+
+        self._gate.refuse_unless_run(spec, self._gate.keep_from_acting(Verdict("run"), request))
+        plan = self._plan_now(spec, request) if self._gate.uses_gpus else None
+        before = free_before(plan, self._gate.machine_used)
+        meter = Meter()
+        meter.start()
+        started = time.perf_counter()
+        with ExitStack() as stack:
+            verdict, loaded = Verdict("run"), None
+            try:
+                loaded = stack.enter_context(self._open(spec, plan, request, loader))
+                if plan is not None:
+                    check_landing(spec, plan, loaded, self._gate.reader.current(request, max_age_s=math.inf))
+            except LoadFailure as failure:
+                verdict = Verdict("error", failure.code, failure.message, details=failure.details)
+            # Not inside the handler: the report is one sentence, without the chain of errors behind it.
+            self._gate.refuse_unless_run(spec, verdict)
+            load = describe(spec, plan, time.perf_counter() - started)
+            self._gate.loads.append(load)
+            resident = Resident(spec, plan, loaded, load, ExitStack(), meter, before)
+            self._gate.residents.add(resident)
+            try:
+                request.config.hook.pytest_vlmgpu_loaded(config=request.config, spec=spec, loaded=loaded)
+            except BaseException:
+                self._gate.residents.forget(resident)
+                raise
+            resident.stack.push(stack.pop_all())
+        return resident
+
+    def _unload(self, resident: Resident) -> None:
+        # Peaks of models that are loaded side by side cannot be told apart.
+        peaks = {} if self._gate.settings.keeps_models else resident.meter.stop()
+        resident.load.measured_peak_bytes = sum(peak.allocated for peak in peaks.values())
+        self._gate.residents.remove(resident)
+
+    @contextmanager
+    def _open(self, spec: VlmSpec, plan: Plan | None, request: pytest.FixtureRequest, loader: Loader) -> Iterator[Any]:
+        """Have a plugin load the model, or else the fixture ``vlm_loader``."""
+        config = request.config
+        gpus: tuple[Gpu, ...] = ()
+        if self._gate.uses_gpus:
+            indices = (
+                tuple(stage.gpu for stage in plan.stages)
+                if plan is not None
+                else self._gate.fitting.estimated.get(spec, ())
+            )
+            by_index = {gpu.index: gpu for gpu in self._gate.reader.current(request, max_age_s=math.inf).gpus}
+            gpus = tuple(by_index[index] for index in indices if index in by_index)
+        loaded = config.hook.pytest_vlmgpu_load(config=config, spec=spec, plan=plan, gpus=gpus)
+        with ExitStack() as stack:
+            if loaded is None:
+                loaded = stack.enter_context(loader(spec, plan))
+            try:
+                yield loaded
+            finally:
+                config.hook.pytest_vlmgpu_unload(config=config, spec=spec, loaded=loaded)
+
+    def _plan_now(self, spec: VlmSpec, request: pytest.FixtureRequest) -> Plan | None:
+        """Plan with the memory of this moment: beside models that stay, or in the place of those that go."""
+
+        def place_now(max_age_s: float) -> tuple[Verdict, Plan | None]:
+            return self._gate.fitting.place_shared(
+                spec, self._gate.reader.current(request, max_age_s=max_age_s), request, at_load=True
+            )
+
+        refusal = self._gate.settle(self._gate.reader.current(request, max_age_s=math.inf), request)
+        self._gate.refuse_unless_run(spec, refusal)
+        # Beside a model that stays, the next one needs what torch keeps.
+        empty_cache()
+        self._await_memory(self._gate.reader.current(request, max_age_s=0), request)
+        placed = place_now(math.inf)
+        while placed[0].code == verdicts.BUSY and self._gate.residents.remove_least_useful(self._in_use):
+            placed = place_now(0)
+        verdict, plan = self._gate.when_free(place_now, placed, lambda placed: placed[0])
+        self._gate.refuse_unless_run(spec, verdict)
+        return plan
+
+    def _await_memory(self, machine: Machine, request: pytest.FixtureRequest) -> None:
+        """Give the driver time to take back the memory of the model before; note what it does not get."""
+        if self._gate.residents.missing(machine) and self._gate.reader.is_reread:
+
+            def is_back() -> bool:
+                return not self._gate.residents.missing(self._gate.reader.current(request, max_age_s=0))
+
+            self._gate.own.waiting.until(
+                is_back, lambda: "memory of a model that was unloaded is not back yet", may_wait=False
+            )
+        self._gate.residents.settle()

@@ -1,0 +1,62 @@
+"""The record of one load, and whether a loader of the user's own put the model where it was planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_doctor.machine import Machine
+    from vlm_doctor.placement import Plan
+
+    from ..requirements import VlmSpec
+
+
+@dataclass
+class Load:
+    """One model that was loaded, for the summary. Sizes are bytes, over all its GPUs."""
+
+    model: str
+    where: str
+    seconds: float
+    weights_bytes: int = 0
+    predicted_peak_bytes: int = 0
+    measured_peak_bytes: int = 0
+    """Of torch's allocator; 0 when it was not used."""
+    left_bytes: int = 0
+    """Weights that something still referred to after the model was unloaded."""
+    held_by: list[str] = field(default_factory=list)
+    """What refers to them, in words."""
+    missing_bytes: int = 0
+    """Memory that was free before the model was loaded and not again after it was unloaded."""
+
+
+def check_landing(spec: VlmSpec, plan: Plan, loaded: Any, machine: Machine) -> None:
+    """Hold a loader of the user's own to the plan, if it tells a device_map; ours has checked every tensor itself."""
+    from vlm_doctor.visibility import visible_gpus
+
+    from ..gating.machine_reader import ordinals_by_uuid
+    from .loading import LoadedVlm, device_map_for
+    from .placing import Placed, check_placement
+
+    device_map = getattr(loaded, "device_map", None) or getattr(getattr(loaded, "model", None), "hf_device_map", None)
+    if isinstance(loaded, LoadedVlm) or not isinstance(device_map, dict):
+        return
+    devices = {str(key): f"cuda:{device}" if isinstance(device, int) else str(device) for key, device in device_map.items()}
+    is_numbering_known = visible_gpus(machine).is_order_certain
+    parts = [Placed(key, at) for key, at in devices.items() if is_numbering_known or not at.startswith("cuda")]
+    check_placement(spec.name, parts, device_map_for(plan, ordinals_by_uuid(machine)))
+
+
+def describe(spec: VlmSpec, plan: Plan | None, seconds: float) -> Load:
+    """What is known of a load when it has ended."""
+    if plan is None:
+        return Load(spec.label, "the CPU", seconds)
+    lines = [line for stage in plan.stages for line in stage.ledger]
+    return Load(
+        spec.label,
+        f"GPU {', '.join(str(stage.gpu) for stage in plan.stages)}",
+        seconds,
+        weights_bytes=sum(line.size_bytes for line in lines if line.kind == "weights"),
+        predicted_peak_bytes=sum(stage.peak_bytes for stage in plan.stages),
+    )

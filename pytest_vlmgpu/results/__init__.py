@@ -1,0 +1,1 @@
+"""What a run says: reports of tests, summary, promises, files."""

@@ -1,0 +1,101 @@
+"""``--vlm-plan``: decide about each gated test as its setup would, and say what would run where, with how many loads.
+
+Of a test's fixtures only the gate is set up, and what the gate asks: machine, planner, workload and policy, which a
+conftest may override. Nothing else of the project runs, no model is loaded and torch is not imported.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby, zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from _pytest.runner import runtestprotocol  # as pytest-xdist and pytest-rerunfailures do: there is no public name
+
+from ..state import GATED_TEST, VERDICT, gate_of
+from .reporting import plural
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import pytest
+
+    from vlm_doctor.placement import Plan
+
+    from ..gating.gate import Gate
+    from ..verdicts import Verdict
+
+
+class Planned(NamedTuple):
+    """What would become of one test."""
+
+    nodeid: str
+    verdict: Verdict | None
+    """``None`` where something else than the gate decides: a skip marker, a hook of the project."""
+    model: str
+    """Label of the model that it would load; empty for none."""
+    plan: Plan | None
+    need_bytes: int | None
+    reason: str
+    """Why it would not run."""
+
+
+def decide(session: pytest.Session) -> Iterator[tuple[pytest.TestReport, Planned]]:
+    """Decide about the gated tests of a session in the order in which they would run."""
+    gate = gate_of(session.config)
+    gated: list[Any] = [item for item in session.items if GATED_TEST in item.stash]
+    for item, following in zip_longest(gated, gated[1:]):
+        item.fixturenames = ["_vlm_gate"]
+        setup, *_ = runtestprotocol(item, log=False, nextitem=following)
+        yield setup, _planned(item, gate, setup)
+
+
+def lines(planned: Sequence[Planned], others: int) -> list[str]:
+    """The plan as text: models in the order of their loads, then tests without one, then what would not run."""
+    running = [test for test in planned if _runs(test)]
+    loads = [(label, list(tests)) for label, tests in groupby((t for t in running if t.model), key=lambda test: test.model)]
+    plain = [test for test in running if not test.model]
+    refused = [test for test in planned if not _runs(test)]
+    skipped = [test for test in refused if test.verdict is None or test.verdict.action == "skip"]
+    head = f"{plural(len(running), 'gated test')} would run, {len(skipped)} would skip, "
+    head += f"{plural(len(refused) - len(skipped), 'error')}; {plural(len(loads), 'load')}"
+    text = [head]
+    for number, (label, tests) in enumerate(loads, start=1):
+        text += [f"{number}. load {label} on {_where(tests[0])}", *(f"     {test.nodeid}" for test in tests)]
+    text += [f"without a load: {test.nodeid} on {_where(test)}" for test in plain]
+    for test in refused:
+        word = test.verdict.action if test.verdict is not None else "skip"
+        text.append(f"{word}: {test.nodeid}: {test.reason}")
+    if others:
+        text.append(f"{plural(others, 'other test')} not concerned")
+    return text
+
+
+def _planned(item: pytest.Item, gate: Gate, setup: pytest.TestReport) -> Planned:
+    from .recorder import reason_of
+
+    test, verdict = item.stash[GATED_TEST], item.stash.get(VERDICT, None)
+    runs = verdict is not None and verdict.action == "run"
+    return Planned(
+        nodeid=item.nodeid,
+        verdict=verdict,
+        model=test.specs[0].label if test.loads and test.specs else "",
+        plan=gate.plan_of(test) if runs else None,
+        need_bytes=gate.need_bytes(test),
+        reason="" if runs else reason_of(setup) or "",
+    )
+
+
+def _runs(test: Planned) -> bool:
+    return test.verdict is not None and test.verdict.action == "run"
+
+
+def _where(test: Planned) -> str:
+    """``GPU 0 (15.0 GiB peak predicted), GPU 1 (…)``."""
+    from vlm_doctor.units import format_gib
+
+    if test.plan is not None:
+        stages = [f"GPU {stage.gpu} ({format_gib(stage.peak_bytes)} peak predicted)" for stage in test.plan.stages]
+        return ", ".join(stages)
+    gpus = test.verdict.gpus if test.verdict is not None else ()
+    needs = f" ({format_gib(test.need_bytes)} asked for)" if test.need_bytes else ""
+    return f"GPU {', '.join(map(str, gpus))}{needs}" if gpus else "the CPU"

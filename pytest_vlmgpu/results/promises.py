@@ -1,0 +1,79 @@
+"""What a run as a whole is held to: so many tests ran, and none that ran before is missing. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from .. import verdicts
+from .evidence import Broken
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from ..models.loads import Load
+    from .evidence import GatedRecord
+
+_NAMED = 10
+"""Tests that a message names; the rest are counted."""
+
+
+def too_few_ran(tests: Mapping[str, GatedRecord], min_tests: int | None, origin: str) -> list[Broken]:
+    """Hold a run to ``--vlm-min-tests``."""
+    ran = sum(record.is_executed for record in tests.values())
+    if min_tests is None or ran >= min_tests:
+        return []
+    others = Counter(_fate(record) for record in tests.values() if not record.is_executed)
+    why = ", ".join(f"{count} {fate}" for fate, count in sorted(others.items()))
+    rest = f": {why}" if why else "; no other one was collected"
+    return [Broken(code=verdicts.TOO_FEW_RAN, message=f"{ran} gated {_tests(ran)} ran, {origin}={min_tests}{rest}.")]
+
+
+def did_not_run(tests: Mapping[str, GatedRecord], baseline: Collection[str] | None, name: str) -> list[Broken]:
+    """Hold a run to ``--vlm-baseline``: each test listed must have run again."""
+    listed = baseline or ()
+    missing = [nodeid for nodeid in listed if nodeid not in tests or not tests[nodeid].is_executed]
+    if not missing:
+        return []
+    named = [f"{nodeid} {_what_became_of(tests.get(nodeid))}" for nodeid in missing[:_NAMED]]
+    if len(missing) > _NAMED:
+        named.append(f"and {len(missing) - _NAMED} more")
+    count = f"{len(missing)} of {len(listed)} {_tests(len(listed))} of {name} did not run again"
+    return [Broken(code=verdicts.DID_NOT_RUN, message=f"{count}: {'; '.join(named)}.")]
+
+
+def _what_became_of(record: GatedRecord | None) -> str:
+    if record is None:
+        return "was not collected as a gated test (gone, renamed, deselected, or its module skipped)"
+    reason = (record.reason or "").rstrip(".")
+    return f"{_was(record)} ({reason})" if reason else _was(record)
+
+
+def _was(record: GatedRecord) -> str:
+    return {"skipped": "was skipped", "error": "had an error", "not_run": "was not reached"}.get(
+        record.outcome, "did not run"
+    )
+
+
+def _fate(record: GatedRecord) -> str:
+    word = {"not_run": "not reached"}.get(record.outcome, record.outcome)
+    return f"{word} ({record.code})" if record.code else word
+
+
+def _tests(count: int) -> str:
+    return "test" if count == 1 else "tests"
+
+
+def memory_stayed(loads: Iterable[Load], level: str, tolerance_bytes: int) -> list[Broken]:
+    """Models that were unloaded and kept more than the tolerance in memory, where ``--vlm-leak-check=error`` is given."""
+    from vlm_doctor.units import format_gib
+
+    return [
+        Broken(
+            code=verdicts.LEFT_BY_MODEL,
+            message=f"{format_gib(load.left_bytes)} of {load.model} are still held after it was unloaded"
+            f"{', by ' if load.held_by else ''}{', '.join(load.held_by)}: delete that reference.",
+        )
+        for load in loads
+        if level == "error" and load.left_bytes > tolerance_bytes
+    ]

@@ -1,0 +1,1 @@
+"""What a test does to a shared model and to memory: compared, measured, limited, reported."""
