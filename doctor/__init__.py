@@ -1,6 +1,8 @@
 """Examine a machine with NVIDIA GPUs, say what is wrong, and place a vision-language model on it.
 
 The folder is ``doctor/``, the import name ``vlm_doctor``. Names are loaded on first use: importing the package is free.
+
+PYTEST_DONT_REWRITE: it comes with a plugin of pytest's, which would warn where it is imported already.
 """
 
 from __future__ import annotations

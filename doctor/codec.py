@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -38,9 +38,24 @@ _AGAIN = "record it again with vlm-doctor collect"
 
 
 def to_json(record: msgspec.Struct, *, indent: int = 2) -> str:
-    """Write a record as JSON text, keys in the order of the fields, ending in a newline."""
-    text = msgspec.json.encode(record)
+    """Write a record as JSON text, keys in the order of the fields, ending in a newline.
+
+    Where the system gave bytes that are no text (the name of a process, of a folder), JSON cannot have them: they become
+    replacement characters.
+    """
+    try:
+        text = msgspec.json.encode(record)
+    except UnicodeEncodeError:
+        text = msgspec.json.encode(_as_text(msgspec.to_builtins(record)))
     return (msgspec.json.format(text, indent=indent) if indent else text).decode() + "\n"
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {_as_text(key): _as_text(item) for key, item in value.items()}
+    return [_as_text(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def from_json(data: bytes | str, record: type[RecordT], *, where: str) -> RecordT:

@@ -133,15 +133,15 @@ class Footprint:
     def _kinds_of(self, atom: Atom) -> Counter[LayerKind]:
         return Counter(self._kind_of[unit.key] for unit in atom.units if unit.role == "layer")
 
-    def changed(self, workload: Workload, images: ImageLoad) -> Footprint:
+    def changed(self, workload: Workload, images: ImageLoad, *, is_bare: bool) -> Footprint:
         """The same parts for another workload; their weights are summed up again only where they change."""
         same = ("dtype", "quantization", "training")
         if any(getattr(workload, field) != getattr(self.workload, field) for field in same):
             return type(self)(
-                self.profile, workload, images, self.atoms, self.offloaded, is_bare=self.is_bare, release=self.release
+                self.profile, workload, images, self.atoms, self.offloaded, is_bare=is_bare, release=self.release
             )
         result = copy(self)
-        result.workload, result.images = workload, images
+        result.workload, result.images, result.is_bare = workload, images, is_bare
         return result
 
     def traced_program(self) -> Replayed | None:

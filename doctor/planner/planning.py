@@ -116,7 +116,7 @@ def sketch(profile: ModelProfile, machine: Machine, workload: Workload, policy: 
 
 
 def _by_formulas(problem: Problem) -> Problem:
-    return msgspec.structs.replace(problem, is_replayed=False, alike=problem.footprint)
+    return msgspec.structs.replace(problem, is_replayed=False, alike=problem)
 
 
 def _first_that_runs(problem: Problem) -> Choice | None:

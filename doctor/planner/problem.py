@@ -44,8 +44,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     """GPUs that can be used."""
     offloaded: int = 0
     """Atoms at the end of the chain that stay in host memory."""
-    alike: Footprint | None = None
-    """Prices of the same parts for another workload."""
+    alike: Problem | None = None
+    """The same parts for another workload or on other GPUs: what is known of them is taken from there."""
     traces: Traces | None = None
     """Allocations that were traced for this workload; ``None`` prices by formulas."""
     is_replayed: bool = True
@@ -68,7 +68,7 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         """Prices of the model for the workload."""
         images = image_load(self.profile, self.workload)
         if self.alike is not None:
-            return self.alike.changed(self.workload, images)
+            return self.alike.footprint.changed(self.workload, images, is_bare=self.is_bare)
         release = release_of(self.machine)
         if self.traces is not None:
             from .traced_footprint import TracedFootprint  # most plans have no trace
@@ -90,11 +90,15 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def pins(self) -> list[int | None]:
         """For each atom of the chain, the index of the GPU that it is pinned to."""
+        if self.alike is not None:
+            return self.alike.pins
         return pinned(self.chain, self.policy)
 
     @cached_property
     def fleet(self) -> Fleet:
         """The GPUs as the search sees them."""
+        if self.alike is not None and self.alike.budgets is self.budgets:
+            return self.alike.fleet
         pins = [(atom, gpu) for atom, gpu in enumerate(self.pins[: len(self.atoms)]) if gpu is not None]
         indices = [budget.gpu.index for budget in self.budgets]
         rooms = [
@@ -125,7 +129,7 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     def changed(self, **fields: Any) -> Problem:
         """The same question with other fields of the workload."""
         workload = msgspec.structs.replace(self.workload, **fields)
-        return msgspec.structs.replace(self, workload=workload, alike=self.footprint)
+        return msgspec.structs.replace(self, workload=workload, alike=self)
 
     def with_offloaded(self, count: int) -> Problem:
         """The same question with so many atoms in host memory."""
@@ -139,12 +143,13 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     def with_gpus(self, count: int) -> Problem:
         """The same question with exactly so many GPUs."""
-        return msgspec.structs.replace(self, policy=msgspec.structs.replace(self.policy, min_gpus=count, max_gpus=count))
+        policy = msgspec.structs.replace(self.policy, min_gpus=count, max_gpus=count)
+        return msgspec.structs.replace(self, policy=policy, alike=self)
 
     @cached_property
     def bare(self) -> Problem:
         """The same question to a perfect allocator."""
-        return msgspec.structs.replace(self, is_bare=True, alike=None)
+        return msgspec.structs.replace(self, is_bare=True, alike=self)
 
     @cached_property
     def replay(self) -> Replay | None:

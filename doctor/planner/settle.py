@@ -65,6 +65,8 @@ class Replay:
         self._default = min(range(len(gpus)), key=lambda position: gpus[position].index, default=0)
         self._held: dict[tuple[int, int], Held] = {}
         self._known: dict[tuple[object, ...], bool] = {}
+        self._enough: dict[tuple[Held, int, int], int] = {}
+        """Bytes with which nothing is given back to the driver: with more, all goes on in the same way."""
 
     def runs(self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int) -> bool:
         """Whether a run of atoms on a GPU takes a prompt with so much text, in so much memory.
@@ -84,10 +86,14 @@ class Replay:
         )
 
     def _runs(self, held: Held, kernel: int, text_tokens: int, capacity_bytes: int) -> bool:
-        question = held, kernel, text_tokens, capacity_bytes
+        tokens = text_tokens + self._footprint.images.tokens
+        load = held, kernel, tokens
+        capacity_bytes -= SLACK_BYTES
+        if capacity_bytes >= self._enough.get(load, capacity_bytes + 1):
+            return True
+        question = *load, capacity_bytes
         if question not in self._known:
-            tokens = text_tokens + self._footprint.images.tokens
-            self._known[question] = self._programs[kernel].runs(held, tokens, capacity_bytes - SLACK_BYTES)
+            self._known[question] = self._programs[kernel].runs(held, tokens, capacity_bytes)
         return self._known[question]
 
     def need(self, run: tuple[int, int], position: int, capacity_bytes: int) -> StageNeed:
@@ -97,15 +103,16 @@ class Replay:
         """
         text_tokens = self._footprint.workload.text_tokens
         rough = self._footprint.detail(*run, text_tokens)
-        program = self._programs[self._kernels[position]]
-        held = self._hold(run)
+        kernel, held = self._kernels[position], self._hold(run)
         tokens = text_tokens + self._footprint.images.tokens
-        peak, reserved = program.peaks(held, tokens)
+        peak, reserved = self._programs[kernel].peaks(held, tokens)
+        self._enough[held, kernel, tokens] = reserved
         low = held.weights_bytes + peak
         high = max(reserved, low) + SLACK_BYTES
         if self.runs_anyway(run, position, text_tokens, min(capacity_bytes, high)):
             high = min(capacity_bytes, high)
-            reserved = program.peaks(held, tokens, high - SLACK_BYTES)[1]
+            if high - SLACK_BYTES < reserved:
+                reserved = self._programs[kernel].peaks(held, tokens, high - SLACK_BYTES)[1]
         while high - low > _NEED_STEP:
             middle = (low + high) // 2
             if self.runs_anyway(run, position, text_tokens, middle):
@@ -293,15 +300,10 @@ def _all_run(
     problem: Problem, split: Split, text_tokens: int, runs: Callable[[tuple[int, int], int, int, int], bool]
 ) -> bool:
     rooms = problem.fleet.rooms
-    return _can_run(problem, split, text_tokens) and all(
-        runs(run, gpu, text_tokens, rooms[gpu].capacity_bytes) for gpu, run in zip(split.gpus, split.runs, strict=True)
-    )
-
-
-def _can_run(problem: Problem, split: Split, text_tokens: int) -> bool:
-    """Whether what lives at once fits, which is quicker to tell."""
-    bare = problem.bare
-    return split.margin(bare.footprint.needs(text_tokens), bare.fleet.rooms) >= 0
+    need = problem.bare.footprint.needs(text_tokens)
+    stages = sorted((rooms[gpu].margin(need, *run), gpu, run) for gpu, run in zip(split.gpus, split.runs, strict=True))
+    # What lives at once does not fit if it does not in the tightest, which also is the likeliest to fail: it comes first.
+    return stages[0][0] >= 0 and all(runs(run, gpu, text_tokens, rooms[gpu].capacity_bytes) for _, gpu, run in stages)
 
 
 def _candidates(problem: Problem, choice: Choice) -> Iterator[Split]:

@@ -101,7 +101,7 @@ class TracedFootprint(Footprint):
         self._guests = frozenset(place for atom in offloaded for place in self._places_of(atom))
         self._timelines: dict[int, Timeline] = {}
 
-    def changed(self, workload: Workload, images: ImageLoad) -> Footprint:
+    def changed(self, workload: Workload, images: ImageLoad, *, is_bare: bool) -> Footprint:
         """Prices of another workload: by the same traces if it only has another prompt or more tokens to make."""
         before = msgspec.structs.replace(
             self.workload, text_tokens=workload.text_tokens, new_tokens=workload.new_tokens, allocator=workload.allocator
@@ -113,13 +113,11 @@ class TracedFootprint(Footprint):
                 images,
                 self.atoms,
                 self.offloaded,
-                is_bare=self.is_bare,
+                is_bare=is_bare,
                 release=self.release,
                 traces=self._traces,
             )
-        return Footprint(
-            self.profile, workload, images, self.atoms, self.offloaded, is_bare=self.is_bare, release=self.release
-        )
+        return Footprint(self.profile, workload, images, self.atoms, self.offloaded, is_bare=is_bare, release=self.release)
 
     @property
     def source(self) -> str:

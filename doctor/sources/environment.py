@@ -46,7 +46,7 @@ def read_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """
     home = environment.get("HOME", "")
     return {
-        name: shown(environment[name], home)[:MAX_VALUE_CHARS]
+        shown(name, "")[:MAX_VALUE_CHARS]: shown(environment[name], home)[:MAX_VALUE_CHARS]
         for name in sorted(environment)
         if (name in _NAMES or name.startswith(_PREFIXES)) and not is_secret(name)
     }

@@ -185,7 +185,7 @@ def _container(root: Path, environment: Mapping[str, str]) -> str | None:
     for mark, kind in (("kubepods", "kubernetes"), ("docker", "docker"), ("lxc", "lxc"), ("containerd", "container")):
         if mark in groups:
             return kind
-    return environment.get("container") or None
+    return shown(environment.get("container", ""), home="") or None
 
 
 def _is_virtual_machine(root: Path) -> bool | None:

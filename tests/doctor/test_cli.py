@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -590,7 +590,11 @@ def test_every_report_follows_the_published_schema(run: Run, words: tuple[str, .
 def process(*words: str, **options: Any) -> subprocess.Popen[str]:
     """Run a command line in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "vlm_doctor", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, "-m", "vlm_doctor", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
@@ -649,6 +653,15 @@ def test_a_check_loads_neither_torch_nor_pytest_nor_transformers() -> None:
     assert child.stderr == "[]\n"
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Children heed interrupts even where this process was started in the background, which makes shells ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_an_interrupt_is_130_without_traceback() -> None:
     child = process("--machine", "32xH100:nvswitch", "--json")
     assert child.stdout is not None

@@ -57,6 +57,15 @@ def change(**fields: Any) -> bytes:
     return json.dumps(data).encode()
 
 
+def test_bytes_that_are_no_text_are_replaced() -> None:
+    machine = Machine(origin="live", description="\udcff pc", environment={"CUDA_\udcfe": "0"}, tool_version="\ud800")
+
+    data = json.loads(to_json(machine))
+
+    assert data["description"].endswith("\ufffd pc")
+    assert [key.strip("\ufffd") for key in data["environment"]] == ["CUDA_"]
+
+
 def test_a_snapshot_comes_back_equal_and_is_no_longer_live() -> None:
     machine = two_gpus()
 

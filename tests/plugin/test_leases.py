@@ -97,11 +97,14 @@ def test_children_keep_no_lease_alive(tmp_path: Path) -> None:
     mine, again = Leases(tmp_path), Leases(tmp_path)
     mine.take([GPU])
     reading, writing = os.pipe()
+    forked_reads, forked_writes = os.pipe()
     forked = os.fork()
     if not forked:
         os.close(writing)
+        os.write(forked_writes, b"1")
         os.read(reading, 1)
         os._exit(0)
+    os.read(forked_reads, 1)  # the child has closed what it must not keep
     started = subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False)
     try:
         # Not released but closed, as the kernel does when a process dies.
@@ -110,8 +113,8 @@ def test_children_keep_no_lease_alive(tmp_path: Path) -> None:
         mine._files.clear()
         assert again.take([GPU]) == {}
     finally:
-        os.close(writing)
-        os.close(reading)
+        for end in (writing, reading, forked_reads, forked_writes):
+            os.close(end)
         os.waitpid(forked, 0)
         started.communicate()
         again.release()

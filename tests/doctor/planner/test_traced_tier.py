@@ -185,10 +185,10 @@ class TestFootprint:
         prices = self.prices()
         longer = msgspec.structs.replace(TEXT, text_tokens=5000)
         load = image_load(self.profile, TEXT)
-        assert isinstance(prices.changed(longer, load), TracedFootprint)
-        assert prices.changed(longer, load).needs(5000)(0, 5) == prices.needs(5000)(0, 5)
+        assert isinstance(prices.changed(longer, load, is_bare=False), TracedFootprint)
+        assert prices.changed(longer, load, is_bare=False).needs(5000)(0, 5) == prices.needs(5000)(0, 5)
         for other in ({"batch": 2}, {"dtype": "float32"}, {"attention": "eager"}, {"new_tokens": 0}):
-            changed = prices.changed(msgspec.structs.replace(TEXT, **other), load)
+            changed = prices.changed(msgspec.structs.replace(TEXT, **other), load, is_bare=False)
             assert type(changed) is Footprint
 
     def test_few_lengths_are_kept(self) -> None:
