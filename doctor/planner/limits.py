@@ -14,8 +14,8 @@ from .place import largest
 from .problem import Problem
 from .validate import MAX_BATCH, MAX_EDGE, MAX_IMAGES, MAX_TOKENS
 
-ASKED = 8
-"""Parts into which the doubt is cut by asking the allocator: three questions."""
+ASKED = 4
+"""Parts into which the doubt is cut by asking the allocator: two questions."""
 
 
 def limits(problem: Problem, split: Split, longest_text_tokens: int) -> Limits:
