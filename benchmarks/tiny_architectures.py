@@ -166,7 +166,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "text_config.num_key_value_heads": HEADS,
     },
     "unlimited_ocr": {"text_config.num_key_value_heads": HEADS},
-    "gemma3n": {"text_config.intermediate_size": MLP_WIDTH},
+    # What timm's towers give out cannot be made smaller.
+    "gemma3n": {"text_config.intermediate_size": MLP_WIDTH, "vision_config.hidden_size": 2048},
+    "fast_vlm": {"vision_config.hidden_size": 3072},
     "granite4_vision": {
         "text_config.model_type": "granite", "deepstack_layer_map": [[-2, 1], [-1, 2]], "downsample_rate": "1/2",
     },

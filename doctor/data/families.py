@@ -401,3 +401,18 @@ def rules_of(model_type: str, architecture: str = "") -> FamilyRules:
         runs_inner_generate=architecture.startswith(INNER_GENERATE),
         image=IMAGE_RULES.get(model_type),
     )
+
+
+class OutsideNorm(NamedTuple):
+    """A norm of the embedding that was a module beside it."""
+
+    release: tuple[int, int]
+    """Of transformers: the first in which it is part of the embedding."""
+    embedding: str
+    norm: str
+
+
+NORM_OUTSIDE_BEFORE: Mapping[str, OutsideNorm] = {
+    "inkling_mm_model": OutsideNorm((5, 18), "model.language_model.embed_tokens", "model.language_model.embed_norm"),
+}
+"""Source: modeling_inkling.py of transformers 5.17 and 5.18."""

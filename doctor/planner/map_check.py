@@ -13,6 +13,7 @@ from ..machine import Machine
 from ..model import ModelProfile
 from ..placement import Plan
 from ..workload import Policy, Workload
+from .installed import as_loaded
 from .map_blocks import about_blocks
 from .map_devices import normal
 from .map_joins import about_joins
@@ -24,7 +25,6 @@ from .map_pieces import Anatomy
 from .map_question import Question, finding
 from .map_repair import amended, changes_between, in_numbers_of, keys_of, moved_pieces, rebalanced
 from .planning import plan
-from .quantized import as_loaded
 from .validate import validate_policy, validate_workload
 
 MAX_KEYS = 20_000

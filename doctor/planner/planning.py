@@ -14,12 +14,12 @@ from ..workload import Policy, Workload
 from . import account
 from .budget import Budgets, Exclusion, budgets
 from .constraints import can_break_tower, chain
+from .installed import as_loaded
 from .levers import levers_that_save, shortage
 from .memory import loaded_dtype
 from .offload import offloaded, with_offload
 from .pins import validate_pins
 from .problem import Problem, ask
-from .quantized import as_loaded
 from .search import Choice
 from .traced import IrregularError, Regimes
 from .validate import validate_policy, validate_workload

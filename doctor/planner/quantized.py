@@ -1,4 +1,4 @@
-"""What a machine's cards and packages make of a model: weights unpacked, towers that cannot be broken."""
+"""Quantized weights that a machine's cards or packages cannot use as stored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..data.joins import TOWER_WINDOWED
 from ..machine import Machine
 from ..model import ModelProfile, Unit
 from .release import is_before_5, release_of
@@ -31,21 +30,8 @@ transformers 5.23 (unpacks both to bfloat16) and 4.57.6 (raises for FP8)."""
 _QUANTIZED = frozenset({"FP8", "MXFP4"})
 
 
-def as_loaded(profile: ModelProfile, machine: Machine) -> ModelProfile:
-    """The profile as this machine will hold it.
-
-    Its weights are unpacked where transformers cannot use them as stored. A tower that sorts its patches into windows loses
-    its parts unless transformers is known to be 5: 4.57 sorts them by an index that stays with the inputs
-    (modeling_qwen2_5_vl.py), so that the merger behind the last block would have to be where the first is.
-    """
-    release = release_of(machine)
-    if profile.model_type in TOWER_WINDOWED and (release is None or is_before_5(release)):
-        units = tuple(msgspec.structs.replace(unit, parts=()) if unit.parts else unit for unit in profile.units)
-        profile = msgspec.structs.replace(profile, units=units)
-    return _with_weights_of(profile, machine)
-
-
-def _with_weights_of(profile: ModelProfile, machine: Machine) -> ModelProfile:
+def unpacked(profile: ModelProfile, machine: Machine) -> ModelProfile:
+    """The profile with weights unpacked where transformers cannot use them as stored."""
     demand = _DEMANDS.get(profile.quantization or "")
     if demand is None or not any(_QUANTIZED & unit.parameters.keys() for unit in profile.units):
         return profile

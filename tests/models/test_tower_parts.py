@@ -11,7 +11,7 @@ import pytest
 
 from vlm_doctor.machine import Libraries, Machine, Package
 from vlm_doctor.planner.constraints import chain
-from vlm_doctor.planner.quantized import as_loaded
+from vlm_doctor.planner.installed import as_loaded
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.model_profile import build_profile
 

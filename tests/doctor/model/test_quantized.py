@@ -15,8 +15,8 @@ from vlm_doctor import Workload
 from vlm_doctor.errors import ModelFileError, UsageError
 from vlm_doctor.machine import Gpu, Libraries, Machine, Package
 from vlm_doctor.model import ModelProfile
+from vlm_doctor.planner.installed import as_loaded
 from vlm_doctor.planner.planning import plan
-from vlm_doctor.planner.quantized import as_loaded
 from vlm_doctor.planner.weights import unit_bytes
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.model_files import load_profile

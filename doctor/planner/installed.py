@@ -1,0 +1,61 @@
+"""The profile as the machine's libraries will hold it: modules as they name them, towers as they run them."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import msgspec
+
+from ..data.families import NORM_OUTSIDE_BEFORE
+from ..data.joins import TOWER_WINDOWED
+from ..machine import Machine
+from ..model import ModelProfile, Unit
+from .quantized import unpacked
+from .release import Release, is_before_5, release_of
+
+
+def as_loaded(profile: ModelProfile, machine: Machine) -> ModelProfile:
+    """The profile as this machine will hold it, if its transformers is known; as the newest would, if not."""
+    release = release_of(machine)
+    return unpacked(_with_norm_outside(_with_whole_tower(profile, release), release), machine)
+
+
+def _with_whole_tower(profile: ModelProfile, release: Release) -> ModelProfile:
+    """A tower that sorts its patches into windows loses its parts unless transformers is known to be 5.
+
+    4.57 sorts them by an index that stays with the inputs (modeling_qwen2_5_vl.py), so that the merger behind the last
+    block would have to be where the first is.
+    """
+    if profile.model_type not in TOWER_WINDOWED or not (release is None or is_before_5(release)):
+        return profile
+    units = tuple(msgspec.structs.replace(unit, parts=()) if unit.parts else unit for unit in profile.units)
+    return msgspec.structs.replace(profile, units=units)
+
+
+def _with_norm_outside(profile: ModelProfile, release: Release) -> ModelProfile:
+    """An embedding whose norm is a module beside it in older releases."""
+    rule = NORM_OUTSIDE_BEFORE.get(profile.model_type)
+    if rule is None or release is None or release >= rule.release or any(unit.key == rule.norm for unit in profile.units):
+        return profile
+    cut = ((unit,) if unit.key != rule.embedding else _cut(unit, rule.norm, profile.text.hidden) for unit in profile.units)
+    return msgspec.structs.replace(profile, units=tuple(chain.from_iterable(cut)))
+
+
+def _cut(unit: Unit, norm: str, elements: int) -> tuple[Unit, Unit]:
+    """A unit without a norm of so many elements, and the norm; it has the unit's commonest type."""
+    dtype = max(unit.parameters, key=lambda name: unit.parameters[name])
+    size = unit.stored_bytes * elements // unit.elements
+    rest = msgspec.structs.replace(
+        unit,
+        parameters={**unit.parameters, dtype: unit.parameters[dtype] - elements},
+        stored_bytes=unit.stored_bytes - size,
+        small_elements=max(0, unit.small_elements - elements),
+    )
+    return rest, Unit(
+        key=norm,
+        role="embedding",
+        parameters={dtype: elements},
+        stored_bytes=size,
+        largest_tensor_elements=elements,
+        small_elements=elements,
+    )
