@@ -240,7 +240,7 @@ class Trial:
     def cuts(self) -> None:
         """Every contiguous cut of the chain, the tower whole and in parts."""
         from vlm_doctor.planner.constraints import can_break_tower, chain
-        from vlm_doctor.planner.quantized import as_loaded
+        from vlm_doctor.planner.installed import as_loaded
 
         profile = as_loaded(self.profile, self.machine())
         found = []
