@@ -62,7 +62,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     failed, which is a defect of the doctor. Unknown is never folded into passed or found."""
     reason: str | None = None
     symptom_of: str | None = None
-    """Code of the cause that explains what this check, too, would have found; it is then ``skipped``."""
+    """Code of the cause that explains what this check, too, would have found; it is then ``skipped``, or ``found`` where
+    it found something else besides."""
     findings: tuple[Finding, ...] = ()
 
 

@@ -6,7 +6,7 @@ docstring is its page. ``docs/contributing.md`` tells how to add one.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -105,8 +105,25 @@ def _settle(check: Check, facts: Facts, outcomes: dict[str, Outcome]) -> Outcome
             )
             break
     else:
-        outcome = examine(check, facts)
+        outcome = _without_told(examine(check, facts), [_settle(_BY_CODE[code], facts, outcomes) for code in check.told_by])
     outcomes[check.code] = outcome
+    return outcome
+
+
+def _without_told(outcome: Outcome, causes: Sequence[Outcome]) -> Outcome:
+    """Leave out findings about a fact that a finding of a cause rests on, too."""
+    for cause in causes:
+        told = {path for finding in cause.findings if finding.severity != "info" for path in finding.evidence}
+        rest = tuple(finding for finding in outcome.findings if next(iter(finding.evidence), None) not in told)
+        if len(rest) == len(outcome.findings):
+            continue
+        outcome = msgspec.structs.replace(
+            outcome,
+            state="found" if rest else "skipped",
+            reason=None if rest else f"explained by {cause.code}",
+            symptom_of=cause.code,
+            findings=rest,
+        )
     return outcome
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..findings import Fix
 from ..units import GIB, MIB, format_gib
-from ._check import Check, Facts, Result, found
+from ._check import Check, Facts, Result, found, plain
 
 _SHM_BYTES = GIB
 """NCCL and data loaders with workers want this much; docker gives 64 MiB. Source: NCCL, Troubleshooting, shared memory."""
@@ -12,6 +12,7 @@ _SHM_FREE_BYTES = 64 * MIB
 _FAR_BELOW_SHARE = 0.5
 _LIST_CACHE = 'du -sh "${HF_HUB_CACHE:-$HOME/.cache/huggingface/hub}"/* | sort -h'
 """Largest last. ``hf cache`` has other subcommands in each major version of huggingface_hub."""
+_TMP = ("host.tmp_free_bytes", "host.tmp")
 _CACHE_BYTES = 20 * GIB
 """Room for one checkpoint of 9 billion parameters in 16 bit (20.6 GB, measured)."""
 
@@ -140,11 +141,15 @@ def little_disk(facts: Facts) -> Result:
     if free is None or free >= _CACHE_BYTES:
         return ()
     where = facts.evidence("host.hf_cache")["host.hf_cache"]
+    # To the byte the same room is the same disk: VLM508 then has nothing to add.
+    has_tmp = host is not None and host.tmp_free_bytes == free
+    tmp = f" and {plain((host.tmp if host is not None else None) or '/tmp')}" if has_tmp else ""
     return (
         found(
             "warning",
-            f"The checkpoint cache {where} has {format_gib(free)} of free disk space.",
-            evidence=facts.evidence("host.hf_cache_free_bytes", "host.hf_cache"),
+            f"The checkpoint cache {where}{tmp} {'have' if has_tmp else 'has'} {format_gib(free)} of free disk space"
+            f"{', on one disk' if has_tmp else ''}.",
+            evidence=facts.evidence("host.hf_cache_free_bytes", "host.hf_cache", *_TMP[: 2 * has_tmp]),
             fix=Fix(
                 text="Remove what is no longer used, or put the cache elsewhere.",
                 commands=(_LIST_CACHE, "export HF_HUB_CACHE=/path/with/room"),

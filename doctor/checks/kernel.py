@@ -20,6 +20,7 @@ _FIRST_BLACKWELL = 0x2900
 modules drive. Source: open-gpu-kernel-modules, README, "Compatible GPUs"."""
 _FAULTS = ("xid", "init_failed", "gsp_failed")
 _RECENT_S = 86_400
+_MOST_EVENTS = 20
 _DMESG = "sudo dmesg | grep -iE 'nvrm|xid'"
 
 
@@ -186,16 +187,35 @@ def faults_in_kernel_log(facts: Facts) -> Result:
         gap = facts.machine.gap("driver.kernel_events")
         return unknown(f"the kernel log could not be read{f' ({plain(gap.reason)})' if gap else ''}")
     told = [event for event in events if event.kind in _FAULTS]
-    return tuple(_fault(facts, event) for event in told[:20])
+    return tuple(_fault(facts, event) for event in told[:_MOST_EVENTS])
 
 
-def said_by_kernel(facts: Facts, bus_ids: Collection[str | None]) -> str | None:
-    """The newest fault that the kernel log has of one of these devices, as a sentence; ``None`` when it has none."""
-    for event in facts.machine.driver.kernel_events or ():
-        if event.kind in _FAULTS and event.bus_id is not None and event.bus_id in bus_ids:
-            what, meaning = _meaning(event)
-            return f"The kernel log has {what} of it: {meaning}."
-    return None
+def said_by_kernel(
+    facts: Facts, bus_ids: Collection[str | None], xids: Collection[int] | None = None
+) -> tuple[str, dict[str, str]] | None:
+    """What the kernel log has of these devices: the newest fault that is not a program's as a sentence, and all as
+    evidence.
+
+    Args:
+        facts: What is known.
+        bus_ids: PCI addresses of the devices.
+        xids: Only faults of these numbers.
+
+    Returns:
+        ``None`` when it has none. :data:`~vlm_doctor.checks._check.Check.told_by` makes VLM114 silent about them.
+    """
+    told = [
+        (at, event)
+        for at, event in enumerate(facts.machine.driver.kernel_events or ())
+        if event.kind in _FAULTS and event.bus_id is not None and event.bus_id in bus_ids
+        if xids is None or event.code in xids
+    ]
+    if not told:
+        return None
+    newest = next((event for _, event in told if event.code not in MINOR_XIDS), told[0][1])
+    what, meaning = _meaning(newest)
+    evidence = facts.evidence(*(_path(at, name) for at, _ in told[:_MOST_EVENTS] for name in ("kind", "code", "count")))
+    return f"The kernel log has {what} of it ({_times(newest)}): {meaning}.", evidence
 
 
 def _meaning(event: KernelEvent) -> tuple[str, str]:
@@ -210,17 +230,13 @@ def _fault(facts: Facts, event: KernelEvent) -> Finding:
     whose = f" of {names(gpus)}" if gpus else f" of {plain(event.bus_id)}" if event.bus_id else ""
     what, meaning = _meaning(event)
     is_minor = event.kind == "xid" and event.code in MINOR_XIDS
-    # Of a GPU that fails when asked, VLM108 says it, with what to do.
-    is_said = any(gpu.error is not None for gpu in gpus)
-    times = f"{event.count} time{'s' if event.count != 1 else ''}"
-    age = f", {_age(event.last_s_ago)} ago" if event.last_s_ago is not None else ""
     is_old = event.last_s_ago is None or event.last_s_ago > _RECENT_S
     position = _position(facts.machine.driver, event)
     fields = ("kind", "code", "bus_id", "count", "last_s_ago")
     return found(
-        "info" if is_minor or is_old or is_said else "warning",
-        f"The kernel log has {what}{whose} ({times}{age}): {meaning}.",
-        evidence=facts.evidence(*(f"driver.kernel_events[{position}].{name}" for name in fields)),
+        "info" if is_minor or is_old else "warning",
+        f"The kernel log has {what}{whose} ({_times(event)}): {meaning}.",
+        evidence=facts.evidence(*(_path(position, name) for name in fields)),
         fix=Fix(text="Read the messages around it.", commands=(_DMESG,), who="administrator"),
         gpus=gpus,
     )
@@ -229,6 +245,16 @@ def _fault(facts: Facts, event: KernelEvent) -> Finding:
 def _position(driver: Driver, event: KernelEvent) -> int:
     events: Sequence[KernelEvent] = driver.kernel_events or ()
     return events.index(event)
+
+
+def _path(position: int, name: str) -> str:
+    return f"driver.kernel_events[{position}].{name}"
+
+
+def _times(event: KernelEvent) -> str:
+    """``9 times, 2 h ago``."""
+    age = f", {_age(event.last_s_ago)} ago" if event.last_s_ago is not None else ""
+    return f"{event.count} time{'s' if event.count != 1 else ''}{age}"
 
 
 def _age(seconds: float) -> str:
@@ -246,5 +272,6 @@ CHECKS = (
         title="faults in the kernel log",
         run=faults_in_kernel_log,
         explained_by=("VLM113",),
+        told_by=("VLM107", "VLM108", "VLM111", "VLM402", "VLM409"),
     ),
 )

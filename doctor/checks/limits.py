@@ -260,7 +260,13 @@ def old_kernel(facts: Facts) -> Result:
 CHECKS = (
     Check(code="VLM506", title="GPU drives a display", run=drives_display, needs=("gpus[].display_active",)),
     Check(code="VLM507", title="process limits", run=process_limits, needs=("gpus", "host")),
-    Check(code="VLM508", title="little room for temporary files", run=little_tmp, needs=("gpus", "host.tmp_free_bytes")),
+    Check(
+        code="VLM508",
+        title="little room for temporary files",
+        run=little_tmp,
+        needs=("gpus", "host.tmp_free_bytes"),
+        told_by=("VLM505",),
+    ),
     Check(
         code="VLM509",
         title="checkpoint cache not writable",

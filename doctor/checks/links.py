@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from ..data.xids import NVLINK_XIDS
 from ..findings import Finding, Fix, Severity
 from ..health import failure_of_fabric, ills_of_fabric
 from ..machine import Gpu, Link
 from ..topology import WORST_RANK, describe, islands, link_rank
-from ._check import Check, Facts, Result, found, label, names, skipped, unknown
+from ._check import Check, Facts, Result, alike, found, labels, names, skipped, unknown
+from .kernel import said_by_kernel
 
 _P2P_TEXTS = {
     "chipset_not_supported": "the chipset does not support it",
@@ -90,33 +92,43 @@ def nvlink_inactive(facts: Facts) -> Result:
     if not working:
         return skipped("no NVLink")
     has_switch = any(port.remote == "switch" for gpu in working for port in gpu.nvlinks)
-    findings = []
-    for gpu in working:
-        active = _active(gpu)
-        most = max(_active(other) for other in working if other.name == gpu.name)
-        if active < most and (active or has_switch):
-            findings.append(_inactive(facts, gpu, most))
-    return tuple(findings)
+    most = {gpu.name: max(_active(other) for other in working if other.name == gpu.name) for gpu in working}
+    short = [gpu for gpu in working if _active(gpu) < most[gpu.name] and (_active(gpu) or has_switch)]
+    groups = alike(short, lambda gpu: (gpu.name, _active(gpu)))
+    return tuple(_inactive(facts, gpus, most[gpus[0].name]) for gpus in groups)
 
 
 def _active(gpu: Gpu) -> int:
     return sum(port.is_active for port in gpu.nvlinks)
 
 
-def _inactive(facts: Facts, gpu: Gpu, most: int) -> Finding:
-    first = next((at for at, port in enumerate(gpu.nvlinks) if not port.is_active), 0)
+def _inactive(facts: Facts, gpus: Sequence[Gpu], most: int) -> Finding:
+    """One finding for the GPUs at both ends of a bridge."""
+    verb, which = ("has", f" -i {gpus[0].index}") if len(gpus) == 1 else ("have", "")
+    cause, log = said_by_kernel(facts, {gpu.bus_id for gpu in gpus}, NVLINK_XIDS) or (
+        "A bridge is loose, or a link is broken.",
+        {},
+    )
     return found(
         "warning",
-        f"{label(gpu)} has {_active(gpu)} of {most} NVLinks active.",
-        cause="A bridge is loose, or a link is broken.",
-        evidence=facts.evidence(facts.path(gpu, f"nvlinks[{first}].is_active")),
+        f"{labels(gpus)} {verb} {_active(gpus[0])} of {most} NVLinks active.",
+        cause=cause,
+        evidence=facts.evidence(
+            *(facts.path(gpu, f"nvlinks[{_first_inactive(gpu)}].is_active") for gpu in gpus),
+            *(facts.path(gpu, "nvlink_errors") for gpu in gpus if gpu.nvlink_errors),
+        )
+        | log,
         fix=Fix(
             text="Look at the links and their errors; reseat the bridge or reset the GPUs.",
-            commands=(f"nvidia-smi nvlink --status -i {gpu.index}", f"nvidia-smi nvlink -e -i {gpu.index}"),
+            commands=(f"nvidia-smi nvlink --status{which}", f"nvidia-smi nvlink -e{which}"),
             who="administrator",
         ),
-        gpus=(gpu,),
+        gpus=gpus,
     )
+
+
+def _first_inactive(gpu: Gpu) -> int:
+    return next((at for at, port in enumerate(gpu.nvlinks) if not port.is_active), 0)
 
 
 def fabric_not_up(facts: Facts) -> Result:
@@ -328,7 +340,7 @@ CHECKS = (
         needs=("gpus",),
         explained_by=("VLM201", "VLM403"),
     ),
-    Check(code="VLM402", title="NVLinks inactive", run=nvlink_inactive, needs=("gpus",)),
+    Check(code="VLM402", title="NVLinks inactive", run=nvlink_inactive, needs=("gpus",), explained_by=("VLM403",)),
     Check(code="VLM403", title="NVSwitch fabric not up", run=fabric_not_up, needs=("gpus",)),
     Check(
         code="VLM404",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 
 from ..findings import Finding, Fix, Severity
+from ..likeness import nearest
 from ..visibility import quote
 from ._check import Check, Facts, Result, found, plain, skipped
 
@@ -52,6 +53,9 @@ _SWITCHES: tuple[tuple[str, Literal["warning", "info"], str], ...] = (
 )
 """Switches for finding faults, and what they do when they are left on. Sources: torch, environment variables; CUDA
 programming guide, environment variables; accelerate, environment variables."""
+_WRONG_VERSION = ("undefined symbol", "not found (required by", "version incompatib")
+"""What the loader, and torch of cuDNN, say of a library of another version. Sources: glibc, elf/dl-lookup.c and
+dl-version.c; pytorch, aten/src/ATen/cuda/detail/CUDAHooks.cpp. That a library cannot be found is another fault."""
 _PRESENCE_COUNTS = ("PYTORCH_NO_CUDA_MEMORY_CACHING",)
 """Tested for being set, whatever the value. Source: torch, c10/cuda/CUDAAllocatorConfig and CUDACachingAllocator.cpp."""
 
@@ -83,29 +87,37 @@ def allocator_settings(facts: Facts) -> Result:
     old, new = environment.get(_OLD_NAME), environment.get(_NEW_NAME)
     if old is None and new is None:
         return skipped("not set")
-    return tuple(_allocator(facts, old, new))
+    finding = _allocator(facts, {name: value for name, value in ((_OLD_NAME, old), (_NEW_NAME, new)) if value is not None})
+    return () if finding is None else (finding,)
 
 
-def _allocator(facts: Facts, old: str | None, new: str | None) -> Iterator[Finding]:
-    for name, value in ((_OLD_NAME, old), (_NEW_NAME, new)):
-        wrong = _unknown_option(value or "")
-        if wrong is not None:
-            message = (
-                f"{name}={quote(value or '')}: torch knows no option {quote(wrong)}, and fails at the first use of a GPU."
-            )
-            fix = Fix(
-                text="Write option:value, with commas between.", commands=(f"export {name}=expandable_segments:True",)
-            )
-            yield found("warning", message, evidence=facts.evidence(f"environment.{name}"), fix=fix)
+def _allocator(facts: Facts, given: dict[str, str]) -> Finding | None:
+    """One finding for both variables: two pieces of advice would contradict each other."""
     version = _torch_version(facts)
+    is_old_torch = version is not None and version < _READS_NEW_NAME
+    kept = _NEW_NAME if _NEW_NAME in given and not is_old_torch else _OLD_NAME
+    others = [name for name in given if name != kept]
+    differ = len(given) > 1 and len({*map(_normal, given.values())}) > 1
+    wrong = next(((name, option) for name, value in given.items() if (option := _unknown_option(value)) is not None), None)
+    both = f"{_OLD_NAME} and {_NEW_NAME}"
+    if wrong is not None:
+        name, option = wrong
+        shown = f"{both if others and not differ else name}={quote(given[name])}"
+        tail = f"; {both} differ" if differ else ""
+        message = f"{shown}: torch knows no option {quote(option)}, and fails at the first use of a GPU{tail}"
+        text = f"Write option:value, with commas between{', in one of the variables' if others else ''}."
+    elif differ:
+        message, text = f"{both} have different values", "Keep one of them."
+    elif kept not in given:
+        message = f"torch {version} does not use {_NEW_NAME}, only {_OLD_NAME}"
+        text = "Set the name that this torch reads."
+    else:
+        return None
+    value = next((good for name in (kept, *others) if (good := _repaired(given.get(name, "")))), None)
+    commands = [f"unset {name}" for name in (others if kept in given else ())]
+    commands.append(f"unset {kept}" if value is None else f"export {kept}={shlex.quote(value)}")
     evidence = facts.evidence(f"environment.{_OLD_NAME}", f"environment.{_NEW_NAME}", "libraries.torch_build.version")
-    if old is not None and new is not None and _normal(old) != _normal(new):
-        fix = Fix(text="Keep one of them.", commands=(f"unset {_OLD_NAME}",))
-        yield found("warning", f"{_OLD_NAME} and {_NEW_NAME} have different values.", evidence=evidence, fix=fix)
-    elif old is None and new is not None and version is not None and version < _READS_NEW_NAME:
-        message = f"torch {version} does not use {_NEW_NAME}, only {_OLD_NAME}."
-        fix = Fix(text="Set the name that this torch reads.", commands=(f"export {_OLD_NAME}={shlex.quote(new[:400])}",))
-        yield found("warning", message, evidence=evidence, fix=fix)
+    return found("warning", f"{message}.", evidence=evidence, fix=Fix(text=text, commands=tuple(commands)))
 
 
 def _torch_version(facts: Facts) -> Version | None:
@@ -124,6 +136,19 @@ def _unknown_option(value: str) -> str | None:
         if part.strip() and name not in _OPTIONS:
             return name[:100]
     return None
+
+
+def _repaired(value: str) -> str:
+    """The options that torch knows, or that were plainly meant, each as option:value; empty when there is none."""
+    kept = []
+    for part in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", value[:400]):
+        match = re.fullmatch(r"\s*([A-Za-z0-9_-]+)\s*[:=]\s*(.*\S)\s*", part, re.ASCII)
+        if match is None:
+            continue
+        name = match[1].lower().replace("-", "_")
+        meant = [name] if name in _OPTIONS else nearest(name, _OPTIONS, most=1, cutoff=0.8)
+        kept += [f"{one}:{match[2]}" for one in meant]
+    return ",".join(kept)
 
 
 def _normal(value: str) -> str:
@@ -180,13 +205,13 @@ def foreign_libraries(facts: Facts) -> Result:
     `__nvJitLinkCreate_12_8`, or "cuDNN version incompatibility".
 
     ## Example
-    `warning VLM316 LD_LIBRARY_PATH brings other CUDA libraries than torch's: /usr/local/cuda/lib64/libcudnn.so.9.`
+    `error VLM316 torch cannot be imported: LD_LIBRARY_PATH puts /usr/lib64/libcudnn.so.9 before its own library.`
 
     ## What to do
     `unset LD_LIBRARY_PATH`: torch's wheels need none.
 
     ## When it is fine
-    While torch can be imported it is only mentioned: its own libraries mostly win.
+    While torch can be imported, or fails for another reason, it is only mentioned: its own libraries mostly win.
 
     ## Sources
     Files in the folders of LD_LIBRARY_PATH; pytorch issues 119932 and 152783, NVIDIA/nccl issue 1180.
@@ -196,15 +221,35 @@ def foreign_libraries(facts: Facts) -> Result:
     if not others:
         return ()
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    guilty = _named_in_error(facts, others)
+    if guilty is not None:
+        message = f"torch cannot be imported: LD_LIBRARY_PATH puts {plain(guilty)} before its own library."
+        cause = f"The error is {plain(facts.machine.torch.message or '').rstrip('.')}."
+    else:
+        message = f"LD_LIBRARY_PATH brings other CUDA libraries than torch's: {plain(', '.join(others[:3]))}{more}."
+        cause = "Which of two libraries of one name is loaded depends on the order of folders."
     return (
         found(
-            "warning" if facts.machine.torch.state in ("failed", "crashed") else "info",
-            f"LD_LIBRARY_PATH brings other CUDA libraries than torch's: {plain(', '.join(others[:3]))}{more}.",
-            cause="Which of two libraries of one name is loaded depends on the order of folders.",
+            "info" if guilty is None else "error",
+            message,
+            cause=cause,
             evidence=facts.evidence("environment.LD_LIBRARY_PATH", "libraries.foreign_cuda_libraries", "torch.state"),
             fix=Fix(text="Unset the variable: torch's wheels need none.", commands=("unset LD_LIBRARY_PATH",)),
         ),
     )
+
+
+def _named_in_error(facts: Facts, libraries: Sequence[str]) -> str | None:
+    """The foreign library that torch's import error speaks of, by its file or by a symbol of it; ``None`` when none is."""
+    torch = facts.machine.torch
+    said = (torch.message or "").lower() if torch.state == "failed" else ""
+    if not any(sign in said for sign in _WRONG_VERSION):
+        return None
+    for path in libraries:
+        stem = re.match(r"lib([a-z]+)", path.rpartition("/")[2].lower(), re.ASCII)
+        if stem is not None and stem[1] in said:
+            return path
+    return None
 
 
 def hub_variables(facts: Facts) -> Result:

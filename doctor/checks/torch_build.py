@@ -107,10 +107,7 @@ def torch_import_fails(facts: Facts) -> Result:
             f"torch cannot be imported: {text.rstrip('.')}.",
             cause=next((cause for sign, cause in _IMPORT_CAUSES if sign in text.lower()), None),
             evidence=facts.evidence("torch.state", "torch.message"),
-            fix=Fix(
-                text="Try it without foreign libraries; if that fails too, reinstall torch.",
-                commands=("env -u LD_LIBRARY_PATH python -c 'import torch'", torch_command(facts)),
-            ),
+            fix=_reinstall(facts, "Reinstall torch."),
         ),
     )
 
@@ -152,12 +149,21 @@ def torch_import_dies(facts: Facts) -> Result:
             "error",
             message,
             evidence=facts.evidence("torch.state", "torch.message", "torch.seconds"),
-            fix=Fix(
-                text="See where it happens, then reinstall torch.",
-                commands=("timeout -s ABRT 60 python -X faulthandler -c 'import torch'", torch_command(facts)),
+            fix=_reinstall(
+                facts,
+                "See where it happens, then reinstall torch.",
+                "timeout -s ABRT 60 python -X faulthandler -c 'import torch'",
             ),
         ),
     )
+
+
+def _reinstall(facts: Facts, text: str, *first: str) -> Fix:
+    """Reinstall torch; where LD_LIBRARY_PATH is set, try it without first: that is often the whole fault."""
+    if facts.machine.environment.get("LD_LIBRARY_PATH"):
+        text = f"Try it without LD_LIBRARY_PATH (if it works, unset that). {text}"
+        first = ("env -u LD_LIBRARY_PATH python -c 'import torch'", *first)
+    return Fix(text=text, commands=(*first, torch_command(facts)))
 
 
 def driver_too_old(facts: Facts) -> Result:
@@ -304,7 +310,7 @@ CHECKS = (
         title="torch cannot be imported",
         run=torch_import_fails,
         needs=("torch",),
-        explained_by=("VLM301",),
+        explained_by=("VLM301", "VLM316"),
     ),
     Check(code="VLM305", title="torch dies on import", run=torch_import_dies, needs=("torch",)),
     Check(

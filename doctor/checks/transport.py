@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..data.xids import NVLINK_XIDS
 from ..findings import Finding, Fix
 from ..machine import Gpu, Link
 from ..visibility import quote
 from ._check import Check, Facts, Result, found, label, names, plain, skipped, unknown
+from .kernel import said_by_kernel
 
-_NVLINK_XID = 74
 _FALSE = ("", "0")
 _OFF_LEVELS = ("LOC", "0")
 _NOISY = ("INFO", "TRACE")
@@ -253,14 +254,17 @@ def nvlink_errors(facts: Facts) -> Result:
 
 
 def _link_errors(facts: Facts, gpu: Gpu) -> Finding:
-    events = facts.machine.driver.kernel_events or ()
-    has_failed = any(event.code == _NVLINK_XID and event.bus_id == gpu.bus_id for event in events)
+    log = said_by_kernel(facts, {gpu.bus_id}, NVLINK_XIDS)
+    cause, seen = log or (None, {})
     return found(
-        "warning" if has_failed else "info",
+        "warning" if log is not None else "info",
         f"{label(gpu)} counts {gpu.nvlink_errors:,} NVLink replays and recoveries.",
-        evidence=facts.evidence(facts.path(gpu, "nvlink_errors")),
+        cause=cause,
+        evidence=facts.evidence(facts.path(gpu, "nvlink_errors")) | seen,
         fix=Fix(
-            text="Look again after a run; if it grows, reseat the bridge or have the board looked at.",
+            text="Look again after a run; if it grows, reseat the bridge or have the board looked at."
+            if log is None
+            else "Reseat the bridge, or have the board looked at.",
             commands=(f"nvidia-smi nvlink -e -i {gpu.index}",),
             who="administrator",
         ),
@@ -278,5 +282,5 @@ CHECKS = (
     ),
     Check(code="VLM407", title="NCCL settings", run=nccl_settings, needs=("gpus",), explained_by=("VLM201",)),
     Check(code="VLM408", title="far from its GPUs", run=wrong_numa_node, needs=("gpus", "host"), explained_by=("VLM201",)),
-    Check(code="VLM409", title="NVLink errors", run=nvlink_errors, needs=("gpus",)),
+    Check(code="VLM409", title="NVLink errors", run=nvlink_errors, needs=("gpus",), told_by=("VLM402",)),
 )

@@ -35,6 +35,12 @@ XIDS = {
 }
 """Number to what it means, as the end of a sentence."""
 
+MEMORY_XIDS = frozenset({48, 63, 64, 92, 94, 95, 140})
+"""What the counters of ECC errors and row remapping count, too."""
+
+NVLINK_XIDS = frozenset({74, 136, 137})
+"""What links that are inactive or count errors show, too."""
+
 MINOR_XIDS = frozenset({13, 31, 43, 45, 68, 69, 94, 109, 154})
 """Caused by, or confined to, one program: the GPU itself goes on working. 45 also comes when a program is killed; what 154
 tells is the recovery action, which NVML has as it is now."""

@@ -69,7 +69,12 @@ def test_import_error(ask: Ask, said: Said) -> None:
         )
     ]
     assert outcome.findings[0].cause == "A library that torch needs is not installed or not found."
-    assert fixed_by(outcome)[1] == ("env -u LD_LIBRARY_PATH python -c 'import torch'", f"{INDEX}/cu130")
+    assert fixed_by(outcome) == ("Reinstall torch.", (f"{INDEX}/cu130",))
+    foreign = ask("VLM304", "torch-import-error", environment={"LD_LIBRARY_PATH": "/opt/lib"})
+    assert fixed_by(foreign) == (
+        "Try it without LD_LIBRARY_PATH (if it works, unset that). Reinstall torch.",
+        ("env -u LD_LIBRARY_PATH python -c 'import torch'", f"{INDEX}/cu130"),
+    )
 
 
 @pytest.mark.parametrize(
