@@ -161,8 +161,20 @@ def examine(check: Check, facts: Facts) -> Outcome:
         )
     if isinstance(result, NotRun):
         return Outcome(code=check.code, title=check.title, state=result.state, reason=result.reason)
-    findings = tuple(msgspec.structs.replace(finding, code=check.code, title=check.title) for finding in result)
+    findings = tuple(
+        msgspec.structs.replace(finding, code=check.code, title=check.title, fix=_placed(finding.fix, facts))
+        for finding in result
+    )
     return Outcome(code=check.code, title=check.title, state="found" if findings else "passed", findings=findings)
+
+
+def _placed(fix: Fix | None, facts: Facts) -> Fix | None:
+    """Inside a container an administrator's commands belong on the host, and there is no sudo as a rule."""
+    if fix is None or facts.container is None or fix.place == "host":
+        return fix
+    if fix.who == "administrator":
+        return msgspec.structs.replace(fix, place="host")
+    return msgspec.structs.replace(fix, commands=tuple(command.removeprefix("sudo ") for command in fix.commands))
 
 
 def _judge(check: Check, facts: Facts) -> Result:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..findings import Finding, Fix
 from ..machine import Checkpoint
 from ._check import Check, Facts, Result, found, plain, skipped
+from ._remedy import python
 
 _REPO = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 """A name that a shell takes as it stands; a snapshot may hold any text."""
@@ -61,7 +62,10 @@ def _lost(facts: Facts, group: Sequence[Checkpoint], version: str) -> Finding:
         evidence=facts.evidence(*(f"checkpoints[{position}].lost_calls" for position in positions)),
         fix=Fix(
             text="Use an older transformers in an environment of its own, or a newer revision of the checkpoint.",
-            commands=("python -m pip install 'transformers<4.42'",),
+            commands=(
+                f"{python(facts)} -m venv older-transformers",
+                "older-transformers/bin/python -m pip install 'transformers<4.42' accelerate torch torchvision pillow",
+            ),
         ),
     )
 

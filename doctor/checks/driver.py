@@ -7,6 +7,7 @@ import re
 from ..findings import Finding, Fix, Severity
 from ..machine import PciDevice
 from ._check import Check, Facts, Result, found, plain, skipped
+from ._remedy import WITH_NVML, branch, is_debian, is_red_hat, pip, start_anew
 
 _BUS_ID = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.ASCII)
 _NVML_MISMATCH = 18
@@ -136,12 +137,7 @@ def _taken(facts: Facts, device: PciDevice) -> Finding:
     if is_aside:
         text, commands = "Give it back to the nvidia driver, unless a virtual machine is to have it.", _rebind(device)
     else:
-        text = f"Block {owner}, rebuild the initial file system (Fedora, RHEL: dracut --force) and reboot."
-        commands = (
-            "printf 'blacklist nouveau\\noptions nouveau modeset=0\\n' | sudo tee /etc/modprobe.d/blacklist-nouveau.conf",
-            "sudo update-initramfs -u",
-            "sudo reboot",
-        )
+        text, commands = _block(facts, owner)
     severity: Severity = "info" if is_aside else "warning"
     return found(
         severity if facts.working else "error",
@@ -149,6 +145,20 @@ def _taken(facts: Facts, device: PciDevice) -> Finding:
         cause="It was set aside for a virtual machine." if is_aside else f"{owner} was loaded first.",
         evidence=facts.evidence(f"pci_devices[{position}].kernel_driver"),
         fix=Fix(text=text, commands=commands, who="administrator"),
+    )
+
+
+def _block(facts: Facts, owner: str) -> tuple[str, tuple[str, ...]]:
+    """Text and commands that keep a kernel driver from being loaded; no commands for a name that is not one."""
+    if not re.fullmatch(r"[a-z0-9_-]{1,40}", owner, re.ASCII):
+        return f"Keep {owner} from being loaded, and reboot.", ()
+    lines = f"blacklist {owner}\\n" + ("options nouveau modeset=0\\n" if owner == "nouveau" else "")
+    rebuild = "sudo dracut --force" if is_red_hat(facts) else "sudo update-initramfs -u"
+    hint = "" if is_red_hat(facts) or is_debian(facts) else " (Fedora, RHEL: dracut --force)"
+    return f"Block {owner}, rebuild the initial file system{hint} and reboot.", (
+        f"printf '{lines}' | sudo tee /etc/modprobe.d/blacklist-{owner}.conf",
+        rebuild,
+        "sudo reboot",
     )
 
 
@@ -200,9 +210,7 @@ def driver_mismatch(facts: Facts) -> Result:
             "the installed library is of another version.",
             cause="The driver was updated, and the old kernel module is still loaded.",
             evidence=facts.evidence("driver.kernel_module_version", "driver.nvml_error_code", "driver.nvml_message"),
-            fix=Fix(
-                text="Create the container anew; if that does not help, the host must be rebooted.", who="administrator"
-            )
+            fix=start_anew(facts, "Create the container anew; if that does not help, have the host rebooted.")
             if in_container
             else Fix(
                 text="Reboot, so that the new kernel module is loaded.", commands=("sudo reboot",), who="administrator"
@@ -259,21 +267,31 @@ def nvml_unusable(facts: Facts) -> Result:
 def _nvml_fix(facts: Facts) -> Fix:
     driver = facts.machine.driver
     if driver.nvml_state == "no_binding":
-        return Fix(text="Reinstall nvidia-ml-py.", commands=("python -m pip install --force-reinstall nvidia-ml-py",))
+        return Fix(text="Reinstall nvidia-ml-py.", commands=(pip(facts, "install", "--force-reinstall", "nvidia-ml-py"),))
     if driver.nvml_state == "no_library":
-        branch = re.match(r"[0-9]{3,4}", driver.kernel_module_version or "", re.ASCII)
-        commands = (f"sudo apt install libnvidia-compute-{branch[0]}",) if branch else ("ldconfig -p | grep libnvidia-ml",)
-        text = "Install the driver's libraries in the version of the kernel module (the command is for Debian and Ubuntu)."
-        return Fix(text=text, commands=commands, who="administrator")
+        if facts.container is not None:
+            return start_anew(facts, "Start the container anew with the driver's libraries.", *WITH_NVML)
+        major, look = branch(driver.kernel_module_version), "ldconfig -p | grep libnvidia-ml"
+        command = f"sudo apt install libnvidia-compute-{major}" if major and not is_red_hat(facts) else look
+        system = "" if is_debian(facts) or command == look else " (the command is for Debian and Ubuntu)"
+        text = f"Install the driver's libraries in the version of the kernel module{system}."
+        return Fix(text=text, commands=(command,), who="administrator")
     if driver.nvml_state == "error" and facts.container is not None:
-        return Fix(
-            text="Start the container anew; if that does not help, look at nvidia-smi on the host.", who="administrator"
-        )
+        return _restart(facts)
     return Fix(
         text="Look for the driver's messages in the kernel log, then reboot.",
         commands=("sudo dmesg | grep -iE 'nvrm|xid'", "sudo reboot"),
         who="administrator",
     )
+
+
+def _restart(facts: Facts) -> Fix:
+    """Restart the container: what the host took away comes back with it."""
+    text = "Restart the container ({} stands for its name); if that does not help, look at nvidia-smi on the host."
+    if facts.container == "kubernetes":
+        return Fix(text=text.format("POD"), commands=("kubectl delete pod POD", "nvidia-smi"), place="host")
+    runner = "podman" if facts.container == "podman" else "docker"
+    return Fix(text=text.format("NAME"), commands=(f"{runner} restart NAME", "nvidia-smi"), place="host")
 
 
 def device_files(facts: Facts) -> Result:
@@ -310,10 +328,15 @@ def device_files(facts: Facts) -> Result:
     pattern = r"/dev/nvidia(ctl|-uvm)" if machine.gpus else r"/dev/nvidia(ctl|-uvm|[0-9]+)"
     forbidden = [name for name in driver.forbidden_device_files if re.fullmatch(pattern, name, re.ASCII)]
     if forbidden:
-        fix = Fix(
-            text="Get into the group that owns the device files, and log in again; start a container with GPU access.",
-            commands=("ls -l /dev/nvidia*", "id"),
-            who="administrator",
+        fix = (
+            start_anew(facts, "Start the container anew with GPU access, not with single device files.")
+            if facts.container is not None
+            else Fix(
+                text="Put the user into the group that owns the device files, and log in again (USER and GROUP stand for "
+                "what the first command shows).",
+                commands=("id -un; ls -l /dev/nvidia*", "sudo usermod -aG GROUP USER"),
+                who="administrator",
+            )
         )
         message = f"This user may not open {plain(', '.join(forbidden))}."
     elif missing:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING
 
 from ..findings import Finding, Fix
 from ..machine import Libraries, VersionRule
 from ._check import Check, Facts, Result, found, plain, skipped, unknown
-from .torch_build import torch_command
+from ._remedy import pip
+from ._wheels import torch_command
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -48,7 +48,10 @@ def torch_missing(facts: Facts) -> Result:
             f"torch is not installed for Python {plain(libraries.python)}, and this machine has {count} "
             f"GPU{'s' if count != 1 else ''}.",
             evidence=facts.evidence("libraries.python", "libraries.executable", "libraries.torch_build"),
-            fix=Fix(text="Install torch, or run the doctor with your project's Python.", commands=(torch_command(facts),)),
+            fix=Fix(
+                text="Install torch, or run the doctor with your project's Python.",
+                commands=(torch_command(facts, is_there=False),),
+            ),
         ),
     )
 
@@ -90,7 +93,7 @@ def torch_torso(facts: Facts) -> Result:
             evidence=facts.evidence("libraries.torch_problem"),
             fix=Fix(
                 text="Remove what is left, then install torch again.",
-                commands=("python -m pip uninstall -y torch", torch_command(facts)),
+                commands=(pip(facts, "uninstall", "torch"), torch_command(facts)),
             ),
         ),
     )
@@ -128,7 +131,7 @@ def loader_missing(facts: Facts) -> Result:
             "warning",
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed.",
             evidence=facts.evidence("libraries.executable") | {"libraries.packages": f"without {', '.join(missing)}"},
-            fix=Fix(text="Install what is missing.", commands=(f"python -m pip install {' '.join(missing)}",)),
+            fix=Fix(text="Install what is missing.", commands=(pip(facts, "install", *missing),)),
         ),
     )
 
@@ -210,7 +213,7 @@ def _violation(facts: Facts, rule: VersionRule, requirement: Requirement, positi
     if is_python:
         fix = Fix(text=f"Use a Python that suits ({requirement.specifier}), or an older {plain(rule.requirer)}.")
     else:
-        fix = Fix(text="Install a version that suits.", commands=(f"python -m pip install {shlex.quote(wanted)}",))
+        fix = Fix(text="Install a version that suits.", commands=(pip(facts, "install", wanted),))
     return found(
         "warning" if rule.is_optional else "error",
         f"{requirement.name} {plain(installed or '')} does not suit {plain(rule.requirer)} {plain(version or '')}, "
@@ -258,8 +261,8 @@ def pynvml_shadowed(facts: Facts) -> Result:
             fix=Fix(
                 text="Remove the other package, then reinstall nvidia-ml-py.",
                 commands=(
-                    f"python -m pip uninstall -y {' '.join(map(shlex.quote, others))}",
-                    "python -m pip install --force-reinstall nvidia-ml-py",
+                    pip(facts, "uninstall", *others),
+                    pip(facts, "install", "--force-reinstall", "nvidia-ml-py"),
                 ),
             ),
         ),

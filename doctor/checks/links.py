@@ -183,7 +183,10 @@ def _fabric_finding(facts: Facts, severity: Severity, text: str, gpus: Sequence[
         evidence=facts.evidence(*(facts.path(gpus[0], f"fabric.{name}") for name in ("state", "status", "health_mask"))),
         fix=Fix(
             text="Start the fabric manager in the driver's version; in a virtual machine it runs on the host.",
-            commands=("systemctl status nvidia-fabricmanager", "sudo systemctl enable --now nvidia-fabricmanager"),
+            commands=(
+                "systemctl status --no-pager nvidia-fabricmanager",
+                "sudo systemctl enable --now nvidia-fabricmanager",
+            ),
             who="administrator",
         ),
         gpus=gpus,

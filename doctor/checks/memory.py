@@ -86,6 +86,7 @@ def _held(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
         fix = Fix(
             text="Wait for it, or take another GPU; who it is can be seen outside this container or machine.",
             commands=("nvidia-smi",),
+            place="host" if facts.container is not None else "here",
         )
     fields = ("memory_used_bytes", "memory_free_bytes", "processes[0].pid")
     return found(

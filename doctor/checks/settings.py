@@ -13,6 +13,7 @@ from ..findings import Finding, Fix, Severity
 from ..likeness import nearest
 from ..visibility import quote
 from ._check import Check, Facts, Result, found, plain, skipped
+from ._remedy import without_folders
 
 _OLD_NAME, _NEW_NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 _READS_NEW_NAME = Version("2.10")
@@ -234,9 +235,13 @@ def foreign_libraries(facts: Facts) -> Result:
             message,
             cause=cause,
             evidence=facts.evidence("environment.LD_LIBRARY_PATH", "libraries.foreign_cuda_libraries", "torch.state"),
-            fix=Fix(text="Unset the variable: torch's wheels need none.", commands=("unset LD_LIBRARY_PATH",)),
+            fix=Fix(text="Take these folders out: torch's wheels need none.", commands=(_without_foreign(facts, others),)),
         ),
     )
+
+
+def _without_foreign(facts: Facts, libraries: Sequence[str]) -> str:
+    return without_folders(facts, tuple({f"{path.rpartition('/')[0]}/" for path in libraries}))
 
 
 def _named_in_error(facts: Facts, libraries: Sequence[str]) -> str | None:

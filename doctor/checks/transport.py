@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
 from ..data.xids import NVLINK_XIDS
 from ..findings import Finding, Fix
 from ..machine import Gpu, Link
 from ..visibility import quote
 from ._check import Check, Facts, Result, found, label, names, plain, skipped, unknown
+from ._remedy import is_red_hat, python, shell_path
 from .kernel import said_by_kernel
 
 _FALSE = ("", "0")
@@ -81,13 +84,23 @@ def _redirected(facts: Facts, message: str, gpus: Sequence[Gpu]) -> Finding:
         message,
         cause="A translating IOMMU, or PCIe access control, sends peer traffic through the processor.",
         evidence=facts.evidence("host.iommu", "host.is_virtual_machine"),
-        fix=Fix(
-            text="Let the IOMMU pass through (iommu=pt) and switch ACS off in the BIOS.",
-            commands=("cat /proc/cmdline", "cat /sys/kernel/iommu_groups/*/type | sort | uniq -c"),
-            who="administrator",
-        ),
+        fix=_pass_through(facts),
         gpus=gpus,
     )
+
+
+def _pass_through(facts: Facts) -> Fix:
+    """The kernel's command line is changed in another way by each family of distributions."""
+    if is_red_hat(facts):
+        text = "Let the IOMMU pass through, reboot, and switch ACS off in the BIOS."
+        commands = ("sudo grubby --update-kernel=ALL --args=iommu=pt", "sudo reboot")
+    else:
+        text = (
+            "Let the IOMMU pass through: put iommu=pt into GRUB_CMDLINE_LINUX of /etc/default/grub, reboot, and switch ACS "
+            "off in the BIOS."
+        )
+        commands = ("sudo nano /etc/default/grub", "sudo update-grub && sudo reboot")
+    return Fix(text=text, commands=commands, who="administrator")
 
 
 def nccl_settings(facts: Facts) -> Result:
@@ -167,9 +180,17 @@ def _setting(facts: Facts, settings: Mapping[str, tuple[str, str]], name: str, e
         "warning" if is_bad else "info",
         f"{name}={quote(value)} (from {plain(where)}) {effect}.",
         evidence=facts.evidence(path),
-        fix=Fix(text="Take the line out of the file.", commands=("grep -H . /etc/nccl.conf ~/.nccl.conf",))
-        if is_file
-        else Fix(text="Unset it.", commands=(f"unset {name}",)),
+        fix=_take_out(name, where) if is_file else Fix(text="Unset it.", commands=(f"unset {name}",)),
+    )
+
+
+def _take_out(name: str, file: str) -> Fix:
+    rights, who = ("sudo ", "administrator") if file.startswith("/etc/") else ("", "you")
+    line = shlex.quote(rf"/^[[:space:]]*{name}[[:space:]]*=/d")
+    return Fix(
+        text="Take the line out of the file.",
+        commands=(f"{rights}sed -i {line} {shell_path(file)}",),
+        who=cast(Literal["you", "administrator"], who),
     )
 
 
@@ -216,8 +237,8 @@ def wrong_numa_node(facts: Facts) -> Result:
             cause="A processor set or numactl binds it to the other socket.",
             evidence=facts.evidence(*(facts.path(gpu, "numa_node") for gpu in far[:4])),
             fix=Fix(
-                text="Run it next to its GPUs.",
-                commands=(f"numactl --cpunodebind={node} --membind={node} python -m pytest",),
+                text=f"Run it next to its GPUs, as here pytest; a container or job must get processors of node {node}.",
+                commands=(f"numactl --cpunodebind={node} --membind={node} {python(facts)} -m pytest",),
             ),
             gpus=far,
         ),

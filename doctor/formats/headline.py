@@ -41,6 +41,5 @@ def advice(finding: Finding, diagnosis: Diagnosis | None = None) -> list[str]:
     if finding.demoted_from is not None:
         lines.append(f"Demoted from {finding.demoted_from}: {finding.demoted_by}.")
     if finding.fix is not None:
-        who = "" if finding.fix.who == "you" else " (administrator)"
-        lines += [f"Fix{who}: {finding.fix.text}", *(f"    {command}" for command in finding.fix.commands)]
+        lines += [f"{finding.fix.label}: {finding.fix.text}", *(f"    {command}" for command in finding.fix.commands)]
     return [inert(line) for line in lines]

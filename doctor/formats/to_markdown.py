@@ -55,8 +55,7 @@ def _finding(finding: Finding, diagnosis: Diagnosis | None) -> list[str]:
     if finding.cause:
         lines += [f"Cause: {escaped(finding.cause)}", ""]
     if finding.fix is not None and finding.severity != "info":
-        who = "" if finding.fix.who == "you" else " (administrator)"
-        lines += [f"Fix{who}: {escaped(finding.fix.text)}", "", *_code(finding.fix.commands)]
+        lines += [f"{finding.fix.label}: {escaped(finding.fix.text)}", "", *_code(finding.fix.commands)]
     return lines
 
 

@@ -125,7 +125,8 @@ def test_driver_mismatch_in_a_container_asks_for_a_new_container(ask: Ask, load:
     fix = ask("VLM104", "driver-mismatch", host=host).findings[0].fix
 
     assert fix is not None
-    assert fix.text == "Create the container anew; if that does not help, the host must be rebooted."
+    assert fix.text == "Create the container anew; if that does not help, have the host rebooted (IMAGE stands for yours)."
+    assert (fix.commands, fix.place) == (("docker run --gpus all IMAGE",), "host")
 
 
 def nvml(**changes: Any) -> dict[str, Any]:
@@ -183,7 +184,8 @@ def test_nvml_fails_in_a_container(ask: Ask, load: Load) -> None:
     assert finding.cause is not None
     assert "container" in finding.cause
     assert finding.fix is not None
-    assert finding.fix.text.startswith("Start the container anew")
+    assert finding.fix.text.startswith("Restart the container (NAME stands for its name)")
+    assert (finding.fix.commands, finding.fix.place) == (("docker restart NAME", "nvidia-smi"), "host")
 
 
 def test_missing_library_of_a_driver_without_version(ask: Ask) -> None:
@@ -216,7 +218,7 @@ def test_device_files_forbidden(ask: Ask, said: Said) -> None:
     outcome = ask("VLM106", "device-files-forbidden")
 
     assert said(outcome) == [("error", "This user may not open /dev/nvidia0, /dev/nvidiactl.")]
-    assert commands(outcome) == ("ls -l /dev/nvidia*", "id")
+    assert commands(outcome) == ("id -un; ls -l /dev/nvidia*", "sudo usermod -aG GROUP USER")
     assert ask("VLM106", "2xl4-idle").state == "passed"
     assert ask("VLM106", "laptop-no-gpu").reason == "the NVIDIA driver is not loaded"
 

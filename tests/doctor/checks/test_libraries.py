@@ -22,7 +22,7 @@ def test_torch_missing(ask: Ask, said: Said) -> None:
 
     assert said(outcome) == [("error", "torch is not installed for Python 3.12.3, and this machine has 2 GPUs.")]
     assert commands(outcome) == (
-        "python -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
+        "python -m pip install torch torchvision --index-url https://download.pytorch.org/whl/cu130",
     )
     assert ask("VLM301", "2xl4-idle").state == "passed"
     assert ask("VLM301", "ci-container").reason == "no GPU"

@@ -87,7 +87,7 @@ def test_fabric_not_up(ask: Ask, said: Said) -> None:
 
     assert said(outcome) == [("error", "The NVSwitch fabric of GPUs 0, 1, 2, 3, 4, 5, 6, 7 is not up: not started.")]
     assert commands(outcome) == (
-        "systemctl status nvidia-fabricmanager",
+        "systemctl status --no-pager nvidia-fabricmanager",
         "sudo systemctl enable --now nvidia-fabricmanager",
     )
     assert ask("VLM403", "2xh200-recorded").state == "passed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -183,7 +184,7 @@ def test_one_full_disk_is_one_fault(load: Callable[..., Machine]) -> None:
     assert above_info(judged(12 * MIB, 400 * GIB)) == ["VLM508"]
 
 
-ALIKE = {
+ALIKE: dict[str, dict[str, Any]] = {
     # The same fault of each GPU: code, and the fields that show it.
     "VLM109": {"compute_mode": "prohibited"},
     "VLM110": {"mig_enabled": True},

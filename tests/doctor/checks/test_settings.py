@@ -210,7 +210,9 @@ def test_companions(versions: dict[str, str], torch: str, cuda: str | None, coun
 def test_a_companion_is_taken_from_the_index_of_torch(ask: Ask, load: Load) -> None:
     outcome = ask("VLM313", "2xl4-idle", libraries=libraries(load, torchaudio="2.13.0+cpu"))
     index = "https://download.pytorch.org/whl/cu130"
-    assert commands(outcome) == (f"python -m pip install --force-reinstall --no-deps torchaudio --index-url {index}",)
+    assert commands(outcome) == (
+        f"python -m pip install --force-reinstall --no-deps torchaudio==2.13.0 --index-url {index}",
+    )
 
 
 def test_bitsandbytes(ask: Ask, load: Load, said: Said) -> None:

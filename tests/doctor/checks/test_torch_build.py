@@ -11,7 +11,7 @@ from vlm_doctor.machine import TorchBuild, TorchView
 
 from .asking import Ask, Load, Said
 
-INDEX = "python -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl"
+INDEX = "python -m pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl"
 
 
 def fixed_by(outcome: Outcome) -> tuple[str, tuple[str, ...]]:
@@ -220,7 +220,7 @@ def test_the_wheel_suits_driver_and_gpu(
 
     command = fixed_by(ask("VLM303", "cpu-torch", driver=driver, gpu=(0, {"compute_capability": capability})))[1][0]
 
-    assert command == (INDEX + index if index else "python -m pip install --force-reinstall torch")
+    assert command == (INDEX + index if index else "python -m pip install --force-reinstall torch torchvision")
 
 
 def test_a_foreign_error_of_a_half_installed_torch_is_reported_too(load: Load) -> None:
