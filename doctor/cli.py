@@ -51,6 +51,11 @@ def check(options: Namespace) -> int:
         from .sources.saved_report import read_saved
 
         saved = read_saved(options.since)
+        if saved.diagnosis is None:
+            # A bare snapshot: what is judged the same way can be compared.
+            from .checks import diagnose
+
+            saved = saved._replace(diagnosis=diagnose(saved.machine))
 
     def judge(machine: Machine) -> Report:
         from .answer import check_report
@@ -296,6 +301,12 @@ def calibrate(options: Namespace) -> int:
 
 def explain(options: Namespace) -> int:
     """Explain a code, or list all of them."""
+    if options.json:
+        from . import codec
+        from .codes import code_list, explanation
+
+        write_stdout(codec.to_json(code_list() if options.code is None else explanation(options.code)))
+        return 0
     from .codes import explain as explain_code
     from .codes import list_text
 

@@ -407,6 +407,7 @@ def with_headroom(chosen: Policy, size_bytes: int | None) -> Policy:
 
 def _add_explain(parser: Parser) -> None:
     parser.add_argument("code", metavar="CODE", nargs="?", help="such as VLM501; left out: list them all")
+    parser.add_argument("--json", action="store_true", help="the page in its parts, as data")
 
 
 _ADDERS: dict[str, Callable[[Parser], None]] = {

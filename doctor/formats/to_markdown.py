@@ -62,7 +62,7 @@ def _finding(finding: Finding, diagnosis: Diagnosis | None) -> list[str]:
 def _changes(report: Report) -> list[str]:
     if report.changes is None:
         return []
-    since = escaped(report.changes.saved_at or report.changes.where)
+    since = escaped(report.changes.since)
     if not report.changes.changes:
         return [f"Nothing has changed since {since}.", ""]
     return [f"### Changed since {since}", "", *(f"- {escaped(change.text)}" for change in report.changes.changes), ""]

@@ -284,6 +284,20 @@ def test_explain_of_an_unknown_code_names_near_ones(run: Run) -> None:
     assert "did you mean" in ran.err
 
 
+def test_explain_as_data_follows_its_published_schema(run: Run) -> None:
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "explain.schema.json").read_text("utf-8"))
+
+    one, every, wrong = run("explain", "501", "--json"), run("explain", "--json"), run("explain", "--json", "nothing")
+
+    jsonschema.validate(one.json, schema)
+    jsonschema.validate(every.json, schema)
+    assert one.json["code"] == "VLM501"
+    assert one.json["what_to_do"].startswith("Wait, ")
+    assert {"code": "VLM501", "title": one.json["title"]} in every.json["codes"]
+    assert (wrong.status, wrong.err, wrong.json["exit_status"]) == (2, "", 2)
+    assert "There is no code 'nothing'" in wrong.json["error"]["message"]
+
+
 def test_version(run: Run) -> None:
     assert run("--version") == Ran(0, f"vlm-doctor {__version__}\n", "")
 
@@ -548,6 +562,7 @@ def test_a_report_is_saved_and_compared_with(run: Run, tmp_path: Path) -> None:
         "saved_at": "2026-11-22T12:00:00Z",
         "saved_exit_status": 1,
         "changes": [],
+        "findings_before": {"VLM303": "error", "VLM401": "info"},
     }
     unwritable = run("--machine", "2xL4", "--save", str(tmp_path / "missing" / "x.json"))
     assert (unwritable.status, unwritable.out) == (2, "")
