@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jsonschema
@@ -17,6 +18,7 @@ import msgspec
 import pytest
 
 from vlm_doctor import __version__, cli, codec
+from vlm_doctor.commands.judge import DEFAULT_MODEL
 from vlm_doctor.errors import ModelFileError
 from vlm_doctor.machine import Machine, TorchView
 from vlm_doctor.redaction import redact
@@ -25,7 +27,7 @@ from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.model_files import catalogue_names
 
 MACHINES = Path(__file__).parents[1] / "machines"
-MODEL = cli.DEFAULT_MODEL
+MODEL = DEFAULT_MODEL
 
 
 class Ran(msgspec.Struct):
@@ -594,6 +596,7 @@ def test_a_failure_in_a_job_is_an_annotation(run: Run) -> None:
         ("gate", "--machine", "T4", "--gpus", "2"),
         ("explain-error", str(LOGS / "nccl-shm.txt"), "--machine", "2xL4"),
         ("--machine", "2xL4", "--since", recorded("2xl4-idle")),
+        ("--machine", recorded("cpu-torch"), "--since", recorded("small-shm")),
     ],
 )
 def test_every_report_follows_the_published_schema(run: Run, words: tuple[str, ...]) -> None:
@@ -676,6 +679,29 @@ def test_an_interrupt_is_130_without_traceback() -> None:
     # A write that was cut short goes on before Python looks at the signal, so that the report may be whole or not.
     assert (first + out).startswith("{")
     assert (child.returncode, err) == (130, "")
+
+
+def test_an_interrupt_while_the_program_is_loaded_is_130_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "vlm_doctor.options", Interrupted("vlm_doctor.options"))
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+
+    assert stopped.value.code == 130
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_where_nothing_can_be_written_the_exit_status_has_to_do() -> None:
+    with Path("/dev/full").open("w") as full:
+        for words, status in ((["--machine", "2xL4"], 2), (["--machine", "nope"], 2), (["--bogus", "--json"], 2)):
+            child = subprocess.run(
+                [sys.executable, "-m", "vlm_doctor", *words], stdout=full, stderr=full, check=False, timeout=60
+            )
+            assert child.returncode == status, words
 
 
 def test_a_huge_value_leaves_a_short_sentence_with_both_ends(run: Run) -> None:
