@@ -14,11 +14,13 @@ from ..findings import Diagnosis, Outcome
 from ..machine import Machine
 from ..placement import Plan
 from . import (
+    allocator,
     checkpoints,
     companions,
     condition,
     devices,
     driver,
+    driver_access,
     environment,
     host,
     kernel,
@@ -28,6 +30,7 @@ from . import (
     memory,
     model,
     modes,
+    nvlink,
     settings,
     suitability,
     torch_build,
@@ -41,6 +44,7 @@ __all__ = ["CHECKS", "RETIRED", "diagnose", "plain"]
 _FAMILIES = (
     *(
         driver,
+        driver_access,
         devices,
         kernel,
         condition,
@@ -50,10 +54,11 @@ _FAMILIES = (
         libraries,
         torch_build,
         settings,
+        allocator,
         companions,
         suitability,
     ),
-    *(checkpoints, links, transport, memory, host, limits, model),
+    *(checkpoints, links, nvlink, transport, memory, host, limits, model),
 )
 
 CHECKS: tuple[Check, ...] = tuple(

@@ -9,7 +9,7 @@ from argparse import Namespace
 import msgspec
 
 from ..errors import UsageError
-from ..options import policy, with_headroom, workload
+from ..plan_options import policy, with_headroom, workload
 from ..progress import Progress
 from ..workload import Policy
 from ._shared import finish, look_for, model_and_machine

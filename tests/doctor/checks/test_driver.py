@@ -259,3 +259,29 @@ def test_files_of_capabilities_are_roots_alone_and_not_missed(ask: Ask) -> None:
     driver = nvml(nvml_state="crashed", forbidden_device_files=("/dev/nvidia-modeset",))
 
     assert ask("VLM106", "nvml-crashed", **driver).state == "passed"
+
+
+@pytest.mark.parametrize(
+    ("owner", "system", "expected"),
+    [
+        (
+            "nova_core",
+            "Ubuntu 24.04",
+            ("printf 'blacklist nova_core\\n' | sudo tee /etc/modprobe.d/blacklist-nova_core.conf",),
+        ),
+        ("nouveau", "Fedora Linux 42", ("sudo dracut --force", "sudo reboot")),
+        ("x'; rm -rf ~", "Ubuntu 24.04", ()),
+    ],
+)
+def test_another_kernel_driver_is_blocked_by_its_own_name(
+    owner: str, system: str, expected: tuple[str, ...], ask: Ask, load: Load
+) -> None:
+    machine = load("nouveau")
+    assert machine.host is not None
+    devices = tuple(replace(device, kernel_driver=owner) for device in machine.pci_devices)
+
+    outcome = ask("VLM103", replace(machine, pci_devices=devices, host=replace(machine.host, os=system)))
+
+    told = commands(outcome)
+    assert set(expected) <= set(told)
+    assert bool(told) == bool(expected)

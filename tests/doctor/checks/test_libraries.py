@@ -29,6 +29,14 @@ def test_torch_missing(ask: Ask, said: Said) -> None:
     assert ask("VLM301", "torch-half-installed").state == "passed"
 
 
+def test_torchvision_comes_along_with_a_first_torch(ask: Ask, load: Load) -> None:
+    libraries = load("torch-missing").libraries
+    assert libraries is not None
+    bare = replace(libraries, packages=tuple(one for one in libraries.packages if one.name != "torchvision"))
+
+    assert commands(ask("VLM301", "torch-missing", libraries=bare)) == commands(ask("VLM301", "torch-missing"))
+
+
 def test_torch_missing_beside_one_gpu(ask: Ask, load: Load) -> None:
     assert ask("VLM301", "wsl2", libraries=load("torch-missing").libraries).findings[0].message == (
         "torch is not installed for Python 3.12.3, and this machine has 1 GPU."
