@@ -169,8 +169,14 @@ def examine(check: Check, facts: Facts) -> Outcome:
 
 
 def _placed(fix: Fix | None, facts: Facts) -> Fix | None:
-    """Inside a container an administrator's commands belong on the host, and there is no sudo as a rule."""
-    if fix is None or facts.container is None or fix.place == "host":
+    """Inside a container an administrator's commands belong on the host, and there is no sudo as a rule.
+
+    A command that could not be shown as it is (a snapshot may hold any text) is not given.
+    """
+    if fix is None:
+        return None
+    fix = msgspec.structs.replace(fix, commands=tuple(filter(str.isprintable, fix.commands)))
+    if facts.container is None or fix.place == "host":
         return fix
     if fix.who == "administrator":
         return msgspec.structs.replace(fix, place="host")

@@ -113,6 +113,17 @@ def test_a_command_for_another_distribution_is_not_given(findings: Findings) -> 
             assert not re.search(r"\b(dnf|rpm|dracut|grubby)\b", text), (where, fix)
 
 
+def test_a_command_that_cannot_be_shown_as_it_is_is_not_given(load: Load) -> None:
+    machine = load("pynvml-shadowed")
+    assert machine.libraries is not None
+    odd = replace(machine, libraries=replace(machine.libraries, pynvml_owners=("nvidia-ml-py", "py\u202envml")))
+
+    (finding,) = (finding for finding in diagnose(odd).findings if finding.code == "VLM310")
+
+    assert finding.fix is not None
+    assert finding.fix.commands == ("python -m pip install --force-reinstall nvidia-ml-py",)
+
+
 def facts(load: Load, environment: dict[str, str] | None = None, **changes: Any) -> Facts:
     machine = load("2xl4-idle")
     assert machine.libraries is not None
