@@ -61,7 +61,7 @@ def _inactive(facts: Facts, gpus: Sequence[Gpu], most: int) -> Finding:
         f"{labels(gpus)} {verb} {_active(gpus[0])} of {most} NVLinks active.",
         cause=cause,
         evidence=facts.evidence(
-            *(facts.path(gpu, f"nvlinks[{_first_inactive(gpu)}].is_active") for gpu in gpus),
+            *(_inactive_path(facts, gpu) for gpu in gpus),
             *(facts.path(gpu, "nvlink_errors") for gpu in gpus if gpu.nvlink_errors),
         )
         | log,
@@ -74,8 +74,10 @@ def _inactive(facts: Facts, gpus: Sequence[Gpu], most: int) -> Finding:
     )
 
 
-def _first_inactive(gpu: Gpu) -> int:
-    return next((at for at, port in enumerate(gpu.nvlinks) if not port.is_active), 0)
+def _inactive_path(facts: Facts, gpu: Gpu) -> str:
+    """Field path of the first link that is down."""
+    first = next((at for at, port in enumerate(gpu.nvlinks) if not port.is_active), 0)
+    return facts.path(gpu, f"nvlinks[{first}].is_active")
 
 
 def fabric_not_up(facts: Facts) -> Result:
@@ -127,7 +129,11 @@ def _fabric_finding(facts: Facts, severity: Severity, text: str, gpus: Sequence[
         severity,
         f"The NVSwitch fabric of {names(gpus)} {text}.",
         cause="The fabric manager is not running, or not in the version of the driver." if severity == "error" else None,
-        evidence=facts.evidence(*(facts.path(gpus[0], f"fabric.{name}") for name in ("state", "status", "health_mask"))),
+        evidence=facts.evidence(
+            *(facts.path(gpus[0], f"fabric.{name}") for name in ("state", "status", "health_mask")),
+            # Their links that are down are part of the same trouble: VLM402 then has nothing to add.
+            *(_inactive_path(facts, gpu) for gpu in gpus if not all(port.is_active for port in gpu.nvlinks)),
+        ),
         fix=Fix(
             text="Start the fabric manager in the driver's version; in a virtual machine it runs on the host.",
             commands=(
@@ -141,6 +147,6 @@ def _fabric_finding(facts: Facts, severity: Severity, text: str, gpus: Sequence[
 
 
 CHECKS = (
-    Check(code="VLM402", title="NVLinks inactive", run=nvlink_inactive, needs=("gpus",), explained_by=("VLM403",)),
+    Check(code="VLM402", title="NVLinks inactive", run=nvlink_inactive, needs=("gpus",), told_by=("VLM403",)),
     Check(code="VLM403", title="NVSwitch fabric not up", run=fabric_not_up, needs=("gpus",)),
 )

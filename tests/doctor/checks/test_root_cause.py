@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from vlm_doctor.checks import CHECKS, diagnose
 from vlm_doctor.findings import Diagnosis
-from vlm_doctor.machine import GpuProcess, KernelEvent, Machine, TorchView
+from vlm_doctor.machine import Fabric, GpuProcess, KernelEvent, Machine, TorchView
 from vlm_doctor.units import GIB, MIB
 
 NO_CUDA = TorchView(state="ok", version="2.13.0+cu130", cuda="13.0", is_available=False, device_count=0)
@@ -165,6 +165,20 @@ def test_a_fabric_that_is_down_explains_its_links(load: Callable[..., Machine]) 
 
     assert above_info(diagnosis) == ["VLM403"]
     assert "VLM402" in [outcome.code for outcome in diagnosis.symptoms("VLM403")]
+
+
+def test_a_fabric_that_ails_on_one_gpu_does_not_hide_the_links_of_another(load: Callable[..., Machine]) -> None:
+    machine = load("8xa100-nvswitch")
+    dead = tuple(replace(port, is_active=False) for port in machine.gpus[5].nvlinks)
+    down = Fabric(state="not_started")
+    gpus = {0: replace(machine.gpus[0], fabric=down), 5: replace(machine.gpus[5], nvlinks=dead)}
+
+    diagnosis = diagnose(replace(machine, gpus=tuple(gpus.get(gpu.index, gpu) for gpu in machine.gpus)))
+
+    assert [(finding.code, finding.gpus) for finding in diagnosis.findings if finding.severity != "info"] == [
+        ("VLM403", (0,)),
+        ("VLM402", (5,)),
+    ]
 
 
 def test_one_full_disk_is_one_fault(load: Callable[..., Machine]) -> None:
