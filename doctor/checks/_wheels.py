@@ -11,8 +11,10 @@ from ._check import Facts
 from ._remedy import pip
 
 Capability = tuple[int, int]
-_COMPANIONS = ("torchvision", "torchaudio")
-"""Each of their releases is built for one torch: they move with it."""
+COMPANIONS = ("torchvision", "torchaudio", "torchcodec", "xformers")
+"""Packages of which each release is built for one torch."""
+_TOGETHER = ("torchvision", "torchaudio")
+"""Those of the torch project's own index that every torch has: they move with it."""
 
 
 def has_code(archs: Sequence[str], capability: Capability) -> bool:
@@ -73,7 +75,7 @@ def torch_command(facts: Facts, requirement: str = "torch", *, is_there: bool = 
             torchvision comes along: image processors need it.
     """
     libraries = facts.machine.libraries
-    companions = [name for name in _COMPANIONS if libraries is not None and libraries.version(name)]
+    companions = [name for name in _TOGETHER if libraries is not None and libraries.version(name)]
     if not is_there and not companions:
         companions = ["torchvision"]
     index = best_index(facts)

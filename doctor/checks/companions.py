@@ -8,14 +8,14 @@ from ..findings import Finding, Fix
 from ..machine import Libraries, TorchBuild
 from ._check import Check, Facts, Result, found, plain, skipped
 from ._remedy import pip
-from ._wheels import index_of
+from ._wheels import COMPANIONS, index_of
+from .libraries import is_violated
 
 _ABSENT = "torch is not installed"
 _FOR_CUDA = re.compile(r"\+cu(?P<cuda>\d{2,3})$", re.ASCII)
 """Local version of wheels of the torch project and of xformers: ``0.28.0+cu130``."""
 _FOR_TORCH = re.compile(r"\+cu\d+torch(?P<torch>\d+\.\d+)", re.ASCII)
 """Local version of flash-attn's wheels: ``2.8.3+cu12torch2.7cxx11abiTRUE``."""
-_OF_TORCH_PROJECT = ("torchaudio", "torchcodec", "torchvision", "xformers")
 _RUNTIMES = ("nvidia-cudnn", "nvidia-nccl")
 """Wheels whose cu12 and cu13 forms put files of the same names into one folder (``nvidia/cudnn/lib`` …)."""
 
@@ -48,7 +48,7 @@ def built_for_another(facts: Facts) -> Result:
     if libraries is None or build is None:
         return skipped(_ABSENT)
     findings = [_flash_attention(facts, libraries, build)]
-    findings += [_companion(facts, libraries, build, name) for name in _OF_TORCH_PROJECT]
+    findings += [_companion(facts, libraries, build, name) for name in sorted(COMPANIONS)]
     return tuple(finding for finding in findings if finding is not None)
 
 
@@ -87,9 +87,17 @@ def _companion(facts: Facts, libraries: Libraries, build: TorchBuild, name: str)
         "warning",
         f"{name} {plain(version)} was built for {kind}, and torch {plain(build.version)} for CUDA {plain(build.cuda)}.",
         cause="They were installed from different indexes.",
-        evidence=facts.evidence("libraries.torch_build.cuda") | {"libraries.packages": f"{name} {plain(version)}"},
+        # A release for another torch is VLM309's to say: the same package, and one repair.
+        evidence=facts.evidence(*_broken_rules(libraries, name), "libraries.torch_build.cuda")
+        | {"libraries.packages": f"{name} {plain(version)}"},
         fix=Fix(text="Reinstall it from the index of torch.", commands=(command,)),
     )
+
+
+def _broken_rules(libraries: Libraries, name: str) -> list[str]:
+    """Field paths of what a package asks of torch and does not get."""
+    rules = enumerate(libraries.rules)
+    return [f"libraries.rules[{at}].requirement" for at, r in rules if r.requirer == name and is_violated(libraries, r)]
 
 
 def bitsandbytes_without_cuda(facts: Facts) -> Result:
@@ -197,6 +205,7 @@ CHECKS = (
         run=built_for_another,
         needs=("gpus", "libraries"),
         explained_by=(*_NO_TORCH, "VLM303"),
+        told_by=("VLM309",),
     ),
     Check(
         code="VLM314",

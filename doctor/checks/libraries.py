@@ -8,7 +8,7 @@ from ..findings import Finding, Fix
 from ..machine import Libraries, VersionRule
 from ._check import Check, Facts, Result, found, plain, skipped, unknown
 from ._remedy import pip
-from ._wheels import torch_command
+from ._wheels import COMPANIONS, index_of, torch_command
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -197,6 +197,17 @@ def _violated(libraries: Libraries, rule: VersionRule) -> Requirement | None:
     return None if requirement.specifier.contains(Version(installed), prereleases=True) else requirement
 
 
+def is_violated(libraries: Libraries, rule: VersionRule) -> bool:
+    """Whether what is installed breaks a rule; one that cannot be read is not known to be broken."""
+    from packaging.requirements import InvalidRequirement
+    from packaging.version import InvalidVersion
+
+    try:
+        return _violated(libraries, rule) is not None
+    except (InvalidRequirement, InvalidVersion):
+        return False
+
+
 def _minor(libraries: Libraries) -> str:
     return ".".join(libraries.python.split(".")[:2])
 
@@ -212,8 +223,11 @@ def _violation(facts: Facts, rule: VersionRule, requirement: Requirement, positi
     wanted = f"{requirement.name}{requirement.specifier}"
     if is_python:
         fix = Fix(text=f"Use a Python that suits ({requirement.specifier}), or an older {plain(rule.requirer)}.")
+    elif name == "torch" and rule.requirer in COMPANIONS:
+        fix = _with_torch(facts, rule.requirer, installed or "")
     else:
-        fix = Fix(text="Install a version that suits.", commands=(pip(facts, "install", wanted),))
+        command = torch_command(facts, wanted) if name == "torch" else pip(facts, "install", wanted)
+        fix = Fix(text="Install a version that suits.", commands=(command,))
     return found(
         "warning" if rule.is_optional else "error",
         f"{requirement.name} {plain(installed or '')} does not suit {plain(rule.requirer)} {plain(version or '')}, "
@@ -221,6 +235,17 @@ def _violation(facts: Facts, rule: VersionRule, requirement: Requirement, positi
         cause="transformers then says that accelerate is not installed." if name == "accelerate" else None,
         evidence=facts.evidence(f"libraries.rules[{position}].requirement", f"libraries.rules[{position}].source"),
         fix=fix,
+    )
+
+
+def _with_torch(facts: Facts, companion: str, torch: str) -> Fix:
+    """Move the companion, not torch: what else is installed was made for the torch that is there."""
+    build = facts.machine.libraries.torch_build if facts.machine.libraries is not None else None
+    index = index_of(build) if build is not None else None
+    where = ("--extra-index-url", index) if index is not None else ()
+    return Fix(
+        text=f"Install the {companion} that goes with torch {plain(torch)}.",
+        commands=(pip(facts, "install", "--upgrade", companion, f"torch=={torch}", *where),),
     )
 
 

@@ -184,3 +184,13 @@ def test_a_foreign_pynvml_while_nvml_works_is_a_warning(ask: Ask, said: Said, li
     changed = replace(libraries, pynvml_owners=("pynvml",))
 
     assert said(ask("VLM310", "2xl4-idle", libraries=changed)) == [("warning", "The module pynvml belongs to pynvml.")]
+
+
+def test_a_torch_that_is_too_old_is_replaced_by_one_that_runs_here(ask: Ask, load: Load) -> None:
+    libraries = load("2xl4-idle").libraries
+    assert libraries is not None
+    rule = VersionRule(requirer="transformers", requirement="torch>=3", source="Requires-Dist of transformers")
+
+    assert commands(ask("VLM309", "2xl4-idle", libraries=replace(libraries, rules=(rule,)))) == (
+        "python -m pip install --force-reinstall 'torch>=3' torchvision --index-url https://download.pytorch.org/whl/cu130",
+    )

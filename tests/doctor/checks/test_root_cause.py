@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from vlm_doctor.checks import CHECKS, diagnose
 from vlm_doctor.findings import Diagnosis
-from vlm_doctor.machine import Fabric, GpuProcess, KernelEvent, Machine, TorchView
+from vlm_doctor.machine import Fabric, GpuProcess, KernelEvent, Machine, TorchView, VersionRule
 from vlm_doctor.units import GIB, MIB
 
 NO_CUDA = TorchView(state="ok", version="2.13.0+cu130", cuda="13.0", is_available=False, device_count=0)
@@ -222,3 +222,32 @@ def test_what_all_gpus_suffer_from_is_one_finding(code: str, load: Callable[...,
 
     assert [finding.gpus for finding in findings] == [tuple(range(8))]
     assert findings[0].message.startswith("GPUs 0, 1, 2, 3, 4, 5, 6, 7 (")
+
+
+def test_a_torchvision_for_another_torch_is_one_fault_and_torch_stays(load: Callable[..., Machine]) -> None:
+    libraries = load("2xl4-idle").libraries
+    assert libraries is not None
+    packages = tuple(
+        replace(one, version="0.20.1+cu124") if one.name == "torchvision" else one for one in libraries.packages
+    )
+    rules = (
+        VersionRule(requirer="torchvision", requirement="torch==2.5.1", source="Requires-Dist of torchvision"),
+        VersionRule(requirer="torchvision", requirement="not a rule", source="Requires-Dist of torchvision"),
+    )
+
+    diagnosis = diagnose(load("2xl4-idle", libraries=replace(libraries, packages=packages, rules=rules)))
+
+    assert above_info(diagnosis) == ["VLM309"]
+    assert [outcome.code for outcome in diagnosis.symptoms("VLM309")] == ["VLM313"]
+    told = diagnosis.findings[0]
+    assert told.message == "torch 2.13.0+cu130 does not suit torchvision 0.20.1+cu124, which asks for torch==2.5.1."
+    assert told.fix is not None
+    assert told.fix.text == "Install the torchvision that goes with torch 2.13.0+cu130."
+    assert told.fix.commands == (
+        "python -m pip install --upgrade torchvision torch==2.13.0+cu130 "
+        "--extra-index-url https://download.pytorch.org/whl/cu130",
+    )
+    bare = replace(libraries, packages=packages, rules=rules, torch_build=None)
+    unknown = diagnose(load("2xl4-idle", libraries=bare)).findings[0].fix
+    assert unknown is not None
+    assert unknown.commands == ("python -m pip install --upgrade torchvision torch==2.13.0+cu130",)
