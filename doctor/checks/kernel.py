@@ -223,7 +223,14 @@ def said_by_kernel(
     newest = next((event for _, event in told if event.code not in MINOR_XIDS), told[0][1])
     what, meaning = _meaning(newest)
     evidence = facts.evidence(*(_path(at, name) for at, _ in told[:_MOST_EVENTS] for name in ("kind", "code", "count")))
-    return f"The kernel log has {what} of it ({_times(newest)}): {meaning}.", evidence
+    whose = "it" if len(bus_ids) == 1 else _whose(facts, newest)
+    return f"The kernel log has {what} of {whose} ({_times(newest)}): {meaning}.", evidence
+
+
+def _whose(facts: Facts, event: KernelEvent) -> str:
+    """``GPU 0``, or the address where the driver lists no GPU there."""
+    gpus = [gpu for gpu in facts.machine.gpus if gpu.bus_id == event.bus_id]
+    return names(gpus) if gpus else plain(event.bus_id or "a GPU")
 
 
 def _meaning(event: KernelEvent) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from vlm_doctor.checks import CHECKS, diagnose
 from vlm_doctor.findings import Diagnosis
-from vlm_doctor.machine import Fabric, GpuProcess, KernelEvent, Machine, TorchView, VersionRule
+from vlm_doctor.machine import Fabric, GpuProcess, KernelEvent, Machine, PciDevice, TorchView, VersionRule
 from vlm_doctor.units import GIB, MIB
 
 NO_CUDA = TorchView(state="ok", version="2.13.0+cu130", cuda="13.0", is_available=False, device_count=0)
@@ -155,6 +155,7 @@ def test_a_link_that_is_down_and_counts_errors_is_one_fault(load: Callable[..., 
 
     assert above_info(diagnosis) == ["VLM402"]
     assert [outcome.code for outcome in diagnosis.symptoms("VLM402")] == ["VLM114", "VLM409"]
+    assert diagnosis.findings[0].cause == "The kernel log has Xid 74 of GPU 2 (1 time, 1 min ago): a fault of an NVLink."
 
 
 def test_a_fabric_that_is_down_explains_its_links(load: Callable[..., Machine]) -> None:
@@ -251,3 +252,14 @@ def test_a_torchvision_for_another_torch_is_one_fault_and_torch_stays(load: Call
     unknown = diagnose(load("2xl4-idle", libraries=bare)).findings[0].fix
     assert unknown is not None
     assert unknown.commands == ("python -m pip install --upgrade torchvision torch==2.13.0+cu130",)
+
+
+def test_two_gpus_that_are_lost_are_named_by_their_addresses(load: Callable[..., Machine]) -> None:
+    machine = load("gpu-off-the-bus")
+    gone = PciDevice(bus_id="0000:9d:00.0", device_id="2330", kernel_driver="nvidia")
+    both = replace(machine, pci_devices=(*machine.pci_devices, gone))
+
+    told = diagnose(with_events(both, (79, "0000:9d:00.0"))).findings[0]
+
+    assert told.code == "VLM107"
+    assert told.cause == "The kernel log has Xid 79 of 0000:9d:00.0 (1 time, 1 min ago): the GPU has fallen off the bus."
