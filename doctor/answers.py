@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
 
-from .findings import Finding, Fix
+from .findings import SEVERITIES, Finding, Fix, Severity
 
+News = Literal["new", "unchanged", "updated", "absent"]
+"""What became of a finding since a report was saved, in the words of SARIF's ``baselineState``."""
 ChangeKind = Literal["finding", "gpu", "link", "memory", "library", "driver", "environment", "host"]
 
 
@@ -42,6 +45,39 @@ class Changes(msgspec.Struct, frozen=True, kw_only=True):
     saved_exit_status: int | None = None
     """Of the saved report; ``None`` for a bare snapshot of a machine."""
     changes: tuple[Change, ...] = ()
+    findings_before: dict[str, Severity] | None = None
+    """Code to its worst severity then; ``None`` where the file does not tell."""
+
+    @property
+    def since(self) -> str:
+        """When the report was saved, or which file it is."""
+        return self.saved_at or self.where
+
+    def news(self, findings: Iterable[Finding]) -> dict[str, News]:
+        """Code to what became of it: of the findings of now, and of those that are gone; empty where nothing is known."""
+        if self.findings_before is None:
+            return {}
+        now = worst_by_code(findings)
+        return {
+            code: "absent"
+            if code not in now
+            else "new"
+            if code not in self.findings_before
+            else "unchanged"
+            if now[code] == self.findings_before[code]
+            else "updated"
+            for code in sorted({*now, *self.findings_before})
+        }
+
+
+def worst_by_code(findings: Iterable[Finding]) -> dict[str, Severity]:
+    """Code to the worst severity that a finding of it has, before anybody demoted it."""
+    worst: dict[str, Severity] = {}
+    for finding in findings:
+        severity = finding.demoted_from or finding.severity
+        if finding.code not in worst or SEVERITIES.index(severity) < SEVERITIES.index(worst[finding.code]):
+            worst[finding.code] = severity
+    return worst
 
 
 class Unmet(msgspec.Struct, frozen=True, kw_only=True):

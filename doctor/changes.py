@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .answers import Change, ChangeKind, Changes
+from .answers import Change, ChangeKind, Changes, worst_by_code
 from .findings import Diagnosis, Finding
 from .machine import Gpu, Host, Libraries, Machine
 from .report import Report
@@ -46,6 +46,7 @@ def compare(saved: Saved, now: Report) -> Changes:
         saved_at=before.collected_at,
         saved_exit_status=saved.exit_status,
         changes=tuple(sorted(found, key=lambda change: _ORDER.index(change.kind))),
+        findings_before=None if saved.diagnosis is None else worst_by_code(saved.diagnosis.findings),
     )
 
 

@@ -6,6 +6,8 @@ import re
 from functools import cache
 from importlib.resources import files
 
+import msgspec
+
 from .checks import CHECKS, RETIRED
 from .errors import UsageError
 from .likeness import nearest
@@ -34,6 +36,60 @@ def explain(code: str) -> str:
         hint = f"did you mean {' or '.join(near)}?" if near else "codes are VLM and three digits, such as VLM501."
         raise UsageError(f"There is no code {code[:20]!a}; {hint}")
     return page
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The page of a code in its parts, each Markdown text."""
+
+    code: str
+    title: str
+    summary: str = ""
+    """One sentence."""
+    what_it_checks: str = ""
+    why_it_matters: str = ""
+    example: str = ""
+    how_to_look_by_hand: str = ""
+    what_to_do: str = ""
+    when_it_is_fine: str = ""
+    sources: str = ""
+    retired: str = ""
+    """Of a code that is no longer given: the version that dropped it, and why. There is nothing else of it then."""
+
+
+class CodeTitle(msgspec.Struct, frozen=True, kw_only=True):
+    """A code in the list of all."""
+
+    code: str
+    title: str
+
+
+class CodeList(msgspec.Struct, frozen=True, kw_only=True):
+    """All codes in use."""
+
+    codes: tuple[CodeTitle, ...]
+
+
+def explanation(code: str) -> Explanation:
+    """Give the page of a code in its parts.
+
+    Raises:
+        UsageError: As :func:`explain`.
+    """
+    page = explain(code)
+    head, *sections = re.split(r"^## ", page, flags=re.MULTILINE)
+    found, title = _HEADING.findall(head)[0]
+    if found in RETIRED:
+        return Explanation(code=found, title=title, retired=RETIRED[found])
+    parts = {}
+    for section in sections:
+        heading, _, text = section.partition("\n")
+        parts[heading.lower().replace(" ", "_")] = text.strip()
+    return Explanation(code=found, title=title, summary=head.partition("\n")[2].strip(), **parts)
+
+
+def code_list() -> CodeList:
+    """All codes in use with their titles, in order."""
+    return CodeList(codes=tuple(CodeTitle(code=code, title=title) for code, title in all_codes().items()))
 
 
 def all_codes() -> dict[str, str]:

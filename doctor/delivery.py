@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .errors import OutputError, UsageError
+from .formats.inert import inert
 from .formats.look import DEFAULT_WIDTH, Look
 
 
@@ -56,16 +57,27 @@ def write_stdout(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        _silence_stdout()
+        _silence(sys.stdout)
     except OSError as error:
-        _silence_stdout()
+        _silence(sys.stdout)
         raise OutputError(f"Standard output cannot be written: {error.strerror or error}.") from error
 
 
-def _silence_stdout() -> None:
+def write_stderr(line: str) -> None:
+    """Write one line to standard error, made harmless. Where that fails, only the exit status is left to tell."""
+    if sys.stderr is None:
+        return
+    try:
+        sys.stderr.write(f"{inert(line, is_unicode=is_utf8(sys.stderr))}\n")
+        sys.stderr.flush()
+    except OSError:
+        _silence(sys.stderr)
+
+
+def _silence(stream: TextIO) -> None:
     """Let what is still buffered go nowhere, or Python complains about it when it exits."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, stream.fileno())
     os.close(null)
 
 

@@ -22,6 +22,7 @@ from .oom_text import explain, figures_of, parse_out_of_memory
 MAX_SHOWN_CHARS = 300
 _MAX_ALSO = 8
 _MAX_HITS = 2_000
+_PLACEHOLDERS = ("MAP", "MODEL", "PACKAGE")
 _NO_GPU = "VLM101"
 """A machine without GPUs is in order, but it explains why a program finds none."""
 _OUT_OF_MEMORY = "gpu-out-of-memory"
@@ -71,7 +72,7 @@ def answer_error(text: str, *, where: str, skipped_bytes: int = 0) -> ErrorAnswe
         cause=_seen(chosen.hit),
         explanation=known.says,
         facts={**_groups(chosen.hit.match), **(_places_of(exception) if exception is not None else {})},
-        fix=Fix(text=known.fix, commands=_commands(known, chosen.hit.match), who=known.who),
+        fix=_fix(known, chosen.hit.match),
         verify=known.verify,
         checks=known.checks,
         source=known.source,
@@ -87,9 +88,11 @@ def confirm(answer: ErrorAnswer, diagnosis: Diagnosis) -> ErrorAnswer:
     checks = answer.checks
     if not checks:
         return answer
+    # What a check did not say again because a cause says it is confirmed by that cause.
+    causes = (one.symptom_of for one in diagnosis.outcomes if one.code in checks and one.symptom_of is not None)
     findings = tuple(
         finding
-        for code in checks
+        for code in dict.fromkeys((*checks, *causes))
         for finding in diagnosis.findings
         if finding.code == code and (finding.severity != "info" or code == _NO_GPU)
     )
@@ -207,11 +210,21 @@ def _groups(match: re.Match[str]) -> dict[str, str]:
     return {"devices": ", ".join(devices), **facts} if devices else facts
 
 
-def _commands(known: KnownText, match: re.Match[str]) -> tuple[str, ...]:
-    """Commands of a known text, with the package that the log names in the place of ``PACKAGE``."""
+def _fix(known: KnownText, match: re.Match[str]) -> Fix:
+    """Advice of a known text, with the package that the log names in the place of ``PACKAGE``.
+
+    What then still stands for something is said: a log does not always name the model.
+    """
     package = match.groupdict().get("package")
     name = {"PIL": "pillow", "qwen_vl_utils": "qwen-vl-utils"}.get(package or "", package)
-    return tuple(command.replace("PACKAGE", name) if name else command for command in known.commands)
+    commands = tuple(command.replace("PACKAGE", name) if name else command for command in known.commands)
+    return Fix(text=_with_placeholders(known.fix, commands), commands=commands, who=known.who)
+
+
+def _with_placeholders(text: str, commands: Sequence[str]) -> str:
+    left = [word for word in _PLACEHOLDERS if any(re.search(rf"\b{word}\b", command) for command in commands)]
+    stand = f"{' and '.join(left)} stand{'s' if len(left) == 1 else ''} for yours"
+    return f"{text.rstrip('.')} ({stand})." if left else text
 
 
 def _places_of(exception: ExceptionText) -> dict[str, str]:
@@ -240,7 +253,11 @@ def _with_figures(answer: ErrorAnswer, hit: _Hit, exception: ExceptionText | Non
     # Memory that others hold now explains only an error of which the message says the same.
     checks = answer.checks if figures.reason == "others" else ()
     return msgspec.structs.replace(
-        answer, explanation=said, facts=both, fix=Fix(text=fix, commands=commands), checks=checks
+        answer,
+        explanation=said,
+        facts=both,
+        fix=Fix(text=_with_placeholders(fix, commands), commands=commands),
+        checks=checks,
     )
 
 

@@ -19,6 +19,20 @@ class Fix(msgspec.Struct, frozen=True, kw_only=True):
     commands: tuple[str, ...] = ()
     """Ready to paste, in order."""
     who: Literal["you", "administrator"] = "you"
+    place: Literal["here", "host"] = "here"
+    """``host``: the commands belong on the computer that runs this container, not into it."""
+
+    @property
+    def label(self) -> str:
+        """``Fix``, ``Fix (administrator)``, ``Fix (on the host)`` or ``Fix (administrator, on the host)``."""
+        said = ["administrator"] * (self.who == "administrator") + ["on the host"] * (self.place == "host")
+        return f"Fix ({', '.join(said)})" if said else "Fix"
+
+    @property
+    def request(self) -> str:
+        """The text, and who is to do it and where."""
+        where = "On the host: " if self.place == "host" else ""
+        return f"{'Ask your administrator: ' if self.who == 'administrator' else ''}{where}{self.text}"
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +76,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     failed, which is a defect of the doctor. Unknown is never folded into passed or found."""
     reason: str | None = None
     symptom_of: str | None = None
-    """Code of the cause that explains what this check, too, would have found; it is then ``skipped``."""
+    """Code of the cause that explains what this check, too, would have found; it is then ``skipped``, or ``found`` where
+    it found something else besides."""
     findings: tuple[Finding, ...] = ()
 
 

@@ -307,6 +307,10 @@ class Libraries(msgspec.Struct, frozen=True, kw_only=True):
     foreign_cuda_libraries: tuple[str, ...] = ()
     """CUDA libraries in folders of LD_LIBRARY_PATH that torch's wheel brings, too."""
     is_virtual_environment: bool | None = None
+    has_pip: bool | None = None
+    """Environments that uv makes have none."""
+    is_externally_managed: bool | None = None
+    """Whether the operating system forbids pip to change it (PEP 668)."""
 
     def version(self, name: str) -> str | None:
         """Version of the installed distribution ``name``, or ``None``."""

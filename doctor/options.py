@@ -1,4 +1,5 @@
-"""The commands and their options: names, help, defaults. What they do is in ``cli``.
+"""The commands and their options: names, help, defaults. What they do is in ``commands``; what plans are asked for besides
+is in ``plan_options``, which only they load.
 
 argparse, not typer: typer loads pydantic to read a number, which took 0.09 s of a run that has 0.3 s for everything
 (measured with typer 0.29), and a doctor has to work where such packages are what is broken.
@@ -10,14 +11,11 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, get_args
-
-import msgspec
+from typing import Any, NoReturn
 
 from . import arguments
 from .delivery import write_stdout
 from .errors import UsageError
-from .workload import Attention, DType, Optimizer, Policy, Preference, Quantization, Training, Workload
 
 _DESCRIPTION = "Examine a machine with NVIDIA GPUs, say what is wrong, and place a vision-language model on it."
 _EPILOG = (
@@ -40,8 +38,6 @@ COMMANDS = {
 
 DEFAULT_TRIAL_S = 900.0
 """30 GiB from a disk that gives 100 MB/s take 5 minutes."""
-TRIAL_TOKENS = 16
-"""Enough to see that decoding works; a plan's own default would take a minute on a slow card."""
 JUDGEMENT_FORMATS = ("terminal", "json", "github", "junit", "sarif", "markdown")
 """Of commands whose answer is verdicts on a machine."""
 
@@ -150,6 +146,8 @@ def _add_gate(parser: Parser) -> None:
 
 
 def _add_plan(parser: Parser) -> None:
+    from .plan_options import add_policy, add_workload
+
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     _add_model_reading(parser)
@@ -158,95 +156,17 @@ def _add_plan(parser: Parser) -> None:
         action="store_true",
         help="tell memory by running the model's code without GPU and weights; takes a minute",
     )
-    _add_workload(parser)
-    _add_policy(parser)
+    add_workload(parser)
+    add_policy(parser)
     parser.add_argument(
         "--suggest-gpus", action="store_true", help="name cards on which the workload would fit, also when it fits here"
     )
     _add_output(parser, ("terminal", "json", "python", "yaml"))
 
 
-def _add_policy(parser: Parser) -> None:
-    careful = Policy()
-    policy = parser.add_argument_group("policy")
-    policy.add_argument(
-        "--prefer",
-        choices=get_args(Preference),
-        default=careful.prefer,
-        help="fewest GPUs, then longest prompt (balanced) or fastest links (speed); or longest prompt first (context)",
-    )
-    policy.add_argument("--max-gpus", metavar="N", type=int, help="use at most so many GPUs")
-    policy.add_argument("--min-gpus", metavar="N", type=int, default=careful.min_gpus, help="spread over at least so many")
-    policy.add_argument(
-        "--exclude", metavar="0,1", type=arguments.excluded_gpus, default=(), help="GPUs that must not be used"
-    )
-    policy.add_argument(
-        "--pin",
-        metavar="MODULE=GPU",
-        type=arguments.pin,
-        action="append",
-        default=[],
-        help="module that must be on a GPU, such as model.visual=0; repeatable",
-    )
-    policy.add_argument(
-        "--max-memory",
-        metavar="GPU=SIZE",
-        type=arguments.max_memory,
-        action="append",
-        default=[],
-        help="most that this process may take there, such as 0=20GiB; repeatable",
-    )
-    policy.add_argument(
-        "--offload", action="store_true", help="allow the last layers in host memory when the GPUs do not suffice: slow"
-    )
-    policy.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
-
-
-def _add_workload(parser: Parser) -> None:
-    """What the model is to do: the same words for a plan and for the judgement of a map, so that the two never differ."""
-    work = _add_call(parser, Workload())
-    work.add_argument("--logits", choices=("generate", "forward"), default="generate", help="forward keeps all of them")
-    work.add_argument("--padded", action="store_true", help="prompts of a batch differ in length, so that there is a mask")
-    usual = Training()
-    group = parser.add_argument_group("training: one optimizer step instead of a call")
-    group.add_argument("--training", choices=("lora", "full"), help="adapters on the text body, or all weights")
-    group.add_argument("--optimizer", choices=get_args(Optimizer), help=f"default: {usual.optimizer}")
-    group.add_argument("--lora-rank", metavar="N", type=int, help=f"rank of the adapters (default: {usual.lora_rank})")
-    group.add_argument(
-        "--no-gradient-checkpointing", action="store_true", help="keep all activations for the backward pass"
-    )
-
-
-def _add_call(parser: Parser, default: Workload) -> argparse._ArgumentGroup:
-    """What a call of the model holds."""
-    work = parser.add_argument_group("largest call of the model")
-    for name, value, text in (
-        ("--images", default.images, "images in each prompt"),
-        ("--text-tokens", default.text_tokens, "text tokens of each prompt"),
-        ("--new-tokens", default.new_tokens, "tokens to generate"),
-        ("--batch", default.batch, "prompts at once"),
-    ):
-        work.add_argument(name, metavar="N", type=int, default=value, help=f"{text} (default: {value})")
-    work.add_argument(
-        "--image-size",
-        metavar="WxH",
-        type=arguments.image_size,
-        default=(None, None),
-        help="pixels; one number: a square",
-    )
-    work.add_argument("--dtype", choices=get_args(DType), help="of the weights (default: the checkpoint's)")
-    work.add_argument("--quantization", choices=get_args(Quantization), help="load with bitsandbytes")
-    work.add_argument("--attention", choices=get_args(Attention), default=default.attention)
-    work.add_argument(
-        "--allocator",
-        choices=("native", "expandable"),
-        default=default.allocator,
-        help="torch's, or expandable_segments:True",
-    )
-    return work
-
-
 def _add_try(parser: Parser) -> None:
+    from .plan_options import add_policy, add_trial_call
+
     parser.description = f"{COMMANDS['try']} In a process of its own, which may fail, hang or be killed."
     parser.add_argument("model", metavar="MODEL", help="hub id, or folder of a checkpoint")
     parser.add_argument("--beside-auto", action="store_true", help='then load it with device_map="auto" as well')
@@ -261,21 +181,19 @@ def _add_try(parser: Parser) -> None:
     )
     _add_machine(parser)
     _add_model_reading(parser)
-    _add_call(parser, Workload(new_tokens=TRIAL_TOKENS))
-    # A trial is a call of generate with prompts of one length.
-    parser.set_defaults(
-        logits="generate", padded=False, training=None, optimizer=None, lora_rank=None, no_gradient_checkpointing=False
-    )
-    _add_policy(parser)
+    add_trial_call(parser)
+    add_policy(parser)
     _add_output(parser, ("terminal", "json"))
 
 
 def _add_check_map(parser: Parser) -> None:
+    from .plan_options import add_workload
+
     parser.add_argument("map", metavar="FILE|-", help="JSON, YAML lines, a Python dict or a plan; - is standard input")
     parser.add_argument("--model", metavar="MODEL", required=True, help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     _add_model_reading(parser)
-    _add_workload(parser)
+    add_workload(parser)
     parser.add_argument("--headroom", metavar="SIZE", type=arguments.headroom_bytes, help="keep free on each GPU: 1GiB")
     _add_output(parser, ("terminal", "json"))
 
@@ -341,72 +259,9 @@ def _add_output(parser: Parser, formats: tuple[str, ...]) -> None:
     output.add_argument("-v", "--verbose", action="store_true", help="more: evidence, sources, what passed")
 
 
-def workload(options: argparse.Namespace) -> Workload:
-    """Put the workload of ``plan`` together. Numbers out of range are the planner's to refuse."""
-    width, height = options.image_size
-    return Workload(
-        images=options.images,
-        image_width=width,
-        image_height=height,
-        text_tokens=options.text_tokens,
-        new_tokens=options.new_tokens,
-        batch=options.batch,
-        dtype=options.dtype,
-        quantization=options.quantization,
-        attention=options.attention,
-        logits=options.logits,
-        training=_training(options),
-        allocator=options.allocator,
-        is_padded=options.padded,
-    )
-
-
-def _training(options: argparse.Namespace) -> Training | None:
-    """The training step that was asked for; its details make no sense without it."""
-    usual = Training()
-    if options.training is None:
-        for name, value in (
-            ("--optimizer", options.optimizer),
-            ("--lora-rank", options.lora_rank),
-            ("--no-gradient-checkpointing", options.no_gradient_checkpointing),
-        ):
-            if value is not None and value is not False:
-                raise UsageError(f"{name} is about training: add --training lora or --training full.")
-        return None
-    if options.training == "full" and options.lora_rank is not None:
-        raise UsageError("--lora-rank is about adapters: use it with --training lora, or leave it out.")
-    return Training(
-        method=options.training,
-        optimizer=options.optimizer or usual.optimizer,
-        lora_rank=usual.lora_rank if options.lora_rank is None else options.lora_rank,
-        gradient_checkpointing=not options.no_gradient_checkpointing,
-    )
-
-
-def policy(options: argparse.Namespace) -> Policy:
-    """Put the policy of ``plan`` together."""
-    chosen = Policy(
-        gpus=options.gpus,
-        max_gpus=options.max_gpus,
-        min_gpus=options.min_gpus,
-        prefer=options.prefer,
-        exclude=options.exclude,
-        pins=tuple(options.pin),
-        max_memory=tuple(limit for limits in options.max_memory for limit in limits),
-        offload=options.offload,
-    )
-    return with_headroom(chosen, options.headroom)
-
-
-def with_headroom(chosen: Policy, size_bytes: int | None) -> Policy:
-    """A policy with a headroom that was asked for, in the place of both parts of the default one."""
-    if size_bytes is None:
-        return chosen
-    return msgspec.structs.replace(chosen, headroom_fraction=0.0, headroom_min_bytes=size_bytes)
-
-
 def _add_explain(parser: Parser) -> None:
     parser.add_argument("code", metavar="CODE", nargs="?", help="such as VLM501; left out: list them all")
+    parser.add_argument("--json", action="store_true", help="the page in its parts, as data")
 
 
 _ADDERS: dict[str, Callable[[Parser], None]] = {

@@ -126,5 +126,4 @@ def next_step(report: Report) -> Step | None:
     finding, fix = min(
         (pair for pair in fixable if pair[0].severity == worst), key=lambda pair: pair[1].who == "administrator"
     )
-    text = fix.text if fix.who == "you" else f"Ask your administrator: {fix.text}"
-    return Step(text=f"{text} ({finding.code})", commands=fix.commands, verify="vlm-doctor")
+    return Step(text=f"{fix.request} ({finding.code})", commands=fix.commands, verify="vlm-doctor")

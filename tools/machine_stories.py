@@ -36,6 +36,7 @@ from vlm_doctor.machine import (
     NumaNode,
     TorchBuild,
     TorchView,
+    VersionRule,
 )
 from vlm_doctor.units import GIB, MIB
 
@@ -443,6 +444,16 @@ def flash_attn_for_another_torch() -> Machine:
 
 
 @machine
+def torchvision_left_behind() -> Machine:
+    """After torch was upgraded alone: "operator torchvision::nms does not exist". Source: llama-cookbook issue 710."""
+    base = healthy("2xL4", "torchvision for an older torch")
+    assert base.libraries is not None
+    rule = VersionRule(requirer="torchvision", requirement="torch==2.5.1", source="Requires-Dist of torchvision")
+    installed = packages(torchvision="0.20.1+cu124")
+    return with_libraries(base, packages=installed, rules=(*base.libraries.rules, rule))
+
+
+@machine
 def old_bitsandbytes() -> Machine:
     """Bitsandbytes older than the CUDA of torch. Source: bitsandbytes, ``cextension.py``."""
     base = healthy("2xL4", "bitsandbytes without CUDA 13")
@@ -544,7 +555,24 @@ def failing_nvlink() -> Machine:
     return with_gpu(base, 1, nvlink_errors=18_230)
 
 
+@machine
+def nvlink_down_in_the_log() -> Machine:
+    """One broken link, which the driver's log and the counters of both ends show, too. Source: NVIDIA, Xid Errors."""
+    events = (KernelEvent(kind="xid", code=74, bus_id="0000:01:00.0", count=2, last_s_ago=300.0),)
+    base = healthy("4xA100:nvlink=0-1,2-3", "an NVLink that is down", driver=driver(4, kernel_events=events))
+    broken = (replace(base.gpus[0].nvlinks[0], is_active=False), *base.gpus[0].nvlinks[1:])
+    for at in (0, 1):
+        base = with_gpu(base, at, nvlinks=broken, nvlink_errors=700)
+    return base
+
+
 # Memory and host
+
+
+@machine
+def one_full_disk() -> Machine:
+    """A cloud machine with one disk, which holds checkpoints and /tmp alike."""
+    return with_host(healthy("2xL4", "one disk, and it is full"), hf_cache_free_bytes=40 * MIB, tmp_free_bytes=40 * MIB)
 
 
 @machine

@@ -6,7 +6,7 @@ docstring is its page. ``docs/contributing.md`` tells how to add one.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -14,11 +14,13 @@ from ..findings import Diagnosis, Outcome
 from ..machine import Machine
 from ..placement import Plan
 from . import (
+    allocator,
     checkpoints,
     companions,
     condition,
     devices,
     driver,
+    driver_access,
     environment,
     host,
     kernel,
@@ -28,6 +30,7 @@ from . import (
     memory,
     model,
     modes,
+    nvlink,
     settings,
     suitability,
     torch_build,
@@ -41,6 +44,7 @@ __all__ = ["CHECKS", "RETIRED", "diagnose", "plain"]
 _FAMILIES = (
     *(
         driver,
+        driver_access,
         devices,
         kernel,
         condition,
@@ -50,10 +54,11 @@ _FAMILIES = (
         libraries,
         torch_build,
         settings,
+        allocator,
         companions,
         suitability,
     ),
-    *(checkpoints, links, transport, memory, host, limits, model),
+    *(checkpoints, links, nvlink, transport, memory, host, limits, model),
 )
 
 CHECKS: tuple[Check, ...] = tuple(
@@ -105,8 +110,25 @@ def _settle(check: Check, facts: Facts, outcomes: dict[str, Outcome]) -> Outcome
             )
             break
     else:
-        outcome = examine(check, facts)
+        outcome = _without_told(examine(check, facts), [_settle(_BY_CODE[code], facts, outcomes) for code in check.told_by])
     outcomes[check.code] = outcome
+    return outcome
+
+
+def _without_told(outcome: Outcome, causes: Sequence[Outcome]) -> Outcome:
+    """Leave out findings about a fact that a finding of a cause rests on, too."""
+    for cause in causes:
+        told = {path for finding in cause.findings if finding.severity != "info" for path in finding.evidence}
+        rest = tuple(finding for finding in outcome.findings if next(iter(finding.evidence), None) not in told)
+        if len(rest) == len(outcome.findings):
+            continue
+        outcome = msgspec.structs.replace(
+            outcome,
+            state="found" if rest else "skipped",
+            reason=None if rest else f"explained by {cause.code}",
+            symptom_of=cause.code,
+            findings=rest,
+        )
     return outcome
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -109,6 +109,9 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     """Field paths without which it cannot judge; ``gpus[].name`` is that field of every working GPU."""
     explained_by: tuple[str, ...] = ()
     """Codes whose finding is the cause of this one's symptom: it is then skipped, so that one cause gives one error."""
+    told_by: tuple[str, ...] = ()
+    """Codes that may speak of the same fault: a finding whose first evidence stands in that of one of theirs is left out
+    here, so that one fault is said once."""
 
     @property
     def needs_gpus(self) -> bool:
@@ -158,8 +161,26 @@ def examine(check: Check, facts: Facts) -> Outcome:
         )
     if isinstance(result, NotRun):
         return Outcome(code=check.code, title=check.title, state=result.state, reason=result.reason)
-    findings = tuple(msgspec.structs.replace(finding, code=check.code, title=check.title) for finding in result)
+    findings = tuple(
+        msgspec.structs.replace(finding, code=check.code, title=check.title, fix=_placed(finding.fix, facts))
+        for finding in result
+    )
     return Outcome(code=check.code, title=check.title, state="found" if findings else "passed", findings=findings)
+
+
+def _placed(fix: Fix | None, facts: Facts) -> Fix | None:
+    """Inside a container an administrator's commands belong on the host, and there is no sudo as a rule.
+
+    A command that could not be shown as it is (a snapshot may hold any text) is not given.
+    """
+    if fix is None:
+        return None
+    fix = msgspec.structs.replace(fix, commands=tuple(filter(str.isprintable, fix.commands)))
+    if facts.container is None or fix.place == "host":
+        return fix
+    if fix.who == "administrator":
+        return msgspec.structs.replace(fix, place="host")
+    return msgspec.structs.replace(fix, commands=tuple(command.removeprefix("sudo ") for command in fix.commands))
 
 
 def _judge(check: Check, facts: Facts) -> Result:
@@ -229,6 +250,28 @@ def plain(text: str) -> str:
 def label(gpu: Gpu) -> str:
     """``GPU 0 (NVIDIA L4)``, safe to print."""
     return plain(gpu.label)
+
+
+def labels(gpus: Sequence[Gpu]) -> str:
+    """``GPU 0 (NVIDIA L4)`` or ``GPUs 0, 1 (NVIDIA L4)``, safe to print."""
+    if len(gpus) == 1:
+        return label(gpus[0])
+    return f"{names(gpus)} ({plain(', '.join(dict.fromkeys(gpu.name for gpu in gpus)))})"
+
+
+def ids(gpus: Sequence[Gpu]) -> str:
+    """``0,1``, as ``nvidia-smi -i`` takes them."""
+    return ",".join(str(gpu.index) for gpu in gpus)
+
+
+def alike(gpus: Iterable[Gpu], key: Callable[[Gpu], Hashable | None]) -> list[list[Gpu]]:
+    """GPUs about which the same is to be said, so that one fault gives one finding; without those whose key is ``None``."""
+    groups: dict[Hashable, list[Gpu]] = {}
+    for gpu in gpus:
+        same = key(gpu)
+        if same is not None:
+            groups.setdefault(same, []).append(gpu)
+    return list(groups.values())
 
 
 def names(gpus: Sequence[Gpu]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from ..findings import Finding, Fix
 from ..machine import Checkpoint
 from ._check import Check, Facts, Result, found, plain, skipped
+from ._remedy import python
 
 _REPO = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 """A name that a shell takes as it stands; a snapshot may hold any text."""
@@ -41,21 +43,29 @@ def lost_calls(facts: Facts) -> Result:
     version = libraries.version("transformers") if libraries is not None else None
     if version is None:
         return skipped("transformers is not installed")
-    hit = [checkpoint for checkpoint in facts.machine.checkpoints if checkpoint.lost_calls]
-    return tuple(_lost(facts, checkpoint, version) for checkpoint in hit[:_MOST_SHOWN])
+    groups: dict[tuple[str, ...], list[Checkpoint]] = {}
+    for checkpoint in facts.machine.checkpoints:
+        if checkpoint.lost_calls:
+            groups.setdefault(checkpoint.lost_calls, []).append(checkpoint)
+    return tuple(_lost(facts, group, version) for group in list(groups.values())[:_MOST_SHOWN])
 
 
-def _lost(facts: Facts, checkpoint: Checkpoint, version: str) -> Finding:
-    position = facts.machine.checkpoints.index(checkpoint)
-    calls = plain(", ".join(checkpoint.lost_calls))
+def _lost(facts: Facts, group: Sequence[Checkpoint], version: str) -> Finding:
+    calls = plain(", ".join(group[0].lost_calls))
+    more = f" and {len(group) - _MOST_SHOWN} more" if len(group) > _MOST_SHOWN else ""
+    whose = ", ".join(plain(checkpoint.repo) for checkpoint in group[:_MOST_SHOWN]) + more
+    positions = [facts.machine.checkpoints.index(checkpoint) for checkpoint in group[:_MOST_SHOWN]]
     return found(
         "warning",
-        f"The code of {plain(checkpoint.repo)} calls {calls}, which transformers {plain(version)} lacks.",
+        f"The code of {whose} calls {calls}, which transformers {plain(version)} lacks.",
         cause="It was written for an older transformers.",
-        evidence=facts.evidence(f"checkpoints[{position}].lost_calls"),
+        evidence=facts.evidence(*(f"checkpoints[{position}].lost_calls" for position in positions)),
         fix=Fix(
             text="Use an older transformers in an environment of its own, or a newer revision of the checkpoint.",
-            commands=("python -m pip install 'transformers<4.42'",),
+            commands=(
+                f"{python(facts)} -m venv older-transformers",
+                "older-transformers/bin/python -m pip install 'transformers<4.42' accelerate torch torchvision pillow",
+            ),
         ),
     )
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-import shlex
 
 from ..findings import Finding, Fix
 from ..machine import Libraries, TorchBuild
 from ._check import Check, Facts, Result, found, plain, skipped
-from .torch_build import torch_command
+from ._remedy import pip
+from ._wheels import COMPANIONS, index_of
+from .libraries import is_violated
 
 _ABSENT = "torch is not installed"
 _FOR_CUDA = re.compile(r"\+cu(?P<cuda>\d{2,3})$", re.ASCII)
 """Local version of wheels of the torch project and of xformers: ``0.28.0+cu130``."""
 _FOR_TORCH = re.compile(r"\+cu\d+torch(?P<torch>\d+\.\d+)", re.ASCII)
 """Local version of flash-attn's wheels: ``2.8.3+cu12torch2.7cxx11abiTRUE``."""
-_OF_TORCH_PROJECT = ("torchaudio", "torchcodec", "torchvision", "xformers")
 _RUNTIMES = ("nvidia-cudnn", "nvidia-nccl")
 """Wheels whose cu12 and cu13 forms put files of the same names into one folder (``nvidia/cudnn/lib`` …)."""
 
@@ -48,7 +48,7 @@ def built_for_another(facts: Facts) -> Result:
     if libraries is None or build is None:
         return skipped(_ABSENT)
     findings = [_flash_attention(facts, libraries, build)]
-    findings += [_companion(facts, libraries, build, name) for name in _OF_TORCH_PROJECT]
+    findings += [_companion(facts, libraries, build, name) for name in sorted(COMPANIONS)]
     return tuple(finding for finding in findings if finding is not None)
 
 
@@ -64,7 +64,7 @@ def _flash_attention(facts: Facts, libraries: Libraries, build: TorchBuild) -> F
         evidence=facts.evidence("libraries.torch_build.version") | {"libraries.packages": f"flash-attn {plain(version)}"},
         fix=Fix(
             text='Remove it (transformers then uses attn_implementation="sdpa"), or build it anew.',
-            commands=("python -m pip uninstall -y flash-attn",),
+            commands=(pip(facts, "uninstall", "flash-attn"),),
         ),
     )
 
@@ -79,15 +79,25 @@ def _companion(facts: Facts, libraries: Libraries, build: TorchBuild, name: str)
     if cuda is not None and cuda["cuda"] == build.cuda.replace(".", ""):
         return None
     kind = "the CPU only" if cuda is None else f"CUDA {cuda['cuda'][:-1]}.{cuda['cuda'][-1]}"
-    index = torch_command(facts).partition("--index-url ")[2]
-    command = f"python -m pip install --force-reinstall --no-deps {name}" + (f" --index-url {index}" if index else "")
+    index = index_of(build)
+    where = ("--index-url", index) if index is not None else ()
+    # The same release: without --no-deps pip would take torch along, and another release is made for another torch.
+    command = pip(facts, "install", "--force-reinstall", "--no-deps", f"{name}=={version.partition('+')[0]}", *where)
     return found(
         "warning",
         f"{name} {plain(version)} was built for {kind}, and torch {plain(build.version)} for CUDA {plain(build.cuda)}.",
         cause="They were installed from different indexes.",
-        evidence=facts.evidence("libraries.torch_build.cuda") | {"libraries.packages": f"{name} {plain(version)}"},
+        # A release for another torch is VLM309's to say: the same package, and one repair.
+        evidence=facts.evidence(*_broken_rules(libraries, name), "libraries.torch_build.cuda")
+        | {"libraries.packages": f"{name} {plain(version)}"},
         fix=Fix(text="Reinstall it from the index of torch.", commands=(command,)),
     )
+
+
+def _broken_rules(libraries: Libraries, name: str) -> list[str]:
+    """Field paths of what a package asks of torch and does not get."""
+    rules = enumerate(libraries.rules)
+    return [f"libraries.rules[{at}].requirement" for at, r in rules if r.requirer == name and is_violated(libraries, r)]
 
 
 def bitsandbytes_without_cuda(facts: Facts) -> Result:
@@ -127,7 +137,7 @@ def bitsandbytes_without_cuda(facts: Facts) -> Result:
             "warning",
             f"bitsandbytes {version} has no library for CUDA {plain(build.cuda)} ({has}).",
             evidence=facts.evidence("libraries.bitsandbytes_cuda", "libraries.torch_build.cuda"),
-            fix=Fix(text="Install a newer one.", commands=("python -m pip install --upgrade bitsandbytes",)),
+            fix=Fix(text="Install a newer one.", commands=(pip(facts, "install", "--upgrade", "bitsandbytes"),)),
         ),
     )
 
@@ -174,8 +184,8 @@ def runtimes_mixed(facts: Facts) -> Result:
             fix=Fix(
                 text="Remove what torch does not use, then reinstall what it does.",
                 commands=(
-                    f"python -m pip uninstall -y {' '.join(f'{name}-{unused}' for name in both)}",
-                    f"python -m pip install --force-reinstall --no-deps {' '.join(_pin(libraries, n, used) for n in both)}",
+                    pip(facts, "uninstall", *(f"{name}-{unused}" for name in both)),
+                    pip(facts, "install", "--force-reinstall", "--no-deps", *(_pin(libraries, n, used) for n in both)),
                 ),
             ),
         ),
@@ -183,7 +193,7 @@ def runtimes_mixed(facts: Facts) -> Result:
 
 
 def _pin(libraries: Libraries, name: str, kind: str) -> str:
-    return shlex.quote(f"{name}-{kind}=={libraries.version(f'{name}-{kind}')}")
+    return f"{name}-{kind}=={libraries.version(f'{name}-{kind}')}"
 
 
 _NO_TORCH = ("VLM301", "VLM302")
@@ -195,6 +205,7 @@ CHECKS = (
         run=built_for_another,
         needs=("gpus", "libraries"),
         explained_by=(*_NO_TORCH, "VLM303"),
+        told_by=("VLM309",),
     ),
     Check(
         code="VLM314",

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from ..findings import Finding, Fix
 from ..machine import Gpu
 from ..units import format_gib
-from ._check import Check, Facts, Result, found, label, names
+from ._check import Check, Facts, Result, alike, found, ids, label, labels, names
 
+_LANES = "nvidia-smi --query-gpu=index,pcie.link.width.current,pcie.link.width.max --format=csv"
 _RISER_LANES = 4
 """At most this many lanes have the risers and extension cards that mining rigs use."""
 _BFLOAT16 = (8, 0)
@@ -37,7 +38,8 @@ def narrow_pcie(facts: Facts) -> Result:
     `warning VLM115 GPU 1 (NVIDIA A10) uses 4 of 16 PCIe lanes, GPUs of its model here use 16.`
 
     ## What to do
-    Reseat the card, look at risers and at the board's lane sharing. By hand: `nvidia-smi -q -d PCIE`.
+    Reseat the card, look at risers and at the board's lane sharing. By hand: `nvidia-smi
+    --query-gpu=index,pcie.link.width.current,pcie.link.width.max --format=csv`.
 
     ## When it is fine
     Laptops, virtual machines and boards that give every card 8 lanes: where all GPUs of a model are alike it is only
@@ -46,29 +48,33 @@ def narrow_pcie(facts: Facts) -> Result:
     ## Sources
     nvmlDeviceGetCurrPcieLinkWidth, nvmlDeviceGetMaxPcieLinkWidth.
     """
-    findings = (_narrow(facts, gpu) for gpu in facts.working)
-    return tuple(finding for finding in findings if finding is not None)
+    return tuple(_narrow(facts, gpus) for gpus in alike(facts.working, _lanes_lost))
 
 
-def _narrow(facts: Facts, gpu: Gpu) -> Finding | None:
+def _lanes_lost(gpu: Gpu) -> tuple[str, int, int] | None:
+    """Name, width and possible width of a GPU that could use more lanes."""
     width, most = gpu.pcie_width, gpu.pcie_width_max
-    if width is None or most is None or width >= most:
-        return None
+    return (gpu.name, width, most) if width is not None and most is not None and width < most else None
+
+
+def _narrow(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
+    gpu = gpus[0]
+    width, most = gpu.pcie_width or 0, gpu.pcie_width_max
     best = max(other.pcie_width or 0 for other in facts.working if other.name == gpu.name)
     is_bare = facts.machine.host is not None and facts.machine.host.is_virtual_machine is False
     is_wrong = best > width or (is_bare and width <= _RISER_LANES and "Laptop" not in gpu.name)
     others = f", GPUs of its model here use {best}" if best > width else ""
     return found(
         "warning" if is_wrong else "info",
-        f"{label(gpu)} uses {width} of {most} PCIe lanes{others}.",
+        f"{labels(gpus)} {'uses' if len(gpus) == 1 else 'use'} {width} of {most} PCIe lanes{others}.",
         cause="A card or riser that sits badly, or lanes that the board shares." if is_wrong else None,
-        evidence=facts.evidence(facts.path(gpu, "pcie_width"), facts.path(gpu, "pcie_width_max")),
+        evidence=facts.evidence(*(facts.path(gpu, name) for gpu in gpus for name in ("pcie_width", "pcie_width_max"))),
         fix=Fix(
             text="Reseat the card, and look at risers and at the board's lane sharing.",
-            commands=(f"nvidia-smi -q -d PCIE -i {gpu.index}",),
+            commands=(_LANES,),
             who="administrator",
         ),
-        gpus=(gpu,),
+        gpus=gpus,
     )
 
 
@@ -95,22 +101,26 @@ def held_down(facts: Facts) -> Result:
     ## Sources
     nvmlDeviceGetCurrentClocksEventReasons.
     """
-    return tuple(_slow(facts, gpu) for gpu in facts.working if gpu.slowdowns)
+    slow = [gpu for gpu in facts.working if gpu.slowdowns]
+    return tuple(_slow(facts, gpus) for gpus in alike(slow, lambda gpu: (gpu.name, _reason(gpu))))
 
 
-def _slow(facts: Facts, gpu: Gpu) -> Finding:
-    told = gpu.slowdowns or ()
-    reason = next(text for name, text in _SLOWDOWNS.items() if name in told)
+def _reason(gpu: Gpu) -> str:
+    return next(text for name, text in _SLOWDOWNS.items() if name in (gpu.slowdowns or ()))
+
+
+def _slow(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
+    reason = _reason(gpus[0]) if len(gpus) == 1 else _reason(gpus[0]).replace("it is", "they are").replace(" it ", " them ")
     return found(
-        "info" if "Laptop" in gpu.name else "warning",
-        f"{label(gpu)} runs at reduced clocks: {reason}.",
-        evidence=facts.evidence(facts.path(gpu, "slowdowns")),
+        "info" if "Laptop" in gpus[0].name else "warning",
+        f"{labels(gpus)} {'runs' if len(gpus) == 1 else 'run'} at reduced clocks: {reason}.",
+        evidence=facts.evidence(*(facts.path(gpu, "slowdowns") for gpu in gpus)),
         fix=Fix(
             text="Look at temperature and power.",
-            commands=(f"nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER -i {gpu.index}",),
+            commands=(f"nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER -i {ids(gpus)}",),
             who="administrator",
         ),
-        gpus=(gpu,),
+        gpus=gpus,
     )
 
 
@@ -137,15 +147,16 @@ def corrupt_inforom(facts: Facts) -> Result:
     """
     told = [gap.path for gap in facts.machine.gaps if _INFOROM in gap.reason.lower()]
     damaged = [gpu for gpu in facts.machine.gpus if _has_damaged_rom(facts, gpu, told)]
-    return tuple(
+    if not damaged:
+        return ()
+    return (
         found(
             "warning",
-            f"{label(gpu)}: the infoROM is corrupted.",
-            evidence=facts.evidence(facts.path(gpu, "name"), facts.path(gpu, "ecc_uncorrected")),
+            f"{labels(damaged)}: the infoROM is corrupted.",
+            evidence=facts.evidence(*(facts.path(gpu, name) for gpu in damaged for name in ("name", "ecc_uncorrected"))),
             fix=Fix(text="Power the machine off and on; if it stays, have the card replaced.", who="administrator"),
-            gpus=(gpu,),
-        )
-        for gpu in damaged
+            gpus=damaged,
+        ),
     )
 
 

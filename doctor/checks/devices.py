@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from ..data.xids import MEMORY_XIDS
 from ..findings import Finding, Fix
 from ..health import faults_of_memory
 from ..machine import Gpu
 from ..units import format_gib
-from ._check import Check, Facts, Result, found, label, names, plain, skipped, unknown
+from ._check import Check, Facts, Result, alike, found, ids, label, labels, names, plain, skipped, unknown
 from .driver import addresses
 from .kernel import said_by_kernel
 
@@ -50,14 +52,15 @@ def gpus_lost(facts: Facts) -> Result:
     if len(refused) >= len(lost):
         return skipped(f"this job was not given {len(refused)} of the GPUs")
     is_bound = any(device.kernel_driver == "nvidia" for device in lost)
+    cause, log = said_by_kernel(facts, {device.bus_id for device in lost}) or (_usual_cause(is_bound=is_bound), {})
     position, plural = machine.pci_devices.index(lost[0]), "s" if counted.pci != 1 else ""
     return (
         found(
             "error" if is_bound or not machine.gpus else "warning",
             f"The PCI bus has {counted.pci} NVIDIA GPU{plural}, the driver lists {counted.driver}: "
             f"{addresses(tuple(lost))} {'is' if len(lost) == 1 else 'are'} missing.",
-            cause=said_by_kernel(facts, {device.bus_id for device in lost}) or _usual_cause(is_bound=is_bound),
-            evidence=facts.evidence(f"pci_devices[{position}].bus_id", f"pci_devices[{position}].kernel_driver"),
+            cause=cause,
+            evidence=facts.evidence(f"pci_devices[{position}].bus_id", f"pci_devices[{position}].kernel_driver") | log,
             fix=Fix(
                 text="Find out why in the kernel log; a GPU that fell off the bus needs the machine powered off and on.",
                 commands=("sudo dmesg | grep -iE 'nvrm|xid'",),
@@ -115,14 +118,23 @@ def _failing(facts: Facts, gpu: Gpu) -> Finding:
             commands=("sudo dmesg | grep -iE 'nvrm|xid'", "sudo poweroff"),
             who="administrator",
         )
+    cause, log = said_by_kernel(facts, _places(facts, gpu)) or ("It fell off the bus, or a fault stopped it.", {})
     return found(
         "error",
         f"{label(gpu)} fails when asked: {text.rstrip('.')}.",
-        cause=said_by_kernel(facts, {gpu.bus_id}) or "It fell off the bus, or a fault stopped it.",
-        evidence=facts.evidence(facts.path(gpu, "error")),
+        cause=cause,
+        evidence=facts.evidence(facts.path(gpu, "error")) | log,
         fix=fix,
         gpus=(gpu,),
     )
+
+
+def _places(facts: Facts, gpu: Gpu) -> set[str | None]:
+    """PCI address of a GPU; a lost one may not tell it: then every address that no other GPU has."""
+    if gpu.bus_id is not None:
+        return {gpu.bus_id}
+    events = facts.machine.driver.kernel_events or ()
+    return {event.bus_id for event in events} - {other.bus_id for other in facts.machine.gpus}
 
 
 def compute_mode(facts: Facts) -> Result:
@@ -147,27 +159,33 @@ def compute_mode(facts: Facts) -> Result:
     ## Sources
     nvmlDeviceGetComputeMode; pytorch issue 3871.
     """
-    return tuple(_restricted(facts, gpu) for gpu in facts.visible if gpu.compute_mode not in (None, "default"))
+    restricted = [gpu for gpu in facts.visible if gpu.compute_mode not in (None, "default")]
+    return tuple(_restricted(facts, gpus) for gpus in alike(restricted, lambda gpu: (gpu.compute_mode, _holder(gpu))))
 
 
-def _restricted(facts: Facts, gpu: Gpu) -> Finding:
-    holders = [process.pid for process in gpu.processes if process.kind == "compute"]
-    if gpu.compute_mode == "prohibited":
-        says = "takes no process: its compute mode is prohibited"
-    elif holders:
-        says = f"takes one process only, and process {holders[0]} has it"
+def _holder(gpu: Gpu) -> int | None:
+    return next((process.pid for process in gpu.processes if process.kind == "compute"), None)
+
+
+def _restricted(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
+    mode, holder, is_one = gpus[0].compute_mode, _holder(gpus[0]), len(gpus) == 1
+    take, it = ("takes", "it") if is_one else ("take", "them")
+    if mode == "prohibited":
+        says = f"{take} no process: {'its' if is_one else 'their'} compute mode is prohibited"
+    elif holder is not None:
+        says = f"{take} one process only, and process {holder} has {it}"
     else:
-        says = f"takes one process only: its compute mode is {gpu.compute_mode}"
+        says = f"{take} one process only: {'its' if is_one else 'their'} compute mode is {mode}"
     return found(
-        "error" if holders or gpu.compute_mode == "prohibited" else "warning",
-        f"{label(gpu)} {says}.",
-        evidence=facts.evidence(facts.path(gpu, "compute_mode")),
+        "error" if holder is not None or mode == "prohibited" else "warning",
+        f"{labels(gpus)} {says}.",
+        evidence=facts.evidence(*(facts.path(gpu, "compute_mode") for gpu in gpus)),
         fix=Fix(
             text="Set the compute mode back to default.",
-            commands=(f"sudo nvidia-smi -i {gpu.index} -c DEFAULT",),
+            commands=(f"sudo nvidia-smi -i {ids(gpus)} -c DEFAULT",),
             who="administrator",
         ),
-        gpus=(gpu,),
+        gpus=gpus,
     )
 
 
@@ -194,30 +212,37 @@ def mig_mode(facts: Facts) -> Result:
     ## Sources
     nvmlDeviceGetMigMode; NVIDIA MIG user guide, device enumeration.
     """
-    return tuple(_sliced(facts, gpu) for gpu in facts.visible if gpu.mig_enabled or gpu.mig_pending)
+    sliced = [gpu for gpu in facts.visible if gpu.mig_enabled or gpu.mig_pending]
+    return tuple(_sliced(facts, gpus) for gpus in alike(sliced, lambda gpu: (gpu.mig_enabled, _slices(gpu))))
 
 
-def _sliced(facts: Facts, gpu: Gpu) -> Finding:
-    largest = max((part.memory_total_bytes or 0 for part in gpu.mig_devices), default=0)
-    count = len(gpu.mig_devices)
-    if not gpu.mig_enabled:
-        says = "will be cut into MIG slices at its next reset"
+def _slices(gpu: Gpu) -> tuple[int, int]:
+    """How many, and the bytes of the largest."""
+    return len(gpu.mig_devices), max((part.memory_total_bytes or 0 for part in gpu.mig_devices), default=0)
+
+
+def _sliced(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
+    count, largest = _slices(gpus[0])
+    is_enabled, is_one = bool(gpus[0].mig_enabled), len(gpus) == 1
+    are, it, each = ("is", "it", "") if is_one else ("are", "them", " each")
+    if not is_enabled:
+        says = f"will be cut into MIG slices at {'its' if is_one else 'their'} next reset"
     elif not count:
-        says = "is in MIG mode without any slice, so CUDA cannot use it"
+        says = f"{are} in MIG mode without any slice, so CUDA cannot use {it}"
     else:
         size = f", {format_gib(largest)} at most" if largest else ""
-        says = f"is cut into {count} MIG slice{'s' if count != 1 else ''}: a process can use one of them{size}"
+        says = f"{are} cut into {count} MIG slice{'s' if count != 1 else ''}{each}: a process can use one of them{size}"
     switch_off = Fix(
         text="Switch MIG off while nothing runs on the GPU; a pending change needs a reset.",
-        commands=(f"sudo nvidia-smi -i {gpu.index} -mig 0",),
+        commands=(f"sudo nvidia-smi -i {ids(gpus)} -mig 0",),
         who="administrator",
     )
     return found(
-        "error" if gpu.mig_enabled and not count else "warning",
-        f"{label(gpu)} {says}.",
-        evidence=facts.evidence(facts.path(gpu, "mig_enabled"), facts.path(gpu, "mig_pending")),
+        "error" if is_enabled and not count else "warning",
+        f"{labels(gpus)} {says}.",
+        evidence=facts.evidence(*(facts.path(gpu, name) for gpu in gpus for name in ("mig_enabled", "mig_pending"))),
         fix=switch_off,
-        gpus=(gpu,),
+        gpus=gpus,
     )
 
 
@@ -267,10 +292,12 @@ def _faulty(facts: Facts, gpu: Gpu) -> Finding:
             who="administrator",
         )
     fields = ("ecc_uncorrected", "remap_pending", "remap_failed", "recovery_action")
+    cause, log = said_by_kernel(facts, {gpu.bus_id}, MEMORY_XIDS) or (None, {})
     return found(
         "error" if is_broken else "warning",
         f"{label(gpu)}: {', '.join(faults_of_memory(gpu))}.",
-        evidence=facts.evidence(*(facts.path(gpu, name) for name in fields)),
+        cause=cause,
+        evidence=facts.evidence(*(facts.path(gpu, name) for name in fields)) | log,
         fix=fix,
         gpus=(gpu,),
     )

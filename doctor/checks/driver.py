@@ -1,4 +1,4 @@
-"""1xx, first half: is there a GPU, and does its driver answer?"""
+"""1xx, first part: is there a GPU, and is its driver loaded?"""
 
 from __future__ import annotations
 
@@ -7,18 +7,11 @@ import re
 from ..findings import Finding, Fix, Severity
 from ..machine import PciDevice
 from ._check import Check, Facts, Result, found, plain, skipped
+from ._remedy import is_debian, is_red_hat, start_anew
 
 _BUS_ID = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", re.ASCII)
 _NVML_MISMATCH = 18
 """NVML_ERROR_LIB_RM_VERSION_MISMATCH."""
-_NVML_CAUSES = {
-    4: "This user may not use the driver.",
-    9: "NVML does not reach the kernel driver.",
-    15: "A GPU has fallen off the bus.",
-    17: "The operating system refused NVML access to the device files.",
-    999: "Inside a container this is what happens when the host reloads its service manager: the GPUs are taken away.",
-}
-"""nvmlReturn_t of nvmlInit. 999 in containers: NVIDIA/nvidia-container-toolkit issue 48."""
 
 
 def no_gpu(facts: Facts) -> Result:
@@ -136,12 +129,7 @@ def _taken(facts: Facts, device: PciDevice) -> Finding:
     if is_aside:
         text, commands = "Give it back to the nvidia driver, unless a virtual machine is to have it.", _rebind(device)
     else:
-        text = f"Block {owner}, rebuild the initial file system (Fedora, RHEL: dracut --force) and reboot."
-        commands = (
-            "printf 'blacklist nouveau\\noptions nouveau modeset=0\\n' | sudo tee /etc/modprobe.d/blacklist-nouveau.conf",
-            "sudo update-initramfs -u",
-            "sudo reboot",
-        )
+        text, commands = _block(facts, owner)
     severity: Severity = "info" if is_aside else "warning"
     return found(
         severity if facts.working else "error",
@@ -149,6 +137,20 @@ def _taken(facts: Facts, device: PciDevice) -> Finding:
         cause="It was set aside for a virtual machine." if is_aside else f"{owner} was loaded first.",
         evidence=facts.evidence(f"pci_devices[{position}].kernel_driver"),
         fix=Fix(text=text, commands=commands, who="administrator"),
+    )
+
+
+def _block(facts: Facts, owner: str) -> tuple[str, tuple[str, ...]]:
+    """Text and commands that keep a kernel driver from being loaded; no commands for a name that is not one."""
+    if not re.fullmatch(r"[a-z0-9_-]{1,40}", owner, re.ASCII):
+        return f"Keep {owner} from being loaded, and reboot.", ()
+    lines = f"blacklist {owner}\\n" + ("options nouveau modeset=0\\n" if owner == "nouveau" else "")
+    rebuild = "sudo dracut --force" if is_red_hat(facts) else "sudo update-initramfs -u"
+    hint = "" if is_red_hat(facts) or is_debian(facts) else " (Fedora, RHEL: dracut --force)"
+    return f"Block {owner}, rebuild the initial file system{hint} and reboot.", (
+        f"printf '{lines}' | sudo tee /etc/modprobe.d/blacklist-{owner}.conf",
+        rebuild,
+        "sudo reboot",
     )
 
 
@@ -200,129 +202,12 @@ def driver_mismatch(facts: Facts) -> Result:
             "the installed library is of another version.",
             cause="The driver was updated, and the old kernel module is still loaded.",
             evidence=facts.evidence("driver.kernel_module_version", "driver.nvml_error_code", "driver.nvml_message"),
-            fix=Fix(
-                text="Create the container anew; if that does not help, the host must be rebooted.", who="administrator"
-            )
+            fix=start_anew(facts, "Create the container anew; if that does not help, have the host rebooted.")
             if in_container
             else Fix(
                 text="Reboot, so that the new kernel module is loaded.", commands=("sudo reboot",), who="administrator"
             ),
         ),
-    )
-
-
-def nvml_unusable(facts: Facts) -> Result:
-    """NVML, the library that answers for the driver, cannot be used.
-
-    ## What it checks
-    Whether nvidia-ml-py can be imported, libnvidia-ml.so.1 loads, and NVML answers in time without an error or a crash.
-
-    ## Why it matters
-    NVML is where names, memory, processes and links come from. Without it the doctor is blind, and so is nvidia-smi.
-
-    ## Example
-    `error VLM105 NVML crashed (SIGSEGV).`
-
-    ## What to do
-    By state: `no_binding`: reinstall nvidia-ml-py. `no_library`: install the driver's user-space libraries. `error`:
-    see the message; in a container, start it anew. `crashed`, `timed_out`: look for `NVRM` and `Xid` in the kernel
-    log, then reboot.
-
-    ## When it is fine
-    Where torch can use the GPUs all the same, or NVML failed only half-way, it is a warning.
-
-    ## Sources
-    nvmlInit and its `nvmlReturn_t`, asked in a child process with a deadline.
-    """
-    driver = facts.machine.driver
-    if not facts.has_hardware or driver.nvml_state == "ok":
-        return ()
-    said = f": {plain(driver.nvml_message)}" if driver.nvml_message else ""
-    message = {
-        "no_binding": f"The Python binding of NVML (nvidia-ml-py) cannot be used{said}.",
-        "no_library": f"libnvidia-ml.so.1 cannot be loaded{said}.",
-        "error": f"NVML answers with error {driver.nvml_error_code}{said}.",
-        "crashed": f"NVML crashed{said}.",
-        "timed_out": f"NVML did not answer in time{said}.",
-    }[driver.nvml_state]
-    return (
-        found(
-            "warning" if facts.machine.torch.is_available or facts.machine.gpus else "error",
-            message,
-            cause=_NVML_CAUSES.get(driver.nvml_error_code or 0),
-            evidence=facts.evidence("driver.nvml_state", "driver.nvml_error_code", "driver.kernel_module_version"),
-            fix=_nvml_fix(facts),
-        ),
-    )
-
-
-def _nvml_fix(facts: Facts) -> Fix:
-    driver = facts.machine.driver
-    if driver.nvml_state == "no_binding":
-        return Fix(text="Reinstall nvidia-ml-py.", commands=("python -m pip install --force-reinstall nvidia-ml-py",))
-    if driver.nvml_state == "no_library":
-        branch = re.match(r"[0-9]{3,4}", driver.kernel_module_version or "", re.ASCII)
-        commands = (f"sudo apt install libnvidia-compute-{branch[0]}",) if branch else ("ldconfig -p | grep libnvidia-ml",)
-        text = "Install the driver's libraries in the version of the kernel module (the command is for Debian and Ubuntu)."
-        return Fix(text=text, commands=commands, who="administrator")
-    if driver.nvml_state == "error" and facts.container is not None:
-        return Fix(
-            text="Start the container anew; if that does not help, look at nvidia-smi on the host.", who="administrator"
-        )
-    return Fix(
-        text="Look for the driver's messages in the kernel log, then reboot.",
-        commands=("sudo dmesg | grep -iE 'nvrm|xid'", "sudo reboot"),
-        who="administrator",
-    )
-
-
-def device_files(facts: Facts) -> Result:
-    """The driver's device files are missing, or this user may not open them.
-
-    ## What it checks
-    `/dev/nvidiactl`, `/dev/nvidia0` and so on, and `/dev/nvidia-uvm`: present, and open for reading and writing.
-
-    ## Why it matters
-    CUDA and NVML reach the driver through these files alone.
-
-    ## Example
-    `error VLM106 This user may not open /dev/nvidia0, /dev/nvidiactl.`
-
-    ## What to do
-    Missing: `sudo nvidia-modprobe -u -c=0` creates them. Forbidden: join the group that owns them, and log in again.
-    In a container: start it with GPU access rather than with single device files.
-
-    ## When it is fine
-    A job scheduler forbids the files of GPUs that were not given to the job, and outside containers CUDA creates
-    `/dev/nvidia-uvm` when it first needs it: neither is reported.
-
-    ## Sources
-    `/dev`, access(2); NVML errors 4 (no permission) and 17 (operating system).
-    """
-    machine, driver = facts.machine, facts.machine.driver
-    if driver.kernel_module_version is None:
-        return skipped("the NVIDIA driver is not loaded")
-    is_refused = machine.torch.cuda is not None and machine.torch.is_available is False and bool(facts.visible)
-    if machine.gpus and not is_refused:
-        return ()
-    needed = ["/dev/nvidiactl", *(["/dev/nvidia-uvm"] if is_refused or facts.container is not None else [])]
-    missing = [name for name in needed if name not in driver.device_files]
-    pattern = r"/dev/nvidia(ctl|-uvm)" if machine.gpus else r"/dev/nvidia(ctl|-uvm|[0-9]+)"
-    forbidden = [name for name in driver.forbidden_device_files if re.fullmatch(pattern, name, re.ASCII)]
-    if forbidden:
-        fix = Fix(
-            text="Get into the group that owns the device files, and log in again; start a container with GPU access.",
-            commands=("ls -l /dev/nvidia*", "id"),
-            who="administrator",
-        )
-        message = f"This user may not open {plain(', '.join(forbidden))}."
-    elif missing:
-        fix = Fix(text="Create the device files.", commands=("sudo nvidia-modprobe -u -c=0",), who="administrator")
-        message = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, though the driver is loaded."
-    else:
-        return ()
-    return (
-        found("error", message, evidence=facts.evidence("driver.device_files", "driver.forbidden_device_files"), fix=fix),
     )
 
 
@@ -342,16 +227,4 @@ CHECKS = (
     ),
     Check(code="VLM103", title="GPU owned by another kernel driver", run=other_kernel_driver, needs=("pci_devices",)),
     Check(code="VLM104", title="driver and library versions differ", run=driver_mismatch),
-    Check(
-        code="VLM105",
-        title="NVML cannot be used",
-        run=nvml_unusable,
-        explained_by=("VLM102", "VLM103", "VLM104", "VLM106", "VLM205", "VLM310"),
-    ),
-    Check(
-        code="VLM106",
-        title="device files missing or forbidden",
-        run=device_files,
-        explained_by=("VLM104", "VLM205"),
-    ),
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from ..findings import Fix
 from ..visibility import VARIABLE, quote
 from ._check import Check, Facts, Result, found, skipped
+from ._remedy import start_anew
 
 _GRANTS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 """The step's own is the narrower. Source: Slurm, srun and sbatch, output environment variables."""
@@ -104,9 +106,10 @@ def other_gpus_than_asked(facts: Facts) -> Result:
             f"but this container has {have}.",
             cause="The variable was changed after the container was made, or a GPU is gone.",
             evidence=facts.evidence(f"environment.{_INJECTED}", "driver.device_files"),
-            fix=Fix(
-                text="Start the container anew with the GPUs that you want.",
-                commands=(f"docker run --gpus '\"device={','.join(named)}\"' IMAGE",),
+            fix=start_anew(
+                facts,
+                "Start the container anew with the GPUs that you want.",
+                gpus=shlex.quote(f'"device={",".join(named)}"'),
             ),
         ),
     )

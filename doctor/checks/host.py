@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ..findings import Fix
 from ..units import GIB, MIB, format_gib
-from ._check import Check, Facts, Result, found
+from ._check import Check, Facts, Result, found, plain
+from ._remedy import ROOMY, largest_last, start_anew
 
 _SHM_BYTES = GIB
 """NCCL and data loaders with workers want this much; docker gives 64 MiB. Source: NCCL, Troubleshooting, shared memory."""
 _SHM_FREE_BYTES = 64 * MIB
 _FAR_BELOW_SHARE = 0.5
-_LIST_CACHE = 'du -sh "${HF_HUB_CACHE:-$HOME/.cache/huggingface/hub}"/* | sort -h'
-"""Largest last. ``hf cache`` has other subcommands in each major version of huggingface_hub."""
+_TMP = ("host.tmp_free_bytes", "host.tmp")
 _CACHE_BYTES = 20 * GIB
 """Room for one checkpoint of 9 billion parameters in 16 bit (20.6 GB, measured)."""
 
@@ -51,8 +51,12 @@ def small_shm(facts: Facts) -> Result:
     else:
         message = f"/dev/shm is full: {format_gib(free or 0)} of {format_gib(total)} are free."
     if facts.container is not None:
-        fix = Fix(
-            text="Start the container with more shared memory.", commands=("docker run --gpus all --shm-size=8g IMAGE",)
+        fix = start_anew(
+            facts,
+            "Mount an emptyDir with medium: Memory at /dev/shm."
+            if facts.container == "kubernetes"
+            else "Start the container with more shared memory.",
+            "--shm-size=8g",
         )
     else:
         fix = Fix(text="Make it larger.", commands=("sudo mount -o remount,size=8G /dev/shm",), who="administrator")
@@ -105,9 +109,7 @@ def memory_limit(facts: Facts) -> Result:
             f"This {what} may use {format_gib(limit)} of the host's {format_gib(total)}{rest}.",
             cause="accelerate and other tools plan with the host's figure.",
             evidence=facts.evidence("host.cgroup_limit_bytes", "host.memory_total_bytes", "host.memory_available_bytes"),
-            fix=Fix(
-                text="Raise the limit, or keep weights off the CPU.", commands=("docker run --gpus all --memory=64g IMAGE",)
-            )
+            fix=start_anew(facts, "Raise the limit (to 64 GiB, for instance), or keep weights off the CPU.", "--memory=64g")
             if facts.container is not None
             else Fix(text="Ask the scheduler for more memory, or keep weights off the CPU."),
         ),
@@ -140,14 +142,18 @@ def little_disk(facts: Facts) -> Result:
     if free is None or free >= _CACHE_BYTES:
         return ()
     where = facts.evidence("host.hf_cache")["host.hf_cache"]
+    # To the byte the same room is the same disk: VLM508 then has nothing to add.
+    has_tmp = host is not None and host.tmp_free_bytes == free
+    tmp = f" and {plain((host.tmp if host is not None else None) or '/tmp')}" if has_tmp else ""
     return (
         found(
             "warning",
-            f"The checkpoint cache {where} has {format_gib(free)} of free disk space.",
-            evidence=facts.evidence("host.hf_cache_free_bytes", "host.hf_cache"),
+            f"The checkpoint cache {where}{tmp} {'have' if has_tmp else 'has'} {format_gib(free)} of free disk space"
+            f"{', on one disk' if has_tmp else ''}.",
+            evidence=facts.evidence("host.hf_cache_free_bytes", "host.hf_cache", *_TMP[: 2 * has_tmp]),
             fix=Fix(
-                text="Remove what is no longer used, or put the cache elsewhere.",
-                commands=(_LIST_CACHE, "export HF_HUB_CACHE=/path/with/room"),
+                text=f"Remove what is no longer used (largest last), or move the cache ({ROOMY} stands for yours).",
+                commands=(largest_last(where), f"export HF_HUB_CACHE={ROOMY}"),
             ),
         ),
     )

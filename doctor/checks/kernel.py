@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 
-from ..data.xids import MINOR_XIDS, XIDS
+from ..data.xids import MINOR_XIDS, XID_ADVICE, XIDS
 from ..findings import Finding, Fix
-from ..machine import Driver, KernelEvent, PciDevice
-from ._check import Check, Facts, Result, found, names, plain, skipped, unknown
+from ..machine import Driver, Gpu, KernelEvent, PciDevice
+from ._check import Check, Facts, Result, found, ids, names, plain, skipped, unknown
+from ._remedy import branch, is_debian, is_red_hat, without_folders
 from .driver import addresses
 
 _LIBRARY_VERSION = re.compile(r"libcuda\.so\.([0-9]{3,4}\.[0-9.]+)$")
@@ -20,6 +22,7 @@ _FIRST_BLACKWELL = 0x2900
 modules drive. Source: open-gpu-kernel-modules, README, "Compatible GPUs"."""
 _FAULTS = ("xid", "init_failed", "gsp_failed")
 _RECENT_S = 86_400
+_MOST_EVENTS = 20
 _DMESG = "sudo dmesg | grep -iE 'nvrm|xid'"
 
 
@@ -74,29 +77,34 @@ def _trouble_of_library(facts: Facts, path: str) -> tuple[str, str, Fix] | None:
     is_wsl = facts.machine.host is not None and facts.machine.host.is_wsl
     if "/stubs/" in path:
         cause = "The toolkit's folder for linking stands in LD_LIBRARY_PATH."
-        fix = Fix(text="Take the stubs out of LD_LIBRARY_PATH.", commands=("unset LD_LIBRARY_PATH",))
+        fix = Fix(text="Take the stubs out of LD_LIBRARY_PATH.", commands=(without_folders(facts, ("/stubs/",)),))
         return f"Programs load a stub instead of the driver: {shown}.", cause, fix
     if is_wsl and not path.startswith(_WSL_FOLDER):
         cause = "A Linux driver was installed in WSL2, where the driver of Windows must be used."
-        fix = Fix(text="Remove the Linux driver.", commands=("sudo apt purge 'libnvidia-compute-*' 'nvidia-driver-*'",))
+        remove = "dnf remove 'nvidia-driver*'" if is_red_hat(facts) else "apt purge 'libnvidia-compute-*' 'nvidia-driver-*'"
+        fix = Fix(text="Remove the Linux driver.", commands=(f"sudo {remove}",))
         return f"In WSL2 programs load {shown} instead of {_WSL_FOLDER}lib/libcuda.so.1.", cause, fix
     if "/compat/" in path:
         consumer = [gpu for gpu in facts.visible if any(word in gpu.name for word in _CONSUMER)]
         if not consumer:
             return None
         cause = "The image brings the forward-compatibility library, which works on data center cards only (error 804)."
+        where = " from the image" if facts.container is not None else ""
         fix = Fix(
-            text="Remove the package cuda-compat, or update the driver.", commands=("sudo apt purge 'cuda-compat-*'",)
+            text=f"Remove the package cuda-compat{where}, or update the driver.",
+            commands=("sudo dnf remove 'cuda-compat-*'" if is_red_hat(facts) else "sudo apt purge 'cuda-compat-*'",),
         )
         return f"Programs load {shown}, which {names(consumer)} cannot use.", cause, fix
     if version is None or module is None or version[1] == module:
         return None
-    cause = "The driver was updated without a reboot, or the image brings a driver library of its own (error 803)."
-    fix = Fix(
-        text="Reboot; in a container remove the driver packages of the image and start it anew.",
-        commands=("ldconfig -p | grep libcuda", "cat /proc/driver/nvidia/version"),
-        who="administrator",
-    )
+    if facts.container is not None:
+        cause = "The image brings a driver library of its own (error 803)."
+        which = "rpm -qf" if is_red_hat(facts) else "dpkg -S"
+        text = "Remove the package that brings it (the command names it) from the image, and start the container anew."
+        fix = Fix(text=text, commands=(f"{which} {shlex.quote(path)}",))
+    else:
+        cause = "The driver was updated without a reboot (error 803)."
+        fix = Fix(text="Reboot, so that the new kernel module is loaded.", commands=("sudo reboot",), who="administrator")
     return f"Programs load libcuda {version[1]}, but the kernel module is {plain(module)}.", cause, fix
 
 
@@ -133,8 +141,9 @@ def open_modules_needed(facts: Facts) -> Result:
         return ()
     subject = f"The GPU{'s' if len(lost) > 1 else ''} at {addresses(lost)}" if lost else "A GPU"
     verb = "need" if len(lost) > 1 else "needs"
-    branch = re.match(r"[0-9]{3,4}", driver.kernel_module_version, re.ASCII)
-    commands = (f"sudo apt install nvidia-driver-{branch[0]}-open", "sudo reboot") if branch else ("sudo reboot",)
+    major = branch(driver.kernel_module_version) if not is_red_hat(facts) else None
+    commands = (f"sudo apt install nvidia-driver-{major}-open", "sudo reboot") if major else ("sudo reboot",)
+    system = " (the command is for Debian and Ubuntu)" if major and not is_debian(facts) else ""
     return (
         found(
             "error",
@@ -142,7 +151,7 @@ def open_modules_needed(facts: Facts) -> Result:
             cause="Blackwell and newer GPUs are supported by the open kernel modules only.",
             evidence=facts.evidence("driver.is_open_kernel_module", "driver.kernel_module_version"),
             fix=Fix(
-                text="Install the open flavor of the driver and reboot (the command is for Debian and Ubuntu).",
+                text=f"Install the open flavor of the driver and reboot{system}.",
                 commands=commands,
                 who="administrator",
             ),
@@ -186,16 +195,42 @@ def faults_in_kernel_log(facts: Facts) -> Result:
         gap = facts.machine.gap("driver.kernel_events")
         return unknown(f"the kernel log could not be read{f' ({plain(gap.reason)})' if gap else ''}")
     told = [event for event in events if event.kind in _FAULTS]
-    return tuple(_fault(facts, event) for event in told[:20])
+    return tuple(_fault(facts, event) for event in told[:_MOST_EVENTS])
 
 
-def said_by_kernel(facts: Facts, bus_ids: Collection[str | None]) -> str | None:
-    """The newest fault that the kernel log has of one of these devices, as a sentence; ``None`` when it has none."""
-    for event in facts.machine.driver.kernel_events or ():
-        if event.kind in _FAULTS and event.bus_id is not None and event.bus_id in bus_ids:
-            what, meaning = _meaning(event)
-            return f"The kernel log has {what} of it: {meaning}."
-    return None
+def said_by_kernel(
+    facts: Facts, bus_ids: Collection[str | None], xids: Collection[int] | None = None
+) -> tuple[str, dict[str, str]] | None:
+    """What the kernel log has of these devices: the newest fault that is not a program's as a sentence, and all as
+    evidence.
+
+    Args:
+        facts: What is known.
+        bus_ids: PCI addresses of the devices.
+        xids: Only faults of these numbers.
+
+    Returns:
+        ``None`` when it has none. :data:`~vlm_doctor.checks._check.Check.told_by` makes VLM114 silent about them.
+    """
+    told = [
+        (at, event)
+        for at, event in enumerate(facts.machine.driver.kernel_events or ())
+        if event.kind in _FAULTS and event.bus_id is not None and event.bus_id in bus_ids
+        if xids is None or event.code in xids
+    ]
+    if not told:
+        return None
+    newest = next((event for _, event in told if event.code not in MINOR_XIDS), told[0][1])
+    what, meaning = _meaning(newest)
+    evidence = facts.evidence(*(_path(at, name) for at, _ in told[:_MOST_EVENTS] for name in ("kind", "code", "count")))
+    whose = "it" if len(bus_ids) == 1 else _whose(facts, newest)
+    return f"The kernel log has {what} of {whose} ({_times(newest)}): {meaning}.", evidence
+
+
+def _whose(facts: Facts, event: KernelEvent) -> str:
+    """``GPU 0``, or the address where the driver lists no GPU there."""
+    gpus = [gpu for gpu in facts.machine.gpus if gpu.bus_id == event.bus_id]
+    return names(gpus) if gpus else plain(event.bus_id or "a GPU")
 
 
 def _meaning(event: KernelEvent) -> tuple[str, str]:
@@ -210,25 +245,42 @@ def _fault(facts: Facts, event: KernelEvent) -> Finding:
     whose = f" of {names(gpus)}" if gpus else f" of {plain(event.bus_id)}" if event.bus_id else ""
     what, meaning = _meaning(event)
     is_minor = event.kind == "xid" and event.code in MINOR_XIDS
-    # Of a GPU that fails when asked, VLM108 says it, with what to do.
-    is_said = any(gpu.error is not None for gpu in gpus)
-    times = f"{event.count} time{'s' if event.count != 1 else ''}"
-    age = f", {_age(event.last_s_ago)} ago" if event.last_s_ago is not None else ""
     is_old = event.last_s_ago is None or event.last_s_ago > _RECENT_S
     position = _position(facts.machine.driver, event)
     fields = ("kind", "code", "bus_id", "count", "last_s_ago")
     return found(
-        "info" if is_minor or is_old or is_said else "warning",
-        f"The kernel log has {what}{whose} ({times}{age}): {meaning}.",
-        evidence=facts.evidence(*(f"driver.kernel_events[{position}].{name}" for name in fields)),
-        fix=Fix(text="Read the messages around it.", commands=(_DMESG,), who="administrator"),
+        "info" if is_minor or is_old else "warning",
+        f"The kernel log has {what}{whose} ({_times(event)}): {meaning}.",
+        evidence=facts.evidence(*(_path(position, name) for name in fields)),
+        fix=_remedy(event, gpus),
         gpus=gpus,
     )
+
+
+def _remedy(event: KernelEvent, gpus: Sequence[Gpu]) -> Fix:
+    """What NVIDIA recommends for the number; else the messages around it say more."""
+    advice = XID_ADVICE.get(event.code or 0) if event.kind == "xid" else None
+    if advice is None:
+        return Fix(text="Read the messages around it.", commands=(_DMESG,), who="administrator")
+    text, command = advice
+    one = ids(gpus) if gpus else None
+    commands = (command.format(gpu=one),) if one is not None or "{gpu}" not in command else ()
+    return Fix(text=text, commands=(_DMESG, *commands), who="administrator")
 
 
 def _position(driver: Driver, event: KernelEvent) -> int:
     events: Sequence[KernelEvent] = driver.kernel_events or ()
     return events.index(event)
+
+
+def _path(position: int, name: str) -> str:
+    return f"driver.kernel_events[{position}].{name}"
+
+
+def _times(event: KernelEvent) -> str:
+    """``9 times, 2 h ago``."""
+    age = f", {_age(event.last_s_ago)} ago" if event.last_s_ago is not None else ""
+    return f"{event.count} time{'s' if event.count != 1 else ''}{age}"
 
 
 def _age(seconds: float) -> str:
@@ -246,5 +298,6 @@ CHECKS = (
         title="faults in the kernel log",
         run=faults_in_kernel_log,
         explained_by=("VLM113",),
+        told_by=("VLM107", "VLM108", "VLM111", "VLM402", "VLM409"),
     ),
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING
 
 from ..findings import Finding, Fix
 from ..machine import Libraries, VersionRule
 from ._check import Check, Facts, Result, found, plain, skipped, unknown
-from .torch_build import torch_command
+from ._remedy import pip
+from ._wheels import COMPANIONS, index_of, torch_command
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -48,7 +48,10 @@ def torch_missing(facts: Facts) -> Result:
             f"torch is not installed for Python {plain(libraries.python)}, and this machine has {count} "
             f"GPU{'s' if count != 1 else ''}.",
             evidence=facts.evidence("libraries.python", "libraries.executable", "libraries.torch_build"),
-            fix=Fix(text="Install torch, or run the doctor with your project's Python.", commands=(torch_command(facts),)),
+            fix=Fix(
+                text="Install torch, or run the doctor with your project's Python.",
+                commands=(torch_command(facts, is_there=False),),
+            ),
         ),
     )
 
@@ -90,7 +93,7 @@ def torch_torso(facts: Facts) -> Result:
             evidence=facts.evidence("libraries.torch_problem"),
             fix=Fix(
                 text="Remove what is left, then install torch again.",
-                commands=("python -m pip uninstall -y torch", torch_command(facts)),
+                commands=(pip(facts, "uninstall", "torch"), torch_command(facts)),
             ),
         ),
     )
@@ -128,7 +131,7 @@ def loader_missing(facts: Facts) -> Result:
             "warning",
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed.",
             evidence=facts.evidence("libraries.executable") | {"libraries.packages": f"without {', '.join(missing)}"},
-            fix=Fix(text="Install what is missing.", commands=(f"python -m pip install {' '.join(missing)}",)),
+            fix=Fix(text="Install what is missing.", commands=(pip(facts, "install", *missing),)),
         ),
     )
 
@@ -194,6 +197,17 @@ def _violated(libraries: Libraries, rule: VersionRule) -> Requirement | None:
     return None if requirement.specifier.contains(Version(installed), prereleases=True) else requirement
 
 
+def is_violated(libraries: Libraries, rule: VersionRule) -> bool:
+    """Whether what is installed breaks a rule; one that cannot be read is not known to be broken."""
+    from packaging.requirements import InvalidRequirement
+    from packaging.version import InvalidVersion
+
+    try:
+        return _violated(libraries, rule) is not None
+    except (InvalidRequirement, InvalidVersion):
+        return False
+
+
 def _minor(libraries: Libraries) -> str:
     return ".".join(libraries.python.split(".")[:2])
 
@@ -209,8 +223,11 @@ def _violation(facts: Facts, rule: VersionRule, requirement: Requirement, positi
     wanted = f"{requirement.name}{requirement.specifier}"
     if is_python:
         fix = Fix(text=f"Use a Python that suits ({requirement.specifier}), or an older {plain(rule.requirer)}.")
+    elif name == "torch" and rule.requirer in COMPANIONS:
+        fix = _with_torch(facts, rule.requirer, installed or "")
     else:
-        fix = Fix(text="Install a version that suits.", commands=(f"python -m pip install {shlex.quote(wanted)}",))
+        command = torch_command(facts, wanted) if name == "torch" else pip(facts, "install", wanted)
+        fix = Fix(text="Install a version that suits.", commands=(command,))
     return found(
         "warning" if rule.is_optional else "error",
         f"{requirement.name} {plain(installed or '')} does not suit {plain(rule.requirer)} {plain(version or '')}, "
@@ -218,6 +235,17 @@ def _violation(facts: Facts, rule: VersionRule, requirement: Requirement, positi
         cause="transformers then says that accelerate is not installed." if name == "accelerate" else None,
         evidence=facts.evidence(f"libraries.rules[{position}].requirement", f"libraries.rules[{position}].source"),
         fix=fix,
+    )
+
+
+def _with_torch(facts: Facts, companion: str, torch: str) -> Fix:
+    """Move the companion, not torch: what else is installed was made for the torch that is there."""
+    build = facts.machine.libraries.torch_build if facts.machine.libraries is not None else None
+    index = index_of(build) if build is not None else None
+    where = ("--extra-index-url", index) if index is not None else ()
+    return Fix(
+        text=f"Install the {companion} that goes with torch {plain(torch)}.",
+        commands=(pip(facts, "install", "--upgrade", companion, f"torch=={torch}", *where),),
     )
 
 
@@ -258,8 +286,8 @@ def pynvml_shadowed(facts: Facts) -> Result:
             fix=Fix(
                 text="Remove the other package, then reinstall nvidia-ml-py.",
                 commands=(
-                    f"python -m pip uninstall -y {' '.join(map(shlex.quote, others))}",
-                    "python -m pip install --force-reinstall nvidia-ml-py",
+                    pip(facts, "uninstall", *others),
+                    pip(facts, "install", "--force-reinstall", "nvidia-ml-py"),
                 ),
             ),
         ),

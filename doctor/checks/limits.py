@@ -7,6 +7,7 @@ import re
 from ..findings import Fix
 from ..units import GIB, MIB, format_gib
 from ._check import Check, Facts, Result, found, label, names, plain, skipped
+from ._remedy import ROOMY, largest_last, shell_path, start_anew
 
 _TASKS = 256
 """A few times what torch starts: one thread a processor for itself and as many for each data loader."""
@@ -87,7 +88,9 @@ def process_limits(facts: Facts) -> Result:
                 f"{format_gib(reserved)}.",
                 cause="CUDA gives all memory of GPUs and host one range of addresses.",
                 evidence=facts.evidence("host.address_space_limit_bytes", "host.memory_total_bytes"),
-                fix=Fix(text="Lift the limit.", commands=("ulimit -v unlimited",)),
+                fix=Fix(
+                    text="Lift the limit; where it is a hard one, ask the administrator.", commands=("ulimit -v unlimited",)
+                ),
             )
         )
     if left is not None and left < _TASKS:
@@ -97,8 +100,12 @@ def process_limits(facts: Facts) -> Result:
                 f"This process may start {left} more processes and threads.",
                 cause="The control group of the container or job limits them (pids.max).",
                 evidence=facts.evidence("host.tasks_left"),
-                fix=Fix(
-                    text="Raise the limit of the container.", commands=("docker run --gpus all --pids-limit=-1 IMAGE",)
+                fix=start_anew(facts, "Raise the limit of the container.", "--pids-limit=-1")
+                if facts.container is not None
+                else Fix(
+                    text="Raise TasksMax of the user's slice, or ask the scheduler.",
+                    commands=('sudo systemctl set-property "user-$(id -u).slice" TasksMax=infinity',),
+                    who="administrator",
                 ),
             )
         )
@@ -136,7 +143,10 @@ def little_tmp(facts: Facts) -> Result:
             "warning" if free < _TMP_BYTES else "info",
             f"{where} has {format_gib(free)} of free disk space.",
             evidence=facts.evidence("host.tmp_free_bytes", "host.tmp"),
-            fix=Fix(text="Clean it, or use another folder.", commands=("export TMPDIR=/path/with/room",)),
+            fix=Fix(
+                text=f"Clean it (largest last), or use another folder ({ROOMY} stands for yours).",
+                commands=(largest_last(where), f"export TMPDIR={ROOMY}"),
+            ),
         ),
     )
 
@@ -173,7 +183,10 @@ def cache_not_writable(facts: Facts) -> Result:
             f"This user may not write into the checkpoint cache {where}.",
             evidence=facts.evidence("host.hf_cache_is_writable", "host.hf_cache"),
             fix=Fix(
-                text="Correct the permissions, or use another folder.", commands=("export HF_HUB_CACHE=/path/of/yours",)
+                text=f"Make it yours, or use another folder ({ROOMY} stands for it).",
+                commands=(f'sudo chown -R "$(id -un)" {shell_path(where)}', f"export HF_HUB_CACHE={ROOMY}")
+                if where.startswith("~/")
+                else (f"ls -ld {shell_path(where)}", f"export HF_HUB_CACHE={ROOMY}"),
             ),
         ),
     )
@@ -215,7 +228,10 @@ def cache_on_slow_disk(facts: Facts) -> Result:
             "info",
             f"The checkpoint cache {where} {says}.",
             evidence=facts.evidence("host.hf_cache_filesystem", "host.hf_cache"),
-            fix=Fix(text="Keep what you use on a local disk.", commands=("export HF_HUB_CACHE=/local/disk/hub",)),
+            fix=Fix(
+                text=f"Keep what you use on a local disk ({ROOMY} stands for a folder there).",
+                commands=(f"export HF_HUB_CACHE={ROOMY}",),
+            ),
         ),
     )
 
@@ -260,7 +276,13 @@ def old_kernel(facts: Facts) -> Result:
 CHECKS = (
     Check(code="VLM506", title="GPU drives a display", run=drives_display, needs=("gpus[].display_active",)),
     Check(code="VLM507", title="process limits", run=process_limits, needs=("gpus", "host")),
-    Check(code="VLM508", title="little room for temporary files", run=little_tmp, needs=("gpus", "host.tmp_free_bytes")),
+    Check(
+        code="VLM508",
+        title="little room for temporary files",
+        run=little_tmp,
+        needs=("gpus", "host.tmp_free_bytes"),
+        told_by=("VLM505",),
+    ),
     Check(
         code="VLM509",
         title="checkpoint cache not writable",

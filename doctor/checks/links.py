@@ -1,4 +1,4 @@
-"""4xx: how the GPUs reach each other."""
+"""4xx: how the GPUs reach each other, and what that means for a split."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from ..findings import Finding, Fix, Severity
-from ..health import failure_of_fabric, ills_of_fabric
 from ..machine import Gpu, Link
 from ..topology import WORST_RANK, describe, islands, link_rank
-from ._check import Check, Facts, Result, found, label, names, skipped, unknown
+from ._check import Check, Facts, Result, found, names, skipped, unknown
 
 _P2P_TEXTS = {
     "chipset_not_supported": "the chipset does not support it",
@@ -60,121 +59,6 @@ def what_links_mean(facts: Facts) -> Result:
             evidence=facts.evidence(f"links[{worst}].nvlinks", f"links[{worst}].path"),
             gpus=visible,
         ),
-    )
-
-
-def nvlink_inactive(facts: Facts) -> Result:
-    """A GPU has fewer active NVLinks than others of its model.
-
-    ## What it checks
-    Active NVLinks of each GPU against the most that a GPU of the same model has here.
-
-    ## Why it matters
-    A loose bridge or a broken link costs bandwidth, and collectives may fail or hang.
-
-    ## Example
-    `warning VLM402 GPU 3 (NVIDIA GeForce RTX 3090) has 2 of 4 NVLinks active.`
-
-    ## What to do
-    Look at `nvidia-smi nvlink --status -i 3` and its error counters (`-e`). Bridge: reseat it. NVSwitch: reset the
-    GPUs, then have the board looked at.
-
-    ## When it is fine
-    A card without a bridge has no active link, and links that no GPU of the model uses are off by design: neither is
-    reported.
-
-    ## Sources
-    nvmlDeviceGetNvLinkState; NVIDIA Health Validation, nvlink_active.
-    """
-    working = [gpu for gpu in facts.working if gpu.nvlinks]
-    if not working:
-        return skipped("no NVLink")
-    has_switch = any(port.remote == "switch" for gpu in working for port in gpu.nvlinks)
-    findings = []
-    for gpu in working:
-        active = _active(gpu)
-        most = max(_active(other) for other in working if other.name == gpu.name)
-        if active < most and (active or has_switch):
-            findings.append(_inactive(facts, gpu, most))
-    return tuple(findings)
-
-
-def _active(gpu: Gpu) -> int:
-    return sum(port.is_active for port in gpu.nvlinks)
-
-
-def _inactive(facts: Facts, gpu: Gpu, most: int) -> Finding:
-    first = next((at for at, port in enumerate(gpu.nvlinks) if not port.is_active), 0)
-    return found(
-        "warning",
-        f"{label(gpu)} has {_active(gpu)} of {most} NVLinks active.",
-        cause="A bridge is loose, or a link is broken.",
-        evidence=facts.evidence(facts.path(gpu, f"nvlinks[{first}].is_active")),
-        fix=Fix(
-            text="Look at the links and their errors; reseat the bridge or reset the GPUs.",
-            commands=(f"nvidia-smi nvlink --status -i {gpu.index}", f"nvidia-smi nvlink -e -i {gpu.index}"),
-            who="administrator",
-        ),
-        gpus=(gpu,),
-    )
-
-
-def fabric_not_up(facts: Facts) -> Result:
-    """The NVSwitch fabric is not up, though the links are.
-
-    ## What it checks
-    The fabric state that each GPU of an NVSwitch machine reports: completed, without error, healthy.
-
-    ## Why it matters
-    Links train in hardware, but only the fabric manager makes them usable: without it CUDA fails with error 802,
-    "system not yet initialized", while nvidia-smi looks fine.
-
-    ## Example
-    `error VLM403 The NVSwitch fabric of GPUs 0, 1, 2, 3, 4, 5, 6, 7 is not up: not started.`
-
-    ## What to do
-    Start the fabric manager in exactly the driver's version. In a virtual machine it runs on the host.
-
-    ## When it is fine
-    For a minute after boot it says "in progress". Machines without NVSwitch have no fabric: the check is skipped.
-
-    ## Sources
-    nvmlDeviceGetGpuFabricInfoV; pytorch issue 35710.
-    """
-    told = [gpu for gpu in facts.working if gpu.fabric is not None and gpu.fabric.state != "not_supported"]
-    if not told:
-        return skipped("no NVSwitch fabric")
-    groups: dict[tuple[Severity, str], list[Gpu]] = {}
-    for gpu in told:
-        trouble = _fabric_trouble(gpu)
-        if trouble is not None:
-            groups.setdefault(trouble, []).append(gpu)
-    doubtful = [gpu for gpu in told if gpu.fabric is not None and gpu.fabric.state == "unknown"]
-    if doubtful and not groups:
-        return unknown(f"the fabric state of {names(doubtful)} is not known")
-    return tuple(_fabric_finding(facts, severity, text, gpus) for (severity, text), gpus in groups.items())
-
-
-def _fabric_trouble(gpu: Gpu) -> tuple[Severity, str] | None:
-    failure = failure_of_fabric(gpu)
-    if failure is not None:
-        return "error", failure
-    ills = ills_of_fabric(gpu)
-    return ("warning", f"is not healthy: {', '.join(ills)}") if ills else None
-
-
-def _fabric_finding(facts: Facts, severity: Severity, text: str, gpus: Sequence[Gpu]) -> Finding:
-    return found(
-        severity,
-        f"The NVSwitch fabric of {names(gpus)} {text}.",
-        cause="The fabric manager is not running, or not in the version of the driver." if severity == "error" else None,
-        evidence=facts.evidence(*(facts.path(gpus[0], f"fabric.{name}") for name in ("state", "status", "health_mask"))),
-        fix=Fix(
-            text="Start the fabric manager in the driver's version; in a virtual machine it runs on the host.",
-            commands=("systemctl status nvidia-fabricmanager", "sudo systemctl enable --now nvidia-fabricmanager"),
-            who="administrator",
-        ),
-        gpus=gpus,
     )
 
 
@@ -328,8 +212,6 @@ CHECKS = (
         needs=("gpus",),
         explained_by=("VLM201", "VLM403"),
     ),
-    Check(code="VLM402", title="NVLinks inactive", run=nvlink_inactive, needs=("gpus",)),
-    Check(code="VLM403", title="NVSwitch fabric not up", run=fabric_not_up, needs=("gpus",)),
     Check(
         code="VLM404",
         title="no peer access between GPUs",

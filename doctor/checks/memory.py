@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
 from ..findings import Finding, Fix
 from ..machine import Gpu, GpuProcess
 from ..units import GIB, MIB, format_gib
-from ._check import Check, Facts, Result, found, label, plain, skipped
+from ._check import Check, Facts, Result, alike, found, labels, plain, skipped
 
 _MUCH_SHARE, _MUCH_BYTES = 0.1, GIB
 """From this share of a GPU on, and at least this much, held memory is a warning: a desktop with a browser stays below."""
@@ -37,22 +41,41 @@ def held_by_others(facts: Facts) -> Result:
     nvmlDeviceGetMemoryInfo (version 2, without the driver's own share), nvmlDeviceGetComputeRunningProcesses and the
     lists for graphics and MPS.
     """
-    findings = (_held(facts, gpu) for gpu in facts.visible if not gpu.has_unified_memory)
-    return tuple(finding for finding in findings if finding is not None)
+    return tuple(_held(facts, gpus) for gpus in alike(facts.visible, _holders))
 
 
-def _held(facts: Facts, gpu: Gpu) -> Finding | None:
-    if not gpu.processes:
+def _holders(gpu: Gpu) -> tuple[object, ...] | None:
+    """Who holds the memory, and how bad that is: the processes of one job hold several GPUs."""
+    held = _held_bytes(gpu)
+    if gpu.has_unified_memory or held < _LITTLE_BYTES:
         return None
+    pids = tuple(sorted(process.pid for process in gpu.processes))
+    # WSL gives no numbers: two GPUs may have two holders.
+    return gpu.name, _is_much(gpu, held), pids, gpu.index if min(pids) <= 0 else None
+
+
+def _held_bytes(gpu: Gpu) -> int:
+    if not gpu.processes:
+        return 0
     listed = sum(process.used_bytes or 0 for process in gpu.processes)
     is_sized = all(process.used_bytes is not None for process in gpu.processes)
-    held = min(listed, gpu.memory_used_bytes or listed) if is_sized else gpu.memory_used_bytes or listed
-    if held < _LITTLE_BYTES:
-        return None
+    return min(listed, gpu.memory_used_bytes or listed) if is_sized else gpu.memory_used_bytes or listed
+
+
+def _is_much(gpu: Gpu, held: int) -> bool:
+    return held >= max(_MUCH_BYTES, _MUCH_SHARE * (gpu.memory_total_bytes or 0))
+
+
+def _held(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
+    gpu = gpus[0]
     total = gpu.memory_total_bytes or 0
     ordered = sorted(gpu.processes, key=lambda process: (-(process.used_bytes or 0), process.pid))
+    if len(gpus) > 1:
+        # What it holds stands in front, GPU by GPU.
+        ordered = [msgspec.structs.replace(process, used_bytes=None) for process in ordered]
     shown = ", ".join(map(_process, ordered[:4])) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
-    amount = f"{format_gib(held)} of {format_gib(total)}" if total else format_gib(held)
+    held = _amounts(map(_held_bytes, gpus))
+    amount = f"{held} of {format_gib(total)}" if total else held
     pids = ",".join(str(process.pid) for process in ordered[:20] if process.pid > 0)
     if pids and any(process.user or process.command for process in ordered):
         fix = Fix(
@@ -63,19 +86,22 @@ def _held(facts: Facts, gpu: Gpu) -> Finding | None:
         fix = Fix(
             text="Wait for it, or take another GPU; who it is can be seen outside this container or machine.",
             commands=("nvidia-smi",),
+            place="host" if facts.container is not None else "here",
         )
-    paths = [
-        facts.path(gpu, "memory_used_bytes"),
-        facts.path(gpu, "memory_free_bytes"),
-        facts.path(gpu, "processes[0].pid"),
-    ]
+    fields = ("memory_used_bytes", "memory_free_bytes", "processes[0].pid")
     return found(
-        "warning" if held >= max(_MUCH_BYTES, _MUCH_SHARE * total) else "info",
-        f"{label(gpu)}: {amount} are held by {shown}.",
-        evidence=facts.evidence(*paths),
+        "warning" if _is_much(gpu, _held_bytes(gpu)) else "info",
+        f"{labels(gpus)}: {amount} are held by {shown}.",
+        evidence=facts.evidence(*(facts.path(one, name) for one in gpus for name in fields)),
         fix=fix,
-        gpus=(gpu,),
+        gpus=gpus,
     )
+
+
+def _amounts(sizes: Iterable[int]) -> str:
+    """``9.0 GiB``, ``9.0 GiB each``, or ``9.0 GiB, 8.0 GiB``: one for each GPU."""
+    shown = [format_gib(size) for size in sizes]
+    return f"{shown[0]} each" if len(shown) > 1 and len(set(shown)) == 1 else ", ".join(shown)
 
 
 def _process(process: GpuProcess) -> str:
@@ -125,40 +151,53 @@ def held_by_nobody(facts: Facts) -> Result:
     """
     if facts.machine.origin == "synthetic":
         return skipped("a made-up machine has no processes")
-    findings = (_orphaned(facts, gpu) for gpu in facts.visible if not gpu.has_unified_memory)
-    return tuple(finding for finding in findings if finding is not None)
+    return tuple(_orphaned(facts, gpus) for gpus in alike(facts.visible, lambda gpu: _why_hidden(facts, gpu)))
 
 
-def _orphaned(facts: Facts, gpu: Gpu) -> Finding | None:
-    # A process of unknown size may hold all of it: WSL and virtual GPUs do not tell.
+def _hidden_bytes(gpu: Gpu) -> int:
+    """What no listed process holds; 0 where one of them does not tell its size: WSL and virtual GPUs do not."""
     if any(process.used_bytes is None for process in gpu.processes):
-        return None
-    used = gpu.memory_used_bytes or 0
-    hidden = used - sum(process.used_bytes or 0 for process in gpu.processes)
-    if hidden < max(_HIDDEN_BYTES, _HIDDEN_SHARE * (gpu.memory_total_bytes or 0)):
-        return None
+        return 0
+    return (gpu.memory_used_bytes or 0) - sum(process.used_bytes or 0 for process in gpu.processes)
+
+
+def _is_inside(facts: Facts) -> bool:
     host = facts.machine.host
-    is_inside = host is not None and (host.container is not None or bool(host.is_virtual_machine))
+    return host is not None and (host.container is not None or bool(host.is_virtual_machine))
+
+
+def _why_hidden(facts: Facts, gpu: Gpu) -> tuple[str, str] | None:
+    """Name of the GPU, and why its holder is not known; ``None`` where nothing is hidden."""
+    if gpu.has_unified_memory:
+        return None
+    if _hidden_bytes(gpu) < max(_HIDDEN_BYTES, _HIDDEN_SHARE * (gpu.memory_total_bytes or 0)):
+        return None
     gap = facts.machine.gap(facts.path(gpu, "processes"))
     if gap is not None:
-        why = f"who holds them could not be read ({plain(gap.reason)})"
-    elif is_inside:
-        why = "who holds them is not visible from here"
-    else:
-        why = f"no process is listed that holds them{' all' if gpu.processes else ''}"
+        return gpu.name, f"who holds them could not be read ({plain(gap.reason)})"
+    if _is_inside(facts):
+        return gpu.name, "who holds them is not visible from here"
+    return gpu.name, f"no process is listed that holds them{' all' if gpu.processes else ''}"
+
+
+def _orphaned(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
+    is_inside = _is_inside(facts)
+    _, why = _why_hidden(facts, gpus[0]) or ("", "")
     return found(
         "warning",
-        f"{label(gpu)}: {format_gib(hidden)} are in use, but {why}.",
+        f"{labels(gpus)}: {_amounts(map(_hidden_bytes, gpus))} are in use, but {why}.",
         cause="Processes outside this container or machine are not listed."
         if is_inside
         else "A dead process left it behind.",
-        evidence=facts.evidence(facts.path(gpu, "memory_used_bytes"), facts.path(gpu, "memory_free_bytes")),
+        evidence=facts.evidence(
+            *(facts.path(gpu, name) for gpu in gpus for name in ("memory_used_bytes", "memory_free_bytes"))
+        ),
         fix=Fix(text="Ask on the host who uses the GPU.", commands=("nvidia-smi",), who="administrator")
         if is_inside
         else Fix(
             text="Find who has the GPU open, and stop it.", commands=("sudo fuser -v /dev/nvidia*",), who="administrator"
         ),
-        gpus=(gpu,),
+        gpus=gpus,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..findings import Finding, Fix
 from ..machine import Gpu
-from ._check import Check, Facts, Result, found, label, names, skipped
+from ._check import Check, Facts, Result, alike, found, labels, names, skipped
 
 
 def virtual_gpu(facts: Facts) -> Result:
@@ -30,18 +32,22 @@ def virtual_gpu(facts: Facts) -> Result:
     ## Sources
     nvmlDeviceGetVirtualizationMode, nvmlDeviceGetGridLicensableFeatures; NVIDIA, Virtual GPU Client Licensing.
     """
-    return tuple(_virtual(facts, gpu) for gpu in facts.working if gpu.virtualization == "vgpu")
+    virtual = [gpu for gpu in facts.working if gpu.virtualization == "vgpu"]
+    return tuple(_virtual(facts, gpus) for gpus in alike(virtual, lambda gpu: (gpu.name, gpu.is_licensed is False)))
 
 
-def _virtual(facts: Facts, gpu: Gpu) -> Finding:
-    is_bad = gpu.is_licensed is False
+def _virtual(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
+    is_bad, is_one = gpus[0].is_licensed is False, len(gpus) == 1
+    are = "is a vGPU" if is_one else "are vGPUs"
     says = (
-        "is a vGPU without a licence: it will be slowed down" if is_bad else "is a vGPU: a slice of a card, without NVLink"
+        f"{are} without a licence: {'it' if is_one else 'they'} will be slowed down"
+        if is_bad
+        else f"{are}: a slice of a card, without NVLink"
     )
     return found(
         "warning" if is_bad else "info",
-        f"{label(gpu)} {says}.",
-        evidence=facts.evidence(facts.path(gpu, "virtualization"), facts.path(gpu, "is_licensed")),
+        f"{labels(gpus)} {says}.",
+        evidence=facts.evidence(*(facts.path(gpu, name) for gpu in gpus for name in ("virtualization", "is_licensed"))),
         fix=Fix(
             text="Give the virtual machine its licence token.",
             commands=("ls -l /etc/nvidia/ClientConfigToken", "sudo systemctl restart nvidia-gridd"),
@@ -49,7 +55,7 @@ def _virtual(facts: Facts, gpu: Gpu) -> Finding:
         )
         if is_bad
         else None,
-        gpus=(gpu,),
+        gpus=gpus,
     )
 
 

@@ -4,42 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Literal
-
-from packaging.version import InvalidVersion, Version
 
 from ..findings import Finding, Fix, Severity
 from ..visibility import quote
 from ._check import Check, Facts, Result, found, plain, skipped
+from ._remedy import without_folders
 
-_OLD_NAME, _NEW_NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
-_READS_NEW_NAME = Version("2.10")
-"""torch 2.9.1 ignores the new name for CUDA, older ones do not know it. Source: pytorch issue 183387."""
-_OPTIONS = frozenset(
-    {
-        "backend",
-        "expandable_segments",
-        "garbage_collection_threshold",
-        "graph_capture_record_stream_reuse",
-        "large_segment_size_mb",
-        "max_non_split_rounding_mb",
-        "max_split_size_mb",
-        "per_process_memory_fraction",
-        "pinned_max_cached_size_mb",
-        "pinned_max_round_threshold_mb",
-        "pinned_num_register_threads",
-        "pinned_reserve_segment_size_mb",
-        "pinned_use_background_threads",
-        "pinned_use_cuda_host_register",
-        "pinned_use_hip_host_register",
-        "release_lock_on_cudamalloc",
-        "release_lock_on_hipmalloc",
-        "roundup_power2_divisions",
-        "throw_on_cudamalloc_oom",
-    }
-)
-"""Options of torch's caching allocators. Source: torch 2.13, notes on CUDA semantics, and the names in its libraries."""
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
 _SWITCHES: tuple[tuple[str, Literal["warning", "info"], str], ...] = (
@@ -52,82 +24,11 @@ _SWITCHES: tuple[tuple[str, Literal["warning", "info"], str], ...] = (
 )
 """Switches for finding faults, and what they do when they are left on. Sources: torch, environment variables; CUDA
 programming guide, environment variables; accelerate, environment variables."""
+_WRONG_VERSION = ("undefined symbol", "not found (required by", "version incompatib")
+"""What the loader, and torch of cuDNN, say of a library of another version. Sources: glibc, elf/dl-lookup.c and
+dl-version.c; pytorch, aten/src/ATen/cuda/detail/CUDAHooks.cpp. That a library cannot be found is another fault."""
 _PRESENCE_COUNTS = ("PYTORCH_NO_CUDA_MEMORY_CACHING",)
 """Tested for being set, whatever the value. Source: torch, c10/cuda/CUDAAllocatorConfig and CUDACachingAllocator.cpp."""
-
-
-def allocator_settings(facts: Facts) -> Result:
-    """Settings of torch's memory allocator are not read, or refused.
-
-    ## What it checks
-    PYTORCH_CUDA_ALLOC_CONF and its successor PYTORCH_ALLOC_CONF: which of them the installed torch reads, whether they
-    disagree, and whether torch knows each option.
-
-    ## Why it matters
-    torch 2.9 says that the old name is deprecated, and ignores the new one: expandable segments are then off, and long
-    prompts run out of memory. An option that torch does not know is an error at the first use of a GPU.
-
-    ## Example
-    `warning VLM311 torch 2.9.1 does not use PYTORCH_ALLOC_CONF, only PYTORCH_CUDA_ALLOC_CONF.`
-
-    ## What to do
-    Set the value that the finding gives.
-
-    ## When it is fine
-    The old name works up to and with torch 2.13.
-
-    ## Sources
-    torch, notes on CUDA semantics (memory management); pytorch issue 183387.
-    """
-    environment = facts.machine.environment
-    old, new = environment.get(_OLD_NAME), environment.get(_NEW_NAME)
-    if old is None and new is None:
-        return skipped("not set")
-    return tuple(_allocator(facts, old, new))
-
-
-def _allocator(facts: Facts, old: str | None, new: str | None) -> Iterator[Finding]:
-    for name, value in ((_OLD_NAME, old), (_NEW_NAME, new)):
-        wrong = _unknown_option(value or "")
-        if wrong is not None:
-            message = (
-                f"{name}={quote(value or '')}: torch knows no option {quote(wrong)}, and fails at the first use of a GPU."
-            )
-            fix = Fix(
-                text="Write option:value, with commas between.", commands=(f"export {name}=expandable_segments:True",)
-            )
-            yield found("warning", message, evidence=facts.evidence(f"environment.{name}"), fix=fix)
-    version = _torch_version(facts)
-    evidence = facts.evidence(f"environment.{_OLD_NAME}", f"environment.{_NEW_NAME}", "libraries.torch_build.version")
-    if old is not None and new is not None and _normal(old) != _normal(new):
-        fix = Fix(text="Keep one of them.", commands=(f"unset {_OLD_NAME}",))
-        yield found("warning", f"{_OLD_NAME} and {_NEW_NAME} have different values.", evidence=evidence, fix=fix)
-    elif old is None and new is not None and version is not None and version < _READS_NEW_NAME:
-        message = f"torch {version} does not use {_NEW_NAME}, only {_OLD_NAME}."
-        fix = Fix(text="Set the name that this torch reads.", commands=(f"export {_OLD_NAME}={shlex.quote(new[:400])}",))
-        yield found("warning", message, evidence=evidence, fix=fix)
-
-
-def _torch_version(facts: Facts) -> Version | None:
-    libraries = facts.machine.libraries
-    build = libraries.torch_build if libraries is not None else None
-    try:
-        return Version(Version(build.version).public) if build is not None else None
-    except InvalidVersion:
-        return None
-
-
-def _unknown_option(value: str) -> str | None:
-    # Lists in brackets have colons and commas of their own: roundup_power2_divisions:[256:1,512:2].
-    for part in re.sub(r"\[[^\]]*\]", "", value[:4096]).split(","):
-        name = part.partition(":")[0].strip()
-        if part.strip() and name not in _OPTIONS:
-            return name[:100]
-    return None
-
-
-def _normal(value: str) -> str:
-    return ",".join(sorted("".join(value[:4096].split()).lower().split(",")))
 
 
 def left_on(facts: Facts) -> Result:
@@ -180,13 +81,13 @@ def foreign_libraries(facts: Facts) -> Result:
     `__nvJitLinkCreate_12_8`, or "cuDNN version incompatibility".
 
     ## Example
-    `warning VLM316 LD_LIBRARY_PATH brings other CUDA libraries than torch's: /usr/local/cuda/lib64/libcudnn.so.9.`
+    `error VLM316 torch cannot be imported: LD_LIBRARY_PATH puts /usr/lib64/libcudnn.so.9 before its own library.`
 
     ## What to do
     `unset LD_LIBRARY_PATH`: torch's wheels need none.
 
     ## When it is fine
-    While torch can be imported it is only mentioned: its own libraries mostly win.
+    While torch can be imported, or fails for another reason, it is only mentioned: its own libraries mostly win.
 
     ## Sources
     Files in the folders of LD_LIBRARY_PATH; pytorch issues 119932 and 152783, NVIDIA/nccl issue 1180.
@@ -196,15 +97,39 @@ def foreign_libraries(facts: Facts) -> Result:
     if not others:
         return ()
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    guilty = _named_in_error(facts, others)
+    if guilty is not None:
+        message = f"torch cannot be imported: LD_LIBRARY_PATH puts {plain(guilty)} before its own library."
+        cause = f"The error is {plain(facts.machine.torch.message or '').rstrip('.')}."
+    else:
+        message = f"LD_LIBRARY_PATH brings other CUDA libraries than torch's: {plain(', '.join(others[:3]))}{more}."
+        cause = "Which of two libraries of one name is loaded depends on the order of folders."
     return (
         found(
-            "warning" if facts.machine.torch.state in ("failed", "crashed") else "info",
-            f"LD_LIBRARY_PATH brings other CUDA libraries than torch's: {plain(', '.join(others[:3]))}{more}.",
-            cause="Which of two libraries of one name is loaded depends on the order of folders.",
+            "info" if guilty is None else "error",
+            message,
+            cause=cause,
             evidence=facts.evidence("environment.LD_LIBRARY_PATH", "libraries.foreign_cuda_libraries", "torch.state"),
-            fix=Fix(text="Unset the variable: torch's wheels need none.", commands=("unset LD_LIBRARY_PATH",)),
+            fix=Fix(text="Take these folders out: torch's wheels need none.", commands=(_without_foreign(facts, others),)),
         ),
     )
+
+
+def _without_foreign(facts: Facts, libraries: Sequence[str]) -> str:
+    return without_folders(facts, tuple({f"{path.rpartition('/')[0]}/" for path in libraries}))
+
+
+def _named_in_error(facts: Facts, libraries: Sequence[str]) -> str | None:
+    """The foreign library that torch's import error speaks of, by its file or by a symbol of it; ``None`` when none is."""
+    torch = facts.machine.torch
+    said = (torch.message or "").lower() if torch.state == "failed" else ""
+    if not any(sign in said for sign in _WRONG_VERSION):
+        return None
+    for path in libraries:
+        stem = re.match(r"lib([a-z]+)", path.rpartition("/")[2].lower(), re.ASCII)
+        if stem is not None and stem[1] in said:
+            return path
+    return None
 
 
 def hub_variables(facts: Facts) -> Result:
@@ -305,7 +230,6 @@ def outside_environment(facts: Facts) -> Result:
 
 
 CHECKS = (
-    Check(code="VLM311", title="allocator settings not read", run=allocator_settings, needs=("gpus",)),
     Check(code="VLM312", title="switch for finding faults left on", run=left_on, needs=("gpus",)),
     Check(code="VLM316", title="foreign CUDA libraries", run=foreign_libraries, needs=("gpus", "libraries")),
     Check(code="VLM317", title="packages from outside the environment", run=outside_environment, needs=("libraries",)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
@@ -11,7 +9,8 @@ from ..data.known_defects import KNOWN_DEFECTS, KnownDefect
 from ..findings import Finding, Fix
 from ..machine import Libraries
 from ._check import Check, Facts, Result, found, names, plain, skipped, unknown
-from .torch_build import torch_command
+from ._remedy import pip
+from ._wheels import index_of, torch_command
 
 _ATTENTION = (8, 0)
 """What FlashAttention-2 needs. Source: flash-attention, README, "NVIDIA CUDA Support" (Ampere and newer)."""
@@ -46,16 +45,17 @@ def image_packages(facts: Facts) -> Result:
     missing = [name for name in ("pillow", "torchvision") if libraries.version(name) is None]
     findings = []
     if missing:
-        command = f"python -m pip install {' '.join(missing)}"
-        if "torchvision" in missing and "--index-url" in torch_command(facts):
-            command += f" --extra-index-url {torch_command(facts).partition('--index-url ')[2]}"
+        words, index = list(missing), index_of(libraries.torch_build)
+        if "torchvision" in missing:
+            # Each torchvision asks for one torch: the installed one is named, so that pip does not replace it.
+            words += [f"torch=={libraries.torch_build.version}", *(("--extra-index-url", index) if index else ())]
         verb, them = ("is", "it") if len(missing) == 1 else ("are", "them")
         findings.append(
             found(
                 "warning",
                 f"{' and '.join(missing)} {verb} not installed: image processors of transformers need {them}.",
                 evidence={"libraries.packages": f"without {', '.join(missing)}"},
-                fix=Fix(text="Install what is missing.", commands=(command,)),
+                fix=Fix(text="Install what is missing.", commands=(pip(facts, "install", *words),)),
             )
         )
     if not any(libraries.version(name) for name in _VIDEO):
@@ -64,7 +64,7 @@ def image_packages(facts: Facts) -> Result:
                 "info",
                 "No reader of videos is installed (av, torchcodec, decord).",
                 evidence={"libraries.packages": f"without {', '.join(_VIDEO)}"},
-                fix=Fix(text="Install one if you need videos.", commands=("python -m pip install av",)),
+                fix=Fix(text="Install one if you need videos.", commands=(pip(facts, "install", "av"),)),
             )
         )
     return tuple(findings)
@@ -117,11 +117,13 @@ def _has(libraries: Libraries, defect: KnownDefect) -> bool:
 def _known(facts: Facts, libraries: Libraries, defect: KnownDefect) -> Finding:
     version = plain(libraries.version(defect.package) or "")
     position = next(at for at, package in enumerate(libraries.packages) if package.name == defect.package)
+    is_torch = defect.package == "torch"
+    command = torch_command(facts, defect.wanted) if is_torch else pip(facts, "install", defect.wanted)
     return found(
         defect.severity,
         f"{defect.package} {version} {defect.effect}.",
         evidence=facts.evidence(f"libraries.packages[{position}].version"),
-        fix=Fix(text="Install a version without it.", commands=(f"python -m pip install {shlex.quote(defect.wanted)}",)),
+        fix=Fix(text="Install a version without it.", commands=(command,)),
         links=(defect.thread,),
     )
 

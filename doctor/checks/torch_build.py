@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-from ..data.versions import EMBEDDED_CAPABILITIES, MINIMUM_DRIVER, TORCH_INDEX, TORCH_WHEELS
+from ..data.versions import MINIMUM_DRIVER
 from ..findings import Fix
 from ..machine import Gpu
 from ._check import Check, Facts, Result, found, names, plain, skipped, unknown
+from ._remedy import python
+from ._wheels import Capability, has_code, torch_command
 
-Capability = tuple[int, int]
 _ABSENT = "torch is not installed"
 
 _IMPORT_CAUSES = (
@@ -107,10 +107,7 @@ def torch_import_fails(facts: Facts) -> Result:
             f"torch cannot be imported: {text.rstrip('.')}.",
             cause=next((cause for sign, cause in _IMPORT_CAUSES if sign in text.lower()), None),
             evidence=facts.evidence("torch.state", "torch.message"),
-            fix=Fix(
-                text="Try it without foreign libraries; if that fails too, reinstall torch.",
-                commands=("env -u LD_LIBRARY_PATH python -c 'import torch'", torch_command(facts)),
-            ),
+            fix=_reinstall(facts, "Reinstall torch."),
         ),
     )
 
@@ -152,12 +149,21 @@ def torch_import_dies(facts: Facts) -> Result:
             "error",
             message,
             evidence=facts.evidence("torch.state", "torch.message", "torch.seconds"),
-            fix=Fix(
-                text="See where it happens, then reinstall torch.",
-                commands=("timeout -s ABRT 60 python -X faulthandler -c 'import torch'", torch_command(facts)),
+            fix=_reinstall(
+                facts,
+                "See where it happens, then reinstall torch.",
+                f"timeout -s ABRT 60 {python(facts)} -X faulthandler -c 'import torch'",
             ),
         ),
     )
+
+
+def _reinstall(facts: Facts, text: str, *first: str) -> Fix:
+    """Reinstall torch; where LD_LIBRARY_PATH is set, try it without first: that is often the whole fault."""
+    if facts.machine.environment.get("LD_LIBRARY_PATH"):
+        text = f"Try it without LD_LIBRARY_PATH (if it works, unset that). {text}"
+        first = (f"env -u LD_LIBRARY_PATH {python(facts)} -c 'import torch'", *first)
+    return Fix(text=text, commands=(*first, torch_command(facts)))
 
 
 def driver_too_old(facts: Facts) -> Result:
@@ -235,7 +241,7 @@ def architecture_missing(facts: Facts) -> Result:
         return unknown("libraries.torch_build.archs is not known")
     groups: dict[tuple[str, Capability], list[Gpu]] = {}
     for gpu in facts.visible:
-        if gpu.compute_capability is not None and not _has_code(build.archs, gpu.compute_capability):
+        if gpu.compute_capability is not None and not has_code(build.archs, gpu.compute_capability):
             groups.setdefault((gpu.name, gpu.compute_capability), []).append(gpu)
     return tuple(
         found(
@@ -248,47 +254,6 @@ def architecture_missing(facts: Facts) -> Result:
         )
         for (name, (major, minor)), gpus in groups.items()
     )
-
-
-def _has_code(archs: Sequence[str], capability: Capability) -> bool:
-    return any(_runs(arch, capability) for arch in archs)
-
-
-def _runs(arch: str, capability: Capability) -> bool:
-    """Tell whether code for ``arch`` runs on a GPU.
-
-    ``sm_86`` runs on the same major version from that minor version on, ``sm_90a`` on exactly that GPU,
-    ``compute_90`` (PTX) on every later one. Source: CUDA C++ programming guide, binary and PTX compatibility.
-    """
-    match = re.fullmatch(r"(sm|compute)_([0-9]{1,3})([0-9])([af]?)", arch, re.ASCII)
-    if match is None:
-        return False
-    built = (int(match[2]), int(match[3]))
-    if match[4] or built in EMBEDDED_CAPABILITIES or capability in EMBEDDED_CAPABILITIES:
-        return built == capability
-    return built <= capability and (match[1] == "compute" or built[0] == capability[0])
-
-
-def torch_command(facts: Facts) -> str:
-    """Command that installs a torch which this driver can run and which has code for these GPUs.
-
-    Of the published CUDA versions it takes the newest that the driver supports outright, else the oldest that
-    minor-version compatibility allows; where the driver is unknown or nothing fits, the plain command.
-    """
-    capabilities = [gpu.compute_capability for gpu in facts.visible or facts.working if gpu.compute_capability]
-    driver = facts.machine.driver.cuda_version
-    fitting = [
-        cuda
-        for cuda, archs in sorted(TORCH_WHEELS.items())
-        if driver is not None
-        and cuda[0] <= driver[0]
-        and all(_has_code([f"sm_{major}{minor}" for major, minor in archs], capability) for capability in capabilities)
-    ]
-    if not fitting or driver is None:
-        return "python -m pip install --force-reinstall torch"
-    outright = [cuda for cuda in fitting if cuda <= driver]
-    major, minor = outright[-1] if outright else fitting[0]
-    return f"python -m pip install --force-reinstall torch --index-url {TORCH_INDEX}/cu{major}{minor}"
 
 
 CHECKS = (
@@ -304,7 +269,7 @@ CHECKS = (
         title="torch cannot be imported",
         run=torch_import_fails,
         needs=("torch",),
-        explained_by=("VLM301",),
+        explained_by=("VLM301", "VLM316"),
     ),
     Check(code="VLM305", title="torch dies on import", run=torch_import_dies, needs=("torch",)),
     Check(

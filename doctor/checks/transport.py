@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
+from ..data.xids import NVLINK_XIDS
 from ..findings import Finding, Fix
 from ..machine import Gpu, Link
 from ..visibility import quote
 from ._check import Check, Facts, Result, found, label, names, plain, skipped, unknown
+from ._remedy import is_red_hat, python, shell_path
+from .kernel import said_by_kernel
 
-_NVLINK_XID = 74
 _FALSE = ("", "0")
 _OFF_LEVELS = ("LOC", "0")
 _NOISY = ("INFO", "TRACE")
@@ -80,13 +84,23 @@ def _redirected(facts: Facts, message: str, gpus: Sequence[Gpu]) -> Finding:
         message,
         cause="A translating IOMMU, or PCIe access control, sends peer traffic through the processor.",
         evidence=facts.evidence("host.iommu", "host.is_virtual_machine"),
-        fix=Fix(
-            text="Let the IOMMU pass through (iommu=pt) and switch ACS off in the BIOS.",
-            commands=("cat /proc/cmdline", "cat /sys/kernel/iommu_groups/*/type | sort | uniq -c"),
-            who="administrator",
-        ),
+        fix=_pass_through(facts),
         gpus=gpus,
     )
+
+
+def _pass_through(facts: Facts) -> Fix:
+    """The kernel's command line is changed in another way by each family of distributions."""
+    if is_red_hat(facts):
+        text = "Let the IOMMU pass through, reboot, and switch ACS off in the BIOS."
+        commands = ("sudo grubby --update-kernel=ALL --args=iommu=pt", "sudo reboot")
+    else:
+        text = (
+            "Let the IOMMU pass through: put iommu=pt into GRUB_CMDLINE_LINUX of /etc/default/grub, reboot, and switch ACS "
+            "off in the BIOS."
+        )
+        commands = ("sudo nano /etc/default/grub", "sudo update-grub && sudo reboot")
+    return Fix(text=text, commands=commands, who="administrator")
 
 
 def nccl_settings(facts: Facts) -> Result:
@@ -166,9 +180,17 @@ def _setting(facts: Facts, settings: Mapping[str, tuple[str, str]], name: str, e
         "warning" if is_bad else "info",
         f"{name}={quote(value)} (from {plain(where)}) {effect}.",
         evidence=facts.evidence(path),
-        fix=Fix(text="Take the line out of the file.", commands=("grep -H . /etc/nccl.conf ~/.nccl.conf",))
-        if is_file
-        else Fix(text="Unset it.", commands=(f"unset {name}",)),
+        fix=_take_out(name, where) if is_file else Fix(text="Unset it.", commands=(f"unset {name}",)),
+    )
+
+
+def _take_out(name: str, file: str) -> Fix:
+    rights, who = ("sudo ", "administrator") if file.startswith("/etc/") else ("", "you")
+    line = shlex.quote(rf"/^[[:space:]]*{name}[[:space:]]*=/d")
+    return Fix(
+        text="Take the line out of the file.",
+        commands=(f"{rights}sed -i {line} {shell_path(file)}",),
+        who=cast(Literal["you", "administrator"], who),
     )
 
 
@@ -215,8 +237,8 @@ def wrong_numa_node(facts: Facts) -> Result:
             cause="A processor set or numactl binds it to the other socket.",
             evidence=facts.evidence(*(facts.path(gpu, "numa_node") for gpu in far[:4])),
             fix=Fix(
-                text="Run it next to its GPUs.",
-                commands=(f"numactl --cpunodebind={node} --membind={node} python -m pytest",),
+                text=f"Run it next to its GPUs, as here pytest; a container or job must get processors of node {node}.",
+                commands=(f"numactl --cpunodebind={node} --membind={node} {python(facts)} -m pytest",),
             ),
             gpus=far,
         ),
@@ -253,14 +275,17 @@ def nvlink_errors(facts: Facts) -> Result:
 
 
 def _link_errors(facts: Facts, gpu: Gpu) -> Finding:
-    events = facts.machine.driver.kernel_events or ()
-    has_failed = any(event.code == _NVLINK_XID and event.bus_id == gpu.bus_id for event in events)
+    log = said_by_kernel(facts, {gpu.bus_id}, NVLINK_XIDS)
+    cause, seen = log or (None, {})
     return found(
-        "warning" if has_failed else "info",
+        "warning" if log is not None else "info",
         f"{label(gpu)} counts {gpu.nvlink_errors:,} NVLink replays and recoveries.",
-        evidence=facts.evidence(facts.path(gpu, "nvlink_errors")),
+        cause=cause,
+        evidence=facts.evidence(facts.path(gpu, "nvlink_errors")) | seen,
         fix=Fix(
-            text="Look again after a run; if it grows, reseat the bridge or have the board looked at.",
+            text="Look again after a run; if it grows, reseat the bridge or have the board looked at."
+            if log is None
+            else "Reseat the bridge, or have the board looked at.",
             commands=(f"nvidia-smi nvlink -e -i {gpu.index}",),
             who="administrator",
         ),
@@ -278,5 +303,5 @@ CHECKS = (
     ),
     Check(code="VLM407", title="NCCL settings", run=nccl_settings, needs=("gpus",), explained_by=("VLM201",)),
     Check(code="VLM408", title="far from its GPUs", run=wrong_numa_node, needs=("gpus", "host"), explained_by=("VLM201",)),
-    Check(code="VLM409", title="NVLink errors", run=nvlink_errors, needs=("gpus",)),
+    Check(code="VLM409", title="NVLink errors", run=nvlink_errors, needs=("gpus",), told_by=("VLM402",)),
 )

@@ -10,6 +10,7 @@ from ..findings import Fix
 from ..machine import TorchView
 from ..visibility import VARIABLE, quote, visible_gpus
 from ._check import Check, Facts, Result, found, label, names, plain, skipped
+from ._remedy import WITH_NVML, python, start_anew
 
 _PATH = f"environment.{VARIABLE}"
 _ORDER = "CUDA_DEVICE_ORDER"
@@ -50,8 +51,12 @@ def all_hidden(facts: Facts) -> Result:
             if is_empty
             else "CUDA drops the first entry it does not accept and everything after it, without a message."
         )
-        assign = (f"export {VARIABLE}={shlex.quote(seen.corrected)}",) if seen.corrected else ()
-        fix = Fix(text="Unset the variable, or name the GPUs you want.", commands=(f"unset {VARIABLE}", *assign))
+        is_named = bool(seen.corrected) and not is_empty and (seen.value or "").strip() != "-1"
+        fix = (
+            Fix(text="Set the corrected value.", commands=(f"export {VARIABLE}={shlex.quote(seen.corrected or '')}",))
+            if is_named
+            else Fix(text="Unset the variable, or name in it the GPUs you want.", commands=(f"unset {VARIABLE}",))
+        )
     return (
         found(
             "error",
@@ -216,15 +221,14 @@ def container_without_gpus(facts: Facts) -> Result:
     granted = {word.strip() for word in capabilities[:200].split(",")}
     has_devices = any(name.removeprefix("/dev/nvidia").isdecimal() for name in driver.device_files)
     where = f"This {plain(facts.container)} container"
+    options: tuple[str, ...] = WITH_NVML
     if not machine.gpus and not has_devices:
         count = f", though the computer has {len(machine.pci_devices)}" if machine.pci_devices else ""
-        message, command = f"{where} was started without GPUs{count}.", "docker run --gpus all IMAGE"
+        message, options = f"{where} was started without GPUs{count}.", ()
     elif driver.libcuda_path is None and granted.isdisjoint(("compute", "all")):
         message = f"{where} has the GPUs but not libcuda: NVIDIA_DRIVER_CAPABILITIES={quote(capabilities)} lacks compute."
-        command = "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility IMAGE"
     elif driver.nvml_state == "no_library" and granted.isdisjoint(("utility", "all")):
         message = f"{where} has the GPUs but not NVML: NVIDIA_DRIVER_CAPABILITIES={quote(capabilities)} lacks utility."
-        command = "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility IMAGE"
     else:
         return ()
     variables = ("environment.NVIDIA_VISIBLE_DEVICES", "environment.NVIDIA_DRIVER_CAPABILITIES")
@@ -234,8 +238,12 @@ def container_without_gpus(facts: Facts) -> Result:
             message,
             cause="GPUs and driver libraries are put into a container when it is created.",
             evidence=facts.evidence("host.container", "driver.device_files", "driver.libcuda_path", *variables),
-            fix=Fix(
-                text="Start the container anew with GPU access (Kubernetes: limit nvidia.com/gpu).", commands=(command,)
+            fix=start_anew(
+                facts,
+                "Give the pod a limit of nvidia.com/gpu."
+                if facts.container == "kubernetes"
+                else "Start the container anew with GPU access.",
+                *options,
             ),
         ),
     )
@@ -282,7 +290,10 @@ def torch_sees_fewer(facts: Facts) -> Result:
             f"{message}{said}.",
             cause="CUDA does not start, or misses a GPU.",
             evidence=facts.evidence("torch.device_count", "torch.is_available", "torch.cuda", "driver.cuda_version"),
-            fix=Fix(text="Let CUDA say its own error.", commands=("python -c 'import torch; torch.cuda.init()'",)),
+            fix=Fix(
+                text="Let CUDA say its own error, and give it to vlm-doctor explain-error.",
+                commands=(f"{python(facts)} -c 'import torch; torch.cuda.init()'",),
+            ),
             gpus=missing,
         ),
     )

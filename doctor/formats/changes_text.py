@@ -13,7 +13,7 @@ def write_changes(page: Page, changes: Changes, *, shown: tuple[Change, ...] = (
     fresh = [change for change in changes.changes if change not in shown]
     if shown and not fresh:
         return
-    when = changes.saved_at or changes.where
+    when = changes.since
     state = {None: "", 0: ", when it was usable"}.get(changes.saved_exit_status, ", when it was not usable either")
     page.gap()
     if not changes.changes:

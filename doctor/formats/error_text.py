@@ -29,8 +29,7 @@ def write_error(page: Page, answer: ErrorAnswer, machine: Machine, *, verbose: b
         page.item("Not known:", f"the text ends with {answer.last_error}")
     page.gap()
     if answer.fix is not None:
-        text = answer.fix.text if answer.fix.who == "you" else f"Ask your administrator: {answer.fix.text}"
-        page.item("Do this next:", f"{text} ({answer.cause.code})")
+        page.item("Do this next:", f"{answer.fix.request} ({answer.cause.code})")
         for command in answer.fix.commands:
             page.verbatim(command, indent=4, style="bold")
     if answer.verify is not None:

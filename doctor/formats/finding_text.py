@@ -55,7 +55,7 @@ def _write_advice(page: Page, finding: Finding) -> None:
         page.item("Cause:", finding.cause, indent=2)
     if finding.fix is None:
         return
-    page.item("Fix:" if finding.fix.who == "you" else "Fix (administrator):", finding.fix.text, indent=2)
+    page.item(f"{finding.fix.label}:", finding.fix.text, indent=2)
     for command in finding.fix.commands:
         page.verbatim(command, indent=6, style="bold")
 

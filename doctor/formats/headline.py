@@ -33,6 +33,22 @@ def also_explains(finding: Finding, diagnosis: Diagnosis | None) -> str:
     return ", ".join(f"{one.title} ({one.code})" for one in symptoms)
 
 
+def since(report: Report, code: str) -> list[str]:
+    """What became of a code since a report was saved, as one inert line; empty when it is as it was, or not known."""
+    changes = report.changes
+    if changes is None or changes.findings_before is None:
+        return []
+    news = changes.news(report.diagnosis.findings if report.diagnosis is not None else ()).get(code)
+    before = changes.findings_before.get(code)
+    was = f"{'a' if before == 'warning' else 'an'} {before}"
+    lines = {
+        "new": f"New since {changes.since}.",
+        "updated": f"Of another severity since {changes.since}: it was {was}.",
+        "absent": f"Gone since {changes.since}: it was {was}.",
+    }
+    return [inert(lines[news])] if news in lines else []
+
+
 def advice(finding: Finding, diagnosis: Diagnosis | None = None) -> list[str]:
     """What it also explains, cause, demotion, fix and its commands, one inert line each."""
     explained = also_explains(finding, diagnosis)
@@ -41,6 +57,5 @@ def advice(finding: Finding, diagnosis: Diagnosis | None = None) -> list[str]:
     if finding.demoted_from is not None:
         lines.append(f"Demoted from {finding.demoted_from}: {finding.demoted_by}.")
     if finding.fix is not None:
-        who = "" if finding.fix.who == "you" else " (administrator)"
-        lines += [f"Fix{who}: {finding.fix.text}", *(f"    {command}" for command in finding.fix.commands)]
+        lines += [f"{finding.fix.label}: {finding.fix.text}", *(f"    {command}" for command in finding.fix.commands)]
     return [inert(line) for line in lines]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..findings import Severity
 from ..report import Report
-from .headline import advice, headline, refuse_other_reports
+from .headline import advice, headline, refuse_other_reports, since
 from .inert import inert
 from .look import Look
 
@@ -22,11 +22,10 @@ def render(report: Report, look: Look) -> str:
     if report.gate is not None and not report.gate.is_met:
         lines.append(command("error", "vlm-doctor gate", headline(report)))
     if report.changes is not None and report.changes.changes:
-        since = report.changes.saved_at or report.changes.where
         body = "\n".join(inert(change.text) for change in report.changes.changes)
-        lines.append(command("notice", f"changed since {since}", body))
+        lines.append(command("notice", f"changed since {report.changes.since}", body))
     for finding in report.diagnosis.findings if report.diagnosis is not None else ():
-        body = "\n".join([inert(finding.message), *advice(finding, report.diagnosis)])
+        body = "\n".join([inert(finding.message), *since(report, finding.code), *advice(finding, report.diagnosis)])
         lines.append(command(_LEVELS[finding.severity], f"{finding.code} {finding.title}", body))
     text = "".join(f"{line}\n" for line in [*lines, headline(report)])
     return text if look.is_unicode else text.encode("ascii", "backslashreplace").decode()

@@ -11,6 +11,7 @@ from .. import codec
 from ..report import REPORT_SCHEMA, Report
 from .look import Look
 
+_DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
@@ -35,9 +36,22 @@ def error_json(kind: str, message: str, exit_status: int) -> str:
 def schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a report; ``docs/report.schema.json`` is this."""
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$schema": _DRAFT,
         "title": f"Report of vlm-doctor, schema {REPORT_SCHEMA}",
         **without_indentation(msgspec.json.schema(Report)),
+    }
+
+
+def explanation_schema() -> dict[str, Any]:
+    """JSON Schema of what ``explain --json`` writes; ``docs/explain.schema.json`` is this."""
+    from ..codes import CodeList, Explanation
+
+    references, definitions = msgspec.json.schema_components((Explanation, CodeList), ref_template="#/$defs/{name}")
+    return {
+        "$schema": _DRAFT,
+        "title": "A code of vlm-doctor explained, or without a code the list of all",
+        "oneOf": list(references),
+        "$defs": without_indentation(definitions),
     }
 
 

@@ -11,10 +11,11 @@ import xml.etree.ElementTree as ET
 
 from ..findings import Outcome
 from ..report import Report
-from .headline import advice, headline, refuse_other_reports
+from .headline import advice, headline, refuse_other_reports, since
 from .inert import inert
 from .look import Look
 
+_MOST_CHANGES = 200
 _NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold. Source: XML 1.0, production 2."""
 
@@ -42,8 +43,11 @@ def render(report: Report, look: Look) -> str:  # noqa: ARG001 - every format ta
         "exit_status": str(report.exit_status),
         "version": report.version,
     }
-    for name, value in facts.items():
-        ET.SubElement(properties, "property", name=name, value=_safe(value))
+    changed: list[tuple[str, str]] = []
+    if report.changes is not None:
+        changed = [("since", report.changes.since), *(("changed", change.text) for change in report.changes.changes)]
+    for name, value in (*facts.items(), *changed[:_MOST_CHANGES]):
+        ET.SubElement(properties, "property", name=name, value=_safe(inert(value)))
     suite.extend(cases)
     root = ET.Element("testsuites", name="vlm-doctor")
     root.append(suite)
@@ -62,14 +66,17 @@ def _case(outcome: Outcome, report: Report) -> ET.Element:
         ET.SubElement(case, "skipped", type=outcome.state, message=_safe(f"{outcome.state}: {reason}"))
     # The exit status says whether warnings count: --strict is part of it.
     decisive = ("error", "warning") if _is_strict(report) else ("error",)
+    news = since(report, outcome.code)
     for finding in outcome.findings:
-        text = "\n".join([inert(finding.message), *advice(finding, report.diagnosis)])
+        text = "\n".join([inert(finding.message), *news, *advice(finding, report.diagnosis)])
         if finding.severity in decisive:
             ET.SubElement(case, "failure", type=finding.severity, message=_safe(finding.message)).text = _safe(text)
     quiet = [finding for finding in outcome.findings if finding.severity not in decisive]
-    if quiet:
-        lines = [f"{one.severity}: {inert(one.message)}" for one in quiet]
-        lines += [line for one in quiet for line in advice(one)]
+    lines = [f"{one.severity}: {inert(one.message)}" for one in quiet]
+    lines += [line for one in quiet for line in advice(one)]
+    # A failure says it itself.
+    lines += news if len(quiet) == len(outcome.findings) else []
+    if lines:
         ET.SubElement(case, "system-out").text = _safe("\n".join(lines))
     return case
 

@@ -55,15 +55,14 @@ def _finding(finding: Finding, diagnosis: Diagnosis | None) -> list[str]:
     if finding.cause:
         lines += [f"Cause: {escaped(finding.cause)}", ""]
     if finding.fix is not None and finding.severity != "info":
-        who = "" if finding.fix.who == "you" else " (administrator)"
-        lines += [f"Fix{who}: {escaped(finding.fix.text)}", "", *_code(finding.fix.commands)]
+        lines += [f"{finding.fix.label}: {escaped(finding.fix.text)}", "", *_code(finding.fix.commands)]
     return lines
 
 
 def _changes(report: Report) -> list[str]:
     if report.changes is None:
         return []
-    since = escaped(report.changes.saved_at or report.changes.where)
+    since = escaped(report.changes.since)
     if not report.changes.changes:
         return [f"Nothing has changed since {since}.", ""]
     return [f"### Changed since {since}", "", *(f"- {escaped(change.text)}" for change in report.changes.changes), ""]

@@ -14,7 +14,7 @@ from typing import Any
 from ..codes import all_codes, explain
 from ..findings import Diagnosis, Finding, Outcome, Severity
 from ..report import Report
-from .headline import advice, headline, refuse_other_reports
+from .headline import advice, headline, refuse_other_reports, since
 from .inert import inert
 from .look import Look
 
@@ -30,7 +30,15 @@ def render(report: Report, look: Look) -> str:  # noqa: ARG001 - every format ta
     diagnosis = report.diagnosis
     findings = diagnosis.findings if diagnosis is not None else ()
     outcomes = diagnosis.outcomes if diagnosis is not None else ()
-    codes = list(dict.fromkeys(finding.code for finding in findings))
+    news = report.changes.news(findings) if report.changes is not None else {}
+    before = (report.changes.findings_before if report.changes is not None else None) or {}
+    gone = [code for code, state in news.items() if state == "absent"]
+    codes = list(dict.fromkeys([*(finding.code for finding in findings), *gone]))
+    results = [_result(finding, codes.index(finding.code), diagnosis) for finding in findings]
+    results += [_absent(code, codes.index(code), before[code], report) for code in gone]
+    if news:
+        # All results have a state, or none: SARIF 2.1.0, 3.27.24.
+        results = [{**result, "baselineState": news[result["ruleId"]]} for result in results]
     invocation: dict[str, Any] = {
         "executionSuccessful": report.exit_status in (0, 1),
         "exitCode": report.exit_status,
@@ -53,7 +61,7 @@ def render(report: Report, look: Look) -> str:  # noqa: ARG001 - every format ta
                 },
                 "invocations": [invocation],
                 "artifacts": [{"location": {"uri": _MACHINE}, "description": {"text": inert(report.machine.description)}}],
-                "results": [_result(finding, codes.index(finding.code), diagnosis) for finding in findings],
+                "results": results,
                 "columnKind": "unicodeCodePoints",
             }
         ],
@@ -73,6 +81,25 @@ def _rule(code: str) -> dict[str, Any]:
     }
 
 
+def _absent(code: str, rule_index: int, severity: Severity, report: Report) -> dict[str, Any]:
+    """A finding of the saved report that is gone."""
+    text = "\n".join([all_codes().get(code, inert(code)), *since(report, code)])
+    return {
+        "ruleId": code,
+        "ruleIndex": rule_index,
+        "level": _LEVELS[severity],
+        "message": {"text": text},
+        "locations": [_location(["machine"])],
+    }
+
+
+def _location(places: list[str]) -> dict[str, Any]:
+    return {
+        "physicalLocation": {"artifactLocation": {"uri": _MACHINE, "index": 0}},
+        "logicalLocations": [{"fullyQualifiedName": place, "kind": "resource"} for place in places],
+    }
+
+
 def _result(finding: Finding, rule_index: int, diagnosis: Diagnosis | None) -> dict[str, Any]:
     text = "\n".join([inert(finding.message), *advice(finding, diagnosis)])
     places = [f"gpus[{index}]" for index in finding.gpus] or ["machine"]
@@ -83,12 +110,7 @@ def _result(finding: Finding, rule_index: int, diagnosis: Diagnosis | None) -> d
         "ruleIndex": rule_index,
         "level": _LEVELS[finding.severity],
         "message": {"text": text},
-        "locations": [
-            {
-                "physicalLocation": {"artifactLocation": {"uri": _MACHINE, "index": 0}},
-                "logicalLocations": [{"fullyQualifiedName": place, "kind": "resource"} for place in places],
-            }
-        ],
+        "locations": [_location(places)],
         "partialFingerprints": {"vlmDoctorFinding/v1": print_},
         "properties": {"evidence": {path: inert(value) for path, value in finding.evidence.items()}},
     }

@@ -261,6 +261,8 @@ def load_machine(spec: str) -> Machine:
 
     if spec == "live":
         return collect()
+    if not spec.strip():
+        raise MachineError("--machine is empty; write live, the file of a snapshot, or a description such as 2xL4.")
     if "/" in spec or spec.endswith(".json"):
         return read_snapshot(Path(spec))
     try:

@@ -30,6 +30,7 @@ _NAMES = frozenset(
         "SLURM_STEP_GPUS",
         "TORCH_USE_CUDA_DSA",
         "TMPDIR",
+        "VIRTUAL_ENV",
         "XDG_CACHE_HOME",
     }
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
-from pathlib import Path
 
 from ..errors import UsageError
 
@@ -26,7 +26,9 @@ def write_outputs(outputs: Mapping[str, str], environment: Mapping[str, str]) ->
     mark = f"vlm-doctor-{secrets.token_hex(16)}"
     text = "".join(f"{key}<<{mark}\n{value}\n{mark}\n" for key, value in outputs.items())
     try:
-        with Path(name).open("a", encoding="utf-8") as file:
+        # Not blocking: a pipe that nobody reads would be waited for.
+        descriptor = os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

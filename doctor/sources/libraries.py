@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ def read_libraries(
         Package(name=name, version=_version(distribution), location=shown(str(distribution.locate_file("")), home))
         for name, distribution in found.items()
     )
+    is_virtual = sys.prefix != sys.base_prefix
     registered = _version(found["torch"]) if "torch" in found else None
     folder = torch_build.find_torch(search_path)
     build, problem = torch_build.read_torch_build(folder, registered=registered, home=home)
@@ -83,7 +85,9 @@ def read_libraries(
         pynvml_owners=tuple(name for name in _PYNVML_CANDIDATES if _ships_pynvml(_find(name, search_path))),
         bitsandbytes_cuda=bitsandbytes_cuda(found.get("bitsandbytes")),
         foreign_cuda_libraries=foreign_cuda_libraries(environment or {}),
-        is_virtual_environment=sys.prefix != sys.base_prefix,
+        is_virtual_environment=is_virtual,
+        has_pip=_find("pip", search_path) is not None,
+        is_externally_managed=not is_virtual and (Path(os.__file__).parent / "EXTERNALLY-MANAGED").exists(),
     )
 
 

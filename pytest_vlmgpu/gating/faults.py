@@ -20,7 +20,7 @@ _HIDES_GPUS = ("VLM102", "VLM103", "VLM104", "VLM105", "VLM106", "VLM107", "VLM2
 """Checks whose findings of severity error mean that GPUs are there and cannot be seen."""
 _HIDES_ALL = "VLM201"
 _ABOUT_ONE_GPU = ("VLM108", "VLM109", "VLM110", "VLM111")
-_ABOUT_TORCH = ("VLM205", "VLM301", "VLM302", "VLM303", "VLM304", "VLM305", "VLM306", "VLM307")
+_ABOUT_TORCH = ("VLM205", "VLM301", "VLM302", "VLM303", "VLM304", "VLM305", "VLM306", "VLM307", "VLM316")
 """Why torch can use no GPU. A live machine tells what needs no import of torch: its files, and whether libcuda is there; a
 recorded one also whether the import failed."""
 _DRIVER_NOT_LOADED = 9

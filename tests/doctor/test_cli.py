@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jsonschema
@@ -17,6 +18,7 @@ import msgspec
 import pytest
 
 from vlm_doctor import __version__, cli, codec
+from vlm_doctor.commands.judge import DEFAULT_MODEL
 from vlm_doctor.errors import ModelFileError
 from vlm_doctor.machine import Machine, TorchView
 from vlm_doctor.redaction import redact
@@ -25,7 +27,7 @@ from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.model_files import catalogue_names
 
 MACHINES = Path(__file__).parents[1] / "machines"
-MODEL = cli.DEFAULT_MODEL
+MODEL = DEFAULT_MODEL
 
 
 class Ran(msgspec.Struct):
@@ -282,6 +284,20 @@ def test_explain_of_an_unknown_code_names_near_ones(run: Run) -> None:
     assert (ran.status, ran.out) == (2, "")
     assert "VLM50" in ran.err
     assert "did you mean" in ran.err
+
+
+def test_explain_as_data_follows_its_published_schema(run: Run) -> None:
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "explain.schema.json").read_text("utf-8"))
+
+    one, every, wrong = run("explain", "501", "--json"), run("explain", "--json"), run("explain", "--json", "nothing")
+
+    jsonschema.validate(one.json, schema)
+    jsonschema.validate(every.json, schema)
+    assert one.json["code"] == "VLM501"
+    assert one.json["what_to_do"].startswith("Wait, ")
+    assert {"code": "VLM501", "title": one.json["title"]} in every.json["codes"]
+    assert (wrong.status, wrong.err, wrong.json["exit_status"]) == (2, "", 2)
+    assert "There is no code 'nothing'" in wrong.json["error"]["message"]
 
 
 def test_version(run: Run) -> None:
@@ -548,6 +564,7 @@ def test_a_report_is_saved_and_compared_with(run: Run, tmp_path: Path) -> None:
         "saved_at": "2026-11-22T12:00:00Z",
         "saved_exit_status": 1,
         "changes": [],
+        "findings_before": {"VLM303": "error", "VLM401": "info"},
     }
     unwritable = run("--machine", "2xL4", "--save", str(tmp_path / "missing" / "x.json"))
     assert (unwritable.status, unwritable.out) == (2, "")
@@ -560,7 +577,7 @@ def test_a_snapshot_of_somebody_else_can_be_redacted(run: Run, monkeypatch: pyte
     ran = run("collect", "--redact", "--machine", recorded("2xa10-half-taken"))
 
     assert ran.status == 0
-    assert "ana" not in ran.out
+    assert '"ana"' not in ran.out
     assert codec.machine_from_json(ran.out.encode(), where="snapshot").gpus[1].processes[0].pid == 4711
 
 
@@ -579,6 +596,7 @@ def test_a_failure_in_a_job_is_an_annotation(run: Run) -> None:
         ("gate", "--machine", "T4", "--gpus", "2"),
         ("explain-error", str(LOGS / "nccl-shm.txt"), "--machine", "2xL4"),
         ("--machine", "2xL4", "--since", recorded("2xl4-idle")),
+        ("--machine", recorded("cpu-torch"), "--since", recorded("small-shm")),
     ],
 )
 def test_every_report_follows_the_published_schema(run: Run, words: tuple[str, ...]) -> None:
@@ -674,6 +692,29 @@ def test_an_interrupt_is_130_without_traceback() -> None:
     # A write that was cut short goes on before Python looks at the signal, so that the report may be whole or not.
     assert (first + out).startswith("{")
     assert (child.returncode, err) == (130, "")
+
+
+def test_an_interrupt_while_the_program_is_loaded_is_130_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "vlm_doctor.options", Interrupted("vlm_doctor.options"))
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+
+    assert stopped.value.code == 130
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_where_nothing_can_be_written_the_exit_status_has_to_do() -> None:
+    with Path("/dev/full").open("w") as full:
+        for words, status in ((["--machine", "2xL4"], 2), (["--machine", "nope"], 2), (["--bogus", "--json"], 2)):
+            child = subprocess.run(
+                [sys.executable, "-m", "vlm_doctor", *words], stdout=full, stderr=full, check=False, timeout=60
+            )
+            assert child.returncode == status, words
 
 
 def test_a_huge_value_leaves_a_short_sentence_with_both_ends(run: Run) -> None:

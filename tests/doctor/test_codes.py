@@ -4,11 +4,12 @@ import importlib
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from vlm_doctor import codes
 from vlm_doctor.checks import CHECKS, RETIRED
-from vlm_doctor.codes import all_codes, explain, list_text
+from vlm_doctor.codes import all_codes, explain, explanation, list_text
 from vlm_doctor.data.by_hand import BY_HAND
 from vlm_doctor.data.error_codes import ERROR_CODES
 from vlm_doctor.errors import UsageError
@@ -65,6 +66,29 @@ def test_a_page_keeps_its_own_way_to_look_by_hand(monkeypatch: pytest.MonkeyPatc
 
     assert codes._with_section(page, "Other.") == page
     assert codes._with_section("no such heading", "Other.") == "no such heading"
+
+
+@pytest.mark.parametrize("code", all_codes())
+def test_every_page_in_its_parts(code: str) -> None:
+    parts = msgspec.to_builtins(explanation(code))
+
+    assert (parts["code"], parts["title"]) == (code, all_codes()[code])
+    assert parts["summary"]
+    assert [key for key in parts if key not in ("code", "title", "summary")] == [
+        heading.lower().replace(" ", "_") for heading in SECTIONS
+    ]
+    for heading in SECTIONS:
+        assert f"## {heading}\n{parts[heading.lower().replace(' ', '_')]}" in explain(code)
+
+
+def test_a_retired_code_has_only_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RETIRED, "VLM998", "Dropped in 0.2.0: VLM997 says it.")
+
+    assert msgspec.to_builtins(explanation("998")) == {
+        "code": "VLM998",
+        "title": "no longer used",
+        "retired": "Dropped in 0.2.0: VLM997 says it.",
+    }
 
 
 def test_the_list_names_every_code() -> None:

@@ -7,15 +7,17 @@ import textwrap
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlm_doctor.answer import error_report
+from vlm_doctor.checks import diagnose
 from vlm_doctor.codes import all_codes
 from vlm_doctor.data.error_codes import ERROR_CODES
 from vlm_doctor.data.known_texts import RANKS, KnownText, all_known_texts
-from vlm_doctor.error_answer import answer_error
+from vlm_doctor.error_answer import answer_error, confirm
 from vlm_doctor.formats import render
 from vlm_doctor.sources import load_machine
 
@@ -370,3 +372,25 @@ def test_a_hostile_log_does_nothing_on_a_terminal(text: str, before: str, after:
         shown = render(report, "terminal", is_unicode=is_unicode, verbose=True)
         assert all(char.isprintable() or char == "\n" for char in shown)
         assert is_unicode or shown.isascii()
+
+
+def test_what_a_cause_says_for_a_check_confirms_too() -> None:
+    text = "ImportError: libtorch_cuda.so: undefined symbol: cudnnGetVersion, version libcudnn.so.9"
+    answer = answer_error(text, where="log")
+    assert "VLM304" in answer.checks
+
+    only = msgspec.structs.replace(answer, checks=("VLM304",))
+    confirmed = confirm(only, diagnose(load_machine(str(Path(__file__).parents[1] / "machines" / "foreign-cudnn.json"))))
+
+    assert confirmed.confirmation == "confirmed"
+    assert [finding.code for finding in confirmed.confirmed_by] == ["VLM316"]
+    assert confirmed.fix is not None
+    assert confirmed.fix.commands == ("unset LD_LIBRARY_PATH",)
+
+
+def test_what_stands_for_something_in_a_command_is_said() -> None:
+    for known in all_known_texts():
+        answer = answer_error(known.example, where="log")
+        if answer.fix is not None:
+            for word in re.findall(r"\b(?:MAP|MODEL|PACKAGE)\b", " ".join(answer.fix.commands)):
+                assert word in answer.fix.text, known.name

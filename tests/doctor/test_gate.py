@@ -330,6 +330,14 @@ def test_outputs_that_cannot_be_written_are_bad_usage(environment: Mapping[str, 
     assert str(caught.value) == sentence
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "output")
+
+    with pytest.raises(UsageError, match="cannot be written: No such device or address"):
+        write_outputs({"a": "b"}, {"GITHUB_OUTPUT": str(tmp_path / "output")})
+
+
 # --- expectations and the project's file ---
 
 

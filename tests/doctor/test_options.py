@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vlm_doctor.errors import UsageError
-from vlm_doctor.options import COMMANDS, parse, policy, workload
+from vlm_doctor.options import COMMANDS, parse
+from vlm_doctor.plan_options import policy, workload
 from vlm_doctor.units import GIB
 from vlm_doctor.workload import Policy, Training, Workload
 

@@ -125,7 +125,8 @@ def test_driver_mismatch_in_a_container_asks_for_a_new_container(ask: Ask, load:
     fix = ask("VLM104", "driver-mismatch", host=host).findings[0].fix
 
     assert fix is not None
-    assert fix.text == "Create the container anew; if that does not help, the host must be rebooted."
+    assert fix.text == "Create the container anew; if that does not help, have the host rebooted (IMAGE stands for yours)."
+    assert (fix.commands, fix.place) == (("docker run --gpus all IMAGE",), "host")
 
 
 def nvml(**changes: Any) -> dict[str, Any]:
@@ -183,7 +184,8 @@ def test_nvml_fails_in_a_container(ask: Ask, load: Load) -> None:
     assert finding.cause is not None
     assert "container" in finding.cause
     assert finding.fix is not None
-    assert finding.fix.text.startswith("Start the container anew")
+    assert finding.fix.text.startswith("Restart the container (NAME stands for its name)")
+    assert (finding.fix.commands, finding.fix.place) == (("docker restart NAME", "nvidia-smi"), "host")
 
 
 def test_missing_library_of_a_driver_without_version(ask: Ask) -> None:
@@ -216,7 +218,7 @@ def test_device_files_forbidden(ask: Ask, said: Said) -> None:
     outcome = ask("VLM106", "device-files-forbidden")
 
     assert said(outcome) == [("error", "This user may not open /dev/nvidia0, /dev/nvidiactl.")]
-    assert commands(outcome) == ("ls -l /dev/nvidia*", "id")
+    assert commands(outcome) == ("id -un; ls -l /dev/nvidia*", "sudo usermod -aG GROUP USER")
     assert ask("VLM106", "2xl4-idle").state == "passed"
     assert ask("VLM106", "laptop-no-gpu").reason == "the NVIDIA driver is not loaded"
 
@@ -257,3 +259,29 @@ def test_files_of_capabilities_are_roots_alone_and_not_missed(ask: Ask) -> None:
     driver = nvml(nvml_state="crashed", forbidden_device_files=("/dev/nvidia-modeset",))
 
     assert ask("VLM106", "nvml-crashed", **driver).state == "passed"
+
+
+@pytest.mark.parametrize(
+    ("owner", "system", "expected"),
+    [
+        (
+            "nova_core",
+            "Ubuntu 24.04",
+            ("printf 'blacklist nova_core\\n' | sudo tee /etc/modprobe.d/blacklist-nova_core.conf",),
+        ),
+        ("nouveau", "Fedora Linux 42", ("sudo dracut --force", "sudo reboot")),
+        ("x'; rm -rf ~", "Ubuntu 24.04", ()),
+    ],
+)
+def test_another_kernel_driver_is_blocked_by_its_own_name(
+    owner: str, system: str, expected: tuple[str, ...], ask: Ask, load: Load
+) -> None:
+    machine = load("nouveau")
+    assert machine.host is not None
+    devices = tuple(replace(device, kernel_driver=owner) for device in machine.pci_devices)
+
+    outcome = ask("VLM103", replace(machine, pci_devices=devices, host=replace(machine.host, os=system)))
+
+    told = commands(outcome)
+    assert set(expected) <= set(told)
+    assert bool(told) == bool(expected)

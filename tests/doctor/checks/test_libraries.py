@@ -22,11 +22,19 @@ def test_torch_missing(ask: Ask, said: Said) -> None:
 
     assert said(outcome) == [("error", "torch is not installed for Python 3.12.3, and this machine has 2 GPUs.")]
     assert commands(outcome) == (
-        "python -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
+        "python -m pip install torch torchvision --index-url https://download.pytorch.org/whl/cu130",
     )
     assert ask("VLM301", "2xl4-idle").state == "passed"
     assert ask("VLM301", "ci-container").reason == "no GPU"
     assert ask("VLM301", "torch-half-installed").state == "passed"
+
+
+def test_torchvision_comes_along_with_a_first_torch(ask: Ask, load: Load) -> None:
+    libraries = load("torch-missing").libraries
+    assert libraries is not None
+    bare = replace(libraries, packages=tuple(one for one in libraries.packages if one.name != "torchvision"))
+
+    assert commands(ask("VLM301", "torch-missing", libraries=bare)) == commands(ask("VLM301", "torch-missing"))
 
 
 def test_torch_missing_beside_one_gpu(ask: Ask, load: Load) -> None:
@@ -176,3 +184,13 @@ def test_a_foreign_pynvml_while_nvml_works_is_a_warning(ask: Ask, said: Said, li
     changed = replace(libraries, pynvml_owners=("pynvml",))
 
     assert said(ask("VLM310", "2xl4-idle", libraries=changed)) == [("warning", "The module pynvml belongs to pynvml.")]
+
+
+def test_a_torch_that_is_too_old_is_replaced_by_one_that_runs_here(ask: Ask, load: Load) -> None:
+    libraries = load("2xl4-idle").libraries
+    assert libraries is not None
+    rule = VersionRule(requirer="transformers", requirement="torch>=3", source="Requires-Dist of transformers")
+
+    assert commands(ask("VLM309", "2xl4-idle", libraries=replace(libraries, rules=(rule,)))) == (
+        "python -m pip install --force-reinstall 'torch>=3' torchvision --index-url https://download.pytorch.org/whl/cu130",
+    )

@@ -20,19 +20,19 @@ EXPECTED = {
     # Name of the machine to every finding above info.
     "2xa10-half-taken": ["warning VLM501"],
     "2xa6000-translating-iommu": ["warning VLM406"],
-    "2xh200-recorded-12-and-23gib-free": ["warning VLM501", "warning VLM501"],
-    "2xh200-recorded-23gib-free": ["warning VLM501", "warning VLM501"],
+    "2xh200-recorded-12-and-23gib-free": ["warning VLM501"],
+    "2xh200-recorded-23gib-free": ["warning VLM501"],
     "3090-in-a-mining-slot": ["warning VLM115"],
     "5090-closed-modules": ["error VLM113"],
     "8xh100-fabric-down": ["error VLM403"],
     "a10-on-a-riser": ["warning VLM115"],
     "a100-mig": ["warning VLM110"],
     "alloc-conf-ignored": ["warning VLM311"],
-    "alloc-conf-misspelt": ["warning VLM311", "warning VLM311"],
+    "alloc-conf-misspelt": ["warning VLM311"],
     "badly-joined": ["warning VLM405"],
     "cache-of-root": ["warning VLM509"],
     "cgroup-limit": ["warning VLM504"],
-    "cogvlm-in-the-cache": ["warning VLM321", "warning VLM321"],
+    "cogvlm-in-the-cache": ["warning VLM321"],
     "compat-on-geforce": ["error VLM112"],
     "confidential-not-ready": ["error VLM118"],
     "container-hidden-pids": ["warning VLM502"],
@@ -48,10 +48,10 @@ EXPECTED = {
     "driver-mismatch": ["error VLM104"],
     "driver-missing": ["error VLM102"],
     "exclusive-process": ["error VLM109"],
-    "failing-nvlink": ["warning VLM114", "warning VLM409"],
+    "failing-nvlink": ["warning VLM409"],
     "far-from-its-gpus": ["warning VLM408"],
     "flash-attn-for-another-torch": ["error VLM313", "warning VLM313", "warning VLM313"],
-    "foreign-cudnn": ["error VLM304", "warning VLM316"],
+    "foreign-cudnn": ["error VLM316"],
     "full-disk": ["warning VLM505"],
     "full-tmp": ["warning VLM508"],
     "gpu-lost": ["error VLM108"],
@@ -67,9 +67,11 @@ EXPECTED = {
     "nccl-conf-left-over": ["warning VLM407", "warning VLM407", "warning VLM407"],
     "no-pillow": ["warning VLM319"],
     "nouveau": ["error VLM103"],
-    "nvlink-half-dead": ["warning VLM402", "warning VLM402"],
+    "nvlink-down-in-the-log": ["warning VLM402"],
+    "nvlink-half-dead": ["warning VLM402"],
     "nvml-crashed": ["error VLM105"],
     "offline-without-a-shard": ["warning VLM511"],
+    "one-full-disk": ["warning VLM505"],
     "old-accelerate": ["error VLM309"],
     "old-bitsandbytes": ["warning VLM314"],
     "old-driver": ["error VLM306"],
@@ -87,6 +89,7 @@ EXPECTED = {
     "torch-import-error": ["error VLM304"],
     "torch-missing": ["error VLM301"],
     "torch-sees-fewer": ["error VLM206"],
+    "torchvision-left-behind": ["error VLM309"],
     "torch-segfault": ["error VLM305"],
     "transformers-cache-ignored": ["warning VLM318"],
     "transformers-missing": ["warning VLM308"],
@@ -95,6 +98,14 @@ EXPECTED = {
     "wsl2-linux-driver": ["error VLM112"],
     "xid-48": ["warning VLM114", "warning VLM114"],
     "xid-79": ["error VLM108"],
+}
+SEVERAL = {
+    # Machines that have several faults, and which.
+    "debug-switches": "two variables, each set for itself",
+    "flash-attn-for-another-torch": "three packages from three places",
+    "limited-addresses": "a limit of the process and one of the container",
+    "nccl-conf-left-over": "three settings, in a file and in the environment",
+    "xid-48": "memory of a GPU, and an Xid that the list does not have",
 }
 HEALTHY = [
     "2x4090-no-p2p",
@@ -187,6 +198,19 @@ def test_a_broken_machine_gets_its_cause_and_a_healthy_one_nothing(name: str, lo
     diagnosis = diagnose(load(name))
 
     assert [f"{f.severity} {f.code}" for f in diagnosis.findings if f.severity != "info"] == EXPECTED.get(name, [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_fault_is_said_once(name: str, load: Callable[..., Machine]) -> None:
+    """A broken machine has one finding above info, the cause; several only where there are several faults."""
+    findings = [finding for finding in diagnose(load(name)).findings if finding.severity != "info"]
+
+    assert sum(finding.severity == "error" for finding in findings) <= 1
+    if name in SEVERAL:
+        assert len(findings) > 1
+        assert len({finding.message for finding in findings}) == len(findings)
+    else:
+        assert [finding.message for finding in findings][1:] == []
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from vlm_doctor.checks import CHECKS
+from vlm_doctor.checks import CHECKS, diagnose
 from vlm_doctor.checks._check import Facts, examine
-from vlm_doctor.machine import FileSetting, KernelEvent, Libraries, Machine, NumaNode, Package, TorchBuild
+from vlm_doctor.machine import FileSetting, KernelEvent, Libraries, Machine, NumaNode, Package, TorchBuild, TorchView
 
 from .asking import Ask, Load, Said, commands
 
@@ -43,8 +44,8 @@ def libraries(load: Load, build: str = "2.13.0+cu130", cuda: str | None = "13.0"
             {"PYTORCH_ALLOC_CONF": "a:1", "PYTORCH_CUDA_ALLOC_CONF": "a:1"},
             "2.13.0",
             [
-                "PYTORCH_CUDA_ALLOC_CONF='a:1': torch knows no option 'a', and fails at the first use of a GPU.",
-                "PYTORCH_ALLOC_CONF='a:1': torch knows no option 'a', and fails at the first use of a GPU.",
+                "PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF='a:1': torch knows no option 'a', and fails at the first "
+                "use of a GPU.",
             ],
         ),
         (
@@ -61,6 +62,55 @@ def test_allocator(environment: dict[str, str], torch: str, messages: list[str],
     outcome = ask("VLM311", "2xl4-idle", environment=environment, libraries=libraries(load, torch))
     assert [finding.message for finding in outcome.findings] == messages
     assert outcome.state == ("found" if messages else "passed")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "torch", "advice"),
+    [
+        # The name that this torch reads is kept, with what is good of its value.
+        ("expandable_segments=True", None, "2.13.0", ["export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]),
+        (None, "expandible-segments: True,x:1", "2.13.0", ["export PYTORCH_ALLOC_CONF=expandable_segments:True"]),
+        (None, "a:1", "2.13.0", ["unset PYTORCH_ALLOC_CONF"]),
+        ("a:1", "a:1", "2.13.0", ["unset PYTORCH_CUDA_ALLOC_CONF", "unset PYTORCH_ALLOC_CONF"]),
+        (
+            "max_split_size_mb:64",
+            "a:1",
+            "2.13.0",
+            ["unset PYTORCH_CUDA_ALLOC_CONF", "export PYTORCH_ALLOC_CONF=max_split_size_mb:64"],
+        ),
+        (
+            "max_split_size_mb:64",
+            "max_split_size_mb:32",
+            "2.13.0",
+            ["unset PYTORCH_CUDA_ALLOC_CONF", "export PYTORCH_ALLOC_CONF=max_split_size_mb:32"],
+        ),
+        (
+            "roundup_power2_divisions:[256:1,512:2],x",
+            "max_split_size_mb:32",
+            "2.9.1",
+            ["unset PYTORCH_ALLOC_CONF", "export PYTORCH_CUDA_ALLOC_CONF='roundup_power2_divisions:[256:1,512:2]'"],
+        ),
+    ],
+)
+def test_one_advice_for_both_allocator_variables(
+    old: str | None, new: str | None, torch: str, advice: list[str], ask: Ask, load: Load
+) -> None:
+    named = {"PYTORCH_CUDA_ALLOC_CONF": old, "PYTORCH_ALLOC_CONF": new}
+    environment = {name: value for name, value in named.items() if value is not None}
+    found = libraries(load, torch)
+
+    outcome = ask("VLM311", "2xl4-idle", environment=environment, libraries=found)
+
+    assert len(outcome.findings) == 1
+    assert commands(outcome) == tuple(advice)
+    # What the commands leave behind is fine.
+    for command in advice:
+        verb, _, rest = command.partition(" ")
+        name, _, value = rest.partition("=")
+        environment = {key: kept for key, kept in environment.items() if key != name}
+        if verb == "export":
+            environment[name] = shlex.split(value)[0]
+    assert ask("VLM311", "2xl4-idle", environment=environment, libraries=found).state in ("passed", "skipped")
 
 
 def test_allocator_of_a_torch_that_is_not_there(ask: Ask) -> None:
@@ -91,12 +141,33 @@ def test_switches(environment: dict[str, str], severities: list[str], ask: Ask) 
     assert [finding.severity for finding in outcome.findings] == severities
 
 
-def test_foreign_libraries_are_counted(ask: Ask, said: Said) -> None:
+def test_foreign_libraries_are_counted(ask: Ask, said: Said, load: Load) -> None:
     expected = (
         "LD_LIBRARY_PATH brings other CUDA libraries than torch's: /usr/local/cuda/lib64/libcudnn.so.9, "
         "/opt/lib/libnccl.so.0, /opt/lib/libnccl.so.1 and 1 more."
     )
-    assert said(ask("VLM316", "foreign-cudnn")) == [("warning", expected)]
+    machine = load("foreign-cudnn")
+    assert said(ask("VLM316", replace(machine, torch=load("2xl4-idle").torch))) == [("info", expected)]
+
+
+@pytest.mark.parametrize(
+    ("message", "guilty"),
+    [
+        ("ImportError: libtorch_cuda.so: undefined symbol: ncclCommRegister", "/opt/lib/libnccl.so.0"),
+        ("RuntimeError: cuDNN version incompatibility: compiled against (9, 1, 0)", "/usr/local/cuda/lib64/libcudnn.so.9"),
+        ("ImportError: libtorch_cuda.so: undefined symbol: cublasLtCreate", None),
+        ("ImportError: libcudnn.so.9: cannot open shared object file: No such file or directory", None),
+    ],
+)
+def test_a_foreign_library_that_the_error_names_is_the_cause(message: str, guilty: str | None, load: Load) -> None:
+    machine = replace(load("foreign-cudnn"), torch=TorchView(state="failed", message=message))
+
+    errors = [finding for finding in diagnose(machine).findings if finding.severity != "info"]
+
+    assert [finding.code for finding in errors] == ["VLM316" if guilty else "VLM304"]
+    if guilty:
+        assert f"LD_LIBRARY_PATH puts {guilty} before its own library." in errors[0].message
+        assert [outcome.code for outcome in diagnose(machine).symptoms("VLM316")] == ["VLM304"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +210,9 @@ def test_companions(versions: dict[str, str], torch: str, cuda: str | None, coun
 def test_a_companion_is_taken_from_the_index_of_torch(ask: Ask, load: Load) -> None:
     outcome = ask("VLM313", "2xl4-idle", libraries=libraries(load, torchaudio="2.13.0+cpu"))
     index = "https://download.pytorch.org/whl/cu130"
-    assert commands(outcome) == (f"python -m pip install --force-reinstall --no-deps torchaudio --index-url {index}",)
+    assert commands(outcome) == (
+        f"python -m pip install --force-reinstall --no-deps torchaudio==2.13.0 --index-url {index}",
+    )
 
 
 def test_bitsandbytes(ask: Ask, load: Load, said: Said) -> None:
@@ -343,7 +416,7 @@ def test_ages_of_events(ask: Ask, load: Load) -> None:
 
 def test_the_kernel_log_gives_the_cause_of_a_lost_gpu(ask: Ask, load: Load) -> None:
     finding = ask("VLM108", "xid-79").findings[0]
-    assert finding.cause == "The kernel log has Xid 79 of it: the GPU has fallen off the bus."
+    assert finding.cause == "The kernel log has Xid 79 of it (2 times, 5 min ago): the GPU has fallen off the bus."
     machine = load("gpu-off-the-bus")
     events = (
         KernelEvent(kind="iommu_fault", bus_id="0000:5d:00.0"),
@@ -352,7 +425,7 @@ def test_the_kernel_log_gives_the_cause_of_a_lost_gpu(ask: Ask, load: Load) -> N
     )
     failed = replace(machine, driver=replace(machine.driver, kernel_events=events))
     cause = ask("VLM107", failed).findings[0].cause
-    assert cause == "The kernel log has a failed start of it: the driver could not start the GPU."
+    assert cause == "The kernel log has a failed start of it (1 time): the driver could not start the GPU."
     assert ask("VLM107", machine).findings[0].cause == "It fell off the bus or failed to start."
 
 

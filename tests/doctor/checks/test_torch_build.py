@@ -11,7 +11,7 @@ from vlm_doctor.machine import TorchBuild, TorchView
 
 from .asking import Ask, Load, Said
 
-INDEX = "python -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl"
+INDEX = "python -m pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl"
 
 
 def fixed_by(outcome: Outcome) -> tuple[str, tuple[str, ...]]:
@@ -69,7 +69,12 @@ def test_import_error(ask: Ask, said: Said) -> None:
         )
     ]
     assert outcome.findings[0].cause == "A library that torch needs is not installed or not found."
-    assert fixed_by(outcome)[1] == ("env -u LD_LIBRARY_PATH python -c 'import torch'", f"{INDEX}/cu130")
+    assert fixed_by(outcome) == ("Reinstall torch.", (f"{INDEX}/cu130",))
+    foreign = ask("VLM304", "torch-import-error", environment={"LD_LIBRARY_PATH": "/opt/lib"})
+    assert fixed_by(foreign) == (
+        "Try it without LD_LIBRARY_PATH (if it works, unset that). Reinstall torch.",
+        ("env -u LD_LIBRARY_PATH python -c 'import torch'", f"{INDEX}/cu130"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +220,7 @@ def test_the_wheel_suits_driver_and_gpu(
 
     command = fixed_by(ask("VLM303", "cpu-torch", driver=driver, gpu=(0, {"compute_capability": capability})))[1][0]
 
-    assert command == (INDEX + index if index else "python -m pip install --force-reinstall torch")
+    assert command == (INDEX + index if index else "python -m pip install --force-reinstall torch torchvision")
 
 
 def test_a_foreign_error_of_a_half_installed_torch_is_reported_too(load: Load) -> None:

@@ -18,10 +18,12 @@ def test_every_gpu_hidden(ask: Ask, said: Said) -> None:
     outcome = ask("VLM201", "masked")
 
     assert said(outcome) == [("error", "CUDA_VISIBLE_DEVICES='' hides every GPU.")]
-    assert commands(outcome) == ("unset CUDA_VISIBLE_DEVICES", "export CUDA_VISIBLE_DEVICES=0,1")
+    assert commands(outcome) == ("unset CUDA_VISIBLE_DEVICES",)
     assert outcome.findings[0].evidence == {"environment.CUDA_VISIBLE_DEVICES": "''"}
     assert str(outcome.findings[0].cause).startswith("An empty value names no GPU")
     assert str(ask("VLM201", "2xl4-idle", **visible("x,0")).findings[0].cause).startswith("CUDA drops the first entry")
+    assert commands(ask("VLM201", "2xl4-idle", **visible("x,0"))) == ("export CUDA_VISIBLE_DEVICES=0",)
+    assert commands(ask("VLM201", "2xl4-idle", **visible("-1"))) == ("unset CUDA_VISIBLE_DEVICES",)
     assert ask("VLM201", "2xl4-idle").state == "passed"
     assert ask("VLM201", "laptop-no-gpu", **visible("")).reason == "no GPU"
 

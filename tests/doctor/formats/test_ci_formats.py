@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from vlm_doctor.answer import check_report as judge
 from vlm_doctor.answers import Change, Changes, GateAnswer
+from vlm_doctor.changes import Saved, with_changes
 from vlm_doctor.errors import UsageError
 from vlm_doctor.findings import Diagnosis, Finding, Fix, Outcome
 from vlm_doctor.formats import render
@@ -89,6 +90,72 @@ def test_a_gate_is_the_headline(style: str) -> None:
 @pytest.mark.parametrize("style", CI)
 def test_what_a_cause_also_explains_is_said(style: str) -> None:
     assert "Also explains: torch sees fewer GPUs (VLM206)" in render(report_of("cpu-torch"), style)
+
+
+def compared(before: str, now: str) -> Report:
+    then = report_of(before)
+    saved = Saved(where="good.json", machine=then.machine, diagnosis=then.diagnosis, exit_status=then.exit_status)
+    return with_changes(report_of(now), saved)
+
+
+def test_sarif_says_which_results_are_new_and_which_are_gone() -> None:
+    (run,) = json.loads(render(compared("small-shm", "cpu-torch"), "sarif"))["runs"]
+
+    states = {result["ruleId"]: (result["baselineState"], result["level"]) for result in run["results"]}
+    assert states == {
+        "VLM303": ("new", "error"),
+        "VLM401": ("unchanged", "note"),
+        "VLM503": ("absent", "warning"),
+    }
+    assert [run["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] for result in run["results"]] == list(states)
+    gone = run["results"][-1]["message"]["text"]
+    assert gone == "/dev/shm too small\nGone since 2026-11-22T12:00:00Z: it was a warning."
+    jsonschema.validate(json.loads(render(compared("small-shm", "cpu-torch"), "sarif")), SARIF)
+
+
+def test_a_finding_that_got_worse_is_updated() -> None:
+    fine = report_of("rhel8-pair")
+    assert fine.diagnosis is not None
+    outcome = next(one for one in fine.diagnosis.outcomes if one.code == "VLM512")
+    worse = Diagnosis(outcomes=(_as_error(outcome),))
+    saved = Saved(where="a.json", machine=fine.machine, diagnosis=fine.diagnosis)
+    report = with_changes(msgspec.structs.replace(fine, diagnosis=worse), saved)
+
+    results = json.loads(render(report, "sarif"))["runs"][0]["results"]
+    assert {result["ruleId"]: result["baselineState"] for result in results} == {"VLM512": "updated", "VLM401": "absent"}
+    assert "Of another severity since 2026-11-22T12:00:00Z: it was an info." in render(report, "junit")
+
+
+def _as_error(outcome: Outcome) -> Outcome:
+    (finding,) = outcome.findings
+    return msgspec.structs.replace(outcome, findings=(msgspec.structs.replace(finding, severity="error"),))
+
+
+def test_junit_says_what_is_new_and_what_is_gone() -> None:
+    root = suite(compared("small-shm", "cpu-torch"))
+
+    properties = [(one.get("name"), one.get("value")) for one in root.findall("properties/property")]
+    assert ("since", "2026-11-22T12:00:00Z") in properties
+    assert ("changed", "torch without CUDA (VLM303): error (new)") in properties
+    failure = root.find("testcase[@name='VLM303 torch without CUDA']/failure")
+    assert failure is not None
+    assert "New since 2026-11-22T12:00:00Z." in (failure.text or "")
+    gone = root.find("testcase[@name='VLM503 /dev/shm too small']/system-out")
+    assert gone is not None
+    assert gone.text == "Gone since 2026-11-22T12:00:00Z: it was a warning."
+
+
+@pytest.mark.parametrize("style", CI)
+def test_nothing_is_new_where_nothing_is_compared(style: str) -> None:
+    report = msgspec.structs.replace(report_of("cpu-torch"), changes=Changes(where="a.json"))
+
+    assert not re.search("New since|Gone since|baselineState", render(report, style))
+
+
+def test_github_marks_what_is_new() -> None:
+    first = next(line for line in render(compared("2xl4-idle", "cpu-torch"), "github").splitlines() if "VLM303 " in line)
+
+    assert "%0ANew since 2026-11-22T12%3A00%3A00Z.%0A" in first.replace(":", "%3A")
 
 
 def test_of_a_gate_that_could_not_be_judged_the_test_case_is_an_error() -> None:
@@ -214,6 +281,7 @@ SARIF: dict[str, Any] = {
                             "properties": {
                                 "level": {"enum": ["none", "note", "warning", "error"]},
                                 "ruleIndex": {"type": "integer", "minimum": 0},
+                                "baselineState": {"enum": ["new", "unchanged", "updated", "absent"]},
                                 "message": TEXT,
                                 "suppressions": {"items": {"properties": {"kind": {"enum": ["inSource", "external"]}}}},
                             },

@@ -13,7 +13,7 @@ import pytest
 from vlm_doctor import codec
 from vlm_doctor.errors import UsageError
 from vlm_doctor.formats import render
-from vlm_doctor.formats.to_json import error_json, schema
+from vlm_doctor.formats.to_json import error_json, explanation_schema, schema
 from vlm_doctor.report import Report
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "report.schema.json"
@@ -37,6 +37,11 @@ def test_json_validates_and_reads_back(name: str, request: pytest.FixtureRequest
 
 def test_published_schema_is_that_of_the_records(golden: Callable[[str, str], None]) -> None:
     golden("../../docs/report.schema.json", json.dumps(schema(), indent=2) + "\n")
+
+
+def test_published_schema_of_explanations(golden: Callable[[str, str], None]) -> None:
+    golden("../../docs/explain.schema.json", json.dumps(explanation_schema(), indent=2) + "\n")
+    jsonschema.Draft202012Validator.check_schema(explanation_schema())
 
 
 def test_published_schema_is_a_schema_and_refuses_what_is_no_report() -> None:

@@ -98,6 +98,8 @@ def test_empty_environment(site: Path) -> None:
         python=sys.version.split()[0],
         executable=sys.executable,
         is_virtual_environment=sys.prefix != sys.base_prefix,
+        has_pip=False,
+        is_externally_managed=False,
     )
 
 
@@ -402,3 +404,20 @@ def test_installed_libraries_are_read() -> None:
     assert libraries.torch_build.cuda == torch.version.cuda
     required = {rule.requirement.partition(">")[0] for rule in libraries.rules if rule.requirer == "transformers"}
     assert {"accelerate", "torch", "safetensors"} <= required
+
+
+def test_a_python_with_pip(site: Path) -> None:
+    install(site, "pip", "25.3")
+
+    assert read(site).has_pip is True
+
+
+@pytest.mark.parametrize("is_virtual", [True, False])
+def test_a_python_that_the_operating_system_keeps(
+    is_virtual: bool, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "EXTERNALLY-MANAGED").write_text("[externally-managed]\n")
+    monkeypatch.setattr("vlm_doctor.sources.libraries.os.__file__", str(tmp_path / "os.py"))
+    monkeypatch.setattr(sys, "base_prefix", sys.prefix + "/base" if is_virtual else sys.prefix)
+
+    assert read(site).is_externally_managed is not is_virtual
