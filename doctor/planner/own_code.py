@@ -1,0 +1,47 @@
+"""What a checkpoint's own code needs that the transformers of a machine does not give it, in a sentence."""
+
+from __future__ import annotations
+
+from ..data.removed_calls import BREAKS, NATIVE, PUBLISHED, is_broken
+from ..machine import Machine
+from ..model import ModelProfile
+from .release import release_of
+
+_NEWEST = (999, 0)
+
+
+def about_own_code(profile: ModelProfile, machine: Machine) -> tuple[str, ...]:
+    """One sentence, or none where nothing is known to be missing.
+
+    Args:
+        profile: Where its code was not at hand, what its family publishes counts.
+        machine: A machine without a known transformers is taken to have the newest.
+    """
+    if not profile.is_remote_code:
+        return ()
+    names = PUBLISHED.get(profile.model_type, ()) if profile.broken_calls is None else profile.broken_calls
+    release = release_of(machine)
+    found = [name for name in names if is_broken(name, release or _NEWEST)]
+    if not found:
+        return ()
+    first = min((BREAKS[name] for name in found), key=lambda entry: entry.since)
+    since = _text(first.since)
+    where = f"transformers {_text(release)}" if release else f"transformers {since} or newer"
+    code = "its own code" if profile.broken_calls is not None else "its own code as published"
+    also = f" ({_joined([BREAKS[name].says for name in found if BREAKS[name] is not first])})" if len(found) > 1 else ""
+    fix = f"Use transformers<{since} in an environment of its own, or newer code"
+    native = NATIVE.get(profile.model_type)
+    if native is not None:
+        fix += f", or what transformers {_text(native.since)} and later can do itself: {native.model}"
+    return (
+        f"{profile.architecture} does not run on {where}: {code} {first.says}{also}, and since {since} that means "
+        f"{first.then} ({first.source}). {fix}.",
+    )
+
+
+def _text(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def _joined(items: list[str]) -> str:
+    return "it also " + " and ".join(items)
