@@ -7,6 +7,7 @@ keys at small sizes; weights are random and come in shards.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -352,6 +353,14 @@ def inputs(family: str) -> dict[str, dict[str, Any]]:
     return {"text": {"input_ids": _ids((7, 4))}, "image": FAMILIES[family].image()}
 
 
+def copy_code(module: str, folder: Path) -> None:
+    """The file of a class and those that it imports."""
+    text = (CODE / f"{module}.py").read_text()
+    shutil.copy(CODE / f"{module}.py", folder)
+    for name in re.findall(r"^from \.(\w+) import", text, re.MULTILINE):
+        copy_code(name, folder)
+
+
 def write_config(family: str, folder: Path, **changes: Any) -> None:
     """config.json and the code."""
     known = FAMILIES[family]
@@ -360,8 +369,7 @@ def write_config(family: str, folder: Path, **changes: Any) -> None:
     fields = {"architectures": [known.classes[1]], "auto_map": classes, "torch_dtype": "float32", **known.config, **changes}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields, indent=1))
-    for path in CODE.glob("*.py"):
-        shutil.copy(path, folder)
+    copy_code(known.module, folder)
 
 
 def load(folder: Path, family: str, **options: Any) -> Any:
@@ -394,4 +402,4 @@ def write(family: str, folder: Path, *, shard_size: str = "150KB") -> Path:
     return folder
 
 
-__all__ = ["CODE", "FAMILIES", "inputs", "load", "write", "write_config"]
+__all__ = ["CODE", "FAMILIES", "copy_code", "inputs", "load", "write", "write_config"]

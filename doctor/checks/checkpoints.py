@@ -33,7 +33,7 @@ def lost_calls(facts: Facts) -> Result:
 
     ## What to do
     An older transformers in an environment of its own (the fix names the newest that will do), a newer revision of the
-    checkpoint, or a model that transformers knows itself: [the page of architectures](../architectures.md) has one for each family.
+    checkpoint, or a model that transformers knows itself: [the page of architectures](../architectures.md) names them.
 
     ## When it is fine
     Where the checkpoint is not used any more, or runs through an engine with classes of its own (vLLM, SGLang, LMDeploy).
@@ -61,7 +61,9 @@ def _lost(facts: Facts, checkpoint: Checkpoint, version: str) -> Finding:
         "warning",
         f"The code of {plain(checkpoint.repo)} {' and '.join(does)}, and transformers {plain(version)} "
         + ("asks for more." if known and known[0].is_new else "lacks it." if len(does) == 1 else "has moved on."),
-        cause=f"It was written for an older transformers: {known[0].then}." if known else "It was written for an older one.",
+        cause=f"It was written for an older transformers: {known[0].then}."
+        if known
+        else "It was written for an older one.",
         evidence=facts.evidence(f"checkpoints[{position}].lost_calls"),
         fix=Fix(
             text="Use an older transformers in an environment of its own, a newer revision of the checkpoint, or a model "

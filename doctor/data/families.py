@@ -290,8 +290,8 @@ WHOLE_TOWERS = frozenset(
 """Families whose tower no cut may part: their code stacks or joins the outputs of several blocks, or of two encoders, which
 would be on several GPUs (``torch.stack`` in modeling_mllama.py, ``torch.cat`` in the others). Florence-2's blocks take
 turns with the convolutions of another list. Qwen Omni names the encoder itself in ``_no_split_modules``. The
-first five write image features into the embeddings by a mask of the inputs (``MASKED_AT_INPUTS``): the embedding must be where
-the inputs are, which is where a tower begins."""
+first five write image features into the embeddings by a mask of the inputs (``MASKED_AT_INPUTS``): the embedding must be
+where the inputs are, which is where a tower begins."""
 
 _ROTARY_POS_EMB = (
     *(

@@ -97,12 +97,12 @@ four tiles. Mllama's image tokens feed cross-attention only: counted as prompt t
 
 # Families that bring code of their own, all as upper bounds (the file of the checkpoint, or of its repository):
 # MiniCPM-V: image_processing_minicpmv.py, scale_resolution 448, up to max_slice_nums 9 slices and the whole, query_num 64
-# tokens each (8 x 8), two marks each, a newline a row, the number of the image. DeepSeek-VL2: candidate_resolutions of up to
-# nine tiles of 384 pixels; 14 x 15 + 1 + (14 i) x (14 j + 1) tokens, at most 2,101 for i x j = 9 x 1. Kimi-VL:
+# tokens each (8 x 8), two marks each, a newline a row, the number of the image. DeepSeek-VL2: candidate_resolutions of up
+# to nine tiles of 384 pixels; 14 x 15 + 1 + (14 i) x (14 j + 1) tokens, at most 2,101 for i x j = 9 x 1. Kimi-VL:
 # in_token_limit of preprocessor_config.json is 4,096 patches, 16,384 for Thinking-2506; edges are rounded up, which is at
-# most a row and a column of 64 tokens more than rounding, and four marks. Molmo: image_preprocessing_molmo.py, max_crops 12
-# and the whole, 12 x 12 tokens each, a token behind each row, four marks. Phi-3-vision: image_processing_phi3_v.py, num_crops
-# 16: (tiles + 1) x 144 + 1 + (rows + 1) x 12.
+# most a row and a column of 64 tokens more than rounding, and four marks. Molmo: image_preprocessing_molmo.py, max_crops
+# 12 and the whole, 12 x 12 tokens each, a token behind each row, four marks. Phi-3-vision: image_processing_phi3_v.py,
+# num_crops 16: (tiles + 1) x 144 + 1 + (rows + 1) x 12.
 
 UNKNOWN = ImageConstants("fixed")
 """A family that is not listed: an assumption, which the profile notes."""

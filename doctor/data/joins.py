@@ -45,7 +45,11 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
     "cogagent": (
         *_eva_tower("model", is_patched=False, source="CogVLM2#10; the same visual.py"),
         Join(
-            "model.vision.pos_embed", "model.vision.transformer", "x + self.pos_embed in visual.py", False, "visual.py",
+            "model.vision.pos_embed",
+            "model.vision.transformer",
+            "x + self.pos_embed in visual.py",
+            False,
+            "visual.py",
         ),
         Join(
             "model.cross_vision.pos_embed",
@@ -101,10 +105,7 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
             "transformer.vision.linear_proj",
         ),
     ),
-    "minicpmv": (
-        Join("vpm", "llm.model.embed_tokens", "scatter_ of image features in modeling_minicpmv.py", False, "MiniCPM-V#100"),
-        Join("resampler", "llm.model.embed_tokens", "scatter_ in modeling_minicpmv.py", False, "MiniCPM-V#100"),
-    ),
+    "minicpmv": (Join("resampler", "llm.model.embed_tokens", "scatter_ in modeling_minicpmv.py", False, "MiniCPM-V#100"),),
     "deepseek_vl_v2": (
         Join("image_newline", "projector", "torch.cat in modeling_deepseek_vl_v2.py", False, "DeepSeek-VL2#8, #113"),
         Join("view_seperator", "projector", "torch.cat in modeling_deepseek_vl_v2.py", False, "DeepSeek-VL2#8, #113"),

@@ -170,8 +170,8 @@ REMOTE_FAMILIES: Mapping[str, tuple[str, ...]] = {
 """``model_type`` to entries. Sources: ``modeling_chatglm.py``, ``modeling_cogvlm.py``, ``modeling_cogagent.py``,
 ``modeling_internvl_chat.py`` (``_no_split_modules``: InternVisionModel and the block of each text body),
 ``modeling_minicpmv.py`` of 2.6, ``modeling_deepseek_vl_v2.py``, ``modeling_kimi_vl.py``, ``modeling_molmo.py`` (it declares
-``MolmoBlock``, and its blocks are of another class: nothing is protected). Phi-3-vision registers one embedding twice, which
-is not modelled."""
+``MolmoBlock``, and its blocks are of another class: nothing is protected). Phi-3-vision registers one embedding twice,
+which is not modelled."""
 
 REMOTE_TOWERS: Mapping[str, Mapping[str, Any]] = {
     "molmo": {

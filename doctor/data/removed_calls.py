@@ -33,6 +33,8 @@ class Break(NamedTuple):
     """False: it breaks where the file lacks the mark; true: where the file has it."""
     is_missing: bool = False
     """True: code is concerned that lacks the pattern."""
+    unless: str = ""
+    """Regular expression of code that has been taken care of."""
 
 
 BREAKS: Mapping[str, Break] = {
@@ -131,6 +133,7 @@ BREAKS: Mapping[str, Break] = {
         "they hold what memory held, and answers are wrong, unless its _init_weights computes them",
         "named_non_persistent_buffers in modeling_utils.py of 5.0 to 5.23, run with such code",
         is_new=True,
+        unless=r"def _init_weights\((?:(?!\n    def )[\s\S])*?copy_\(",
     ),
 }
 """By the name that a report gives."""

@@ -137,7 +137,7 @@ def parted_mask(question: Question, layout: Layout) -> Iterator[Finding]:
         "error",
         f"{embedding} is on {shown(first)} and the inputs are on {shown(layout.main)}: with an image {where} says "
         f"{mismatch({first, layout.main})}",
-        cause="What marks the places of the image stays with the inputs, and nothing moves it to where the text is embedded.",
+        cause="What marks the places of the image stays with the inputs, and nothing moves it to the embedding.",
         fix=f"Put the token embedding on {shown(layout.main)}.",
         devices={first, layout.main},
     )

@@ -26,22 +26,14 @@ def about_own_code(profile: ModelProfile, machine: Machine) -> tuple[str, ...]:
         return ()
     first = min((BREAKS[name] for name in found), key=lambda entry: entry.since)
     since = _text(first.since)
-    where = f"transformers {_text(release)}" if release else f"transformers {since} or newer"
-    code = "its own code" if profile.broken_calls is not None else "its own code as published"
-    also = f" ({_joined([BREAKS[name].says for name in found if BREAKS[name] is not first])})" if len(found) > 1 else ""
+    code = "Its own code" if profile.broken_calls is not None else "Its own code, as published,"
+    also = "".join(f", {BREAKS[name].says}" for name in found if BREAKS[name] is not first)
     fix = f"Use transformers<{since} in an environment of its own, or newer code"
     native = NATIVE.get(profile.model_type)
     if native is not None:
-        fix += f", or what transformers {_text(native.since)} and later can do itself: {native.model}"
-    return (
-        f"{profile.architecture} does not run on {where}: {code} {first.says}{also}, and since {since} that means "
-        f"{first.then} ({first.source}). {fix}.",
-    )
+        fix += f", or {native.model}, which transformers has a class for since {_text(native.since)}"
+    return (f"{code} {first.says}{also}: since transformers {since} {first.then} ({first.source}). {fix}.",)
 
 
 def _text(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
-
-
-def _joined(items: list[str]) -> str:
-    return "it also " + " and ".join(items)

@@ -42,7 +42,9 @@ def _names(folder: Path) -> list[str]:
 def _concerns(name: str, texts: dict[str, str], *, is_missing: bool) -> bool:
     pattern = _pattern(name)
     if not is_missing:
-        return any(pattern.search(text) for text in texts.values())
+        unless = BREAKS[name].unless
+        cared = bool(unless) and any(re.search(unless, text) for text in texts.values())
+        return not cared and any(pattern.search(text) for text in texts.values())
     models = [text for file, text in texts.items() if file.startswith("modeling_")]
     return any("PreTrainedModel" in text for text in models) and not any(pattern.search(text) for text in models)
 
