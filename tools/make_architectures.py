@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import remote_rows
+
 from vlm_doctor.data.config_defaults import ARCHITECTURES, PARTS
 from vlm_doctor.data.image_rules import IMAGE_RULES
 from vlm_doctor.sources.allocation_scripts import body_script, tower_script

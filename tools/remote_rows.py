@@ -16,9 +16,9 @@ _FAMILY = {"cogvlm2": "cogvlm"}
 _HEAD = """
 ## Code of their own
 
-Families whose class comes with the checkpoint (`trust_remote_code=True`). Tiny checkpoints with published module names, order
-of registration and keys of config.json, and with code written anew (`benchmarks/remote_code/`), were run in the same way
-({versions}; devices: {devices}); "four" is
+Families whose class comes with the checkpoint (`trust_remote_code=True`). Tiny checkpoints with published module names,
+order of registration and keys of config.json, and with code written anew (`benchmarks/remote_code/`), were run in the same
+way ({versions}; devices: {devices}); "four" is
 accelerate's map for four devices, a quarter of the weights each. What joins tensors of two devices does so in the published
 code, too; a newer revision of a checkpoint may not.
 
@@ -83,8 +83,8 @@ def _counts(rows: list[dict[str, Any]]) -> str:
     ours = [row["family"] for row in rows if row["plan"].startswith(bad)]
     cuts = sum(row["cuts"] for row in rows)
     return (
-        f"Of {len(rows)} families the planner's map fails on {len(ours)} (all {cuts} cuts that it may make were run); a map "
-        f"of accelerate or transformers fails on {len(theirs)}."
+        f"Of {len(rows)} families the planner's map fails on {len(ours)} (all {cuts} cuts that it may make were run); a "
+        f"map of accelerate or transformers fails on {len(theirs)}."
     )
 
 

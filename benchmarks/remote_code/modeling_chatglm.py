@@ -87,7 +87,7 @@ class ChatGLMModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embedding = Embedding(config)
-        self.rotary_pos_emb = RotaryEmbedding(config.kv_channels, is_stored=True)
+        self.rotary_pos_emb = RotaryEmbedding(config.kv_channels // 2, is_stored=True)
         self.encoder = GLMTransformer(config)
         self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.vision = EVA2CLIPModel(config, config.hidden_size)

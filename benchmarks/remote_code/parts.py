@@ -76,10 +76,11 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotated(x, rotary):
+    """Twice as many elements of each head as there are frequencies; what is left stays (half of it in ChatGLM)."""
     cos, sin = (part.to(x.dtype)[None, None] for part in rotary)
-    half = x.shape[-1] // 2
-    one, other = x[..., :half], x[..., half:]
-    return torch.cat((one * cos - other * sin, one * sin + other * cos), dim=-1)
+    half = cos.shape[-1]
+    one, other, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((one * cos - other * sin, one * sin + other * cos, rest), dim=-1)
 
 
 def heads_of(x, heads):

@@ -74,7 +74,7 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
     "glm4v_moe": _GLM4V,
     "glm46v": _GLM4V,
     "cogvlm": _COGVLM,
-    "cogagent": _COGVLM,
+    "cogagent": _COGVLM._replace(extra_tokens=2 + 1600, extra_patches=1 + 700),
     "chatglm": _COGVLM,
     "minicpmv": ImageConstants(
         "tiles", extra_tokens=40, max_tiles=9, has_thumbnail=True, size=448, merge=4, is_always_full=True
@@ -95,6 +95,8 @@ and a begin or end token on each side (models/gemma3/processing_gemma3.py). LLaV
 its tokens beyond nine tiles are interpolated away, so that this is an upper bound. Idefics3 and SmolVLM: longest edge of
 four tiles. Mllama's image tokens feed cross-attention only: counted as prompt tokens they are an upper bound."""
 
+# CogAgent keeps keys and values of a second tower's 6,400 patches in every layer, 1,024 wide: as much as 1,600 tokens 4,096
+# wide; that tower's own work is that of 700 patches more in the first. The prompt itself grows by 258 tokens an image.
 # Families that bring code of their own, all as upper bounds (the file of the checkpoint, or of its repository):
 # MiniCPM-V: image_processing_minicpmv.py, scale_resolution 448, up to max_slice_nums 9 slices and the whole, query_num 64
 # tokens each (8 x 8), two marks each, a newline a row, the number of the image. DeepSeek-VL2: candidate_resolutions of up

@@ -128,7 +128,7 @@ BREAKS: Mapping[str, Break] = {
         (5, 0),
         "modeling_utils.py",
         "def named_non_persistent_buffers",
-        r"register_buffer\(\s*[\"']\w+[\"']\s*,\s*(?!None\b)[^\n]*?persistent\s*=\s*False",
+        r"register_buffer\(\s*[\"']\w+[\"']\s*,(?!\s*None\b)[^\n]*?persistent\s*=\s*False",
         "keeps buffers that no file stores (persistent=False)",
         "they hold what memory held, and answers are wrong, unless its _init_weights computes them",
         "named_non_persistent_buffers in modeling_utils.py of 5.0 to 5.23, run with such code",

@@ -17,6 +17,7 @@ from vlm_doctor import ModelProfile, Plan, Policy, Workload, load_machine, load_
 from vlm_doctor.data.removed_calls import BREAKS
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.map_check import check_map
+from vlm_doctor.sources.catalogue import catalogue
 from vlm_doctor.sources.own_code import broken_calls, gone
 
 torch = pytest.importorskip("torch")
@@ -70,6 +71,30 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 @pytest.fixture(params=list(tiny_remote.FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "more"),
+    [
+        ("THUDM/glm-4v-9b", "chatglm", {}),
+        ("THUDM/cogvlm2-llama3-chat-19B", "cogvlm2", {"num_multi_query_heads": 8}),
+        ("THUDM/cogvlm-chat-hf", "cogvlm", {}),
+        ("OpenGVLab/InternVL3-8B", "internvl_chat", {}),
+    ],
+)
+def test_a_stand_in_at_true_size_stores_what_is_published(
+    name: str, family: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    entry = catalogue()[name]
+    tiny_remote.write_config(family, tmp_path)
+    classes = {key: json.loads((tmp_path / "config.json").read_text())[key] for key in ("architectures", "auto_map")}
+    (tmp_path / "config.json").write_text(json.dumps({**entry.config, **more, **classes}))
+    config = transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    with torch.device("meta"):
+        model = getattr(transformers, tiny_remote.FAMILIES[family].auto).from_config(config, trust_remote_code=True)
+
+    stored = {name: tensor.shape for name, tensor in entry.checkpoint().tensors.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == stored
 
 
 def planned(profile: ModelProfile, machine: str = "24GiB,24GiB", **policy: Any) -> Plan:
