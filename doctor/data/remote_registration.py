@@ -123,8 +123,7 @@ REMOTE_FAMILIES: Mapping[str, tuple[str, ...]] = {
         "language.lm_head",
     ),
     "molmo": (
-        "model.transformer.wte.embedding -",
-        "model.transformer.wte.new_embedding -",
+        "model.transformer.wte",
         "model.transformer.ln_f",
         "model.transformer.blocks.*.attn_out",
         "model.transformer.blocks.*.ff_out",

@@ -31,8 +31,9 @@ def about_own_code(profile: ModelProfile, machine: Machine) -> tuple[str, ...]:
     fix = f"Use transformers<{since} in an environment of its own, or newer code"
     native = NATIVE.get(profile.model_type)
     if native is not None:
-        fix += f", or {native.model}, which transformers has a class for since {_text(native.since)}"
-    return (f"{code} {first.says}{also}: since transformers {since} {first.then} ({first.source}). {fix}.",)
+        fix += f", or {native.model}, which is a class of transformers itself since {_text(native.since)}"
+    source = first.source.partition(",")[0]
+    return (f"{code} {first.says}{also}: with transformers {since} and newer, {first.then} ({source}). {fix}.",)
 
 
 def _text(version: tuple[int, int]) -> str:

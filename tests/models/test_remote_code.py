@@ -152,6 +152,32 @@ def test_a_plan_names_modules_and_keeps_together_what_the_code_joins(family: str
     assert [finding.message for finding in found if finding.severity != "info"] == []
 
 
+def test_the_order_of_registration_is_known(family: str, folders: Mapping[str, Path]) -> None:
+    """As accelerate walks: bare parameters of a module before its children; blocks that the class declares as a whole."""
+    if family == "phi3_v":
+        pytest.skip("it registers one embedding twice, which is not modelled")
+    model = tiny_remote.load(folders[family], family)
+    declared = set(model._no_split_modules)
+    for child in model.children():
+        declared |= set(getattr(child, "_no_split_modules", None) or ())
+    walked: list[str] = []
+
+    def visit(module: Any, name: str) -> None:
+        if type(module).__name__ in declared or not list(module.children()):
+            walked.extend([name] if list(module.parameters()) else [])
+            return
+        walked.extend(f"{name}.{own}".lstrip(".") for own, _ in module.named_parameters(recurse=False))
+        for own, child in module.named_children():
+            visit(child, f"{name}.{own}".lstrip("."))
+
+    visit(model, "")
+    items = load_profile(str(folders[family])).registered["5"]
+    blocks = {item.block for item in items if item.block}
+
+    assert [item.unit.key for item in items if any(name.startswith(item.unit.key) for name in walked)] == walked
+    assert blocks <= declared
+
+
 def test_on_two_devices_it_answers_as_on_one(family: str, tmp_path: Path) -> None:
     row = Row(tmp_path / "row.json", family)
     RemoteTrial(family, argparse.Namespace(devices="fake", cuts=False), row).run()

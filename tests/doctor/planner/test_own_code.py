@@ -34,7 +34,7 @@ def with_transformers(version: str) -> Machine:
 def test_what_is_gone_is_named_with_a_version_that_has_it_and_a_successor(version: str | None) -> None:
     (note,) = about_own_code(GLM, MACHINE if version is None else with_transformers(version))
 
-    assert note.startswith("Its own code, as published, calls _extract_past_from_model_output: since transformers 4.49 ")
+    assert note.startswith("Its own code, as published, calls _extract_past_from_model_output: with transformers 4.49 ")
     assert "Use transformers<4.49 in an environment of its own" in note
     assert "zai-org/GLM-4.1V-9B-Thinking" in note
     assert "GLM-4 issue 716" in note
@@ -54,10 +54,10 @@ def test_code_at_hand_outdoes_what_is_published() -> None:
     (then,) = about_own_code(profile, with_transformers("4.50.3"))
 
     # 5.13 brought get_max_length back.
-    assert now.startswith("Its own code calls from_legacy_cache, does not call post_init: since transformers 5.0 ")
+    assert now.startswith("Its own code calls from_legacy_cache, does not call post_init: with transformers 5.0 ")
     assert "Use transformers<5.0" in now
     assert now.endswith("or newer code.")
-    assert then.startswith("Its own code calls get_max_length of the cache: since transformers 4.49 ")
+    assert then.startswith("Its own code calls get_max_length of the cache: with transformers 4.49 ")
 
 
 def test_a_plan_says_it_first() -> None:
