@@ -171,8 +171,9 @@ class Run:
         folder = self.folders[model] / "tests"
         folder.mkdir(exist_ok=True)
         places = tiny_places(self.folders[model]) if self.is_tiny else IMAGE_PLACES[model]
+        requires = "" if self.is_tiny else "@pytest.mark.vlm_requires(gpus=2)"
         (folder / "test_true_size.py").write_text(
-            TEST.format(folder=str(self.folders[model]), places=places, gpus=1 if self.is_tiny else 2)
+            TEST.format(folder=str(self.folders[model]), places=places, requires=requires)
         )
         gpus = "none" if self.is_tiny else "auto"
         command = pytest_command("-q", "-W", "ignore", "-s", str(folder), f"--vlm-gpus={gpus}")
@@ -215,7 +216,7 @@ import torch
 
 
 @pytest.mark.vlm({folder!r}, trust_remote_code=True)
-@pytest.mark.vlm_requires(gpus={gpus})
+{requires}
 def test_an_image_and_a_text(vlm):
     device = torch.device(vlm.input_device)
     edge = vlm.model.config.vision_config["image_size"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_doctor.data.image_rules import IMAGE_RULES
-from vlm_doctor.data.removed_calls import BREAKS, NATIVE, PUBLISHED
+from vlm_doctor.data.removed_calls import BREAKS, NATIVE, PUBLISHED, Break
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "remote.json"
 _MAPS = ("plan", "accelerate", "auto", "quarters")
@@ -92,10 +92,15 @@ def _need(family: str) -> str:
     found = sorted((BREAKS[name] for name in PUBLISHED[family]), key=lambda entry: entry.since)
     first = found[0]
     since = f"{first.since[0]}.{first.since[1]}"
-    what = "; ".join(f"{entry.since[0]}.{entry.since[1]}: {entry.says}" for entry in found)
+    what = "; ".join(f"{_releases(entry)}: {entry.says}" for entry in found)
     native = NATIVE.get(family)
     instead = "-" if native is None else f"{native.model}, since {native.since[0]}.{native.since[1]}"
     return f"| `{family}` | {since} | {what} | {first.source} | {instead} |\n"
+
+
+def _releases(entry: Break) -> str:
+    since = f"{entry.since[0]}.{entry.since[1]}"
+    return since if entry.until is None else f"{since} until {entry.until[0]}.{entry.until[1]}"
 
 
 __all__ = ["RESULTS", "brief", "section"]

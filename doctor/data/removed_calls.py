@@ -69,12 +69,12 @@ BREAKS: Mapping[str, Break] = {
     "_initialize_weights": Break(
         (4, 52),
         "modeling_utils.py",
-        "module.smart_apply(module._initialize_weights)",
+        'if hasattr(module, "_init_weights"):',
         r"(?m)^class \w+\((?:torch\.)?(?:nn\.)?Module\):\n(?:(?!class ).*\n)*?    def _init_weights\(",
         "has a module with _init_weights that is no PreTrainedModel",
         "AttributeError: '_initialize_weights' when it is loaded",
         "transformers issue 39124",
-        until=(5, 7),
+        until=(4, 53),
         is_new=True,
     ),
     "get_usable_length": Break(
