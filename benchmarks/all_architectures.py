@@ -8,6 +8,8 @@ On two GPUs that are not there, in an hour of CPU::
 
     python benchmarks/all_architectures.py --out FOLDER --each 600
 
+``--remote`` does the same for the families that bring code of their own (``tiny_remote.py``).
+
 Each architecture gets a tiny checkpoint with random weights, a profile from its headers, a plan over two devices about in
 half, and the maps of accelerate for half and half. Each map is loaded; logits and greedy tokens, for a text and for an
 image, are compared with those of one device; and ``check_map`` is asked about each map before. Workers are processes of
@@ -47,6 +49,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="architectures at a time")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds in all; what is left then is said to be left")
     parser.add_argument("--cuts", action="store_true", help="also every other cut that the planner may make")
+    parser.add_argument("--remote", action="store_true", help="the families that bring code of their own instead")
     parser.add_argument("families", nargs="*", help="model_type; all when none is given")
     options = parser.parse_args()
     for name in ("rows", "logs"):
@@ -173,7 +176,13 @@ def work(line: Any, options: argparse.Namespace, log: Path) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     versions = {module.__name__: str(module.__version__) for module in (torch, transformers, accelerate)}
-    line.send({"versions": versions, "families": tiny_architectures.families()})
+    families, trial = tiny_architectures.families(), Trial
+    if options.remote:
+        import tiny_remote
+        from remote_trial import RemoteTrial
+
+        families, trial = tuple(tiny_remote.FAMILIES), RemoteTrial
+    line.send({"versions": versions, "families": families})
     while True:
         try:
             family = line.recv()
@@ -181,7 +190,7 @@ def work(line: Any, options: argparse.Namespace, log: Path) -> None:
             return
         row = Row(options.out / "rows" / f"{family}.json", family)
         try:
-            Trial(family, options, row).run()
+            trial(family, options, row).run()
         except Exception as error:  # noqa: BLE001 - whatever it raises is the row's result
             row.add(failed=said(error), where=traceback.format_exc(limit=-3))
         line.send(family)

@@ -132,6 +132,8 @@ class ImageRule(msgspec.Struct, frozen=True, kw_only=True):
     """Patches added to each image or tile, such as the class token."""
     max_tiles: int = 1
     has_thumbnail: bool = False
+    is_always_full: bool = False
+    """True where every image counts as ``max_tiles`` tiles, whatever its size: an upper bound."""
     min_pixels: int | None = None
     max_pixels: int | None = None
     """Bounds of the processor on height x width; larger images are scaled down to ``max_pixels``."""
@@ -175,6 +177,9 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     body_script: AllocationScript | None = None
     """Which tensors come and go in the text body, where that is known."""
     tower_script: TowerScript | None = None
+    broken_calls: tuple[str, ...] | None = None
+    """What the checkpoint's own code relies on and some releases of transformers lack (names of ``data/removed_calls.py``);
+    ``None`` where its code was not at hand."""
     files: tuple[str, ...] = ()
     """Checkpoint files the headers were read from."""
     registered: dict[str, tuple[Registered, ...]] = {}

@@ -2,7 +2,8 @@
 
     python tools/make_architectures.py [RESULTS.json]
 
-``RESULTS.json`` comes from ``benchmarks/all_architectures.py``; without one the committed results are used. What is known
+``RESULTS.json`` comes from ``benchmarks/all_architectures.py``, with or without ``--remote``; without one the committed
+results are used. What is known
 comes from the doctor's own tables. ``tests/models/test_architectures.py`` keeps the page fresh.
 """
 
@@ -12,6 +13,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import remote_rows
 
 from vlm_doctor.data.config_defaults import ARCHITECTURES, PARTS
 from vlm_doctor.data.image_rules import IMAGE_RULES
@@ -45,6 +48,9 @@ tokens, for a text and for an image, are compared with those of one device ({ver
 def main() -> int:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     results = json.loads(path.read_text())
+    if any("quarters" in row for row in results["rows"]):
+        remote_rows.RESULTS.write_text(json.dumps(remote_rows.brief(results), indent=1, sort_keys=True) + "\n")
+        path, results = RESULTS, json.loads(RESULTS.read_text())
     if path != RESULTS:
         RESULTS.write_text(json.dumps(brief(results), indent=1, sort_keys=True) + "\n")
     PAGE.write_text(render(brief(results)))
@@ -93,7 +99,8 @@ def render(results: dict[str, Any]) -> str:
     rows = {row["family"]: row for row in results["rows"]}
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     head = HEAD.format(versions=versions, devices=results["devices"], counts=_counts(list(rows.values())))
-    return head + "".join(f"{_line(family, rows.get(family, {}))}\n" for family in sorted(ARCHITECTURES))
+    lines = (f"{_line(family, rows.get(family, {}))}\n" for family in sorted(ARCHITECTURES))
+    return head + "".join(lines) + remote_rows.section()
 
 
 def _line(family: str, row: dict[str, Any]) -> str:

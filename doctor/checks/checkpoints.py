@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..data.removed_calls import BREAKS
 from ..findings import Finding, Fix
 from ..machine import Checkpoint
 from ._check import Check, Facts, Result, found, plain, skipped
@@ -16,28 +17,32 @@ _MOST_SHOWN = 5
 
 
 def lost_calls(facts: Facts) -> Result:
-    """A checkpoint's own code calls what the installed transformers no longer has.
+    """A checkpoint's own code relies on what the installed transformers no longer has.
 
     ## What it checks
-    The text of `modeling_*.py` of checkpoints in the cache (it is never run) for methods that transformers has removed,
-    against the files of the installed transformers.
+    The text of the code of checkpoints in the cache (it is never run) against the files of the installed transformers:
+    methods and imports that are gone (`_extract_past_from_model_output`, `get_max_length`, `LlamaFlashAttention2`,
+    `is_torch_fx_available` and others), and what is asked for since (`post_init`, buffers that no file stores).
 
     ## Why it matters
-    Such a model loads, minutes pass, and the first `generate` fails: "'ChatGLMForConditionalGeneration' object has no
-    attribute '_extract_past_from_model_output'". CogVLM2, CogAgent and GLM-4V are such models.
+    Such a model fails when it is loaded, or minutes later at the first `generate`: "'ChatGLMForConditionalGeneration'
+    object has no attribute '_extract_past_from_model_output'". With buffers that transformers 5 leaves as memory was it
+    answers nonsense without an error. CogVLM2, CogAgent, GLM-4V, InternVL-Chat, MiniCPM-V, DeepSeek-VL2, Kimi-VL, Molmo and
+    Phi-3-vision are such models.
 
     ## Example
-    `warning VLM321 The code of THUDM/glm-4v-9b calls _extract_past_from_model_output, which transformers 5.23.0 lacks.`
+    `warning VLM321 The code of THUDM/glm-4v-9b calls _extract_past_from_model_output, and transformers 5.23.0 lacks it.`
 
     ## What to do
-    An older transformers in an environment of its own (`transformers<4.42` for CogVLM2, `<4.49` for GLM-4V), a newer
-    revision of the checkpoint, or a model that transformers knows itself.
+    An older transformers in an environment of its own (the fix names the newest that will do), a newer revision of the
+    checkpoint, or a model that transformers knows itself: [the page of architectures](../architectures.md) names them.
 
     ## When it is fine
-    Where the checkpoint is not used any more.
+    Where the checkpoint is not used any more, or runs through an engine with classes of its own (vLLM, SGLang, LMDeploy).
 
     ## Sources
-    Files of cache and package; zai-org/GLM-4 issue 716, zai-org/CogVLM2 issue 218, zai-org/CogVLM issue 517.
+    Files of cache and package; zai-org/GLM-4 issue 716, zai-org/CogVLM2 issue 218, zai-org/CogVLM issue 517, transformers
+    issues 36071, 39124, 43883 and 44561, DeepSeek-VL2 issues 45 and 87.
     """
     libraries = facts.machine.libraries
     version = libraries.version("transformers") if libraries is not None else None
@@ -51,20 +56,29 @@ def lost_calls(facts: Facts) -> Result:
 
 
 def _lost(facts: Facts, group: Sequence[Checkpoint], version: str) -> Finding:
-    calls = plain(", ".join(group[0].lost_calls))
+    # A snapshot may hold any text.
+    lost = group[0].lost_calls
+    known = sorted((BREAKS[call] for call in lost if call in BREAKS), key=lambda entry: entry.since)
+    calls = plain(", ".join(call for call in lost if call not in BREAKS))
+    does = [entry.says for entry in known] + ([f"calls {calls}"] if calls else [])
     more = f" and {len(group) - _MOST_SHOWN} more" if len(group) > _MOST_SHOWN else ""
     whose = ", ".join(plain(checkpoint.repo) for checkpoint in group[:_MOST_SHOWN]) + more
     positions = [facts.machine.checkpoints.index(checkpoint) for checkpoint in group[:_MOST_SHOWN]]
+    pin = f"transformers<{known[0].since[0]}.{known[0].since[1]}" if known else "transformers<4.42"
     return found(
         "warning",
-        f"The code of {whose} calls {calls}, which transformers {plain(version)} lacks.",
-        cause="It was written for an older transformers.",
+        f"The code of {whose} {' and '.join(does)}, and transformers {plain(version)} "
+        + ("asks for more." if known and known[0].is_new else "lacks it." if len(does) == 1 else "has moved on."),
+        cause=f"It was written for an older transformers: {known[0].then}."
+        if known
+        else "It was written for an older transformers.",
         evidence=facts.evidence(*(f"checkpoints[{position}].lost_calls" for position in positions)),
         fix=Fix(
-            text="Use an older transformers in an environment of its own, or a newer revision of the checkpoint.",
+            text="Use an older transformers in an environment of its own, a newer revision of the checkpoint, or a model "
+            "that transformers knows itself.",
             commands=(
                 f"{python(facts)} -m venv older-transformers",
-                "older-transformers/bin/python -m pip install 'transformers<4.42' accelerate torch torchvision pillow",
+                f"older-transformers/bin/python -m pip install '{pin}' accelerate torch torchvision pillow",
             ),
         ),
     )

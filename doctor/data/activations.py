@@ -106,6 +106,7 @@ TEXT: dict[str, TextCoefficient] = {
     ),
     "chatglm": TextCoefficient(4, 3.5, _FROM_ITS_CODE),
     "cogvlm": TextCoefficient(3, 6, _FROM_ITS_CODE, pair_bytes=(2, 11)),
+    "molmo": TextCoefficient(2, 3.5, f"{_FROM_ITS_CODE}; its intermediate_size is that of gate and up together"),
     "gemma3": TextCoefficient(3, 3.5, _COUNTED),
     "glm4v": _GATE_AND_UP_MERGED,
 }

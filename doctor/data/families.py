@@ -283,12 +283,15 @@ FLAT_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "siglip2_vi
 classes that share it, ``conversion_mapping.py``."""
 
 WHOLE_TOWERS = frozenset(
-    {"deepseek_ocr2", "florence2", "mllama", "molmo2", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"}
+    {"cogagent", "cogvlm", "deepseek_vl_v2", "internvl_chat", "kimi_vl"}
+    | {"deepseek_ocr2", "florence2", "mllama", "molmo", "molmo2", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"}
     | {"unlimited_ocr", "vipllava"}
 )
 """Families whose tower no cut may part: their code stacks or joins the outputs of several blocks, or of two encoders, which
 would be on several GPUs (``torch.stack`` in modeling_mllama.py, ``torch.cat`` in the others). Florence-2's blocks take
-turns with the convolutions of another list. Qwen Omni names the encoder itself in ``_no_split_modules``."""
+turns with the convolutions of another list. Qwen Omni names the encoder itself in ``_no_split_modules``. The
+first five write image features into the embeddings by a mask of the inputs (``MASKED_AT_INPUTS``): the embedding must be
+where the inputs are, which is where a tower begins."""
 
 _ROTARY_POS_EMB = (
     *(
@@ -320,16 +323,26 @@ Source: the classes of 4.57.6 and 5.23, built on the meta device."""
 
 REMOTE_TYPES: Mapping[str, str] = {
     "CogVLMForCausalLM": "cogvlm",
-    "CogAgentForCausalLM": "cogvlm",
+    "CogAgentForCausalLM": "cogagent",
     "ChatGLMModel": "chatglm",
     "ChatGLMForConditionalGeneration": "chatglm",
     "InternVLChatModel": "internvl_chat",
+    "MiniCPMV": "minicpmv",
+    "DeepseekVLV2ForCausalLM": "deepseek_vl_v2",
+    "KimiVLForConditionalGeneration": "kimi_vl",
+    "MolmoForCausalLM": "molmo",
+    "Phi3VForCausalLM": "phi3_v",
 }
 """Class in the checkpoint's own code to family, since these config.json files may lack ``model_type``."""
+
+PACKAGED = frozenset({"DeepseekVLV2ForCausalLM"})
+"""Classes that are neither of transformers nor of the checkpoint, but of a package that its authors publish."""
 
 ROTARY: Mapping[str, tuple[str, ...]] = {
     "chatglm": ("transformer.rotary_pos_emb",),
     "minicpmv": ("llm.model.rotary_emb",),
+    # Theirs are inside the attention of each layer, or are none.
+    **dict.fromkeys(("cogagent", "cogvlm", "deepseek_vl_v2", "kimi_vl", "molmo", "phi3_v"), ()),
     **dict.fromkeys(("kosmos-2", "kosmos-2.5"), ("text_model.model.embed_positions",)),
     # Tables that share the tensor of another: a checkpoint stores nothing for them.
     "diffusion_gemma": (
@@ -353,7 +366,7 @@ EMBEDDINGS: Mapping[str, tuple[str, ...]] = {"blip": ("embeddings",)}
 """Family to the name of its token embedding, where that is none of the usual ones. BLIP's adds positions inside a module of
 its own (``_no_split_modules``)."""
 
-HEADS: Mapping[str, tuple[str, ...]] = {"blip": ("cls",)}
+HEADS: Mapping[str, tuple[str, ...]] = {"blip": ("cls",), "molmo": ("ff_out",)}
 """Family to the name of its output head, where that is none of the usual ones."""
 
 NO_ROTARY = frozenset(
@@ -369,6 +382,7 @@ NO_ROTARY = frozenset(
         "idefics",
         "inkling2_text",
         "inkling_text",
+        "internlm2",
         "kosmos_2_5_text_model",
         "kosmos_2_text_model",
         "mpt",
@@ -382,7 +396,7 @@ NO_ROTARY = frozenset(
     }
 )
 """Text bodies, by ``model_type``, whose class has no ``rotary_emb`` beside its layers. Source: every class behind
-``AutoModelForImageTextToText`` of transformers 4.57.6 and 5.23, built on the meta device."""
+``AutoModelForImageTextToText`` of transformers 4.57.6 and 5.23, built on the meta device; modeling_internlm2.py."""
 
 INNER_GENERATE = ("InternVLChat", "MiniCPMV", "MiniCPMO", "DeepseekVLV2", "DeepseekVL2")
 """Beginnings of remote classes whose ``generate`` calls that of their text model, so that the logits come back on the last

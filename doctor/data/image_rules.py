@@ -25,6 +25,12 @@ class ImageConstants(NamedTuple):
     max_pixels: int | None = None
     frames: int = 1
     """Frames that the processor counts one image as, when it holds the image against its bounds on pixels."""
+    size: int | None = None
+    """Edge of a tile in pixels, where the processor decides it and not ``vision_config``."""
+    merge: int | None = None
+    """Patches along the edge of the square that becomes one token, where the config does not say."""
+    is_always_full: bool = False
+    """An image of any size counts as ``max_tiles`` tiles: an upper bound where the choice of the grid is not modelled."""
 
 
 _QWEN2_VL = ImageConstants("merge", extra_tokens=2, min_pixels=56 * 56, max_pixels=28 * 28 * 16384)
@@ -68,12 +74,37 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
     "glm4v_moe": _GLM4V,
     "glm46v": _GLM4V,
     "cogvlm": _COGVLM,
+    "cogagent": _COGVLM._replace(extra_tokens=2 + 1600, extra_patches=1 + 700),
     "chatglm": _COGVLM,
+    "minicpmv": ImageConstants(
+        "tiles", extra_tokens=40, max_tiles=9, has_thumbnail=True, size=448, merge=4, is_always_full=True
+    ),
+    "deepseek_vl_v2": ImageConstants(
+        "tiles", extra_tokens=411, max_tiles=9, has_thumbnail=True, size=384, merge=2, is_always_full=True
+    ),
+    "kimi_vl": ImageConstants("merge", extra_tokens=132, min_pixels=1, max_pixels=16384 * 14 * 14, merge=2),
+    "molmo": ImageConstants(
+        "tiles", extra_tokens=160, extra_patches=1, max_tiles=12, has_thumbnail=True, size=336, merge=2, is_always_full=True
+    ),
+    "phi3_v": ImageConstants(
+        "tiles", extra_tokens=205, extra_patches=1, max_tiles=16, has_thumbnail=True, size=336, merge=2, is_always_full=True
+    ),
 }
 """By ``model_type``. LLaVA-1.5 drops the class token (``vision_feature_select_strategy`` "default"). Gemma 3: two newlines
 and a begin or end token on each side (models/gemma3/processing_gemma3.py). LLaVA-OneVision: pinpoints of up to 6 x 6 tiles;
 its tokens beyond nine tiles are interpolated away, so that this is an upper bound. Idefics3 and SmolVLM: longest edge of
 four tiles. Mllama's image tokens feed cross-attention only: counted as prompt tokens they are an upper bound."""
+
+# CogAgent keeps keys and values of a second tower's 6,400 patches in every layer, 1,024 wide: as much as 1,600 tokens 4,096
+# wide; that tower's own work is that of 700 patches more in the first. The prompt itself grows by 258 tokens an image.
+# Families that bring code of their own, all as upper bounds (the file of the checkpoint, or of its repository):
+# MiniCPM-V: image_processing_minicpmv.py, scale_resolution 448, up to max_slice_nums 9 slices and the whole, query_num 64
+# tokens each (8 x 8), two marks each, a newline a row, the number of the image. DeepSeek-VL2: candidate_resolutions of up
+# to nine tiles of 384 pixels; 14 x 15 + 1 + (14 i) x (14 j + 1) tokens, at most 2,101 for i x j = 9 x 1. Kimi-VL:
+# in_token_limit of preprocessor_config.json is 4,096 patches, 16,384 for Thinking-2506; edges are rounded up, which is at
+# most a row and a column of 64 tokens more than rounding, and four marks. Molmo: image_preprocessing_molmo.py, max_crops
+# 12 and the whole, 12 x 12 tokens each, a token behind each row, four marks. Phi-3-vision: image_processing_phi3_v.py,
+# num_crops 16: (tiles + 1) x 144 + 1 + (rows + 1) x 12.
 
 UNKNOWN = ImageConstants("fixed")
 """A family that is not listed: an assumption, which the profile notes."""

@@ -25,6 +25,8 @@ class Join(NamedTuple):
     source: str
     result: str = ""
     """Where in ``moves`` the tensor comes from that is joined; empty for all of it."""
+    when: str = ""
+    """What alone fails, where others do not: the rest of a sentence. The map may do then."""
 
 
 _EVA = "torch.cat((boi, x, eoi)) in visual.py"
@@ -35,8 +37,63 @@ def _eva_tower(body: str, *, is_patched: bool, source: str) -> tuple[Join, ...]:
     return tuple(Join(f"{tower}.{name}", f"{tower}.linear_proj", _EVA, is_patched, source) for name in ("boi", "eoi"))
 
 
+_INTERNVL = "input_embeds[selected] * 0.0 + vit_embeds in modeling_internvl_chat.py"
+_PHI3_V = "torch.cat of features and newlines in image_embedding_phi3_v.py"
+
 JOINS: Mapping[str, tuple[Join, ...]] = {
     "cogvlm": _eva_tower("model", is_patched=False, source="CogVLM2#10, #32; CogVLM#256"),
+    "cogagent": (
+        *_eva_tower("model", is_patched=False, source="CogVLM2#10; the same visual.py"),
+        Join(
+            "model.vision.pos_embed",
+            "model.vision.transformer",
+            "x + self.pos_embed in visual.py",
+            False,
+            "visual.py",
+        ),
+        Join(
+            "model.cross_vision.pos_embed",
+            "model.cross_vision.vit",
+            "enc + self.pos_embed in cross_visual.py",
+            False,
+            "cross_visual.py",
+        ),
+    ),
+    "internvl_chat": tuple(
+        Join("mlp1", f"language_model.model.{name}", _INTERNVL, False, "InternVL#118, #132", when="a plain forward pass, ")
+        for name in ("embed_tokens", "tok_embeddings")
+    ),
+    "phi3_v": (
+        *(
+            Join(f"model.vision_embed_tokens.{name}", "model.vision_embed_tokens.img_processor", _PHI3_V, False, "its code")
+            for name in ("glb_GN", "sub_GN")
+        ),
+        Join(
+            "model.vision_embed_tokens.img_projection",
+            "model.embed_tokens",
+            "hidden_states.index_put(positions, image_features_proj) in image_embedding_phi3_v.py",
+            False,
+            "its code",
+        ),
+    ),
+    "kimi_vl": (
+        Join(
+            "multi_modal_projector",
+            "language_model.model.embed_tokens",
+            "inputs_embeds[input_ids == image_token_index] = image_features in modeling_kimi_vl.py",
+            False,
+            "its code",
+        ),
+    ),
+    "molmo": (
+        Join(
+            "model.vision_backbone.pad_embed",
+            "model.vision_backbone.image_vit",
+            "image_features + pad_embed in modeling_molmo.py",
+            False,
+            "its code",
+        ),
+    ),
     "chatglm": (
         *_eva_tower("transformer", is_patched=True, source="GLM-4#350"),
         Join(
@@ -48,10 +105,7 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
             "transformer.vision.linear_proj",
         ),
     ),
-    "minicpmv": (
-        Join("vpm", "llm.model.embed_tokens", "scatter_ of image features in modeling_minicpmv.py", False, "MiniCPM-V#100"),
-        Join("resampler", "llm.model.embed_tokens", "scatter_ in modeling_minicpmv.py", False, "MiniCPM-V#100"),
-    ),
+    "minicpmv": (Join("resampler", "llm.model.embed_tokens", "scatter_ in modeling_minicpmv.py", False, "MiniCPM-V#100"),),
     "deepseek_vl_v2": (
         Join("image_newline", "projector", "torch.cat in modeling_deepseek_vl_v2.py", False, "DeepSeek-VL2#8, #113"),
         Join("view_seperator", "projector", "torch.cat in modeling_deepseek_vl_v2.py", False, "DeepSeek-VL2#8, #113"),
@@ -129,6 +183,7 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
 
 JOINED_BLOCKS: Mapping[str, str] = {
     "mllama": "torch.cat((hidden_states, intermediate_hidden_states)) in modeling_mllama.py",
+    "molmo": "torch.cat(features) in modeling_molmo.py",
     "molmo2": "torch.cat of hidden_states in modeling_molmo2.py",
     "vipllava": "torch.cat(image_features) in modeling_vipllava.py",
 }
@@ -174,9 +229,14 @@ first part and the merger must be at the inputs in any case."""
 
 MASKED_AT_INPUTS: Mapping[str, str] = {
     "paligemma": "block_sequence_ids[batch_idx, q_idx] in masking_utils.py",
+    "cogvlm": "inputs_embeds.index_put([token_type_ids == VISION_TOKEN_TYPE]) in modeling_cogvlm.py",
+    "cogagent": "inputs_embeds.index_put([token_type_ids == VISION_TOKEN_TYPE]) in modeling_cogagent.py",
+    "deepseek_vl_v2": "masked_scatter_ by images_seq_mask in modeling_deepseek_vl_v2.py",
+    "internvl_chat": "input_embeds[input_ids == img_context_token_id] in modeling_internvl_chat.py",
+    "kimi_vl": "inputs_embeds[input_ids == image_token_index] in modeling_kimi_vl.py",
 }
-"""Families that make the mask of an image from token types, which stay with the inputs, and from positions, which are where
-the embedding is. Run on two devices with transformers 5.17."""
+"""Families that mark the places of an image by token ids or types, which stay with the inputs, and use the mark where the
+embedding is. PaliGemma and stand-ins for the others were run on two devices with transformers 5.17 and 5.23."""
 
 TOWER_EXIT: Mapping[str, tuple[str, str]] = {
     "kimi_k25": ("final_layernorm", "hidden_states[merge_index] in modeling_kimi_k25.py"),

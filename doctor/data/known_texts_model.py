@@ -212,13 +212,14 @@ TEXTS: tuple[KnownText, ...] = (
             "cannot import name",
             "has no attribute 'generate'",
             "all_tied_weights_keys",
+            "_initialize_weights",
             "_supports_sdpa",
             "has no setter",
             "can't set attribute",
         ),
         pattern=r"cannot import name '(?P<missing>\w{1,80})' from '(?P<module>transformers[\w.]{0,120})'"
         r"|'(?P<model_class>\w{1,80})' object has no attribute "
-        r"'(?P<attribute>generate|all_tied_weights_keys|_supports_sdpa)'"
+        r"'(?P<attribute>generate|all_tied_weights_keys|_initialize_weights|_supports_sdpa)'"
         r"|property '(?P<property>\w{1,60})' of '(?P<owner>\w{1,80})' object has no setter",
         example="ImportError: cannot import name 'is_flash_attn_greater_or_equal_2_10' from 'transformers.utils' "
         "(/opt/venv/lib/python3.12/site-packages/transformers/utils/__init__.py)",

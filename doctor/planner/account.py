@@ -13,6 +13,7 @@ from .constraints import Atom
 from .kv_cache import kept_elements
 from .memory import Footprint, StageNeed, loaded_dtype, unit_bytes
 from .order import Split
+from .own_code import about_own_code
 from .problem import Problem
 from .release import is_before_5
 from .search import Choice
@@ -92,6 +93,8 @@ def _cache_source(footprint: Footprint) -> str:
         return f"2 x layers x {text.kv_heads} KV heads x {text.head_dim} x bytes x tokens x batch"
     keys, values = kept_elements(text, footprint.release)
     which = "4 keeps keys and values expanded" if is_before_5(footprint.release) else "5 keeps them compressed"
+    if footprint.profile.is_remote_code:
+        return f"layers x {keys + values} x bytes x tokens x batch (its own code keeps keys and values expanded)"
     return f"layers x {keys + values} x bytes x tokens x batch (transformers {which})"
 
 
@@ -262,7 +265,7 @@ def _kept_apart(problem: Problem) -> list[str]:
 def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
     """What was assumed."""
     profile, workload, footprint = problem.profile, problem.workload, problem.footprint
-    result = [*profile.notes]
+    result = [*about_own_code(profile, problem.machine), *profile.notes]
     if footprint.images.note:
         result.append(footprint.images.note)
     result.append(f"Activations: {activations_source(problem)}.")

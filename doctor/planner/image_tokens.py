@@ -113,7 +113,7 @@ def _grid(rule: ImageRule, height: int, width: int) -> tuple[int, int]:
 
 def _tiles(rule: ImageRule, workload: Workload) -> ImageLoad:
     """Cut into the grid of squares nearest in shape, plus a thumbnail; without a size, as many as there can be."""
-    is_sized = workload.image_height or workload.image_width
+    is_sized = (workload.image_height or workload.image_width) and not rule.is_always_full
     tiles = _tile_count(rule, *image_edges(rule, workload)) if is_sized else rule.max_tiles
     shown = tiles + (1 if rule.has_thumbnail and tiles > 1 else 0)
     return ImageLoad(

@@ -15,7 +15,7 @@ from .map_question import Question, finding, listed, mismatch
 
 _MAX_BLOCKS = 6
 _OUTPUT = "output"
-_NORMS_BEHIND = frozenset({"cogvlm", "chatglm"})
+_NORMS_BEHIND = frozenset({"cogagent", "cogvlm", "chatglm"})
 """Families whose vision blocks (EVA2-CLIP) have their norms behind attention and MLP. Source: their visual.py. Text bodies
 that have some there (Gemma 2 and 3, GLM-4 and 4.1V) name them ``post_..._layernorm``."""
 

@@ -43,24 +43,30 @@ def broken_joins(question: Question, layout: Layout) -> list[tuple[Join, set[Dev
     """Joins of the family whose two sides are on different devices, with those devices."""
     found = []
     for join in JOINS.get(question.profile.model_type, ()):
-        one, other = layout.runs_on(join.result or join.moves), layout.runs_on(join.meets)
+        one, other = _joined_on(layout, join.result or join.moves), layout.runs_on(join.meets)
         if one and other and one != other:
             found.append((join, one | other))
     return found
 
 
+def _joined_on(layout: Layout, key: str) -> set[Device]:
+    """Where it is when it is joined: a bare parameter of the model itself goes to the inputs with the model's own hook."""
+    is_of_root = "." not in key and key in layout.anatomy.elements
+    return {layout.main} if is_of_root and layout.dispatches and layout.main is not None else layout.runs_on(key)
+
+
 def parted_joins(question: Question, layout: Layout) -> Iterator[Finding]:
     """What the family's code joins without moving it."""
     for join, devices in broken_joins(question, layout):
-        one, other = (listed(sorted(map(shown, layout.runs_on(key)))) for key in (join.result or join.moves, join.meets))
+        sides = _joined_on(layout, join.result or join.moves), layout.runs_on(join.meets)
+        one, other = (listed(sorted(map(shown, side))) for side in sides)
         says = f"{join.where} says {mismatch(devices)}"
         yield finding(
             question,
             "VLM615",
-            "warning" if join.is_patched else "error",
+            "warning" if join.is_patched or join.when else "error",
             f"{join.moves} is on {one}, and what it is joined with, {join.meets}, on {other}: "
-            + ("in older revisions of the checkpoint's code " if join.is_patched else "")
-            + says,
+            + (f"in older revisions of the checkpoint's code {says}" if join.is_patched else f"{join.when}{says}"),
             cause="Hooks move what goes into a module, never a bare parameter or two results that are joined.",
             fix=f"Put {join.moves} where {join.meets} is.",
             seen=[(key, layout.device_map[key]) for key in (join.moves, join.meets) if key in layout.device_map],
@@ -124,13 +130,14 @@ def parted_mask(question: Question, layout: Layout) -> Iterator[Finding]:
     where, first = MASKED_AT_INPUTS.get(question.profile.model_type), layout.role_device("embedding")
     if where is None or first is None or not layout.dispatches or first == layout.main:
         return
+    embedding = next(unit.key for unit in question.profile.units if unit.role == "embedding")
     yield finding(
         question,
         "VLM615",
         "error",
-        f"model.language_model.embed_tokens is on {shown(first)} and the inputs are on {shown(layout.main)}: with an image "
-        f"model says {mismatch({first, layout.main})} in {where}",
-        cause="The token types stay with the inputs, and nothing moves them to where the text runs.",
+        f"{embedding} is on {shown(first)} and the inputs are on {shown(layout.main)}: with an image {where} says "
+        f"{mismatch({first, layout.main})}",
+        cause="What marks the places of the image stays with the inputs, and nothing moves it to the embedding.",
         fix=f"Put the token embedding on {shown(layout.main)}.",
         devices={first, layout.main},
     )

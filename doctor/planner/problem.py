@@ -21,7 +21,7 @@ from .memory import Footprint, StageNeed
 from .order import Split
 from .pins import pinned
 from .place import smallest_count
-from .release import release_of
+from .release import release_for
 from .search import Choice, choose, closest, longest_text_tokens
 from .settle import Replay, replay_of, settle, takes_anyway
 from .validate import MAX_TOKENS
@@ -69,7 +69,7 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         images = image_load(self.profile, self.workload)
         if self.alike is not None:
             return self.alike.footprint.changed(self.workload, images, is_bare=self.is_bare)
-        release = release_of(self.machine)
+        release = release_for(self.profile, self.machine)
         if self.traces is not None:
             from .traced_footprint import TracedFootprint  # most plans have no trace
 

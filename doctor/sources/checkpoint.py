@@ -75,3 +75,5 @@ class Checkpoint(NamedTuple):
     """What the reader of the files assumed, for the user."""
     shared: Mapping[str, str] = {}
     """Name of a tensor that is the same memory as another, to that one's; only files of ``torch.save`` say so."""
+    broken_calls: tuple[str, ...] | None = None
+    """What code beside it relies on (``data/removed_calls.py``); ``None`` where there is no code."""

@@ -41,7 +41,8 @@ def read_folder(folder: Path) -> Checkpoint:
         ModelFileError: A file is missing, damaged, unreadable or contradicts another.
     """
     try:
-        return _read(folder)
+        checkpoint = _read(folder)
+        return checkpoint._replace(broken_calls=_calls(folder)) if checkpoint.config.get("auto_map") else checkpoint
     except OSError as error:
         # Where a folder on the way may not be entered, or a name is too long, even looking for a file raises.
         raise ModelFileError(f"{folder}: cannot be read ({error.strerror or error}); correct its permissions.") from error
@@ -60,6 +61,13 @@ def _read(folder: Path) -> Checkpoint:
         return _read_torch_files(folder, config)
     tensors = join_shards({shard: read_header(folder / shard) for shard in shards})
     return Checkpoint(config, tensors, tuple(shards), _processor(folder), tuple(notes))
+
+
+def _calls(folder: Path) -> tuple[str, ...] | None:
+    # Late: few checkpoints bring code.
+    from .own_code import broken_calls
+
+    return broken_calls(folder)
 
 
 def _read_torch_files(folder: Path, config: dict[str, Any]) -> Checkpoint:

@@ -1,23 +1,20 @@
 """Checkpoints in the local cache of which something is to be said: half downloaded, or with code that no longer runs.
 
-No code of a checkpoint is run or imported: its text is searched for calls of methods that transformers has removed.
+No code of a checkpoint is run or imported: its text is searched for what transformers has dropped.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.removed_calls import REMOVED_CALLS
 from ..machine import Checkpoint
+from .own_code import broken_calls, gone
 from .regular_file import read_text
 
 _DEADLINE_S = 0.3
 _MOST_REPOS = 300
 _MOST_FILES = 500
-_CODE_BYTES = 512 * 1024
-"""More than the code of any model: modeling_chatglm.py has 50 kB."""
 _MAX_NAME_CHARS = 200
 
 
@@ -32,14 +29,15 @@ def read_checkpoints(cache: Path, transformers: Path | None) -> tuple[Checkpoint
         TimeoutError: There are so many, or the disk is so slow, that not all could be looked at.
     """
     until = time.monotonic() + _DEADLINE_S
-    gone = frozenset(_gone(transformers)) if transformers is not None else frozenset()
+    broken = gone(transformers) if transformers is not None else frozenset()
     found = []
     for folder in _repos(cache):
         if time.monotonic() > until:
             raise TimeoutError(f"not all checkpoints were looked at within {_DEADLINE_S:g} s")
         snapshot = _newest(folder)
         missing = _missing_files(folder, snapshot)
-        lost = tuple(sorted(_calls(snapshot, gone))) if snapshot is not None and gone else ()
+        calls = broken_calls(snapshot) if snapshot is not None and broken else None
+        lost = tuple(name for name in calls or () if name in broken)
         if missing or lost:
             repo = folder.name.removeprefix("models--").replace("--", "/")[:_MAX_NAME_CHARS]
             found.append(Checkpoint(repo=repo, missing_files=missing, lost_calls=lost))
@@ -75,16 +73,3 @@ def _missing_files(folder: Path, snapshot: Path | None) -> int:
     if snapshot is not None:
         missing += sum((snapshot / name).is_symlink() and not (snapshot / name).exists() for name in _names(snapshot))
     return missing
-
-
-def _gone(transformers: Path) -> Iterator[str]:
-    for name, file in REMOVED_CALLS.items():
-        text = read_text(transformers / file, _CODE_BYTES)
-        if text is not None and name not in text:
-            yield name
-
-
-def _calls(snapshot: Path, gone: frozenset[str]) -> set[str]:
-    code = [name for name in _names(snapshot) if name.startswith("modeling_") and name.endswith(".py")]
-    texts = (read_text(snapshot / name, _CODE_BYTES) or "" for name in code)
-    return {name for text in texts for name in gone if f"self.{name}(" in text}

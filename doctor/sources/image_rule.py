@@ -36,18 +36,19 @@ def image_rule(
     if constants.kind == "merge":
         return _any_size(constants, vision, fields, processor)
     forced = config.get("force_image_size")  # InternVL-Chat: wins over vision_config
-    size = forced if type(forced) is int and 0 < forced < 2**31 else fields.get("image_size")
+    size = forced if type(forced) is int and 0 < forced < 2**31 else constants.size or fields.get("image_size")
     if size is None or size < vision.patch:
         return None
     return ImageRule(
         kind=constants.kind,
         size=size,
         patch=vision.patch,
-        merge=2 if has_conv else _merge(config, fields, size // vision.patch),
+        merge=2 if has_conv else constants.merge or _merge(config, fields, size // vision.patch),
         extra_tokens=constants.extra_tokens,
         extra_patches=constants.extra_patches,
         max_tiles=constants.max_tiles,
         has_thumbnail=constants.has_thumbnail,
+        is_always_full=constants.is_always_full,
     )
 
 
@@ -65,7 +66,7 @@ def _any_size(
         kind="merge",
         size=MERGE_DEFAULT_EDGE,
         patch=vision.patch,
-        merge=fields.get("spatial_merge_size") or 1,
+        merge=fields.get("spatial_merge_size") or constants.merge or 1,
         extra_tokens=constants.extra_tokens,
         extra_patches=constants.extra_patches,
         min_pixels=max(1, lowest),

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from ..data.config_defaults import ARCHITECTURES, PARTS
-from ..data.families import FLAT_TOWERS, REMOTE_TYPES, FamilyChanges, FamilyRules, rules_of
+from ..data.families import FLAT_TOWERS, PACKAGED, REMOTE_TYPES, FamilyChanges, FamilyRules, rules_of
 from ..data.image_rules import UNKNOWN
 from ..errors import ModelFileError
 from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
@@ -54,7 +54,8 @@ def build_profile(
     if not checkpoint.tensors:
         raise ModelFileError(f"{name}: its files hold no tensors; download the checkpoint again.")
     model_type, architecture = class_of(config)
-    is_remote_code = bool(config.get("auto_map")) and ARCHITECTURES.get(model_type) != architecture
+    is_own = bool(config.get("auto_map")) or architecture in PACKAGED
+    is_remote_code = is_own and ARCHITECTURES.get(model_type) != architecture
     rules = _rules(config, model_type, architecture, is_remote_code=is_remote_code, families=families or {})
     is_flat = are_towers_flat and not is_remote_code and _tower_type(config) in FLAT_TOWERS
     fields = text_fields(config)
@@ -101,6 +102,7 @@ def build_profile(
         body_script=None if is_remote_code or rules.text_multiples else body_script(text.body),
         tower_script=None if is_remote_code or rules.vision_multiples else tower_script(model_type, _vision_type(config)),
         files=checkpoint.files,
+        broken_calls=checkpoint.broken_calls,
         registered=registered(named, units, config, model_type=model_type, is_remote_code=is_remote_code),
         notes=tuple(notes),
     )

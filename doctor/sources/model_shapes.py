@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..data.config_defaults import PARTS, SHAPES
+from ..data.remote_registration import REMOTE_TOWERS
 from ..errors import ModelFileError
 from ..model import TextShape, VisionShape
 from .checkpoint import StoredTensor
@@ -24,7 +25,7 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "layers", "decoder_layers"),
     "hidden": ("hidden_size", "embed_dim", "n_embd", "d_model", "dim", "width"),
     "intermediate": ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "mlp_dim", "decoder_ffn_dim", "d_ff"),
-    "heads": ("num_attention_heads", "num_heads", "n_head", "attention_heads", "decoder_attention_heads"),
+    "heads": ("num_attention_heads", "num_heads", "n_head", "attention_heads", "decoder_attention_heads", "heads"),
     "kv_heads": ("num_key_value_heads", "num_multi_query_heads", "multi_query_group_num", "n_head_kv"),
     "head_dim": ("head_dim", "kv_channels", "attention_head_dim"),
     "vocabulary": ("vocab_size", "padded_vocab_size"),
@@ -131,7 +132,10 @@ def vision_fields(config: Mapping[str, Any]) -> Fields | None:
     """
     if config.get("vision_config") is not None:
         return _part(config, "vision_config")
-    nested = PARTS.get(_word(config.get("model_type")), {}).get("vision_config")
+    family = _word(config.get("model_type"))
+    if family in REMOTE_TOWERS:
+        return Fields(REMOTE_TOWERS[family], family, "vision_config.")
+    nested = PARTS.get(family, {}).get("vision_config")
     return Fields({}, nested, "vision_config.") if nested else None
 
 

@@ -123,9 +123,10 @@ class _Order:
         found = [self._registered(unit, unit.key) for unit in whole]
         # Nearly all tensors are in the text layers, which are placed whole: they need no look of their own.
         done = tuple({f"{_list_of(unit.key)}." for unit in whole})
+        alone = {unit.key for unit in whole}
         members: dict[str, list[StoredTensor]] = {}
         for name, tensor in tensors.items():
-            if name.startswith(done):
+            if name.startswith(done) or name in alone:
                 continue
             key = self._place(name) or self._place(name.replace(f".{_WRAPPER}", ".", 1))
             if key is not None:

@@ -1,0 +1,59 @@
+"""What the code beside a checkpoint relies on and some releases of transformers lack. Its text is searched, never run."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from ..data.removed_calls import BREAKS
+from .regular_file import read_text
+
+_MOST_FILES = 500
+_CODE_BYTES = 512 * 1024
+"""More than the code of any model: modeling_chatglm.py has 50 kB."""
+_OWN_CLASS = re.compile(r"^class \w+\([^)]*PreTrainedModel\b", re.MULTILINE)
+"""Of which nothing but the code itself calls ``post_init``; heirs of whole models are seen to by those."""
+
+
+def broken_calls(folder: Path) -> tuple[str, ...] | None:
+    """Names of :data:`BREAKS` that concern the code of a folder; ``None`` where there is no code."""
+    texts = {name: read_text(folder / name, _CODE_BYTES) or "" for name in _names(folder) if name.endswith(".py")}
+    if not any(name.startswith("modeling_") for name in texts):
+        return None
+    return tuple(sorted(name for name, found in BREAKS.items() if _concerns(name, texts, is_missing=found.is_missing)))
+
+
+def gone(transformers: Path) -> frozenset[str]:
+    """Names of :data:`BREAKS` that the installed transformers breaks; read from its own files."""
+    found = set()
+    for name, entry in BREAKS.items():
+        text = read_text(transformers / entry.file, _CODE_BYTES)
+        if text is not None and (entry.mark in text) == entry.is_new:
+            found.add(name)
+    return frozenset(found)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())[:_MOST_FILES]
+    except OSError:
+        return []
+
+
+def _concerns(name: str, texts: dict[str, str], *, is_missing: bool) -> bool:
+    pattern = _pattern(name)
+    if not is_missing:
+        unless = BREAKS[name].unless
+        cared = bool(unless) and any(re.search(unless, text) for text in texts.values())
+        return not cared and any(pattern.search(text) for text in texts.values())
+    models = [text for file, text in texts.items() if file.startswith("modeling_")]
+    return any(_OWN_CLASS.search(text) for text in models) and not any(pattern.search(text) for text in models)
+
+
+@cache
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(BREAKS[name].code)
+
+
+__all__ = ["broken_calls", "gone"]

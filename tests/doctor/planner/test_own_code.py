@@ -1,0 +1,186 @@
+"""Code that checkpoints bring: what it needs, where it joins, what it keeps."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from vlm_doctor import Machine, ModelProfile, Policy, Workload, load_machine, plan
+from vlm_doctor.data.removed_calls import BREAKS, NATIVE, PUBLISHED, is_broken
+from vlm_doctor.machine import Libraries, Package
+from vlm_doctor.model import ImageRule
+from vlm_doctor.planner.image_tokens import image_load
+from vlm_doctor.planner.map_check import check_map
+from vlm_doctor.planner.own_code import about_own_code
+from vlm_doctor.planner.release import release_for
+from vlm_doctor.sources.catalogue import catalogue
+from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
+from vlm_doctor.sources.model_profile import build_profile
+
+GLM = build_profile(catalogue()["THUDM/glm-4v-9b"].checkpoint(), name="THUDM/glm-4v-9b", origin="catalogue")
+INTERNVL = build_profile(catalogue()["OpenGVLab/InternVL3-8B"].checkpoint(), name="InternVL3-8B", origin="catalogue")
+COGVLM2 = build_profile(
+    catalogue()["THUDM/cogvlm2-llama3-chat-19B"].checkpoint(), name="THUDM/cogvlm2-llama3-chat-19B", origin="catalogue"
+)
+MACHINE = load_machine("24GiB,24GiB")
+
+
+def with_transformers(version: str) -> Machine:
+    packages = (Package(name="transformers", version=version),)
+    return msgspec.structs.replace(MACHINE, libraries=Libraries(python="3", executable="python", packages=packages))
+
+
+@pytest.mark.parametrize("version", ["4.49.0", "4.57.6", "5.23.0", None])
+def test_what_is_gone_is_named_with_a_version_that_has_it_and_a_successor(version: str | None) -> None:
+    (note,) = about_own_code(GLM, MACHINE if version is None else with_transformers(version))
+
+    assert note.startswith("Its own code, as published, calls _extract_past_from_model_output: with transformers 4.49 ")
+    assert "Use transformers<4.49 in an environment of its own" in note
+    assert "zai-org/GLM-4.1V-9B-Thinking" in note
+    assert "GLM-4 issue 716" in note
+
+
+def test_nothing_is_said_where_nothing_is_missing() -> None:
+    assert about_own_code(GLM, with_transformers("4.48.3")) == ()
+    assert about_own_code(msgspec.structs.replace(GLM, broken_calls=()), with_transformers("5.23.0")) == ()
+    assert about_own_code(msgspec.structs.replace(GLM, is_remote_code=False), with_transformers("5.23.0")) == ()
+    assert about_own_code(msgspec.structs.replace(GLM, model_type="unheard_of"), with_transformers("5.23.0")) == ()
+
+
+def test_code_at_hand_outdoes_what_is_published() -> None:
+    calls = ("from_legacy_cache", "get_max_length", "post_init")
+    profile = msgspec.structs.replace(COGVLM2, broken_calls=calls)
+    (now,) = about_own_code(profile, with_transformers("5.23.0"))
+    (then,) = about_own_code(profile, with_transformers("4.50.3"))
+
+    # 5.13 brought get_max_length back.
+    assert now.startswith("Its own code calls from_legacy_cache, does not call post_init: with transformers 5.0 ")
+    assert "Use transformers<5.0" in now
+    assert now.endswith("or newer code.")
+    assert then.startswith("Its own code calls get_max_length of the cache: with transformers 4.49 ")
+
+
+def test_a_plan_says_it_first() -> None:
+    made = plan(GLM, with_transformers("5.23.0"), Workload(text_tokens=64), Policy())
+    assert made.notes[0].startswith("Its own code, as published, calls _extract_past_from_model_output")
+
+
+def test_the_tables_know_each_other() -> None:
+    assert {name for names in PUBLISHED.values() for name in names} <= BREAKS.keys()
+    assert NATIVE.keys() <= PUBLISHED.keys()
+    for name, found in BREAKS.items():
+        assert is_broken(name, found.since)
+        assert not is_broken(name, (found.since[0], found.since[1] - 1))
+        assert found.until is None or not is_broken(name, found.until)
+
+
+def test_latent_attention_and_experts_of_own_code_go_as_before_5() -> None:
+    latent = msgspec.structs.replace(GLM.text, kv_lora_rank=512)
+    new = with_transformers("5.23.0")
+
+    assert release_for(GLM, new) == (5, 23)
+    assert release_for(msgspec.structs.replace(GLM, text=latent), new) == (4, 57)
+    assert release_for(msgspec.structs.replace(GLM, text=msgspec.structs.replace(GLM.text, experts=64)), new) == (4, 57)
+    assert release_for(msgspec.structs.replace(GLM, text=latent, is_remote_code=False), new) == (5, 23)
+
+
+def test_the_cache_of_own_latent_attention_is_told_as_such() -> None:
+    text = msgspec.structs.replace(GLM.text, kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128)
+    made = plan(msgspec.structs.replace(GLM, text=text), with_transformers("5.23.0"), Workload(text_tokens=64), Policy())
+    (line,) = {line.source for stage in made.stages for line in stage.ledger if line.kind == "kv_cache"}
+    assert line.endswith("(its own code keeps keys and values expanded)")
+
+
+def test_a_rule_that_is_always_full_counts_every_tile_of_any_image() -> None:
+    rule = ImageRule(kind="tiles", size=336, patch=14, merge=2, max_tiles=12, has_thumbnail=True, is_always_full=True)
+    full = msgspec.structs.replace(INTERNVL, image=rule)
+    counted = msgspec.structs.replace(INTERNVL, image=msgspec.structs.replace(rule, is_always_full=False))
+    small = Workload(images=1, image_height=336, image_width=336)
+
+    assert image_load(full, small).tokens == 13 * 144 == image_load(full, Workload(images=1)).tokens
+    assert image_load(counted, small).tokens == 144
+
+
+# -- maps
+
+
+def messages(profile: ModelProfile, device_map: dict[str, int], severity: str) -> list[str]:
+    found = check_map(device_map, profile, MACHINE, Workload(images=1, text_tokens=16)).findings
+    return [finding.message for finding in found if finding.severity == severity and finding.code == "VLM615"]
+
+
+def internvl(**where: int) -> dict[str, int]:
+    parts = {"vision_model": 0, "mlp1": 0, "language_model.model.embed_tokens": 0, "language_model.model.rotary_emb": 0}
+    layers = {f"language_model.model.layers.{number}": int(13 < number < 27) for number in range(28)}
+    return {**parts, **layers, "language_model.model.norm": 0, "language_model.lm_head": 0, **where}
+
+
+def test_a_projector_elsewhere_fails_in_a_plain_pass_alone() -> None:
+    assert messages(INTERNVL, internvl(), "error") == messages(INTERNVL, internvl(), "warning") == []
+    (warning,) = messages(INTERNVL, internvl(mlp1=1), "warning")
+    assert warning.startswith(
+        "mlp1 is on cuda:1, and what it is joined with, language_model.model.embed_tokens, on cuda:0: "
+    )
+    assert "a plain forward pass, input_embeds[selected] * 0.0 + vit_embeds in modeling_internvl_chat.py says" in warning
+
+
+def test_an_embedding_elsewhere_than_the_inputs_cannot_take_an_image() -> None:
+    device_map = internvl(**{"language_model.model.embed_tokens": 1, "mlp1": 1})
+    (error,) = messages(INTERNVL, device_map, "error")
+    assert error.startswith(
+        "language_model.model.embed_tokens is on cuda:1 and the inputs are on cuda:0: with an image "
+        "input_embeds[input_ids == img_context_token_id] in modeling_internvl_chat.py says "
+    )
+
+
+DEEPSEEK_CONFIG = {
+    "model_type": "deepseek_vl_v2",
+    "architectures": ["DeepseekVLV2ForCausalLM"],
+    "language_config": {
+        "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 32,
+    },
+    "vision_config": {"width": 4, "layers": 2, "heads": 2, "patch_size": 14, "image_size": 384},
+}  # fmt: skip
+
+
+def deepseek() -> ModelProfile:
+    """Published without ``auto_map``: the class is that of a package."""
+    shapes = {
+        "image_newline": (8,),
+        "view_seperator": (8,),
+        "vision.pos_embed": (1, 4, 4),
+        **{f"vision.blocks.{number}.attn.qkv.weight": (12, 4) for number in range(2)},
+        **{f"vision.blocks.{number}.mlp.fc1.weight": (8, 4) for number in range(2)},
+        "projector.layers.0.weight": (8, 16),
+        "language.model.embed_tokens.weight": (32, 8),
+        **{f"language.model.layers.{number}.mlp.up_proj.weight": (16, 8) for number in range(2)},
+        **{f"language.model.layers.{number}.self_attn.o_proj.weight": (8, 8) for number in range(2)},
+        "language.model.norm.weight": (8,),
+        "language.lm_head.weight": (32, 8),
+    }
+    tensors = {}
+    for name, shape in shapes.items():
+        size = 2
+        for edge in shape:
+            size *= edge
+        tensors[name] = StoredTensor("BF16", shape, size)
+    return build_profile(Checkpoint(DEEPSEEK_CONFIG, tensors), name="deepseek-vl2", origin="checkpoint")
+
+
+def test_a_bare_parameter_of_the_model_itself_goes_to_the_inputs_whatever_the_map_says() -> None:
+    profile = deepseek()
+    made = plan(profile, MACHINE, Workload(images=1, text_tokens=16, new_tokens=2), Policy(min_gpus=2, max_gpus=2))
+    assert profile.is_remote_code
+    assert profile.vision is not None
+    assert made.fits
+    assert messages(profile, {key: int(value) for key, value in made.device_map.items()}, "error") == []
+    # The tower first on one GPU, and all that it is joined with on the other.
+    other = {"vision": 0, **{key: 1 for key in made.device_map if key != "vision"}}
+    errors = messages(profile, other, "error")
+
+    assert any(
+        error.startswith("image_newline is on cuda:0, and what it is joined with, projector, on cuda:1") for error in errors
+    )
+    assert any(
+        error.startswith("language.model.embed_tokens is on cuda:1 and the inputs are on cuda:0") for error in errors
+    )

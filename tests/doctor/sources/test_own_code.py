@@ -1,0 +1,62 @@
+"""The text of checkpoints' own code, searched and never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlm_doctor.sources.own_code import broken_calls, gone
+
+PHI = """
+from transformers.cache_utils import Cache, DynamicCache
+class Phi3VModel(Phi3VPreTrainedModel):
+    def __init__(self, config):
+        self.register_buffer("inv_freq", None, persistent=False)
+        self.post_init()
+    def forward(self, past_key_values):
+        past_key_values = DynamicCache.from_legacy_cache(past_key_values)
+        length = past_key_values.get_usable_length(3)
+        return past_key_values.seen_tokens, past_key_values.get_max_length()
+"""
+CASES = {
+    "from transformers.utils.import_utils import is_torch_fx_available\n": ("is_torch_fx_available",),
+    "from transformers.models.llama.modeling_llama import (\n    LlamaAttention,\n    LlamaFlashAttention2\n)\n": (
+        "LlamaFlashAttention2",
+    ),
+    PHI: ("from_legacy_cache", "get_max_length", "get_usable_length", "seen_tokens"),
+    "class InternVLChatModel(PreTrainedModel):\n    def __init__(self, config):\n        super().__init__(config)\n": (
+        "post_init",
+    ),
+    "class Mine(Qwen2VLForConditionalGeneration):\n    pass\n": (),
+    'self.register_buffer("inv_freq", inv_freq, persistent=False)\n': ("register_buffer",),
+    'self.register_buffer("inv_freq", inv_freq)\n': (),
+    'self.register_buffer("a", b, persistent=False)\ndef _init_weights(self, module):\n    init.copy_(module.a, b)\n': (),
+    "class Resampler(nn.Module):\n    x = 1\n\n    def _init_weights(self, m):\n        pass\n": ("_initialize_weights",),
+    "class Tower(PreTrainedModel):\n    def _init_weights(self, m):\n        self.post_init()\n": (),
+    "super()._extract_past_from_model_output(outputs)\n": (),
+    "self._extract_past_from_model_output(outputs)\n": ("_extract_past_from_model_output",),
+}
+
+
+@pytest.mark.parametrize(("code", "found"), CASES.items(), ids=range(len(CASES)))
+def test_what_code_relies_on(code: str, found: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "modeling_x.py").write_text(code)
+    assert broken_calls(tmp_path) == found
+
+
+def test_code_beside_the_model_counts_and_no_code_is_none(tmp_path: Path) -> None:
+    assert broken_calls(tmp_path) is None
+    assert broken_calls(tmp_path / "nowhere") is None
+    (tmp_path / "resampler.py").write_text('self.register_buffer("pos_embed", x, persistent=False)\n')
+    assert broken_calls(tmp_path) is None
+    (tmp_path / "modeling_x.py").write_text("x = 1\n")
+    assert broken_calls(tmp_path) == ("register_buffer",)
+
+
+def test_a_package_that_is_not_there_has_lost_nothing(tmp_path: Path) -> None:
+    assert gone(tmp_path) == frozenset()
+    (tmp_path / "cache_utils.py").write_text("def get_max_length(self): ...\n")
+    assert gone(tmp_path) == {"from_legacy_cache", "get_usable_length", "seen_tokens"}
+    (tmp_path / "modeling_utils.py").write_text("keys = self.all_tied_weights_keys\n")
+    assert "post_init" in gone(tmp_path)
