@@ -12,7 +12,7 @@ import pytest
 from .. import verdicts
 from ..verdicts import Verdict
 from ..watching.meter import empty_cache
-from .loads import check_landing, describe
+from .loads import check_landing, describe, stages_used
 from .residents import Resident, free_before
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Lending:
 
         self._gate.refuse_unless_run(spec, self._gate.keep_from_acting(Verdict("run"), request))
         plan = self._plan_now(spec, request) if self._gate.uses_gpus else None
-        before = free_before(plan, self._gate.machine_used)
+        before = free_before(plan, self._gate.machine_used, is_open=spec.is_placed_by_transformers)
         meter = Meter()
         meter.start()
         started = time.perf_counter()
@@ -74,14 +74,17 @@ class Lending:
             try:
                 loaded = stack.enter_context(self._open(spec, plan, request, loader))
                 if plan is not None:
-                    check_landing(spec, plan, loaded, self._gate.reader.current(request, max_age_s=math.inf))
+                    machine = self._gate.reader.current(request, max_age_s=math.inf)
+                    check_landing(spec, plan, loaded, machine, may_offload=not self._gate.why_no_offload())
             except LoadFailure as failure:
                 verdict = Verdict("error", failure.code, failure.message, details=failure.details)
             # Not inside the handler: the report is one sentence, without the chain of errors behind it.
             self._gate.refuse_unless_run(spec, verdict)
-            load = describe(spec, plan, time.perf_counter() - started)
+            load = describe(spec, plan, loaded, time.perf_counter() - started)
             self._gate.loads.append(load)
-            resident = Resident(spec, plan, loaded, load, ExitStack(), meter, before)
+            uuids = tuple(stage.uuid for stage in stages_used(plan, loaded))
+            before = {uuid: size for uuid, size in before.items() if uuid in uuids}
+            resident = Resident(spec, plan, loaded, load, ExitStack(), meter, before, uuids)
             self._gate.residents.add(resident)
             try:
                 request.config.hook.pytest_vlmgpu_loaded(config=request.config, spec=spec, loaded=loaded)
@@ -133,7 +136,7 @@ class Lending:
         empty_cache()
         self._await_memory(self._gate.reader.current(request, max_age_s=0), request)
         placed = place_now(math.inf)
-        while placed[0].code == verdicts.BUSY and self._gate.residents.remove_least_useful(self._in_use):
+        while _lacks_memory(placed) and self._gate.residents.remove_least_useful(self._in_use):
             placed = place_now(0)
         verdict, plan = self._gate.when_free(place_now, placed, lambda placed: placed[0])
         self._gate.refuse_unless_run(spec, verdict)
@@ -150,3 +153,9 @@ class Lending:
                 is_back, lambda: "memory of a model that was unloaded is not back yet", may_wait=False
             )
         self._gate.residents.settle()
+
+
+def _lacks_memory(placed: tuple[Verdict, Plan | None]) -> bool:
+    """True where a model would have more room if another one went: a model in host memory is no reason to keep that."""
+    verdict, plan = placed
+    return verdict.code in (verdicts.BUSY, verdicts.OFFLOADED) or (plan is not None and plan.offloaded is not None)

@@ -56,7 +56,14 @@ def keep_output(config: pytest.Config) -> None:
 
 
 @contextmanager
-def shown(config: pytest.Config, label: str, plan: Plan | None, ordinals: Mapping[str, int] | None) -> Iterator[None]:
+def shown(
+    config: pytest.Config,
+    label: str,
+    plan: Plan | None,
+    ordinals: Mapping[str, int] | None,
+    *,
+    is_planned: bool = True,
+) -> Iterator[None]:
     """Show how a load goes, as long as it lasts.
 
     Args:
@@ -64,6 +71,7 @@ def shown(config: pytest.Config, label: str, plan: Plan | None, ordinals: Mappin
         label: The model.
         plan: What is loaded where; ``None`` on the CPU.
         ordinals: GPU UUID to CUDA ordinal, as far as known.
+        is_planned: False where the model goes to other GPUs than planned: then all are counted together.
     """
     output = _find_output(config)
     if output is None:
@@ -71,7 +79,7 @@ def shown(config: pytest.Config, label: str, plan: Plan | None, ordinals: Mappin
         return
     descriptor, is_ours = output
     stages = plan.stages if plan is not None else ()
-    poll = _poller(stages, ordinals or {})
+    poll = _poller(stages, ordinals or {}, is_planned=is_planned)
     done = threading.Event()
     thread = threading.Thread(target=_run, args=(descriptor, label, poll, done), name="vlmgpu-progress", daemon=True)
     thread.start()
@@ -120,7 +128,9 @@ def _find_output(config: pytest.Config) -> tuple[int, bool] | None:
     return None
 
 
-def _poller(stages: Sequence[Stage], ordinals: Mapping[str, int]) -> Callable[[], tuple[list[Share], int]]:
+def _poller(
+    stages: Sequence[Stage], ordinals: Mapping[str, int], *, is_planned: bool = True
+) -> Callable[[], tuple[list[Share], int]]:
     """Function that gives what is loaded now: shares of the GPUs, and the growth of the process without any."""
     before = allocated_bytes()
     host_before = _resident_bytes()
@@ -133,6 +143,9 @@ def _poller(stages: Sequence[Stage], ordinals: Mapping[str, int]) -> Callable[[]
             total = sum(item.size_bytes for item in stage.ledger if item.kind == "weights")
             loaded = grown.get(ordinals.get(stage.uuid, position), 0)
             shares.append(Share(f"GPU {stage.gpu}", min(loaded, total), total))
+        if stages and not is_planned:
+            whole = sum(share.total for share in shares)
+            shares = [Share("all GPUs", min(sum(grown.values()), whole), whole)]
         return shares, 0 if stages else _resident_bytes() - host_before
 
     return poll

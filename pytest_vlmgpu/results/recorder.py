@@ -21,6 +21,10 @@ _REASON_LENGTH = 1000
 """Characters of a reason that are kept: it is a sentence, and a traceback of the test's own is elsewhere."""
 
 
+_NUMBERS = ("need_gib", "peak_gib", "offloaded_gib", "wait_s")
+"""Properties of a report that are fields of the record."""
+
+
 class Recorder:
     """One record for each gated test, in the order in which they were met."""
 
@@ -47,7 +51,7 @@ class Recorder:
 def _with_properties(record: GatedRecord, found: dict[str, Any]) -> GatedRecord:
     """What our properties say; those of other helpers of the plugin may come with a later phase."""
     texts = {name: found.get(f"{PREFIX}{name}", getattr(record, name)) for name in ("verdict", "code", "model")}
-    numbers = {name: found.get(f"{PREFIX}{name}", getattr(record, name)) for name in ("need_gib", "peak_gib", "wait_s")}
+    numbers = {name: found.get(f"{PREFIX}{name}", getattr(record, name)) for name in _NUMBERS}
     uuids = found.get(f"{PREFIX}gpus")
     gpus = tuple(str(uuids).split(",")) if uuids else record.gpus
     values: dict[str, Any] = {**texts, **{name: _number(value) for name, value in numbers.items()}, "gpus": gpus}

@@ -109,6 +109,7 @@ def _load(worker: str | None, load: dict[str, Any]) -> LoadRecord:
         weights_gib=gib(load["weights_bytes"]),
         predicted_peak_gib=gib(load["predicted_peak_bytes"]),
         measured_peak_gib=gib(load["measured_peak_bytes"]),
+        offloaded_gib=gib(load["offloaded_bytes"]),
         left_gib=gib(load["left_bytes"]),
         worker=worker,
     )

@@ -70,11 +70,13 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     if verdict is not None:
         runs = verdict.action == "run"
         need, is_about_gpus = gate.need_bytes(test), gate.is_machine_real or gate.settings.plan
+        resident = gate.resident_of(test)
         properties |= {
             "verdict": verdict.action,
             "code": verdict.code,
             "gpus": ",".join(gate.gpu_uuids(test, verdict)) if runs and is_about_gpus else None,
             "need_gib": round(need / 2**30, 3) if need else None,
+            "offloaded_gib": round(resident.load.offloaded_bytes / 2**30, 3) if resident is not None else None,
         }
     elif call.excinfo is not None:
         # A skip marker, or a session fixture, came before the gate.

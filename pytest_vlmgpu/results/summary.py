@@ -118,7 +118,7 @@ class Summary:
         terminalreporter.section("vlmgpu")
         if tests:
             from ..models.loads import Load
-            from .summary_text import counts, load_line
+            from .summary_text import counts, load_line, offloaded_lines
 
             machines = [line for _, said in self._said for line in said["machines"]]
             for line in dict.fromkeys(machines):
@@ -131,6 +131,8 @@ class Summary:
 
             for line in account(self._config):
                 terminalreporter.line(line)
+            for line in offloaded_lines(tests):
+                terminalreporter.line(line, red=True, bold=True)
         for note in self._notes:
             terminalreporter.line(note)
         for broken in self._broken:
@@ -223,7 +225,7 @@ class Summary:
         from . import baseline
         from .writing import write
 
-        ran = [nodeid for nodeid, record in self._tests.items() if record.is_executed]
+        ran = [nodeid for nodeid, record in self._tests.items() if record.is_proof]
         machines = [line["description"] for line in self._machines]
         text = baseline.text(ran, machines[0] if machines else None)
         problem = write(settings.baseline, text, "--vlm-baseline")

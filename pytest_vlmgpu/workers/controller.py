@@ -111,7 +111,7 @@ class Controller:
         machine = gate.machine()
         if machine.origin != "live":
             return dict.fromkeys(tests, 0)
-        plan_of = _Planner()
+        plan_of = _Planner(may_offload=gate.settings.allow_offload)
         by_group = {
             number: demands_of(need, machine, gate.settings.gpus, plan_of) for number, need in enumerate(groups.needs)
         }
@@ -238,6 +238,9 @@ def account(config: pytest.Config) -> list[str]:
 class _Planner:
     """Places models with the planner's defaults: a conftest's own planner lives in the workers only."""
 
+    def __init__(self, *, may_offload: bool) -> None:
+        self._may_offload = may_offload
+
     def __call__(self, spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan | None:
         from vlm_doctor.errors import VlmDoctorError
 
@@ -253,7 +256,7 @@ class _Planner:
 
         from ..models.ladder import make_planner
 
-        return make_planner(Workload(), Policy())
+        return make_planner(Workload(), Policy(), may_offload=self._may_offload)
 
 
 def _short(name: str) -> str:

@@ -138,7 +138,7 @@ def test_markers_are_listed_with_their_signature(suite: Any) -> None:
 
     result.stdout.fnmatch_lines(
         [
-            "@pytest.mark.vlm(*names, dtype=None, trust_remote_code=False): Name the model *",
+            "@pytest.mark.vlm(*names, revision=None, dtype=None, device_map=None, trust_remote_code=False): Name the *",
             "@pytest.mark.vlm_requires(*, gpus=1, vram_gib=None, total_vram_gib=None, capability=None, *): Skip *",
         ]
     )
