@@ -149,6 +149,7 @@ BY_HAND: dict[str, str] = {
     "VLM742": "`pytest --collect-only -q` beside the list of before.",
     "VLM743": "Look for `pytest.skip` and `skipif` in the test that is named.",
     "VLM744": "`ls -ld` of the folder that the message names; `df -h`.",
+    "VLM745": "`pytest --vlm-plan --vlm-machine=SPEC` for one runner after the other.",
     "VLM750": "`{name: p.sum().item() for name, p in model.named_parameters()}` before and after the test.",
     "VLM751": "`torch.cuda.max_memory_allocated()` in the test.",
     "VLM752": "`torch.cuda.memory_summary()` in the test; `nvidia-smi -l 1` beside it.",

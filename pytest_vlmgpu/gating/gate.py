@@ -54,6 +54,7 @@ class Gate:
 
     def __init__(self, settings: Settings, config: pytest.Config, recorded: Machine | None = None) -> None:
         self.settings = settings
+        self._config = config
         self.own = OwnShare(config, settings)
         """The GPUs of this process."""
         self.sharing: dict[VlmSpec, list[Requirements]] = {}
@@ -66,6 +67,13 @@ class Gate:
         self.residents = Residents()
         self._lending = Lending(self)
         self._fits: dict[VlmSpec, Verdict] = {}
+
+    def on(self, machine: Machine) -> Gate:
+        """The same tests on another machine."""
+        other = Gate(self.settings, self._config, machine)
+        other.sharing.update(self.sharing)
+        other.own.needs, other.residents.uses = self.own.needs, self.residents.uses
+        return other
 
     @property
     def machine_used(self) -> Machine | None:

@@ -46,6 +46,11 @@ class LoadedVlm:
         where = ", ".join(f"cuda:{device}" if isinstance(device, int) else device for device in devices) or "cpu"
         return f"<LoadedVlm {self.name} on {where}>" if self.model is not None else f"<LoadedVlm {self.name}, unloaded>"
 
+    @property
+    def ordinals(self) -> list[int]:
+        """CUDA ordinals of its GPUs, in the order of the stages; empty on the CPU."""
+        return ordinals_in(self.device_map)
+
     def generate(
         self,
         images: Image | Sequence[Image] | None,
@@ -80,7 +85,7 @@ class LoadedVlm:
         if not do_sample:
             # A checkpoint's own sampling settings would only be warned about.
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        ordinals = sorted(ordinals_in(self.device_map))
+        ordinals = sorted(self.ordinals)
         with torch.random.fork_rng(devices=ordinals), torch.inference_mode():
             for generator in (torch.default_generator, *(torch.cuda.default_generators[ordinal] for ordinal in ordinals)):
                 generator.manual_seed(seed)
@@ -92,7 +97,7 @@ class LoadedVlm:
         """CUDA ordinal to the most memory that torch had allocated since the peak was last reset; empty on the CPU."""
         import torch
 
-        return {ordinal: torch.cuda.max_memory_allocated(ordinal) for ordinal in sorted(ordinals_in(self.device_map))}
+        return {ordinal: torch.cuda.max_memory_allocated(ordinal) for ordinal in sorted(self.ordinals)}
 
     def _inputs(self, images: Image | Sequence[Image] | None, text: str) -> dict[str, Any]:
         pictures = _as_list(images)

@@ -12,6 +12,8 @@ from msgspec.structs import replace
 
 from vlm_doctor.units import format_gib
 
+from .residents import CONTEXT_BYTES
+
 if TYPE_CHECKING:
     from vlm_doctor.machine import Gpu, Machine
     from vlm_doctor.placement import Plan
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 class Ask(Protocol):
     """Plans one model on a machine."""
 
-    def __call__(self, machine: Machine, *, offload: bool) -> Plan:
+    def __call__(self, machine: Machine, /, *, offload: bool) -> Plan:
         """With or without layers in host memory."""
 
 
@@ -37,28 +39,31 @@ def with_host_memory(found: Plan, machine: Machine, ask: Ask) -> Plan:
         the memory that others hold on the GPUs would keep more of the model off them.
     """
     plan = ask(machine, offload=True)
-    if not plan.fits or plan.offloaded is None:
+    empty = emptied(machine)
+    ideal = ask(empty, offload=True) if empty is not machine else plan
+    if not ideal.fits or found.shortage is None:
         return found
-    without_others = given_back(machine)
-    ideal = ask(without_others, offload=True) if without_others is not machine else plan
     least_bytes = ideal.offloaded.weights_bytes if ideal.offloaded is not None else 0
-    if not ideal.fits or plan.offloaded.weights_bytes <= least_bytes or found.shortage is None:
+    left_bytes = plan.offloaded.weights_bytes if plan.offloaded is not None else 0
+    if plan.fits and left_bytes <= least_bytes:
         return plan
-    message = (
-        f"{plan.model} would leave {format_gib(plan.offloaded.weights_bytes)} in host memory, and only "
-        f"{format_gib(least_bytes)} if others held nothing."
-    )
+    now = f"would leave {format_gib(left_bytes)} in host memory" if plan.fits else "does not fit even with host memory"
+    ideally = f"{format_gib(least_bytes)} would have to stay there if others held nothing of the GPUs"
+    message = f"{plan.model} {now}, and only {ideally}."
     return replace(found, shortage=replace(found.shortage, message=message, is_permanent=False))
 
 
-def given_back(machine: Machine) -> Machine:
-    """The machine with the memory that other processes hold on its GPUs; itself, if none does."""
+def emptied(machine: Machine) -> Machine:
+    """The machine with no process on its GPUs but this one; itself, where there is none."""
     gpus = tuple(map(_without_others, machine.gpus))
     return machine if gpus == machine.gpus else replace(machine, gpus=gpus)
 
 
 def _without_others(gpu: Gpu) -> Gpu:
-    others = sum(process.used_bytes or 0 for process in gpu.processes if process.pid != os.getpid())
-    if not others or gpu.memory_free_bytes is None:
+    """Holders are not always visible (containers), so what is free is held against what there is."""
+    total, free = gpu.memory_total_bytes, gpu.memory_free_bytes
+    if total is None or free is None or gpu.has_unified_memory:
         return gpu
-    return replace(gpu, memory_free_bytes=gpu.memory_free_bytes + others, processes=())
+    own = sum(process.used_bytes or 0 for process in gpu.processes if process.pid == os.getpid())
+    most = total - (gpu.memory_reserved_bytes or 0) - own
+    return replace(gpu, memory_free_bytes=most, processes=()) if most - free > CONTEXT_BYTES else gpu

@@ -95,6 +95,13 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     gpus: tuple[GpuRecord, ...] = ()
 
 
+class RunnerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One kind of runner of ``--vlm-fleet``."""
+
+    name: str
+    machine: MachineRecord
+
+
 class FindingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What vlm-doctor found on that machine."""
 
@@ -128,6 +135,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was given, and where: ``--vlm-gpus=2``, ``vlm_strict=all``."""
     machine: MachineRecord | None = None
     """``None`` where no test asked for it."""
+    fleet: tuple[RunnerRecord, ...] = ()
+    """The runners of ``--vlm-fleet``, for which it was planned in place of a machine."""
     findings: tuple[FindingRecord, ...] = ()
     broken: tuple[Broken, ...] = ()
     tests: tuple[GatedRecord, ...] = ()

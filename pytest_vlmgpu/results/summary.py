@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..options import Settings
     from .evidence import Broken, GatedRecord
+    from .fleet import Fate, Runner
     from .plan_run import Planned
     from .recorder import Recorder
     from .report_file import ReportFile, State
@@ -44,6 +45,8 @@ class Summary:
         self._file: ReportFile | None = None
         self._planned: list[Planned] = []
         self._others = 0
+        self._fleet: tuple[Runner, ...] = ()
+        self._fates: list[Fate] = []
 
     def pytest_sessionstart(self) -> None:
         """Find out before anything is collected whether files can be written and the machine is what is expected."""
@@ -53,6 +56,10 @@ class Summary:
         if option.collectonly or option.showfixtures or getattr(option, "show_fixtures_per_test", False):
             return
         settings = self._settings
+        if settings.fleet is not None:
+            from .fleet import read_fleet
+
+            self._fleet = read_fleet(settings.fleet)
         if settings.report is not None:
             from .report_file import ReportFile
 
@@ -98,6 +105,8 @@ class Summary:
         if GATE in self._config.stash:
             self._said.append((None, said_by(self._config.stash[GATE], ())))
         if self._config.option.collectonly or self.is_plan:
+            if self._broken and exitstatus in _JUDGED:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
             self._finish(session)
             return
         if exitstatus in _JUDGED:
@@ -157,12 +166,28 @@ class Summary:
         from . import plan_run
 
         record = self._record()
+        if self._fleet:
+            self._plan_fleet(session, record)
+            return
         for report, planned in plan_run.decide(session):
             self._planned.append(planned)
             record.add(report)
             if planned.verdict is not None and planned.verdict.action == "run":
                 record.tests[planned.nodeid] = replace(record.tests[planned.nodeid], outcome="not_run", reason=None)
         self._others = len(session.items) - len(self._planned)
+
+    def _plan_fleet(self, session: pytest.Session, record: Recorder) -> None:
+        from msgspec.structs import replace
+
+        from . import fleet
+
+        plans = {runner.name: planned for runner, planned in fleet.on_each(session, self._fleet)}
+        self._fates = fleet.fates(plans)
+        self._others = len(session.items) - len(self._fates)
+        name = self._settings.fleet.name if self._settings.fleet is not None else ""
+        self._broken += fleet.unrunnable(self._fates, name)
+        for fate in self._fates:
+            record.tests[fate.nodeid] = replace(record.tests[fate.nodeid], **fleet.told(fate))
 
     @property
     def _tests(self) -> Mapping[str, GatedRecord]:
@@ -174,8 +199,15 @@ class Summary:
         terminalreporter.section("vlmgpu plan")
         for line in [line for _, said in self._said for line in said["machines"]]:
             terminalreporter.line(line)
-        for line in plan_run.lines(self._planned, self._others):
+        text = plan_run.lines(self._planned, self._others)
+        if self._fleet:
+            from . import fleet
+
+            text = fleet.lines(self._fleet, self._fates, self._others)
+        for line in text:
             terminalreporter.line(line)
+        for broken in self._broken:
+            terminalreporter.line(f"{broken.code}: {broken.message}", red=True, bold=True)
 
     def _record(self) -> Recorder:
         if self._recorder is None:
@@ -258,7 +290,13 @@ class Summary:
         if self._file is None:
             return ""
         return self._file.write(
-            state, exit_status, tests=self._tests, said=self._said, broken=self._broken, config=self._config
+            state,
+            exit_status,
+            tests=self._tests,
+            said=self._said,
+            broken=self._broken,
+            config=self._config,
+            fleet=self._fleet,
         )
 
     def _tell_github(self, terminalreporter: pytest.TerminalReporter, tests: Mapping[str, GatedRecord]) -> None:

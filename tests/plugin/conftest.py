@@ -117,7 +117,8 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     # pytester moves HOME; nothing here may look for models in the new one.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pytester.makeconftest(Path(__file__).with_name("fake_project.py").read_text())
+    for name, source in (("conftest", "fake_project"), ("made_up_plans", "made_up_plans")):
+        (pytester.path / f"{name}.py").write_text(Path(__file__).with_name(f"{source}.py").read_text())
     project = Suite(pytester)
     project.has(_machine(_gpu(0), _gpu(1)))
     return project

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,8 +111,8 @@ def test_an_output_that_is_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch)
     assert not thread.is_alive()
 
 
-def test_it_shows_through_pytests_capture(pytester: pytest.Pytester) -> None:
-    pytester.makeconftest(Path(__file__).with_name("fake_project.py").read_text() + """
+def test_it_shows_through_pytests_capture(suite: Any, pytester: pytest.Pytester) -> None:
+    suite.configure("""
 import time
 from pytest_vlmgpu.models import progress
 progress.QUIET_S = progress.LOG_FIRST_S = 0.1

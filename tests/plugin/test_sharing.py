@@ -64,7 +64,8 @@ class Project:
 
     def start(self, *arguments: str, **files: str) -> subprocess.Popen[str]:
         self.folder.mkdir(exist_ok=True)
-        (self.folder / "conftest.py").write_text(Path(__file__).with_name("shared_project.py").read_text())
+        for name, source in (("conftest", "shared_project"), ("made_up_plans", "made_up_plans")):
+            (self.folder / f"{name}.py").write_text(Path(__file__).with_name(f"{source}.py").read_text())
         for name, text in files.items():
             (self.folder / f"{name}.py").write_text(text)
         plugins = [word for name in ("cacheprovider", "hypothesispytest", "anyio") for word in ("-p", f"no:{name}")]
