@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from ..verdicts import OWN_SKIP
 from .evidence import GatedRecord
-from .reporting import PREFIX
+from .reporting import PHASES, PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,17 +30,25 @@ class Recorder:
 
     def __init__(self) -> None:
         self.tests: dict[str, GatedRecord] = {}
+        self._crashed: dict[str, pytest.TestReport] = {}
+        """Tests whose worker died before it could say anything of them, gated or not."""
 
     def expect(self, nodeids: Iterable[str]) -> None:
         """Note tests that were collected: they are listed even if the run ends before them."""
         for nodeid in nodeids:
             self.tests.setdefault(nodeid, GatedRecord(nodeid=nodeid))
+            crash = self._crashed.pop(nodeid, None)
+            if crash is not None and not self.tests[nodeid].attempts:
+                self.tests[nodeid] = _in_phase(GatedRecord(nodeid=nodeid, attempts=1), crash)
 
     def add(self, report: pytest.TestReport) -> None:
         """Take over one phase of a test; a test that is not gated is ignored."""
         found = {name: value for name, value in report.user_properties if name.startswith(PREFIX)}
         known = self.tests.get(report.nodeid)
         if not found and (known is None or known.attempts == 0):
+            if report.when not in PHASES:
+                self._crashed[report.nodeid] = report
+                self.expect([report.nodeid] if known is not None else ())
             return
         record = known or GatedRecord(nodeid=report.nodeid)
         if report.when == "setup":

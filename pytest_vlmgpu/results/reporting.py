@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 PREFIX = "vlmgpu."
 """What the names of our properties begin with."""
+PHASES = ("setup", "call", "teardown")
+"""Any other report is what pytest-xdist says of the test in which a worker died."""
 OUTPUT = "vlmgpu"
 """Key of what a worker hands over (``config.workeroutput``)."""
 _NAME = "vlmgpu-reports"

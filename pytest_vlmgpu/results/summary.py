@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ..state import GATE, GATED_TEST, SETTINGS
-from .reporting import OUTPUT, PREFIX, plural, said_by
+from .reporting import OUTPUT, PHASES, PREFIX, plural, said_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,7 +84,8 @@ class Summary:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take over one phase of a gated test."""
-        if self._recorder is not None or any(name.startswith(PREFIX) for name, _ in report.user_properties):
+        is_ours = any(name.startswith(PREFIX) for name, _ in report.user_properties)
+        if self._recorder is not None or is_ours or report.when not in PHASES:
             self._record().add(report)
             if self._file is not None and report.when == "teardown" and self._file.is_stale:
                 # A full disk is told once, at the end, when there may be room again.
@@ -273,7 +274,8 @@ class Summary:
         """Write the report for the last time; where that fails, elsewhere."""
         if self._file is None:
             return
-        is_interrupted = session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
+        # Also by pytest.exit() with a status of its own.
+        is_interrupted = session.exitstatus not in _JUDGED
         problem = self._write("interrupted" if is_interrupted else "finished", int(session.exitstatus))
         if problem:
             from .evidence import Broken
