@@ -60,6 +60,7 @@ def vlm_policy():
 
 @pytest.fixture(scope="session")
 def vlm_workload():
+    from vlm_doctor.workload import Workload
     return Workload(dtype="float16", text_tokens=64)
 
 @pytest.fixture(scope="session", autouse=True)
