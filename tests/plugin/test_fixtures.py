@@ -73,6 +73,7 @@ def record_planning():
         yield
 
 def record(profile, machine, workload, policy):
+    from vlm_doctor.errors import ModelNotFoundError
     raise ModelNotFoundError(f"{profile} {workload.dtype} {workload.text_tokens} {policy.gpus} {policy.min_gpus}")
 """,
         without="vlm_planner",
