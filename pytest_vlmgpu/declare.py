@@ -89,7 +89,7 @@ SETTINGS = (
         "0, with strict 120",
         "TIME",
     ),
-    Setting("slots", "1 (default): one model is loaded at a time; fit: models that fit together stay loaded", "1|fit"),
+    Setting("slots", "models that stay loaded together: 1 (default), a number, or fit: as many as fit", "N|fit"),
     Setting(
         "lease_dir",
         "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases; off: no leases",

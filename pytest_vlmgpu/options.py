@@ -84,7 +84,8 @@ class Settings(NamedTuple):
     report: Path | None = None
     wait: float | None = None
     """Seconds; ``None`` where it was not said."""
-    slots: bool = False
+    slots: int | None = 1
+    """Models that may be loaded at once; ``None`` is as many as fit."""
     lease_dir: str | None = None
     """Folder of the leases; ``None`` is the usual one, ``off`` none at all."""
     origins: Mapping[str, str] = MappingProxyType({})
@@ -101,8 +102,8 @@ class Settings(NamedTuple):
 
     @property
     def keeps_models(self) -> bool:
-        """True with ``--vlm-slots=fit``."""
-        return self.slots
+        """True where a model may stay when the next one is loaded."""
+        return self.slots != 1
 
     @property
     def is_gpus_given(self) -> bool:
@@ -358,10 +359,12 @@ def parse_wait(text: str, origin: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def _parse_slots(text: str, origin: str) -> bool:
-    if text.lower() in ("1", "fit"):
-        return text.lower() == "fit"
-    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither 1 nor fit.")
+def _parse_slots(text: str, origin: str) -> int | None:
+    if text.lower() == "fit":
+        return None
+    if re.fullmatch("[1-9][0-9]{0,3}", text, re.ASCII):
+        return int(text)
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither a number from 1 on nor fit.")
 
 
 def _parse_lease_dir(text: str, origin: str) -> str:

@@ -101,6 +101,7 @@ def make_loader(gate: Gate, config: pytest.Config) -> Loader:
                 gpus=[by_index[index] for index in gate.fitting.open_to.get(spec, ()) if index in by_index],
                 may_offload=not gate.why_no_offload(),
             )
+        loaded.spec = spec
         try:
             yield loaded
         finally:

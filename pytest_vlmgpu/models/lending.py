@@ -64,6 +64,7 @@ class Lending:
         from .failures import LoadFailure
 
         self._gate.refuse_unless_run(spec, self._gate.keep_from_acting(Verdict("run"), request))
+        self._make_room()
         plan = self._plan_now(spec, request) if self._gate.uses_gpus else None
         before = free_before(plan, self._gate.machine_used, is_open=spec.is_placed_by_transformers)
         meter = Meter()
@@ -121,6 +122,13 @@ class Lending:
                 yield loaded
             finally:
                 config.hook.pytest_vlmgpu_unload(config=config, spec=spec, loaded=loaded)
+
+    def _make_room(self) -> None:
+        """Unload models until there is a slot for one more (``--vlm-slots``)."""
+        slots = self._gate.settings.slots
+        while slots is not None and len(self._gate.residents) >= slots:
+            if not self._gate.residents.remove_least_useful(self._in_use):
+                return  # a test asks for another one while it holds them
 
     def _plan_now(self, spec: VlmSpec, request: pytest.FixtureRequest) -> Plan | None:
         """Plan with the memory of this moment: beside models that stay, or in the place of those that go."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm_doctor.errors import UsageError
+from vlm_doctor.units import GIB
 
 from .placing import ordinals_in
 from .processors import prompt_text
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlm_doctor.placement import Plan, Stage
+
+    from ..requirements import VlmSpec
 
 
 @dataclass
@@ -38,6 +41,8 @@ class LoadedVlm:
     load_seconds: float
     offloaded_bytes: int = 0
     """Weights that are in host memory or on disk, although GPUs were to be used (``--vlm-allow-offload``)."""
+    spec: VlmSpec | None = None
+    """As the test named it."""
     held_by: str = ""
     """Who kept some of the model after :func:`unload`, such as ``variable KEPT of module test_ocr``; else empty."""
 
@@ -45,6 +50,14 @@ class LoadedVlm:
         devices = dict.fromkeys(self.device_map.values())
         where = ", ".join(f"cuda:{device}" if isinstance(device, int) else device for device in devices) or "cpu"
         return f"<LoadedVlm {self.name} on {where}>" if self.model is not None else f"<LoadedVlm {self.name}, unloaded>"
+
+    @property
+    def vram_gib(self) -> float:
+        """GPU memory of its weights and buffers, over all its GPUs, in GiB; 0 on the CPU and after it was unloaded."""
+        if self.model is None or not self.device_map:
+            return 0.0
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return float(sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda") / GIB)
 
     @property
     def ordinals(self) -> list[int]:

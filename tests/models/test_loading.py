@@ -63,7 +63,7 @@ def test_every_family_answers_about_an_image_the_same_each_time(family: str, tin
     assert vlm.generate(tiny_image(), "What is this?", max_new_tokens=4) == answer
     assert again.generate(tiny_image(), "What is this?", max_new_tokens=4) == answer
     assert len(vlm.generate(None, "Hello", max_new_tokens=4)) == 4
-    assert (vlm.device_map, vlm.gpus, vlm.input_device, vlm.peak_bytes()) == ({}, (), "cpu", {})
+    assert (vlm.device_map, vlm.gpus, vlm.input_device, vlm.peak_bytes(), vlm.vram_gib) == ({}, (), "cpu", {}, 0.0)
     assert vlm.load_seconds > 0
 
 

@@ -296,6 +296,18 @@ def test_taken_memory_is_judged_when_the_model_before_is_gone(
     assert suite.loads() == ONCE
 
 
+@pytest.mark.parametrize("gpus", ["auto", "none"])
+def test_no_more_models_are_loaded_than_there_are_slots(suite: Any, gpus: str) -> None:
+    body = "import pytest\n" + "\n".join(f"@pytest.mark.vlm('org/{name}')\ndef test_{name}(vlm): pass" for name in "abc")
+
+    suite.run("--vlm-slots=2", f"--vlm-gpus={gpus}", test_x=body).assert_outcomes(passed=3)
+
+    first, second, gone, third, *ends = suite.loads()
+    assert [first, second, third] == ["LOAD org/a", "LOAD org/b", "LOAD org/c"]
+    assert gone in ("UNLOAD org/a", "UNLOAD org/b")
+    assert sorted([gone, *ends]) == ["UNLOAD org/a", "UNLOAD org/b", "UNLOAD org/c"]
+
+
 def test_free_memory_is_required_without_loading(suite: Any, machine: Callable[..., Any], gpu: Callable[..., Any]) -> None:
     suite.has(machine(gpu(0, free_gib=5.5)))
 
