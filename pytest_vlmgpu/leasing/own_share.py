@@ -15,7 +15,7 @@ from ..options import GpuChoice
 from ..verdicts import Verdict
 from . import masks
 from .sets import demands_of
-from .shares import Share, Shares
+from .shares import Share, Shares, teller
 from .waiting import Progress, Waiting
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class OwnShare:
         return Verdict("error", verdicts.NOT_SHARED, f"{verdict.reason} {_why_so_few(share)}")
 
     def _lease(self, machine: Machine, plan_of: PlanOf) -> Share | None:
-        shares = Shares(self._settings, self.waiting)
+        shares = Shares(self._settings, self.waiting, teller(self._config))
         self._config.add_cleanup(shares.close)
         demands = [each for need in self.needs for each in demands_of(need, machine, self._given, plan_of)]
         share = shares.take(machine, demands or None, workers=1)

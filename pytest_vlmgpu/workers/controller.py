@@ -12,7 +12,7 @@ import pytest
 
 from ..collection.groups import Groups
 from ..leasing.sets import Demand, demands_of, divide, owners_of
-from ..leasing.shares import Share, Shares
+from ..leasing.shares import Share, Shares, teller
 from ..leasing.waiting import GRACE_S
 from ..requirements import Requirements, VlmSpec
 from ..state import CONTROLLER, SETTINGS, WORKER_INPUT, gate_of
@@ -143,7 +143,7 @@ class Controller:
     @cached_property
     def _shares(self) -> Shares:
         gate = gate_of(self._config)
-        return Shares(gate.settings, gate.own.waiting)
+        return Shares(gate.settings, gate.own.waiting, teller(self._config))
 
     @cached_property
     def _folder(self) -> Path:

@@ -292,6 +292,35 @@ def test_positions_count_as_the_run_sees_them_in_every_worker(make: Callable[...
     assert {load["gpus"] for load in project.loads()} <= {"2"}
 
 
+TELLS = """
+def pytest_vlmgpu_lease(config, event, gpus, reason):
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    log(f"LEASE {worker} {event} {','.join(gpu[-1] for gpu in [uuid[:12] for uuid in gpus])} {reason[:6]}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], ["main taken 0 ", "main given_back 0 "]),
+        (["--vlm-gpus=2"], ["main taken 0,1 ", "main given_back 0,1 "]),
+        pytest.param(
+            ["-n2", "--vlm-gpus=auto"], ["main taken 0,1 ", "main given_back 1 ", "main given_back 0 "], marks=with_workers
+        ),
+        (["--vlm-gpus=none"], []),
+        (["--vlm-lease-dir=/proc/x"], ["main refused  VLM731"]),
+    ],
+)
+def test_a_hook_is_told_about_leases(make: Callable[..., Project], options: list[str], told: list[str]) -> None:
+    project = make()
+    project.conftest = TELLS
+
+    project.run(*options, test_x=ONE_MODEL)
+
+    log = (project.shared / "log.txt").read_text().splitlines()
+    assert [line.removeprefix("LEASE ") for line in log if line.startswith("LEASE")] == told
+
+
 def test_slices_of_one_gpu_are_leased_one_by_one(make: Callable[..., Project]) -> None:
     slices = ("MIG-aaaaaaaa-0000-0000-0000-000000000000", "MIG-bbbbbbbb-0000-0000-0000-000000000000")
     visible = (*slices, slices[0])
