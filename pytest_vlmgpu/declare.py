@@ -121,8 +121,9 @@ ALIASES = "vlm_marker_aliases"
 MARKERS = (
     "vlm(*names, revision=None, dtype=None, device_map=None, trust_remote_code=False): Name the model (folder or hub id) "
     "that the fixture vlm loads; several names run the test with each.",
-    "vlm_requires(*, gpus=1, vram_gib=None, total_vram_gib=None, capability=None, bf16=False, fp8=False): Skip unless GPUs "
-    'can do it: so many, free memory on each and in all (GiB, or text such as "80GB"), capability.',
+    "vlm_requires(*, gpus=1, vram_gib=None, total_vram_gib=None, capability=None, bf16=False, fp8=False, p2p=False, "
+    "exclusive=False, reason=None): Skip unless GPUs can do it: count, free memory on each and in all (GiB, or text as "
+    '"80GB"), capability, links.',
     'vlm_limit_vram(amount): Fail when the test\'s tensors take more on any one GPU (GiB, or text such as "18GiB").',
     "vlm_mutates(): The test may change the shared model: it runs last, and the model is loaded again after it.",
 )

@@ -38,6 +38,8 @@ _OTHER_NAMES = {
     "total_vram_gib": "total_vram total_vram_gb total_memory total_gib total_gb total_memory_gb",
     "capability": "compute_capability cuda_capability min_capability cc sm arch",
     "bf16": "bfloat16",
+    "p2p": "peer peer_access nvlink",
+    "exclusive": "exclusive_gpu alone",
     "dtype": "torch_dtype precision",
     "device_map": "device placement devicemap",
     "revision": "commit branch tag rev",
@@ -84,8 +86,11 @@ def vlm_requires(
     capability: tuple[int, int] | str | float | None = None,
     bf16: bool = False,
     fp8: bool = False,
+    p2p: bool = False,
+    exclusive: bool = False,
+    reason: str | None = None,
 ) -> Requirements:
-    """Skip unless GPUs can do it: so many, free memory on each and in all (GiB, or text such as "80GB"), capability."""
+    """Skip unless GPUs can do it: count, free memory on each and in all (GiB, or text as "80GB"), capability, links."""
     from .requirements import BF16_CAPABILITY, FP8_CAPABILITY, Requirements
 
     floors = [_capability(capability)]
@@ -96,6 +101,9 @@ def vlm_requires(
         vram_bytes=_size("vram_gib", vram_gib),
         total_vram_bytes=_size("total_vram_gib", total_vram_gib),
         capability=max((floor for floor in floors if floor is not None), default=None),
+        p2p=_flag("p2p", p2p),
+        exclusive=_flag("exclusive", exclusive),
+        reason=_reason(reason),
     )
 
 
@@ -304,6 +312,12 @@ def _name(value: object) -> str:
     if not isinstance(text, str) or not text.strip():
         raise _ArgumentError(f"names a model {value!r}; write a folder or a hub id as text")
     return text
+
+
+def _reason(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    raise _ArgumentError(f"has reason={value!r}; write a text")
 
 
 def _at_revision(names: Sequence[str], revision: object) -> str:

@@ -90,6 +90,12 @@ class Requirements:
     """Free memory of all GPUs that meet the other requirements, together."""
     capability: tuple[int, int] | None = None
     """Compute capability, such as ``(8, 0)``."""
+    p2p: bool = False
+    """Each of them reaches the memory of every other one directly."""
+    exclusive: bool = False
+    """No other process computes on them."""
+    reason: str | None = None
+    """Why, for people; of several markers all reasons."""
 
     @property
     def needs_memory(self) -> bool:
@@ -120,9 +126,12 @@ class WatchedTest:
 def _stricter(one: Requirements, other: Requirements) -> Requirements:
     joined: dict[str, Any] = {}
     for field in fields(Requirements):
+        if field.name == "reason":
+            continue
         values = [value for value in (getattr(one, field.name), getattr(other, field.name)) if value is not None]
         joined[field.name] = max(values, default=None)
-    return Requirements(**joined)
+    reasons = [text for reason in (one.reason, other.reason) if reason for text in reason.split("; ")]
+    return Requirements(**joined, reason="; ".join(dict.fromkeys(reasons)) or None)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ BY_HAND: dict[str, str] = {
     "VLM703": _PYTEST + _SMI + ".",
     "VLM704": _PYTEST + _SMI + ".",
     "VLM705": "`vlm-doctor plan MODEL`.",
+    "VLM706": "`nvidia-smi topo -p2p r`.",
     "VLM711": "`nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv`.",
     "VLM712": "`vlm-doctor`; `nvidia-smi`; `sudo dmesg | grep -iE 'nvrm|xid'`.",
     "VLM713": "`vlm-doctor plan MODEL`; `ls -lL` in the snapshot's folder.",

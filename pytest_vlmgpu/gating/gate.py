@@ -187,7 +187,8 @@ class Gate:
         return max((needs.vram_bytes or 0) * needs.gpus, needs.total_vram_bytes or 0) or None
 
     def _judge_on_gpus(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
-        needs_memory = not test.loads and (test.requirements.needs_memory or bool(test.specs))
+        needs = test.requirements
+        needs_memory = not test.loads and (needs.needs_memory or needs.exclusive or bool(test.specs))
         max_age_s = MEMORY_AGE_S if needs_memory else HEALTH_AGE_S
         at_load = not test.loads or self.settings.plan
 

@@ -6,6 +6,7 @@ needs a GPU is about to run. What the whole machine cannot do is a skip; what on
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,15 @@ class OwnShare:
         """Decide as :func:`pytest_vlmgpu.gating.selection.judge`, on the GPUs of this process."""
         share = self._share
         if share is None:
-            return judge(needs, machine, self._given, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
+            return judge(
+                needs,
+                machine,
+                self._given,
+                plan=plan,
+                needs_torch=loads,
+                is_busy_decided_later=not at_load,
+                own_pid=os.getpid(),
+            )
         facts = self.judge_facts(needs, machine, loads=loads)
         if facts.action != "run" or not share.gpus:
             return facts
@@ -111,7 +120,15 @@ class OwnShare:
             )
         # One that was lost since it was leased is missed by the tests that need it, and by no other.
         choice = share.choice(self._given)._replace(uuids=left)
-        verdict = judge(needs, machine, choice, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
+        verdict = judge(
+            needs,
+            machine,
+            choice,
+            plan=plan,
+            needs_torch=loads,
+            is_busy_decided_later=not at_load,
+            own_pid=os.getpid(),
+        )
         # Whether a model that does not fit here fits elsewhere, only a plan can tell.
         if verdict.action == "skip" and verdict.code != verdicts.DOES_NOT_FIT:
             return self.too_small(verdict)
