@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from .. import verdicts
 from ..gating.selection import judge
 from ..options import GpuChoice
+from ..output import open_line
 from ..verdicts import Verdict
 from . import masks
 from .sets import demands_of
 from .shares import Share, Shares, teller
-from .waiting import Progress, Waiting
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     import pytest
@@ -50,7 +51,7 @@ class OwnShare:
     @cached_property
     def waiting(self) -> Waiting:
         """The time that this process may wait."""
-        return Waiting(self._settings.wait_s, Progress(self._config))
+        return Waiting(self._settings.wait_s, lambda: open_line(self._config, first_s=0.0, in_log_of_worker=True))
 
     @property
     def share(self) -> Share | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ..output import keep_output
 from ..state import GATE, GATED_TEST, VERDICT, gate_of
 from ..verdicts import OWN_SKIP
 
@@ -61,6 +62,7 @@ def register(config: pytest.Config) -> None:
     """Have the reports of gated tests completed."""
     if not config.pluginmanager.has_plugin(_NAME):
         config.pluginmanager.register(Reports(), _NAME)
+        keep_output(config)
 
 
 def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:

@@ -184,6 +184,9 @@ class Controller:
 
 def start_controller(config: pytest.Config, specs: Sequence[Any]) -> None:
     """Make the state of the controller, before any worker is started."""
+    from ..output import keep_output
+
+    keep_output(config)
     config.stash[CONTROLLER] = controller = Controller(config, specs)
     config.add_cleanup(controller.close)
     controller.lease_early()
