@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import pytest
-from shared_project import SIZES_GIB, place
+from made_up_plans import SIZES_GIB, place
 
 from vlm_doctor.units import GIB
 

@@ -32,6 +32,7 @@ from vlm_doctor.units import GIB
 
 VICTIMS = ("worker", "controller", "holder")
 HERE = Path(__file__).parent
+PROJECTS = HERE.parent / "tests" / "plugin"
 SHARE = 0.6
 LIMIT_S = 180.0
 """After this a run counts as stuck."""
@@ -104,7 +105,8 @@ class Bench:
 
 
 def fake_machine(folder: Path) -> list[str]:
-    (folder / "conftest.py").write_text(shared_project().read_text())
+    (folder / "conftest.py").write_text((PROJECTS / "shared_project.py").read_text())
+    (folder / "made_up_plans.py").write_text((PROJECTS / "made_up_plans.py").read_text())
     gpus = tuple(
         Gpu(
             index=index,
@@ -131,13 +133,9 @@ def real_machine(folder: Path) -> list[str]:
     uuids = [by_index[index] for index in visible_gpus(machine).gpus]
     if not uuids:
         raise SystemExit("this machine has no GPU: try --fake")
-    (folder / "shared_project.py").write_text(shared_project().read_text())
+    (folder / "made_up_plans.py").write_text((PROJECTS / "made_up_plans.py").read_text())
     (folder / "conftest.py").write_text((HERE / "driver_project.py").read_text())
     return uuids
-
-
-def shared_project() -> Path:
-    return HERE.parent / "tests" / "plugin" / "shared_project.py"
 
 
 def victim_of(run: subprocess.Popen[str], kind: str) -> psutil.Process | None:

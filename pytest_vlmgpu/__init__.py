@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Estimate": "requirements",
     "LoadFailure": "models.failures",
-    "LoadedVlm": "models.loading",
+    "LoadedVlm": "models.loaded",
     "Requirements": "requirements",
     "TestImages": "fakes.images",
     "Verdict": "verdicts",

@@ -27,7 +27,7 @@ class Setting(NamedTuple):
     """Values that may follow ``=`` of an option that takes none otherwise; the first is that of the bare option."""
     is_option_only: bool = False
     """It makes sense for one run only: no ini key, no variable."""
-    ini_type: Literal["string", "int"] = "string"
+    ini_type: Literal["string", "int", "bool"] = "string"
     """As TOML has to write it: ``vlm_min_tests = 3``."""
 
 
@@ -41,6 +41,18 @@ SETTINGS = (
     Setting("model", "model (folder or hub id) for tests that use the fixture vlm and name none", "ID"),
     Setting(
         "dtype", "dtype (bfloat16, float16, float32) for models whose marker names none; default: the checkpoint's", "DTYPE"
+    ),
+    Setting(
+        "device_map",
+        "who places models whose marker does not say: doctor (the planner, default), single (the same on one GPU), auto or "
+        "balanced (transformers)",
+        "HOW",
+    ),
+    Setting(
+        "allow_offload",
+        "let a model that is too large for the GPUs leave its last layers in host memory; otherwise that is an error",
+        levels=("on", "off"),
+        ini_type="bool",
     ),
     Setting(
         "machine",
@@ -77,13 +89,20 @@ SETTINGS = (
         "0, with strict 120",
         "TIME",
     ),
-    Setting("slots", "1 (default): one model is loaded at a time; fit: models that fit together stay loaded", "1|fit"),
+    Setting("slots", "models that stay loaded together: 1 (default), a number, or fit: as many as fit", "N|fit"),
     Setting(
         "lease_dir",
         "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases; off: no leases",
         "FOLDER",
     ),
     Setting("plan", "say what would run where and why not, and run nothing", levels=("on",), is_option_only=True),
+    Setting(
+        "fleet",
+        "with --vlm-plan: the kinds of runner in this file (TOML or JSON) in place of this machine; status 1 if a test can "
+        "run on none of them",
+        "FILE",
+        is_option_only=True,
+    ),
     Setting("mutation", "report a test that changes a shared model and leaves it so: error (default), warn, off", "LEVEL"),
     Setting(
         "leak_check",
@@ -100,10 +119,11 @@ ENVIRONMENT_PREFIXES = ("VLMGPU_", "PYTEST_VLMGPU_")
 ALIASES = "vlm_marker_aliases"
 """Ini key alone: a table belongs into a file."""
 MARKERS = (
-    "vlm(*names, dtype=None, trust_remote_code=False): Name the model (folder or hub id) that the fixture vlm loads; "
-    "several names run the test with each.",
-    "vlm_requires(*, gpus=1, vram_gib=None, total_vram_gib=None, capability=None, bf16=False, fp8=False): Skip unless GPUs "
-    'can do it: so many, free memory on each and in all (GiB, or text such as "80GB"), capability.',
+    "vlm(*names, revision=None, dtype=None, device_map=None, trust_remote_code=False): Name the model (folder or hub id) "
+    "that the fixture vlm loads; several names run the test with each.",
+    "vlm_requires(*, gpus=1, vram_gib=None, total_vram_gib=None, capability=None, bf16=False, fp8=False, p2p=False, "
+    "exclusive=False, reason=None): Skip unless GPUs can do it: count, free memory on each and in all (GiB, or text as "
+    '"80GB"), capability, links.',
     'vlm_limit_vram(amount): Fail when the test\'s tensors take more on any one GPU (GiB, or text such as "18GiB").',
     "vlm_mutates(): The test may change the shared model: it runs last, and the model is loaded again after it.",
 )

@@ -44,14 +44,14 @@ def vlm_policy() -> Policy:
 
 
 @pytest.fixture(scope="session")
-def vlm_planner(vlm_workload: Workload, vlm_policy: Policy) -> Planner:
+def vlm_planner(request: pytest.FixtureRequest, vlm_workload: Workload, vlm_policy: Policy) -> Planner:
     """Function (spec, machine, GPU indices) -> Plan. Override it to place models by your own rules.
 
     It may return ``None`` (do not plan) together with a ``vlm_loader`` of your own.
     """
     from .models.ladder import make_planner
 
-    return make_planner(vlm_workload, vlm_policy)
+    return make_planner(vlm_workload, vlm_policy, may_offload=gate_of(request.config).settings.allow_offload)
 
 
 @pytest.fixture(scope="session")
@@ -94,9 +94,9 @@ def vlm_processor(vlm: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def vlm_device_map(vlm: Any) -> dict[str, int]:
-    """Where the modules of ``vlm`` are: module path to CUDA ordinal; empty on the CPU."""
-    device_map: dict[str, int] = vlm.device_map
+def vlm_device_map(vlm: Any) -> dict[str, int | str]:
+    """Where the modules of ``vlm`` are: module path to CUDA ordinal, or ``cpu`` for what is offloaded; empty on the CPU."""
+    device_map: dict[str, int | str] = vlm.device_map
     return device_map
 
 

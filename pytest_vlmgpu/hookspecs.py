@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -48,6 +48,17 @@ def pytest_vlmgpu_load(config: pytest.Config, spec: VlmSpec, plan: Plan | None, 
     For plugins that bring an engine; a project overrides the fixture. ``gpus`` are those the model may use, in CUDA order:
     those of the plan, or without one all that meet the requirements; empty on a CPU run. Failures that are expected are
     raised as ``pytest_vlmgpu.LoadFailure``.
+    """
+
+
+@pytest.hookspec
+def pytest_vlmgpu_lease(
+    config: pytest.Config, event: Literal["taken", "refused", "given_back"], gpus: tuple[str, ...], reason: str
+) -> None:
+    """Called when GPUs of this machine were leased, were not to be had, or were given back.
+
+    With pytest-xdist the controller leases, and calls it. ``gpus`` are UUIDs, ``reason`` says with its code why there are
+    none. It is not called where no GPU may be used, nor in a process that is killed.
     """
 
 

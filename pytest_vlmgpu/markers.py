@@ -16,7 +16,7 @@ import pytest
 
 from .declare import MARKER_PREFIXES
 from .declare import MARKERS as MARKER_LINES
-from .requirements import DTYPE_ALIASES, DTYPES
+from .requirements import DEVICE_MAPS, DTYPE_ALIASES, DTYPES
 from .state import ALIASES, SETTINGS
 from .verdicts import WRONG
 
@@ -38,7 +38,11 @@ _OTHER_NAMES = {
     "total_vram_gib": "total_vram total_vram_gb total_memory total_gib total_gb total_memory_gb",
     "capability": "compute_capability cuda_capability min_capability cc sm arch",
     "bf16": "bfloat16",
+    "p2p": "peer peer_access nvlink",
+    "exclusive": "exclusive_gpu alone",
     "dtype": "torch_dtype precision",
+    "device_map": "device placement devicemap",
+    "revision": "commit branch tag rev",
     "trust_remote_code": "remote_code trust",
 }
 """Keyword to what other suites call it (transformers, vLLM, accelerate, oumi, pytest-torch), for the suggestion."""
@@ -48,7 +52,13 @@ class _ArgumentError(Exception):
     """An argument that a marker does not take; the text continues after the marker's name."""
 
 
-def vlm(*names: str, dtype: str | None = None, trust_remote_code: bool = False) -> tuple[VlmSpec, ...]:
+def vlm(
+    *names: str,
+    revision: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[VlmSpec, ...]:
     """Name the model (folder or hub id) that the fixture vlm loads; several names run the test with each."""
     from .requirements import VlmSpec
 
@@ -57,8 +67,15 @@ def vlm(*names: str, dtype: str | None = None, trust_remote_code: bool = False) 
     texts = [_name(name) for name in names]
     if len(set(texts)) < len(texts):
         raise _ArgumentError("names a model twice")
-    may_run_code = _flag("trust_remote_code", trust_remote_code)
-    return tuple(VlmSpec(text, dtype=_dtype(dtype), trust_remote_code=may_run_code) for text in texts)
+    if revision is not None:
+        texts = [_at_revision(texts, revision)]
+    first = VlmSpec(
+        texts[0],
+        dtype=_dtype(dtype),
+        trust_remote_code=_flag("trust_remote_code", trust_remote_code),
+        device_map=_device_map(device_map),
+    )
+    return tuple(replace(first, name=text) for text in texts)
 
 
 def vlm_requires(
@@ -69,8 +86,11 @@ def vlm_requires(
     capability: tuple[int, int] | str | float | None = None,
     bf16: bool = False,
     fp8: bool = False,
+    p2p: bool = False,
+    exclusive: bool = False,
+    reason: str | None = None,
 ) -> Requirements:
-    """Skip unless GPUs can do it: so many, free memory on each and in all (GiB, or text such as "80GB"), capability."""
+    """Skip unless GPUs can do it: count, free memory on each and in all (GiB, or text as "80GB"), capability, links."""
     from .requirements import BF16_CAPABILITY, FP8_CAPABILITY, Requirements
 
     floors = [_capability(capability)]
@@ -81,6 +101,9 @@ def vlm_requires(
         vram_bytes=_size("vram_gib", vram_gib),
         total_vram_bytes=_size("total_vram_gib", total_vram_gib),
         capability=max((floor for floor in floors if floor is not None), default=None),
+        p2p=_flag("p2p", p2p),
+        exclusive=_flag("exclusive", exclusive),
+        reason=_reason(reason),
     )
 
 
@@ -166,8 +189,11 @@ def completed(spec: VlmSpec, definition: pytest.Function, where: str) -> VlmSpec
     from .requirements import Requirements
 
     gpus = Requirements.strictest(read_requirements(definition, where)).gpus
+    if gpus > 1 and spec.device_map == "single":
+        raise wrong(f'{where}: @pytest.mark.vlm has device_map="single", and the test requires {gpus} GPUs.')
     settings = definition.config.stash.get(SETTINGS, None)
-    return replace(spec, min_gpus=gpus, dtype=spec.dtype or (settings.dtype if settings is not None else None))
+    dtype, how = (settings.dtype, settings.device_map) if settings is not None else (None, "doctor")
+    return spec.completed(gpus=gpus, dtype=dtype, device_map=how)
 
 
 def read_requirements(definition: pytest.Function, where: str) -> Sequence[Requirements]:
@@ -286,6 +312,27 @@ def _name(value: object) -> str:
     if not isinstance(text, str) or not text.strip():
         raise _ArgumentError(f"names a model {value!r}; write a folder or a hub id as text")
     return text
+
+
+def _reason(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value.strip()):
+        return value
+    raise _ArgumentError(f"has reason={value!r}; write a text")
+
+
+def _at_revision(names: Sequence[str], revision: object) -> str:
+    """The one name with its branch, tag or commit, as the doctor takes it."""
+    if not isinstance(revision, str) or not revision.strip():
+        raise _ArgumentError(f"has revision={revision!r}; write a branch, tag or commit as text")
+    if len(names) > 1 or "@" in names[0]:
+        raise _ArgumentError("has revision=… beside several names or an @; write each name as org/model@revision")
+    return f"{names[0]}@{revision}"
+
+
+def _device_map(value: object) -> str | None:
+    if value is None or value in DEVICE_MAPS:
+        return value if isinstance(value, str) else None
+    raise _ArgumentError(f"has device_map={value!r}; write {', '.join(DEVICE_MAPS)}")
 
 
 def _flag(keyword: str, value: object) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pytest
 
 from .declare import ENVIRONMENT_PREFIXES, SETTINGS, Setting, option_of
-from .requirements import DTYPE_ALIASES, DTYPES
+from .requirements import DEVICE_MAPS, DTYPE_ALIASES, DTYPES
 from .verdicts import WRONG
 
 if TYPE_CHECKING:
@@ -57,6 +57,10 @@ class Settings(NamedTuple):
     model: str | None = None
     dtype: str | None = None
     """For models whose marker names none; ``None`` is the checkpoint's own."""
+    device_map: str = "doctor"
+    """One of :data:`requirements.DEVICE_MAPS`, for models whose marker names none."""
+    allow_offload: bool = False
+    """Layers of a model that is too large for the GPUs may stay in host memory."""
     machine: str = "live"
     fake_gpus: str | None = None
     """A machine to pretend to be."""
@@ -68,6 +72,8 @@ class Settings(NamedTuple):
     baseline: Path | None = None
     update_baseline: bool = False
     plan: bool = False
+    fleet: Path | None = None
+    """Kinds of runner to plan for."""
     mutation: Level = "error"
     leak_check: Level = "warn"
     leak_tolerance: int = 256 * 2**20
@@ -78,7 +84,8 @@ class Settings(NamedTuple):
     report: Path | None = None
     wait: float | None = None
     """Seconds; ``None`` where it was not said."""
-    slots: bool = False
+    slots: int | None = 1
+    """Models that may be loaded at once; ``None`` is as many as fit."""
     lease_dir: str | None = None
     """Folder of the leases; ``None`` is the usual one, ``off`` none at all."""
     origins: Mapping[str, str] = MappingProxyType({})
@@ -95,8 +102,8 @@ class Settings(NamedTuple):
 
     @property
     def keeps_models(self) -> bool:
-        """True with ``--vlm-slots=fit``."""
-        return self.slots
+        """True where a model may stay when the next one is loaded."""
+        return self.slots != 1
 
     @property
     def is_gpus_given(self) -> bool:
@@ -140,6 +147,12 @@ def _refuse_contradictions(settings: Settings, environment: Mapping[str, str]) -
     elif settings.gpus.kind == "none" and (settings.expect_gpus or settings.expect_vram):
         asked = [settings.origins[name] for name in ("expect_gpus", "expect_vram") if name in settings.origins]
         problem = f"{asked[0]}: {settings.gpus.text} allows no GPU; leave out one of them."
+    elif settings.fleet is not None and not settings.plan:
+        problem = "--vlm-fleet: it is what a plan is made for; give --vlm-plan too."
+    elif settings.fleet is not None and (settings.fake_gpus or "machine" in settings.origins):
+        problem = (
+            f"--vlm-fleet: {settings.origins.get('machine', '--vlm-fake-gpus')} names a machine too; give one of them."
+        )
     elif settings.fake_gpus and "machine" in settings.origins:
         problem = f"--vlm-fake-gpus: {settings.origins['machine']} names a machine too; give one of them."
     elif settings.fake_gpus and not environment.get(TESTING):
@@ -299,6 +312,28 @@ def _switch(_text: str, _origin: str) -> bool:
     return True
 
 
+def parse_switch(text: str, origin: str) -> bool:
+    """Read on or off, in the words of ini files.
+
+    Raises:
+        pytest.UsageError: It is neither.
+    """
+    if text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither on nor off.")
+
+
+def parse_device_map(text: str, origin: str) -> str:
+    """Read who places models.
+
+    Raises:
+        pytest.UsageError: It is none of them.
+    """
+    if text.lower() in DEVICE_MAPS:
+        return text.lower()
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no placement; write {', '.join(DEVICE_MAPS)}.")
+
+
 def parse_dtype(text: str, origin: str) -> str:
     """Read a dtype as the markers do.
 
@@ -324,10 +359,12 @@ def parse_wait(text: str, origin: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def _parse_slots(text: str, origin: str) -> bool:
-    if text.lower() in ("1", "fit"):
-        return text.lower() == "fit"
-    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither 1 nor fit.")
+def _parse_slots(text: str, origin: str) -> int | None:
+    if text.lower() == "fit":
+        return None
+    if re.fullmatch("[1-9][0-9]{0,3}", text, re.ASCII):
+        return int(text)
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither a number from 1 on nor fit.")
 
 
 def _parse_lease_dir(text: str, origin: str) -> str:
@@ -386,6 +423,8 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "gpus": parse_gpus,
     "model": _text,
     "dtype": parse_dtype,
+    "device_map": parse_device_map,
+    "allow_offload": parse_switch,
     "machine": _text,
     "fake_gpus": _text,
     "strict": parse_strict,
@@ -395,6 +434,7 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "baseline": parse_path,
     "update_baseline": _switch,
     "plan": _switch,
+    "fleet": parse_path,
     "wait": parse_wait,
     "slots": _parse_slots,
     "lease_dir": _parse_lease_dir,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 """In which models are loaded, in torch's words."""
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 """What else they are called, for messages."""
+DEVICE_MAPS = ("doctor", "single", "auto", "balanced")
+"""Who places a model: the planner; the planner, on one GPU; transformers with its own ``device_map`` of that name."""
+BY_TRANSFORMERS = ("auto", "balanced")
+"""Those that ``from_pretrained`` is given as they are."""
 BF16_CAPABILITY = (8, 0)
 """First compute capability with bfloat16 in hardware. Source: CUDA programming guide, arithmetic instructions."""
 FP8_CAPABILITY = (8, 9)
@@ -31,11 +35,35 @@ class VlmSpec:
     """Run code that comes with the checkpoint."""
     min_gpus: int = 1
     """Spread the model over at least this many GPUs (``vlm_requires(gpus=…)``)."""
+    device_map: str | None = None
+    """Who places it, of :data:`DEVICE_MAPS`; ``None``, which is what a test gets for ``doctor``, is the planner."""
+
+    @property
+    def is_placed_by_transformers(self) -> bool:
+        """True for ``device_map="auto"`` and ``"balanced"``: the planner only says whether it fits."""
+        return self.device_map in BY_TRANSFORMERS
+
+    def completed(self, *, gpus: int, dtype: str | None, device_map: str) -> VlmSpec:
+        """As one test uses it.
+
+        Args:
+            gpus: As many as the test requires.
+            dtype: Where the marker names none.
+            device_map: Where the marker names none. A test of several GPUs is not put on one by it.
+        """
+        how = self.device_map or device_map
+        return replace(self, dtype=self.dtype or dtype, device_map=None if how == "doctor" else how).spread_over(gpus)
+
+    def spread_over(self, gpus: int) -> VlmSpec:
+        """The same on at least so many GPUs."""
+        how = None if self.device_map == "single" and gpus > 1 else self.device_map
+        return replace(self, min_gpus=gpus, device_map=how)
 
     @property
     def label(self) -> str:
         """``org/model (float16, at least 2 GPUs)``: the name, then what differs from the default."""
         details = [self.dtype] if self.dtype else []
+        details += [f'device_map "{self.device_map}"'] if self.device_map else []
         details += [f"at least {self.min_gpus} GPUs"] if self.min_gpus > 1 else []
         return f"{self.name} ({', '.join(details)})" if details else self.name
 
@@ -62,6 +90,12 @@ class Requirements:
     """Free memory of all GPUs that meet the other requirements, together."""
     capability: tuple[int, int] | None = None
     """Compute capability, such as ``(8, 0)``."""
+    p2p: bool = False
+    """Each of them reaches the memory of every other one directly."""
+    exclusive: bool = False
+    """No other process computes on them."""
+    reason: str | None = None
+    """Why, for people; of several markers all reasons."""
 
     @property
     def needs_memory(self) -> bool:
@@ -92,9 +126,12 @@ class WatchedTest:
 def _stricter(one: Requirements, other: Requirements) -> Requirements:
     joined: dict[str, Any] = {}
     for field in fields(Requirements):
+        if field.name == "reason":
+            continue
         values = [value for value in (getattr(one, field.name), getattr(other, field.name)) if value is not None]
         joined[field.name] = max(values, default=None)
-    return Requirements(**joined)
+    reasons = [text for reason in (one.reason, other.reason) if reason for text in reason.split("; ")]
+    return Requirements(**joined, reason="; ".join(dict.fromkeys(reasons)) or None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +174,7 @@ def _with_model(item: Any, reading: Reading) -> GatedTest:
             raise _several_models(item, reading)
         spec = gate_of(item.config).spec_from(parameter)
         if spec is not None and spec.min_gpus != reading.requirements.gpus:
-            spec = replace(spec, min_gpus=reading.requirements.gpus)
+            spec = spec.spread_over(reading.requirements.gpus)
     if spec is None:
         return reading.test(())
     if callspec is None:

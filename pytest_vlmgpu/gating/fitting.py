@@ -10,7 +10,7 @@ from ..requirements import Estimate, Requirements, VlmSpec
 from ..verdicts import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pytest
 
@@ -29,16 +29,26 @@ class Fitting:
         own: The GPUs of this process.
         losses: GPUs that were lost while tests ran.
         sharing: Requirements of the tests that share each load.
+        why_no_offload: Says why nothing may stay in host memory; empty where it may.
     """
 
-    def __init__(self, own: OwnShare, losses: Losses, sharing: Mapping[VlmSpec, Sequence[Requirements]]) -> None:
+    def __init__(
+        self,
+        own: OwnShare,
+        losses: Losses,
+        sharing: Mapping[VlmSpec, Sequence[Requirements]],
+        why_no_offload: Callable[[], str],
+    ) -> None:
         self._own = own
         self._losses = losses
         self._sharing = sharing
+        self._why_no_offload = why_no_offload
         self.plans: dict[VlmSpec, Plan] = {}
         """Where each model was last placed."""
         self.estimated: dict[VlmSpec, tuple[int, ...]] = {}
         """GPUs of models that an engine places itself."""
+        self.open_to: dict[VlmSpec, tuple[int, ...]] = {}
+        """GPUs among which transformers may choose for a model that it places itself."""
 
     def judge(
         self, needs: Requirements, machine: Machine, plan: Plan | None = None, *, loads: bool, at_load: bool
@@ -103,6 +113,14 @@ class Fitting:
             return verdict, plan
         if plan.is_remote_code and not spec.trust_remote_code:
             return Verdict("error", verdicts.UNREADABLE, needs_remote_code(spec.name).message), None
+        # What transformers would do beside a model that is unloaded first says nothing.
+        left = offloaded(spec, plan) if at_load or not spec.is_placed_by_transformers else ""
+        why = self._why_no_offload() if left else ""
+        if why:
+            return Verdict("error", verdicts.OFFLOADED, f"{left} {why}"), None
+        if spec.is_placed_by_transformers:
+            self.open_to[spec] = verdict.gpus
+            return verdict, plan
         return replace(verdict, gpus=tuple(stage.gpu for stage in plan.stages)), plan
 
     def _fits_elsewhere(
@@ -115,3 +133,20 @@ class Fitting:
             if plan is not None and (plan.fits or (plan.shortage is not None and not plan.shortage.is_permanent)):
                 return self._own.too_small(verdict)
         return verdict
+
+
+def offloaded(spec: VlmSpec, plan: Plan) -> str:
+    """What of a model would stay in host memory, one sentence; empty when nothing does, or nobody can tell before."""
+    from vlm_doctor.units import format_gib
+
+    if spec.is_placed_by_transformers:
+        auto = plan.auto
+        left_bytes = auto.cpu_bytes + auto.disk_bytes if auto is not None else 0
+        where = (
+            f'device_map="{spec.device_map}" would leave {format_gib(left_bytes)} of {spec.name} in host memory or on disk'
+        )
+        return f"{where}." if left_bytes else ""
+    off = plan.offloaded
+    return (
+        f"{format_gib(off.weights_bytes)} of {spec.name} would stay in host memory: {off.reason}" if off is not None else ""
+    )

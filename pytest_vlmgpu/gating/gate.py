@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlm_doctor.machine import Gpu, Machine
     from vlm_doctor.placement import Plan
 
+    from ..models.residents import Resident
     from ..options import Settings
 
     Planner = Callable[[VlmSpec, Machine, tuple[int, ...]], Plan | None]
@@ -53,6 +54,7 @@ class Gate:
 
     def __init__(self, settings: Settings, config: pytest.Config, recorded: Machine | None = None) -> None:
         self.settings = settings
+        self._config = config
         self.own = OwnShare(config, settings)
         """The GPUs of this process."""
         self.sharing: dict[VlmSpec, list[Requirements]] = {}
@@ -61,10 +63,17 @@ class Gate:
         self.refusals: dict[VlmSpec, Verdict] = {}
         """Models that could not be loaded: each is tried once."""
         self.reader = MachineReader(config, recorded)
-        self.fitting = Fitting(self.own, self.reader.losses, self.sharing)
+        self.fitting = Fitting(self.own, self.reader.losses, self.sharing, self.why_no_offload)
         self.residents = Residents()
         self._lending = Lending(self)
         self._fits: dict[VlmSpec, Verdict] = {}
+
+    def on(self, machine: Machine) -> Gate:
+        """The same tests on another machine."""
+        other = Gate(self.settings, self._config, machine)
+        other.sharing.update(self.sharing)
+        other.own.needs, other.residents.uses = self.own.needs, self.residents.uses
+        return other
 
     @property
     def machine_used(self) -> Machine | None:
@@ -107,7 +116,26 @@ class Gate:
         if isinstance(parameter, VlmSpec):
             return parameter
         name = parameter if isinstance(parameter, str) else self.settings.model
-        return VlmSpec(name, dtype=self.settings.dtype) if name else None
+        return self.completed(VlmSpec(name)) if name else None
+
+    def completed(self, spec: VlmSpec) -> VlmSpec:
+        """A model with the settings of the run, where nothing else is said of it."""
+        return spec.completed(gpus=spec.min_gpus, dtype=self.settings.dtype, device_map=self.settings.device_map)
+
+    def why_no_offload(self) -> str:
+        """Why no part of a model may stay in host memory, as advice; empty where it may."""
+        if not self.settings.allow_offload:
+            return (
+                "A test on GPUs must not run there unless you say so (--vlm-allow-offload): use more GPUs or larger ones, "
+                "or a smaller workload."
+            )
+        if self.is_strict:
+            origin = self.settings.origins.get("strict", "--vlm-strict")
+            return (
+                f"{self.settings.origins['allow_offload']} allows that, and {origin} wants proof of GPUs: use more GPUs or "
+                "larger ones, or leave out one of the two."
+            )
+        return ""
 
     def usable_gpus(self, machine: Machine, request: pytest.FixtureRequest) -> tuple[Gpu, ...]:
         """GPUs that tests may use, in CUDA order; without any, the test that asks is skipped or fails."""
@@ -159,7 +187,8 @@ class Gate:
         return max((needs.vram_bytes or 0) * needs.gpus, needs.total_vram_bytes or 0) or None
 
     def _judge_on_gpus(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
-        needs_memory = not test.loads and (test.requirements.needs_memory or bool(test.specs))
+        needs = test.requirements
+        needs_memory = not test.loads and (needs.needs_memory or needs.exclusive or bool(test.specs))
         max_age_s = MEMORY_AGE_S if needs_memory else HEALTH_AGE_S
         at_load = not test.loads or self.settings.plan
 
@@ -211,11 +240,15 @@ class Gate:
 
     def gpu_uuids(self, test: GatedTest, verdict: Verdict) -> list[str]:
         """GPUs a test ran on: those of its model if it loads one, else those that meet its requirements."""
-        resident = self.residents.get(test.specs[0]) if test.loads and test.specs else None
+        resident = self.resident_of(test)
         if resident is not None:
-            return [stage.uuid for stage in resident.plan.stages] if resident.plan else []
+            return list(resident.uuids)
         machine = self.machine_used
         return [gpu.uuid for gpu in machine.gpus if gpu.index in verdict.gpus] if machine is not None else []
+
+    def resident_of(self, test: GatedTest) -> Resident | None:
+        """The loaded model that a test shares."""
+        return self.residents.get(test.specs[0]) if test.loads and test.specs else None
 
     def loaded(self, spec: VlmSpec | None, request: pytest.FixtureRequest, loader: Loader) -> AbstractContextManager[Any]:
         """Load a model for as long as tests need it. A refusal ends the setup of the test and is remembered."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .. import verdicts
 from ..verdicts import Verdict
+from . import peers
 from .faults import fault, is_ill, judge_absence, torch_fault
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def judge(
     plan: Plan | None = None,
     needs_torch: bool = False,
     is_busy_decided_later: bool = False,
+    own_pid: int | None = None,
 ) -> Verdict:
     """Decide about one test.
 
@@ -47,6 +49,7 @@ def judge(
         plan: Placement of its model on the GPUs of an earlier verdict, if it names one.
         needs_torch: True when torch will load a model.
         is_busy_decided_later: True when memory that is taken may be that of a model which is unloaded first.
+        own_pid: Of the process that runs the test, which does not keep it from having GPUs to itself.
 
     Returns:
         ``run`` with the GPUs that meet the requirements, or a skip or an error with its reason.
@@ -58,19 +61,28 @@ def judge(
     if unknown:
         return Verdict("error", verdicts.FAULT, unknown)
     unmet = _short_of_count(requirements, choice, gpus) + _short_of_strength(requirements, machine, gpus)
+    if not unmet and requirements.p2p:
+        unmet = _short_of_peers(requirements, machine, gpus)
     if unmet:
         wanted = "; ".join(item.text for item in unmet)
         broken = fault(machine)
         if broken:
             return Verdict("error", verdicts.FAULT, f"{wanted}. {broken}")
-        return Verdict("skip", min(item.code for item in unmet), f"{wanted}.")
+        why = f" ({requirements.reason})" if requirements.reason else ""
+        return Verdict("skip", min(item.code for item in unmet), f"{wanted}{why}.")
     problem = torch_fault(machine, gpus) if needs_torch else ""
     if problem:
         return Verdict("error", verdicts.FAULT, problem)
     able = [gpu for gpu in gpus if _is_able(gpu, requirements, machine)]
-    ready = able if is_busy_decided_later else _free_now(requirements, machine, able)
+    ready = able if is_busy_decided_later else _free_now(requirements, machine, able, own_pid)
     if isinstance(ready, Verdict):
         return ready
+    if requirements.p2p:
+        ready = peers.largest_group(ready, machine)
+        if len(ready) < requirements.gpus:
+            taken = [gpu for gpu in able if gpu not in ready]
+            wanted = f"{requirements.gpus} free GPUs that reach each other's memory are wanted"
+            return Verdict("error", verdicts.BUSY, f"{wanted}: {_holders(taken, machine)}.")
     refusal = _refuse_plan(plan, machine, ready)
     if refusal is not None and not (is_busy_decided_later and refusal.code == verdicts.BUSY):
         return refusal
@@ -158,7 +170,7 @@ def _unknown(requirements: Requirements, machine: Machine, gpus: Sequence[Gpu]) 
         if missing:
             gap = machine.gap(f"gpus[{machine.gpus.index(gpu)}].{missing}")
             return f"{gpu.label}: {missing} could not be read{f' ({gap.reason})' if gap else ''}."
-    return ""
+    return peers.unknown(gpus, machine) if requirements.p2p and requirements.gpus > 1 else ""
 
 
 def _short_of_count(requirements: Requirements, choice: GpuChoice, gpus: Sequence[Gpu]) -> list[_Unmet]:
@@ -194,10 +206,25 @@ def _short_of_strength(requirements: Requirements, machine: Machine, gpus: Seque
     return unmet
 
 
-def _free_now(requirements: Requirements, machine: Machine, able: list[Gpu]) -> list[Gpu] | Verdict:
+def _short_of_peers(requirements: Requirements, machine: Machine, gpus: Sequence[Gpu]) -> list[_Unmet]:
+    able = [gpu for gpu in gpus if _is_able(gpu, requirements, machine)]
+    if len(peers.largest_group(able, machine)) >= requirements.gpus:
+        return []
+    found = peers.told(able, machine)
+    return [_Unmet(verdicts.NO_PEERS, f"{requirements.gpus} GPUs that reach each other's memory are wanted, {found}")]
+
+
+def _free_now(requirements: Requirements, machine: Machine, able: list[Gpu], own_pid: int | None) -> list[Gpu] | Verdict:
     """The GPUs that have the memory right now, or who has taken it."""
     vram, total = requirements.vram_bytes or 0, requirements.total_vram_bytes or 0
     ready = [gpu for gpu in able if (_free(gpu, machine) or 0) >= vram]
+    if requirements.exclusive:
+        alone = [gpu for gpu in ready if all(process.pid == own_pid for process in gpu.processes)]
+        if len(alone) < requirements.gpus <= len(ready):
+            taken = [gpu for gpu in ready if gpu not in alone]
+            wanted = f"{requirements.gpus} GPU{'s' if requirements.gpus > 1 else ''} without any other process"
+            return Verdict("error", verdicts.BUSY, f"{wanted} wanted: {_holders(taken, machine)}.")
+        ready = alone
     if len(ready) < requirements.gpus:
         taken = [gpu for gpu in able if gpu not in ready]
         wanted = f"{_gib(vram)} free is wanted {_on_each(requirements)}"

@@ -6,17 +6,19 @@ needs a GPU is about to run. What the whole machine cannot do is a skip; what on
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .. import verdicts
 from ..gating.selection import judge
 from ..options import GpuChoice
+from ..output import open_line
 from ..verdicts import Verdict
 from . import masks
 from .sets import demands_of
-from .shares import Share, Shares
-from .waiting import Progress, Waiting
+from .shares import Share, Shares, teller
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     import pytest
@@ -49,7 +51,7 @@ class OwnShare:
     @cached_property
     def waiting(self) -> Waiting:
         """The time that this process may wait."""
-        return Waiting(self._settings.wait_s, Progress(self._config))
+        return Waiting(self._settings.wait_s, lambda: open_line(self._config, first_s=0.0, in_log_of_worker=True))
 
     @property
     def share(self) -> Share | None:
@@ -98,7 +100,15 @@ class OwnShare:
         """Decide as :func:`pytest_vlmgpu.gating.selection.judge`, on the GPUs of this process."""
         share = self._share
         if share is None:
-            return judge(needs, machine, self._given, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
+            return judge(
+                needs,
+                machine,
+                self._given,
+                plan=plan,
+                needs_torch=loads,
+                is_busy_decided_later=not at_load,
+                own_pid=os.getpid(),
+            )
         facts = self.judge_facts(needs, machine, loads=loads)
         if facts.action != "run" or not share.gpus:
             return facts
@@ -111,7 +121,15 @@ class OwnShare:
             )
         # One that was lost since it was leased is missed by the tests that need it, and by no other.
         choice = share.choice(self._given)._replace(uuids=left)
-        verdict = judge(needs, machine, choice, plan=plan, needs_torch=loads, is_busy_decided_later=not at_load)
+        verdict = judge(
+            needs,
+            machine,
+            choice,
+            plan=plan,
+            needs_torch=loads,
+            is_busy_decided_later=not at_load,
+            own_pid=os.getpid(),
+        )
         # Whether a model that does not fit here fits elsewhere, only a plan can tell.
         if verdict.action == "skip" and verdict.code != verdicts.DOES_NOT_FIT:
             return self.too_small(verdict)
@@ -138,7 +156,7 @@ class OwnShare:
         return Verdict("error", verdicts.NOT_SHARED, f"{verdict.reason} {_why_so_few(share)}")
 
     def _lease(self, machine: Machine, plan_of: PlanOf) -> Share | None:
-        shares = Shares(self._settings, self.waiting)
+        shares = Shares(self._settings, self.waiting, teller(self._config))
         self._config.add_cleanup(shares.close)
         demands = [each for need in self.needs for each in demands_of(need, machine, self._given, plan_of)]
         share = shares.take(machine, demands or None, workers=1)

@@ -15,7 +15,9 @@ from .sets import by_preference, cover, total_demand
 from .waiting import GRACE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    import pytest
 
     from vlm_doctor.machine import Machine
 
@@ -59,17 +61,30 @@ class Share(NamedTuple):
         return cls(**values)
 
 
+def teller(config: pytest.Config) -> Callable[[str, tuple[str, ...], str], None]:
+    """Function that calls the hook ``pytest_vlmgpu_lease`` of a run."""
+
+    def tell(event: str, gpus: tuple[str, ...], reason: str) -> None:
+        config.hook.pytest_vlmgpu_lease(config=config, event=event, gpus=gpus, reason=reason)
+
+    return tell
+
+
 class Shares:
     """Takes and keeps the leases of one run.
 
     Args:
         settings: Resolved.
         waiting: The time that may be spent.
+        tell: Calls the hook ``pytest_vlmgpu_lease``: event, UUIDs of GPUs, reason.
     """
 
-    def __init__(self, settings: Settings, waiting: Waiting) -> None:
+    def __init__(self, settings: Settings, waiting: Waiting, tell: Callable[[str, tuple[str, ...], str], None]) -> None:
         self._settings = settings
         self._waiting = waiting
+        self._tell = tell
+        self._told: tuple[str, ...] = ()
+        """GPUs that were told to be taken, and not yet to be given back."""
         folder = settings.lease_dir or DEFAULT_FOLDER
         self._leases = None if folder == OFF else Leases(Path(folder))
 
@@ -121,6 +136,11 @@ class Shares:
         uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
         gpus = tuple(uuids[index] for index in kept)
         outer = machine.environment.get(VARIABLE)
+        if gpus:
+            self._told = gpus
+            self._tell("taken", gpus, "")
+        if problem:
+            self._tell("refused", (), f"{code}: {problem}")
         return Share(gpus, tuple(names[index] for index in kept), gpus, outer, code, problem)
 
     def shrink(self, share: Share, demands: Sequence[Demand], workers: int, machine: Machine) -> Share:
@@ -132,12 +152,20 @@ class Shares:
         gpus, names = tuple(uuid for uuid, _ in pairs), tuple(name for _, name in pairs)
         if self._leases is not None:
             self._leases.release([name for name in self._leases.held if name not in names])
+        self._tell_given_back(gpus)
         return share._replace(gpus=gpus, names=names, run_gpus=gpus)
 
     def close(self) -> None:
         """Give all leases back."""
         if self._leases is not None:
             self._leases.release()
+        self._tell_given_back(())
+
+    def _tell_given_back(self, kept: tuple[str, ...]) -> None:
+        gone = tuple(uuid for uuid in self._told if uuid not in kept)
+        self._told = kept
+        if gone:
+            self._tell("given_back", gone, "")
 
     def _usable(self, machine: Machine) -> tuple[int, ...]:
         """GPU indices that ``--vlm-gpus`` allows, in CUDA order; of a count, all from which it may be taken."""

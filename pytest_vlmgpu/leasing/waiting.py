@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import random
-import sys
 import time
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pytest
+    from ..output import Line
 
 GRACE_S = 2.0
 """Even with no wait at all: another run may hold what it gives back in a moment, while it chooses or ends."""
 _POLL_S = (0.05, 1.0)
-_LOG_EVERY_S = 60.0
-"""Between two lines where nobody watches."""
-_TERMINAL_EVERY_S = 1.0
-
-
-class Show(Protocol):
-    """Where progress goes."""
-
-    def __call__(self, line: str, *, is_last: bool = False) -> None:
-        """Print one line about the wait; the last one ends it."""
 
 
 class Waiting:
@@ -33,7 +22,7 @@ class Waiting:
 
     Args:
         seconds: In all; 0 asks a few times within :data:`GRACE_S`.
-        show: Where progress goes.
+        open_line: Gives the line that says what is waited for.
         clock: Seconds that no change of the wall clock moves.
         sleep: For tests.
     """
@@ -41,13 +30,13 @@ class Waiting:
     def __init__(
         self,
         seconds: float,
-        show: Show,
+        open_line: Callable[[], Line],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.left_s = seconds
         self.waited_s = 0.0
-        self._show = show
+        self._open_line = open_line
         self._clock = clock
         self._sleep = sleep
 
@@ -69,12 +58,13 @@ class Waiting:
             return True
         started = self._clock()
         allowed = max(self.left_s if may_wait else 0.0, grace_s)
-        pause, has_spoken, spoken = _POLL_S[0], False, 0.0
+        pause = _POLL_S[0]
+        line: Line | None = None
         try:
             while (elapsed := self._clock() - started) < allowed:
-                if elapsed > grace_s and (not has_spoken or elapsed - spoken >= self._show_every_s()):
-                    self._show(f"vlmgpu: waiting {elapsed:.0f} of {allowed:.0f} s: {reason()}")
-                    has_spoken, spoken = True, elapsed
+                if elapsed > grace_s:
+                    line = line or self._open_line()
+                    line.show(partial(_told, elapsed, allowed, reason))
                 # Two runs that take each other's GPUs in turn must fall out of step.
                 self._sleep(min(pause * random.uniform(0.5, 1.0), allowed - elapsed))
                 pause = min(pause * 1.5, _POLL_S[1])
@@ -85,33 +75,9 @@ class Waiting:
             waited = self._clock() - started
             self.waited_s += waited
             self.left_s = max(0.0, self.left_s - waited)
-            if has_spoken:
-                self._show(f"vlmgpu: waited {waited:.0f} s", is_last=True)
-
-    def _show_every_s(self) -> float:
-        return _TERMINAL_EVERY_S if getattr(self._show, "is_terminal", False) else _LOG_EVERY_S
+            if line is not None:
+                line.end(f"vlmgpu: waited {waited:.0f} s")
 
 
-class Progress:
-    """Writes lines past pytest's capture: over each other on a terminal, below each other in a log."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        # A worker of pytest-xdist has no terminal of its own, but the controller's stderr.
-        reporter: Any = config.pluginmanager.getplugin("terminalreporter")
-        is_worker = hasattr(config, "workerinput")
-        self._stream: Any = sys.__stderr__ if reporter is None or is_worker else reporter._tw._file
-        self.is_terminal = bool(self._stream is not None and self._stream.isatty() and not is_worker)
-        self._is_quiet = config.get_verbosity() < 0
-
-    def __call__(self, line: str, *, is_last: bool = False) -> None:
-        """Print a line; the last one ends the line that was written over."""
-        if self._is_quiet or self._stream is None:
-            return
-        manager: Any = self._config.pluginmanager.getplugin("capturemanager")
-        with manager.global_and_fixture_disabled() if manager is not None else nullcontext():
-            if self.is_terminal:
-                self._stream.write(f"\r\x1b[K{line}" + ("\n" if is_last else ""))
-            else:
-                self._stream.write(f"\n{line}" if not is_last else f"\n{line}\n")
-            self._stream.flush()
+def _told(elapsed_s: float, allowed_s: float, reason: Callable[[], str]) -> str:
+    return f"vlmgpu: waiting {elapsed_s:.0f} of {allowed_s:.0f} s: {reason()}"

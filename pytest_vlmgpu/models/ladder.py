@@ -24,14 +24,27 @@ class VlmFactory(Protocol):
     """Value of the fixture ``vlm_factory``."""
 
     def __call__(
-        self, name: str, *, dtype: str | None = None, trust_remote_code: bool = False, gpus: int = 1
+        self,
+        name: str,
+        *,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+        gpus: int = 1,
+        device_map: str | None = None,
     ) -> AbstractContextManager[Any]:
         """Load a model and let it go at the end of the ``with`` block; arguments as those of the markers."""
         ...
 
 
-def make_planner(workload: Workload, policy: Policy) -> Planner:
-    """Place a model on the GPUs that its tests may use, with the planner of vlm-doctor."""
+def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = False) -> Planner:
+    """Place a model on the GPUs that its tests may use, with the planner of vlm-doctor.
+
+    Args:
+        workload: The largest call.
+        policy: How careful to be.
+        may_offload: Leave the last layers of a model in host memory where the GPUs cannot take it, however empty they are.
+            What is short because others hold memory is waited for, and never made up for in this way.
+    """
     from msgspec.structs import replace
 
     from vlm_doctor.planner import plan
@@ -40,9 +53,24 @@ def make_planner(workload: Workload, policy: Policy) -> Planner:
     profile_of = cache(load_profile)
 
     def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan:
+        from .offloading import with_host_memory
+
         allowed = gpus if policy.gpus is None else tuple(index for index in gpus if index in policy.gpus)
-        stricter = replace(policy, gpus=allowed, min_gpus=max(policy.min_gpus, spec.min_gpus))
-        return plan(profile_of(spec.name), machine, replace(workload, dtype=spec.dtype or workload.dtype), stricter)
+        rules = replace(
+            policy,
+            gpus=allowed,
+            min_gpus=max(policy.min_gpus, spec.min_gpus),
+            max_gpus=1 if spec.device_map == "single" else policy.max_gpus,
+            offload=policy.offload and not may_offload,
+        )
+        work = replace(workload, dtype=spec.dtype or workload.dtype)
+
+        def ask(machine: Machine, *, offload: bool = rules.offload) -> Plan:
+            return plan(profile_of(spec.name), machine, work, replace(rules, offload=offload))
+
+        found = ask(machine)
+        is_hopeless = not found.fits and found.shortage is not None and found.shortage.is_permanent
+        return with_host_memory(found, machine, ask) if may_offload and is_hopeless else found
 
     return place
 
@@ -61,10 +89,19 @@ def make_loader(gate: Gate, config: pytest.Config) -> Loader:
             raise pytest.UsageError("vlm_planner returned no plan: override vlm_loader too, to place the model yourself.")
         # The machine that the plan was just made for.
         ordinals = ordinals_by_uuid(gate.machine_used) if gate.uses_gpus and gate.machine_used is not None else None
-        with progress.shown(config, spec.label, plan, ordinals):
+        by_index = {gpu.index: gpu for gpu in gate.machine_used.gpus} if gate.machine_used is not None else {}
+        with progress.shown(config, spec.label, plan, ordinals, is_planned=not spec.is_placed_by_transformers):
             loaded = loading.load(
-                spec.name, plan, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code, ordinals=ordinals
+                spec.name,
+                plan,
+                dtype=spec.dtype,
+                trust_remote_code=spec.trust_remote_code,
+                ordinals=ordinals,
+                device_map=spec.device_map if spec.is_placed_by_transformers else None,
+                gpus=[by_index[index] for index in gate.fitting.open_to.get(spec, ()) if index in by_index],
+                may_offload=not gate.why_no_offload(),
             )
+        loaded.spec = spec
         try:
             yield loaded
         finally:
@@ -81,11 +118,18 @@ def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> 
     """Load models that are chosen at run time as the fixture ``vlm`` loads those that markers name."""
 
     @contextmanager
-    def make(name: str, *, dtype: str | None = None, trust_remote_code: bool = False, gpus: int = 1) -> Iterator[Any]:
+    def make(
+        name: str,
+        *,
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+        gpus: int = 1,
+        device_map: str | None = None,
+    ) -> Iterator[Any]:
         from ..requirements import VlmSpec
 
-        spec = VlmSpec(name, dtype=dtype or gate.settings.dtype, trust_remote_code=trust_remote_code, min_gpus=gpus)
-        with gate.loaded(spec, request, loader) as loaded:
+        spec = VlmSpec(name, dtype, trust_remote_code, gpus, device_map)
+        with gate.loaded(gate.completed(spec), request, loader) as loaded:
             yield loaded
 
     return make

@@ -12,7 +12,7 @@ import pytest
 from .. import verdicts
 from ..verdicts import Verdict
 from ..watching.meter import empty_cache
-from .loads import check_landing, describe
+from .loads import check_landing, describe, stages_used
 from .residents import Resident, free_before
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ class Lending:
         from .failures import LoadFailure
 
         self._gate.refuse_unless_run(spec, self._gate.keep_from_acting(Verdict("run"), request))
+        self._make_room()
         plan = self._plan_now(spec, request) if self._gate.uses_gpus else None
-        before = free_before(plan, self._gate.machine_used)
+        before = free_before(plan, self._gate.machine_used, is_open=spec.is_placed_by_transformers)
         meter = Meter()
         meter.start()
         started = time.perf_counter()
@@ -74,14 +75,17 @@ class Lending:
             try:
                 loaded = stack.enter_context(self._open(spec, plan, request, loader))
                 if plan is not None:
-                    check_landing(spec, plan, loaded, self._gate.reader.current(request, max_age_s=math.inf))
+                    machine = self._gate.reader.current(request, max_age_s=math.inf)
+                    check_landing(spec, plan, loaded, machine, may_offload=not self._gate.why_no_offload())
             except LoadFailure as failure:
                 verdict = Verdict("error", failure.code, failure.message, details=failure.details)
             # Not inside the handler: the report is one sentence, without the chain of errors behind it.
             self._gate.refuse_unless_run(spec, verdict)
-            load = describe(spec, plan, time.perf_counter() - started)
+            load = describe(spec, plan, loaded, time.perf_counter() - started)
             self._gate.loads.append(load)
-            resident = Resident(spec, plan, loaded, load, ExitStack(), meter, before)
+            uuids = tuple(stage.uuid for stage in stages_used(plan, loaded))
+            before = {uuid: size for uuid, size in before.items() if uuid in uuids}
+            resident = Resident(spec, plan, loaded, load, ExitStack(), meter, before, uuids)
             self._gate.residents.add(resident)
             try:
                 request.config.hook.pytest_vlmgpu_loaded(config=request.config, spec=spec, loaded=loaded)
@@ -119,6 +123,13 @@ class Lending:
             finally:
                 config.hook.pytest_vlmgpu_unload(config=config, spec=spec, loaded=loaded)
 
+    def _make_room(self) -> None:
+        """Unload models until there is a slot for one more (``--vlm-slots``)."""
+        slots = self._gate.settings.slots
+        while slots is not None and len(self._gate.residents) >= slots:
+            if not self._gate.residents.remove_least_useful(self._in_use):
+                return  # a test asks for another one while it holds them
+
     def _plan_now(self, spec: VlmSpec, request: pytest.FixtureRequest) -> Plan | None:
         """Plan with the memory of this moment: beside models that stay, or in the place of those that go."""
 
@@ -133,7 +144,7 @@ class Lending:
         empty_cache()
         self._await_memory(self._gate.reader.current(request, max_age_s=0), request)
         placed = place_now(math.inf)
-        while placed[0].code == verdicts.BUSY and self._gate.residents.remove_least_useful(self._in_use):
+        while _lacks_memory(placed) and self._gate.residents.remove_least_useful(self._in_use):
             placed = place_now(0)
         verdict, plan = self._gate.when_free(place_now, placed, lambda placed: placed[0])
         self._gate.refuse_unless_run(spec, verdict)
@@ -150,3 +161,9 @@ class Lending:
                 is_back, lambda: "memory of a model that was unloaded is not back yet", may_wait=False
             )
         self._gate.residents.settle()
+
+
+def _lacks_memory(placed: tuple[Verdict, Plan | None]) -> bool:
+    """True where a model would have more room if another one went: a model in host memory is no reason to keep that."""
+    verdict, plan = placed
+    return verdict.code in (verdicts.BUSY, verdicts.OFFLOADED) or (plan is not None and plan.offloaded is not None)

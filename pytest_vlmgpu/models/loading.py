@@ -8,118 +8,34 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm_doctor.errors import UsageError
 from vlm_doctor.probes.loading import auto_class, workload_options
 
 from ..watching.meter import driver_info, empty_cache
 from .failures import Allocation, LoadFailure, broken_torch, check_weights, explained, needs_remote_code
 from .keepers import holder_of
-from .placing import Placed, check_placement, device_map_for
-from .processors import load_processor, prompt_text
+from .loaded import LoadedVlm
+from .placing import (
+    Orders,
+    Placed,
+    check_automatic,
+    check_placement,
+    device_map_for,
+    offloaded_bytes,
+    ordinals_in,
+    stages_of,
+)
+from .processors import load_processor
 from .source import Source, find_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from PIL.Image import Image
-
+    from vlm_doctor.machine import Gpu
     from vlm_doctor.placement import Plan, Stage
 
 __all__ = ["LoadFailure", "LoadedVlm", "device_map_for", "load", "torch_ordinals", "unload"]
-
-
-@dataclass
-class LoadedVlm:
-    """A model with its processor, ready to be asked."""
-
-    name: str
-    model: Any
-    """``None`` after :func:`unload`."""
-    processor: Any
-    plan: Plan | None
-    """``None`` when the model was loaded for the CPU."""
-    device_map: dict[str, int]
-    """Module path to CUDA ordinal of this process; ``""`` is the whole model. Empty on the CPU."""
-    gpus: tuple[Stage, ...]
-    """One a GPU, in the order of the stages, with the plan's ledger. Empty on the CPU."""
-    input_device: str
-    """Where inputs belong: the first stage's device, such as ``cuda:0``."""
-    load_seconds: float
-    held_by: str = ""
-    """Who kept some of the model after :func:`unload`, such as ``variable KEPT of module test_ocr``; else empty."""
-
-    def __repr__(self) -> str:
-        where = ", ".join(f"cuda:{ordinal}" for ordinal in dict.fromkeys(self.device_map.values())) or "cpu"
-        return f"<LoadedVlm {self.name} on {where}>" if self.model is not None else f"<LoadedVlm {self.name}, unloaded>"
-
-    def generate(
-        self,
-        images: Image | Sequence[Image] | None,
-        text: str,
-        *,
-        max_new_tokens: int = 32,
-        do_sample: bool = False,
-        seed: int = 0,
-        **options: Any,
-    ) -> str:
-        """Ask the model once, as its chat template wants to be asked.
-
-        Args:
-            images: None, one or several PIL images, put before the text.
-            text: The user's words.
-            max_new_tokens: At most this many tokens are made.
-            do_sample: False takes the likeliest token each time, so that the answer is the same each time.
-            seed: For sampling. The random state of torch is left as it was.
-            options: Passed on to ``model.generate``.
-
-        Returns:
-            The new text alone, without prompt and special tokens.
-
-        Raises:
-            UsageError: The model was unloaded, or its processor takes no images.
-        """
-        import torch
-
-        if self.model is None:
-            raise UsageError(f"{self.name} was unloaded: ask before the fixture is torn down.")
-        inputs = self._inputs(images, text)
-        if not do_sample:
-            # A checkpoint's own sampling settings would only be warned about.
-            options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        ordinals = sorted(set(self.device_map.values()))
-        with torch.random.fork_rng(devices=ordinals), torch.inference_mode():
-            for generator in (torch.default_generator, *(torch.cuda.default_generators[ordinal] for ordinal in ordinals)):
-                generator.manual_seed(seed)
-            output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, **options)
-        new_tokens = output[0, inputs["input_ids"].shape[1] :]
-        return str(self.processor.decode(new_tokens, skip_special_tokens=True))
-
-    def peak_bytes(self) -> dict[int, int]:
-        """CUDA ordinal to the most memory that torch had allocated since the peak was last reset; empty on the CPU."""
-        import torch
-
-        return {ordinal: torch.cuda.max_memory_allocated(ordinal) for ordinal in sorted(set(self.device_map.values()))}
-
-    def _inputs(self, images: Image | Sequence[Image] | None, text: str) -> dict[str, Any]:
-        pictures = _as_list(images)
-        if pictures and not hasattr(self.processor, "image_processor"):
-            raise UsageError(f"{self.name} has no image processor: use vlm.model and vlm.processor as its model card says.")
-        arguments = {"images": pictures} if pictures else {}
-        batch = self.processor(text=prompt_text(self.processor, len(pictures), text), return_tensors="pt", **arguments)
-        return {key: self._on_input_device(value) for key, value in batch.items()}
-
-    def _on_input_device(self, value: Any) -> Any:
-        if isinstance(value, list):
-            # Some processors keep images of different sizes apart.
-            return [self._on_input_device(item) for item in value]
-        if not hasattr(value, "is_floating_point"):
-            return value
-        if value.is_floating_point():
-            return value.to(self.input_device, self.model.dtype)
-        return value.to(self.input_device)
 
 
 def load(
@@ -129,6 +45,9 @@ def load(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     ordinals: Mapping[str, int] | None = None,
+    device_map: str | None = None,
+    gpus: Sequence[Gpu] = (),
+    may_offload: bool = False,
 ) -> LoadedVlm:
     """Load a model where the plan puts it, and check that every weight is there.
 
@@ -138,6 +57,9 @@ def load(
         dtype: torch's word, such as ``bfloat16``; ``None`` is the plan's, or the checkpoint's own without a plan.
         trust_remote_code: Allow Python code of the checkpoint to run.
         ordinals: GPU UUID to CUDA ordinal as the doctor sees it, used only where torch names no UUIDs.
+        device_map: ``auto`` or ``balanced``: transformers places the model, and the plan says only that it fits.
+        gpus: Among which it may choose then.
+        may_offload: Part of the model may stay in host memory, as plan or transformers want.
 
     Raises:
         LoadFailure: VLM712 a planned GPU cannot be used from this process; VLM713 the model cannot be read; VLM714 weights
@@ -150,29 +72,31 @@ def load(
     if plan is not None and plan.is_remote_code and not trust_remote_code:
         raise needs_remote_code(name)
     stages = () if plan is None else plan.stages
-    device_map: dict[str, int] = {}
+    orders = Orders()
     try:
         _import_torch()
         if plan is not None:
-            device_map = device_map_for(plan, torch_ordinals(ordinals))
-        model, processor = _load_and_check(source, plan, device_map, dtype, trust_remote_code)
+            orders = _orders(plan, torch_ordinals(ordinals), device_map, gpus, may_offload=may_offload)
+        model, processor, landed = _load_and_check(source, plan, orders, dtype, trust_remote_code)
+        first = next(iter(ordinals_in(landed)), None)
         return LoadedVlm(
             name=name,
             model=model,
             processor=processor,
-            plan=plan,
-            device_map=device_map,
-            gpus=stages,
-            input_device=f"cuda:{next(iter(device_map.values()))}" if device_map else "cpu",
+            plan=plan if device_map is None else None,
+            device_map=landed,
+            gpus=stages if device_map is None else stages_of(landed, orders.gpus),
+            input_device=f"cuda:{first}" if first is not None else "cpu",
             load_seconds=time.perf_counter() - started,
+            offloaded_bytes=offloaded_bytes(_tensors_of(model), landed),
         )
     except LoadFailure as error:
         failure = error.with_traceback(None)
     except Exception as error:  # noqa: BLE001 - border to foreign code: whatever it raises becomes one sentence
-        failure = explained(name, error, stages, lambda: _allocations(stages, device_map))
+        failure = explained(name, error, stages, lambda: _allocations(stages, orders.device_map))
     # Only here are the tracebacks gone whose frames hold half a model: raised above, the failure, which pytest keeps to the
     # end of the session, would keep that memory from the next model.
-    _give_back(device_map)
+    _give_back()
     raise failure
 
 
@@ -191,7 +115,7 @@ def unload(loaded: LoadedVlm) -> int:
     model = weakref.ref(loaded.model)
     tensors = [weakref.ref(tensor) for _, tensor in _named_tensors(loaded.model)]
     loaded.model = loaded.processor = None
-    _give_back(loaded.device_map)
+    _give_back()
     left_bytes: int = sum(tensor.nbytes for ref in tensors if (tensor := ref()) is not None)
     if left_bytes:
         # The model as a whole is fewer links away from whoever has a name.
@@ -232,22 +156,41 @@ def _import_torch() -> None:
         raise broken_torch(error) from None
 
 
+def _orders(
+    plan: Plan, ordinals: Mapping[str, int], device_map: str | None, gpus: Sequence[Gpu], *, may_offload: bool
+) -> Orders:
+    """What transformers is told about devices."""
+    if device_map is None:
+        return Orders(device_map_for(plan, ordinals, may_offload=may_offload), may_offload=may_offload)
+    import torch
+
+    open_to = {ordinals[gpu.uuid]: gpu for gpu in gpus if gpu.uuid in ordinals}
+    max_memory: dict[int | str, int] | None = None
+    if set(open_to) != set(range(torch.cuda.device_count())):
+        import psutil
+
+        # As accelerate asks, for these GPUs alone.
+        max_memory = {ordinal: torch.cuda.mem_get_info(ordinal)[0] for ordinal in sorted(open_to)}
+        max_memory["cpu"] = psutil.virtual_memory().available
+    return Orders(device_map, max_memory, may_offload, open_to)
+
+
 def _load_and_check(
-    source: Source, plan: Plan | None, device_map: dict[str, int], dtype: str | None, trust_remote_code: bool
-) -> tuple[Any, Any]:
-    """Model and processor; everything that refers to the model while it can still fail is in the frames below this one."""
+    source: Source, plan: Plan | None, orders: Orders, dtype: str | None, trust_remote_code: bool
+) -> tuple[Any, Any, dict[str, int | str]]:
+    """Model, processor and where the model is; all that refers to it while it can still fail is in the frames below."""
     import transformers
 
-    model, problems = _load_model(source, plan, device_map, dtype, trust_remote_code)
+    model, problems = _load_model(source, plan, orders, dtype, trust_remote_code)
     check_weights(source.name, problems)
-    _check_devices(source.name, model, device_map)
+    landed = _check_devices(source.name, model, orders)
     processor = load_processor(transformers, source, model.config, trust_remote_code=trust_remote_code)
-    _wait_for(device_map)
-    return model, processor
+    _wait_for(landed)
+    return model, processor, landed
 
 
 def _load_model(
-    source: Source, plan: Plan | None, device_map: dict[str, int], dtype: str | None, trust_remote_code: bool
+    source: Source, plan: Plan | None, orders: Orders, dtype: str | None, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The model and what ``from_pretrained`` has to say about its weights."""
     import torch
@@ -271,8 +214,10 @@ def _load_model(
         "dtype": wanted if wanted == "auto" else getattr(torch, wanted),
         "revision": source.revision,
     }
-    if device_map:
-        options["device_map"] = device_map
+    if orders.device_map:
+        options["device_map"] = orders.device_map
+    if orders.max_memory is not None:
+        options["max_memory"] = orders.max_memory
     if plan is not None:
         work = plan.workload
         options.update(workload_options(transformers, attention=work.attention, quantization=work.quantization))
@@ -282,51 +227,58 @@ def _load_model(
     return model, problems
 
 
-def _check_devices(name: str, model: Any, device_map: dict[str, int]) -> None:
+def _check_devices(name: str, model: Any, orders: Orders) -> dict[str, int | str]:
+    """Where the model is: module path to CUDA ordinal, ``cpu`` or ``disk``; empty for the CPU."""
     # transformers 5 sets no hf_device_map when one device takes all: then the tensors alone tell.
     reported = getattr(model, "hf_device_map", None) or {}
     devices = {key: f"cuda:{device}" if isinstance(device, int) else str(device) for key, device in reported.items()}
-    check_placement(name, [Placed(key, device) for key, device in devices.items()], device_map)
-    tensors = _named_tensors(model)
-    check_placement(name, [Placed(key, str(tensor.device), tensor.nbytes) for key, tensor in tensors], device_map)
+    modules, tensors = [Placed(key, device) for key, device in devices.items()], _tensors_of(model)
+    planned = orders.device_map
+    if isinstance(planned, str):
+        check_automatic(name, planned, [*modules, *tensors], may_offload=orders.may_offload)
+        planned = {key: _ordinal(device) for key, device in (devices or {"": tensors[0].device}).items()}
+    check_placement(name, modules, planned)
+    check_placement(name, tensors, planned)
+    return planned
+
+
+def _ordinal(device: str) -> int | str:
+    kind, _, number = device.partition(":")
+    return int(number) if kind == "cuda" and number else device
+
+
+def _tensors_of(model: Any) -> list[Placed]:
+    return [Placed(key, str(tensor.device), tensor.nbytes) for key, tensor in _named_tensors(model)]
 
 
 def _named_tensors(model: Any) -> list[tuple[str, Any]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _wait_for(device_map: Mapping[str, int]) -> None:
-    if device_map:
+def _wait_for(device_map: Mapping[str, int | str]) -> None:
+    for ordinal in ordinals_in(device_map):
         import torch
 
-        for ordinal in set(device_map.values()):
-            torch.cuda.synchronize(ordinal)
+        torch.cuda.synchronize(ordinal)
 
 
-def _give_back(device_map: Mapping[str, int]) -> None:
+def _give_back() -> None:
     """Free what nothing refers to, and return it to the driver."""
     # accelerate's hooks refer to modules that refer to the hooks: reference counts alone free nothing.
     gc.collect()
-    if device_map:
-        empty_cache()
+    empty_cache()
 
 
-def _allocations(stages: Sequence[Stage], device_map: Mapping[str, int]) -> dict[str, Allocation]:
-    """GPU UUID to what torch and the driver say now."""
-    if not device_map:
+def _allocations(stages: Sequence[Stage], device_map: Mapping[str, int | str] | str) -> dict[str, Allocation]:
+    """GPU UUID to what torch and the driver say now; empty where transformers has placed the model."""
+    if not device_map or isinstance(device_map, str):
         return {}
     import torch
 
     readings = {}
-    for stage, ordinal in zip(stages, dict.fromkeys(device_map.values()), strict=False):
+    for stage, ordinal in zip(stages, ordinals_in(device_map), strict=False):
         info = driver_info(torch.cuda, ordinal)
         if info is not None:
             held = torch.cuda.memory_allocated(ordinal), torch.cuda.memory_reserved(ordinal)
             readings[stage.uuid] = Allocation(*held, info[0])
     return readings
-
-
-def _as_list(images: Image | Sequence[Image] | None) -> list[Image]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]

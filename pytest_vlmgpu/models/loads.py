@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlm_doctor.machine import Machine
-    from vlm_doctor.placement import Plan
+    from vlm_doctor.placement import Plan, Stage
 
     from ..requirements import VlmSpec
 
@@ -29,15 +29,17 @@ class Load:
     """What refers to them, in words."""
     missing_bytes: int = 0
     """Memory that was free before the model was loaded and not again after it was unloaded."""
+    offloaded_bytes: int = 0
+    """Weights that are in host memory or on disk (``--vlm-allow-offload``)."""
 
 
-def check_landing(spec: VlmSpec, plan: Plan, loaded: Any, machine: Machine) -> None:
+def check_landing(spec: VlmSpec, plan: Plan, loaded: Any, machine: Machine, *, may_offload: bool) -> None:
     """Hold a loader of the user's own to the plan, if it tells a device_map; ours has checked every tensor itself."""
     from vlm_doctor.visibility import visible_gpus
 
     from ..gating.machine_reader import ordinals_by_uuid
-    from .loading import LoadedVlm, device_map_for
-    from .placing import Placed, check_placement
+    from .loaded import LoadedVlm
+    from .placing import Placed, check_automatic, check_placement, device_map_for
 
     device_map = getattr(loaded, "device_map", None) or getattr(getattr(loaded, "model", None), "hf_device_map", None)
     if isinstance(loaded, LoadedVlm) or not isinstance(device_map, dict):
@@ -45,18 +47,36 @@ def check_landing(spec: VlmSpec, plan: Plan, loaded: Any, machine: Machine) -> N
     devices = {str(key): f"cuda:{device}" if isinstance(device, int) else str(device) for key, device in device_map.items()}
     is_numbering_known = visible_gpus(machine).is_order_certain
     parts = [Placed(key, at) for key, at in devices.items() if is_numbering_known or not at.startswith("cuda")]
-    check_placement(spec.name, parts, device_map_for(plan, ordinals_by_uuid(machine)))
+    if spec.is_placed_by_transformers:
+        check_automatic(spec.name, str(spec.device_map), parts, may_offload=may_offload)
+        return
+    check_placement(spec.name, parts, device_map_for(plan, ordinals_by_uuid(machine), may_offload=may_offload))
 
 
-def describe(spec: VlmSpec, plan: Plan | None, seconds: float) -> Load:
+def stages_used(plan: Plan | None, loaded: Any) -> tuple[Stage, ...]:
+    """The GPUs of a loaded model: those where it is, as far as its loader is ours, else those of its plan."""
+    from .loaded import LoadedVlm
+
+    if isinstance(loaded, LoadedVlm):
+        return loaded.gpus
+    return plan.stages if plan is not None else ()
+
+
+def describe(spec: VlmSpec, plan: Plan | None, loaded: Any, seconds: float) -> Load:
     """What is known of a load when it has ended."""
+    from .loaded import LoadedVlm
+
     if plan is None:
         return Load(spec.label, "the CPU", seconds)
+    stages = stages_used(plan, loaded)
     lines = [line for stage in plan.stages for line in stage.ledger]
+    planned = plan.offloaded.weights_bytes if plan.offloaded is not None else 0
     return Load(
         spec.label,
-        f"GPU {', '.join(str(stage.gpu) for stage in plan.stages)}",
+        f"GPU {', '.join(str(stage.gpu) for stage in stages)}" if stages else "the CPU",
         seconds,
         weights_bytes=sum(line.size_bytes for line in lines if line.kind == "weights"),
-        predicted_peak_bytes=sum(stage.peak_bytes for stage in plan.stages),
+        # Of a model that transformers has placed, nobody has predicted any.
+        predicted_peak_bytes=0 if spec.is_placed_by_transformers else sum(stage.peak_bytes for stage in plan.stages),
+        offloaded_bytes=loaded.offloaded_bytes if isinstance(loaded, LoadedVlm) else planned,
     )

@@ -11,7 +11,8 @@ from .failures import LoadFailure
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from vlm_doctor.placement import Plan
+    from vlm_doctor.machine import Gpu
+    from vlm_doctor.placement import Plan, Stage
 
 _SHOWN = 3
 """Offenders named in a message; the rest are counted."""
@@ -27,22 +28,36 @@ class Placed(NamedTuple):
     size_bytes: int = 0
 
 
-def device_map_for(plan: Plan, ordinals: Mapping[str, int]) -> dict[str, int]:
+class Orders(NamedTuple):
+    """How a model is to be placed while it is loaded."""
+
+    device_map: dict[str, int | str] | str = {}  # noqa: RUF012 - a NamedTuple's default, which nobody writes into
+    """For ``from_pretrained``: a map, or transformers' own ``auto`` or ``balanced``; empty for the CPU."""
+    max_memory: dict[int | str, int] | None = None
+    """Device to bytes, where transformers' own choice is not to be among all GPUs that torch sees."""
+    may_offload: bool = False
+    """Part of the model may stay in host memory."""
+    gpus: Mapping[int, Gpu] = {}
+    """CUDA ordinal to the GPU, of those among which transformers may choose."""
+
+
+def device_map_for(plan: Plan, ordinals: Mapping[str, int], *, may_offload: bool = False) -> dict[str, int | str]:
     """The plan's ``device_map`` in the ordinals of this process.
 
     Args:
         plan: Its map counts positions in ``plan.cuda_visible_devices``, which are the positions of its stages.
         ordinals: GPU UUID to CUDA ordinal.
+        may_offload: Part of the model may stay in host memory, as the plan says.
 
     Returns:
-        Module path to CUDA ordinal, integers only: with strings, accelerate's choice of the main device depends on the
-        hash seed. ``{"": ordinal}`` when one GPU takes it all, which needs no hooks.
+        Module path to CUDA ordinal, as an integer: with text, accelerate's choice of the main device depends on the hash
+        seed. ``cpu`` for what is offloaded. ``{"": ordinal}`` when one GPU takes it all, which needs no hooks.
 
     Raises:
         LoadFailure: VLM712, when a GPU of the plan is not among ``ordinals``; VLM714, when the plan leaves part of
             the model in host memory.
     """
-    if plan.offloaded is not None:
+    if plan.offloaded is not None and not may_offload:
         raise LoadFailure(
             "VLM714",
             f"The plan leaves {format_gib(plan.offloaded.weights_bytes)} of {plan.model} on the CPU "
@@ -59,19 +74,24 @@ def device_map_for(plan: Plan, ordinals: Mapping[str, int]) -> dict[str, int]:
                 f"{seen}: check CUDA_VISIBLE_DEVICES of this process, or run vlm-doctor.",
             )
         positions[position] = ordinals[stage.uuid]
-    if len(plan.stages) == 1:
+    if len(plan.stages) == 1 and plan.offloaded is None:
         return {"": positions[0]}
-    return {key: positions[position] for key, position in plan.device_map.items() if isinstance(position, int)}
+    return {key: positions[at] if isinstance(at, int) else at for key, at in plan.device_map.items()}
 
 
-def check_placement(name: str, parts: Iterable[Placed], device_map: Mapping[str, int]) -> None:
+def ordinals_in(device_map: Mapping[str, object] | None) -> list[int]:
+    """CUDA ordinals of a map, each once, in its order; what is on the CPU or on disk is left out."""
+    return list(dict.fromkeys(device for device in (device_map or {}).values() if isinstance(device, int)))
+
+
+def check_placement(name: str, parts: Iterable[Placed], device_map: Mapping[str, int | str]) -> None:
     """Compare where the parts of a model are with where the plan wants them.
 
     Args:
         name: The model, for the message.
         parts: Its parameters and buffers, or the modules of ``model.hf_device_map``.
-        device_map: Module path to CUDA ordinal; the longest key that covers a part counts, and ``""`` covers all. An empty
-            map means that the model was loaded for the CPU.
+        device_map: Module path to CUDA ordinal, or to ``cpu`` or ``disk``; the longest key that covers a part counts, and
+            ``""`` covers all. An empty map means that the model was loaded for the CPU.
 
     Raises:
         LoadFailure: VLM714 when a part is on the CPU, on disk or has no data (meta) although the plan names a GPU; VLM716
@@ -80,7 +100,10 @@ def check_placement(name: str, parts: Iterable[Placed], device_map: Mapping[str,
     fallen: list[Placed] = []
     astray: list[Placed] = []
     for part in parts:
-        if part.device != _planned(part.name, device_map):
+        planned = _planned(part.name, device_map)
+        # accelerate keeps the weights of an offloaded module apart, and leaves tensors without data in it.
+        is_offloaded = bool(device_map) and planned in _WITHOUT_GPU and part.device in _WITHOUT_GPU
+        if part.device != planned and not is_offloaded:
             (fallen if part.device in _WITHOUT_GPU else astray).append(part)
     if fallen:
         raise LoadFailure(
@@ -96,23 +119,83 @@ def check_placement(name: str, parts: Iterable[Placed], device_map: Mapping[str,
         )
 
 
-def _planned(name: str, device_map: Mapping[str, int]) -> str:
+def check_automatic(name: str, how: str, parts: Iterable[Placed], *, may_offload: bool) -> None:
+    """Hold what transformers has placed itself to the GPUs.
+
+    Args:
+        name: The model, for the message.
+        how: The ``device_map`` that it was given, ``auto`` or ``balanced``.
+        parts: As for :func:`check_placement`.
+        may_offload: Part of the model may be on the CPU or on disk.
+
+    Raises:
+        LoadFailure: VLM714.
+    """
+    fallen = [] if may_offload else [part for part in parts if part.device in _WITHOUT_GPU]
+    if fallen:
+        shown = [f"{part.name or 'all'} is on {part.device}" for part in fallen[:_SHOWN]]
+        shown += [f"and {len(fallen) - _SHOWN} more"] if len(fallen) > _SHOWN else []
+        raise LoadFailure(
+            "VLM714",
+            f'device_map="{how}" has put {_amount(fallen)} of {name} off the GPUs ({"; ".join(shown)}): run vlm-doctor to '
+            'see who holds memory, let the planner place the model (device_map="doctor"), or allow it with '
+            "--vlm-allow-offload.",
+        )
+
+
+def stages_of(device_map: Mapping[str, int | str], gpus: Mapping[int, Gpu]) -> tuple[Stage, ...]:
+    """The GPUs of a model that transformers has placed, with the keys of its map there and no ledger."""
+    from vlm_doctor.placement import Stage
+
+    return tuple(
+        Stage(
+            gpu=gpus[ordinal].index,
+            uuid=gpus[ordinal].uuid,
+            name=gpus[ordinal].name,
+            keys=tuple(key for key, device in device_map.items() if device == ordinal),
+            ledger=(),
+            total_bytes=0,
+        )
+        for ordinal in ordinals_in(device_map)
+        if ordinal in gpus
+    )
+
+
+def offloaded_bytes(parts: Iterable[Placed], device_map: Mapping[str, int | str]) -> int:
+    """What of a loaded model is in host memory or on disk, where its map says so."""
+    return sum(part.size_bytes for part in parts if device_map and _planned(part.name, device_map) in _WITHOUT_GPU)
+
+
+def _planned(name: str, device_map: Mapping[str, int | str]) -> str:
     """Device of the longest key that is the part's name or a parent of it."""
     path = name
     while path not in device_map:
         if not path:
             return "nowhere" if device_map else "cpu"
         path = path.rpartition(".")[0]
-    return f"cuda:{device_map[path]}"
+    device = device_map[path]
+    return f"cuda:{device}" if isinstance(device, int) else device
 
 
-def _offenders(name: str, parts: Sequence[Placed], device_map: Mapping[str, int]) -> str:
+def _offenders(name: str, parts: Sequence[Placed], device_map: Mapping[str, int | str]) -> str:
     shown = [
         f"{part.name or 'all'} is on {part.device}, planned {_planned(part.name, device_map)}" for part in parts[:_SHOWN]
     ]
     if len(parts) > _SHOWN:
         shown.append(f"and {len(parts) - _SHOWN} more")
+    count, size = _count(parts), _size(parts)
+    return f"{count} of {name}{f', {size},' if size else ''} landed elsewhere than planned ({'; '.join(shown)})"
+
+
+def _amount(parts: Sequence[Placed]) -> str:
+    size = _size(parts)
+    return f"{_count(parts)} ({size})" if size else _count(parts)
+
+
+def _count(parts: Sequence[Placed]) -> str:
+    return f"{len(parts)} parts" if len(parts) > 1 else "1 part"
+
+
+def _size(parts: Sequence[Placed]) -> str:
     size_bytes = sum(part.size_bytes for part in parts)
-    count = f"{len(parts)} parts" if len(parts) > 1 else "1 part"
-    size = f", {format_gib(size_bytes)}," if size_bytes else ""
-    return f"{count} of {name}{size} landed elsewhere than planned ({'; '.join(shown)})"
+    return format_gib(size_bytes) if size_bytes else ""

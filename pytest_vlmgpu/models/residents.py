@@ -36,6 +36,8 @@ class Resident:
     meter: Meter
     before: dict[str, int] = field(default_factory=dict)
     """UUID of each of its GPUs to the memory that was free before it was loaded, in bytes."""
+    uuids: tuple[str, ...] = ()
+    """Its GPUs; empty on the CPU."""
 
 
 class Residents:
@@ -115,11 +117,17 @@ class Residents:
         self._awaited.clear()
 
 
-def free_before(plan: Plan | None, machine: Machine | None) -> dict[str, int]:
-    """Memory that is free on the GPUs of a plan, without that of other processes, which come and go."""
+def free_before(plan: Plan | None, machine: Machine | None, *, is_open: bool = False) -> dict[str, int]:
+    """Memory that is free on the GPUs of a plan, without that of other processes, which come and go.
+
+    Args:
+        plan: ``None`` where no GPU is used.
+        machine: As last read.
+        is_open: Any other GPU may be used too.
+    """
     if plan is None or machine is None:
         return {}
-    wanted = {stage.uuid for stage in plan.stages}
+    wanted = {gpu.uuid for gpu in machine.gpus} if is_open else {stage.uuid for stage in plan.stages}
     return {
         gpu.uuid: gpu.memory_free_bytes
         + sum(process.used_bytes or 0 for process in gpu.processes if process.pid != os.getpid())

@@ -23,7 +23,8 @@ class GatedRecord(msgspec.Struct, frozen=True, kw_only=True):
     """``error``: setup or teardown failed; ``not_run``: it was collected, and the run ended before it, or only asked
     (``--vlm-plan``)."""
     is_executed: bool = False
-    """Its own code ran, and did not skip itself: what ``--vlm-min-tests`` and ``--vlm-baseline`` count."""
+    """Its own code ran, and did not skip itself: what ``--vlm-min-tests`` and ``--vlm-baseline`` count, unless part of its
+    model was in host memory."""
     verdict: Literal["run", "skip", "error"] | None = None
     """Of the gate; ``None`` when it was never asked."""
     code: str | None = None
@@ -37,6 +38,8 @@ class GatedRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Expected over all its GPUs: the peak predicted for its model, or what its markers ask for."""
     peak_gib: float | None = None
     """Measured over all its GPUs."""
+    offloaded_gib: float | None = None
+    """Of its model, in host memory or on disk (``--vlm-allow-offload``): it proves nothing about GPUs."""
     wait_s: float | None = None
     """Spent waiting for a GPU or for memory."""
     duration_s: float = 0.0
@@ -45,6 +48,13 @@ class GatedRecord(msgspec.Struct, frozen=True, kw_only=True):
     """More than 1 where a plugin ran it again."""
     worker: str | None = None
     """Of pytest-xdist."""
+    runners: tuple[str, ...] = ()
+    """Those of ``--vlm-fleet`` that can run it."""
+
+    @property
+    def is_proof(self) -> bool:
+        """It ran, and nothing of its model was in host memory: what a run is held to."""
+        return self.is_executed and not self.offloaded_gib
 
 
 class LoadRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +68,8 @@ class LoadRecord(msgspec.Struct, frozen=True, kw_only=True):
     predicted_peak_gib: float = 0.0
     measured_peak_gib: float = 0.0
     """Of torch's allocator; 0 where no GPU was used."""
+    offloaded_gib: float = 0.0
+    """In host memory or on disk."""
     left_gib: float = 0.0
     """Weights that something still referred to after the model was unloaded."""
     worker: str | None = None
@@ -81,6 +93,13 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Tests run on a live one only."""
     driver_version: str | None = None
     gpus: tuple[GpuRecord, ...] = ()
+
+
+class RunnerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One kind of runner of ``--vlm-fleet``."""
+
+    name: str
+    machine: MachineRecord
 
 
 class FindingRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +135,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was given, and where: ``--vlm-gpus=2``, ``vlm_strict=all``."""
     machine: MachineRecord | None = None
     """``None`` where no test asked for it."""
+    fleet: tuple[RunnerRecord, ...] = ()
+    """The runners of ``--vlm-fleet``, for which it was planned in place of a machine."""
     findings: tuple[FindingRecord, ...] = ()
     broken: tuple[Broken, ...] = ()
     tests: tuple[GatedRecord, ...] = ()

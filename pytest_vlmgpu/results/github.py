@@ -46,7 +46,7 @@ def table(tests: Mapping[str, GatedRecord], broken: Sequence[Broken]) -> str:
     for record in order[:_ROWS]:
         cells = (
             f"`{_cell(record.nodeid)}`",
-            record.outcome,
+            f"{record.outcome}, {record.offloaded_gib:.1f} GiB off the GPUs" if record.offloaded_gib else record.outcome,
             record.code or "",
             _cell(record.model or ""),
             str(len(record.gpus) or ""),

@@ -37,6 +37,8 @@ class Planned(NamedTuple):
     need_bytes: int | None
     reason: str
     """Why it would not run."""
+    is_automatic: bool = False
+    """True where transformers is to place the model, and the plan only says that it fits."""
 
 
 def decide(session: pytest.Session) -> Iterator[tuple[pytest.TestReport, Planned]]:
@@ -45,6 +47,8 @@ def decide(session: pytest.Session) -> Iterator[tuple[pytest.TestReport, Planned
     gated: list[Any] = [item for item in session.items if GATED_TEST in item.stash]
     for item, following in zip_longest(gated, gated[1:]):
         item.fixturenames = ["_vlm_gate"]
+        if VERDICT in item.stash:  # of another runner
+            del item.stash[VERDICT]
         setup, *_ = runtestprotocol(item, log=False, nextitem=following)
         yield setup, _planned(item, gate, setup)
 
@@ -82,6 +86,7 @@ def _planned(item: pytest.Item, gate: Gate, setup: pytest.TestReport) -> Planned
         plan=gate.plan_of(test) if runs else None,
         need_bytes=gate.need_bytes(test),
         reason="" if runs else reason_of(setup) or "",
+        is_automatic=any(spec.is_placed_by_transformers for spec in test.specs),
     )
 
 
@@ -93,9 +98,18 @@ def _where(test: Planned) -> str:
     """``GPU 0 (15.0 GiB peak predicted), GPU 1 (…)``."""
     from vlm_doctor.units import format_gib
 
+    if test.plan is not None and test.is_automatic:
+        auto = test.plan.auto
+        if auto is None or auto.unknown or not auto.shares:
+            return "GPUs that transformers chooses"
+        shares = [f"GPU {share.gpu} ({format_gib(share.need_bytes)})" for share in auto.shares if share.keys]
+        off_bytes = auto.cpu_bytes + auto.disk_bytes
+        host = [f"host memory or disk ({format_gib(off_bytes)} OFF THE GPUS)"] if off_bytes else []
+        return f"{', '.join(shares + host)}, as {auto.library} would place it"
     if test.plan is not None:
         stages = [f"GPU {stage.gpu} ({format_gib(stage.peak_bytes)} peak predicted)" for stage in test.plan.stages]
-        return ", ".join(stages)
+        off = test.plan.offloaded
+        return ", ".join(stages + ([f"host memory ({format_gib(off.weights_bytes)} OFF THE GPUS)"] if off else []))
     gpus = test.verdict.gpus if test.verdict is not None else ()
     needs = f" ({format_gib(test.need_bytes)} asked for)" if test.need_bytes else ""
     return f"GPU {', '.join(map(str, gpus))}{needs}" if gpus else "the CPU"

@@ -20,10 +20,10 @@ _NAMED = 10
 
 def too_few_ran(tests: Mapping[str, GatedRecord], min_tests: int | None, origin: str) -> list[Broken]:
     """Hold a run to ``--vlm-min-tests``."""
-    ran = sum(record.is_executed for record in tests.values())
+    ran = sum(record.is_proof for record in tests.values())
     if min_tests is None or ran >= min_tests:
         return []
-    others = Counter(_fate(record) for record in tests.values() if not record.is_executed)
+    others = Counter(_fate(record) for record in tests.values() if not record.is_proof)
     why = ", ".join(f"{count} {fate}" for fate, count in sorted(others.items()))
     rest = f": {why}" if why else "; no other one was collected"
     return [Broken(code=verdicts.TOO_FEW_RAN, message=f"{ran} gated {_tests(ran)} ran, {origin}={min_tests}{rest}.")]
@@ -32,7 +32,7 @@ def too_few_ran(tests: Mapping[str, GatedRecord], min_tests: int | None, origin:
 def did_not_run(tests: Mapping[str, GatedRecord], baseline: Collection[str] | None, name: str) -> list[Broken]:
     """Hold a run to ``--vlm-baseline``: each test listed must have run again."""
     listed = baseline or ()
-    missing = [nodeid for nodeid in listed if nodeid not in tests or not tests[nodeid].is_executed]
+    missing = [nodeid for nodeid in listed if nodeid not in tests or not tests[nodeid].is_proof]
     if not missing:
         return []
     named = [f"{nodeid} {_what_became_of(tests.get(nodeid))}" for nodeid in missing[:_NAMED]]
@@ -50,12 +50,16 @@ def _what_became_of(record: GatedRecord | None) -> str:
 
 
 def _was(record: GatedRecord) -> str:
+    if record.is_executed:
+        return f"ran with {record.offloaded_gib:.1f} GiB of its model in host memory"
     return {"skipped": "was skipped", "error": "had an error", "not_run": "was not reached"}.get(
         record.outcome, "did not run"
     )
 
 
 def _fate(record: GatedRecord) -> str:
+    if record.is_executed:
+        return "with part of its model in host memory"
     word = {"not_run": "not reached"}.get(record.outcome, record.outcome)
     return f"{word} ({record.code})" if record.code else word
 

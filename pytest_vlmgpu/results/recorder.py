@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from ..verdicts import OWN_SKIP
 from .evidence import GatedRecord
-from .reporting import PREFIX
+from .reporting import PHASES, PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,22 +21,34 @@ _REASON_LENGTH = 1000
 """Characters of a reason that are kept: it is a sentence, and a traceback of the test's own is elsewhere."""
 
 
+_NUMBERS = ("need_gib", "peak_gib", "offloaded_gib", "wait_s")
+"""Properties of a report that are fields of the record."""
+
+
 class Recorder:
     """One record for each gated test, in the order in which they were met."""
 
     def __init__(self) -> None:
         self.tests: dict[str, GatedRecord] = {}
+        self._crashed: dict[str, pytest.TestReport] = {}
+        """Tests whose worker died before it could say anything of them, gated or not."""
 
     def expect(self, nodeids: Iterable[str]) -> None:
         """Note tests that were collected: they are listed even if the run ends before them."""
         for nodeid in nodeids:
             self.tests.setdefault(nodeid, GatedRecord(nodeid=nodeid))
+            crash = self._crashed.pop(nodeid, None)
+            if crash is not None and not self.tests[nodeid].attempts:
+                self.tests[nodeid] = _in_phase(GatedRecord(nodeid=nodeid, attempts=1), crash)
 
     def add(self, report: pytest.TestReport) -> None:
         """Take over one phase of a test; a test that is not gated is ignored."""
         found = {name: value for name, value in report.user_properties if name.startswith(PREFIX)}
         known = self.tests.get(report.nodeid)
         if not found and (known is None or known.attempts == 0):
+            if report.when not in PHASES:
+                self._crashed[report.nodeid] = report
+                self.expect([report.nodeid] if known is not None else ())
             return
         record = known or GatedRecord(nodeid=report.nodeid)
         if report.when == "setup":
@@ -47,7 +59,7 @@ class Recorder:
 def _with_properties(record: GatedRecord, found: dict[str, Any]) -> GatedRecord:
     """What our properties say; those of other helpers of the plugin may come with a later phase."""
     texts = {name: found.get(f"{PREFIX}{name}", getattr(record, name)) for name in ("verdict", "code", "model")}
-    numbers = {name: found.get(f"{PREFIX}{name}", getattr(record, name)) for name in ("need_gib", "peak_gib", "wait_s")}
+    numbers = {name: found.get(f"{PREFIX}{name}", getattr(record, name)) for name in _NUMBERS}
     uuids = found.get(f"{PREFIX}gpus")
     gpus = tuple(str(uuids).split(",")) if uuids else record.gpus
     values: dict[str, Any] = {**texts, **{name: _number(value) for name, value in numbers.items()}, "gpus": gpus}

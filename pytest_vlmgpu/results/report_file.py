@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from .evidence import Broken, FindingRecord, GatedRecord, LoadRecord, MachineRecord, RunReport, gib
+from .evidence import Broken, FindingRecord, GatedRecord, LoadRecord, MachineRecord, RunnerRecord, RunReport, gib
 from .writing import write
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pytest
 
     from ..options import Settings
+    from .fleet import Runner
 
 State = Literal["running", "finished", "interrupted"]
 INTERVAL_S = 10.0
@@ -56,6 +57,7 @@ class ReportFile:
         said: Sequence[tuple[str | None, dict[str, Any]]],
         broken: Sequence[Broken],
         config: pytest.Config,
+        fleet: Sequence[Runner] = (),
     ) -> str:
         """Write the report.
 
@@ -66,6 +68,7 @@ class ReportFile:
             said: Worker (``None`` is this process) to what it handed over.
             broken: What the run did not keep.
             config: For the hook ``pytest_vlmgpu_report``, which is asked when the run has ended.
+            fleet: What it was planned for.
 
         Returns:
             Empty, or one sentence why it could not be written.
@@ -83,6 +86,7 @@ class ReportFile:
             settings=self._settings.given,
             machine=msgspec.convert(machine, MachineRecord) if machine else None,
             findings=msgspec.convert(findings, tuple[FindingRecord, ...]),
+            fleet=tuple(_runner(runner) for runner in fleet),
             broken=tuple(broken),
             tests=tuple(tests.values()),
             loads=tuple(_load(worker, load) for worker, one in said for load in one["loads"]),
@@ -101,6 +105,12 @@ def _version() -> str:
     return __version__
 
 
+def _runner(runner: Runner) -> RunnerRecord:
+    from .examining import machine_record
+
+    return RunnerRecord(name=runner.name, machine=machine_record(runner.machine))
+
+
 def _load(worker: str | None, load: dict[str, Any]) -> LoadRecord:
     return LoadRecord(
         model=load["model"],
@@ -109,6 +119,7 @@ def _load(worker: str | None, load: dict[str, Any]) -> LoadRecord:
         weights_gib=gib(load["weights_bytes"]),
         predicted_peak_gib=gib(load["predicted_peak_bytes"]),
         measured_peak_gib=gib(load["measured_peak_bytes"]),
+        offloaded_gib=gib(load["offloaded_bytes"]),
         left_gib=gib(load["left_bytes"]),
         worker=worker,
     )

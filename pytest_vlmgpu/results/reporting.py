@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ..output import keep_output
 from ..state import GATE, GATED_TEST, VERDICT, gate_of
 from ..verdicts import OWN_SKIP
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 PREFIX = "vlmgpu."
 """What the names of our properties begin with."""
+PHASES = ("setup", "call", "teardown")
+"""Any other report is what pytest-xdist says of the test in which a worker died."""
 OUTPUT = "vlmgpu"
 """Key of what a worker hands over (``config.workeroutput``)."""
 _NAME = "vlmgpu-reports"
@@ -59,6 +62,7 @@ def register(config: pytest.Config) -> None:
     """Have the reports of gated tests completed."""
     if not config.pluginmanager.has_plugin(_NAME):
         config.pluginmanager.register(Reports(), _NAME)
+        keep_output(config)
 
 
 def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
@@ -70,11 +74,13 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     if verdict is not None:
         runs = verdict.action == "run"
         need, is_about_gpus = gate.need_bytes(test), gate.is_machine_real or gate.settings.plan
+        resident = gate.resident_of(test)
         properties |= {
             "verdict": verdict.action,
             "code": verdict.code,
             "gpus": ",".join(gate.gpu_uuids(test, verdict)) if runs and is_about_gpus else None,
             "need_gib": round(need / 2**30, 3) if need else None,
+            "offloaded_gib": round(resident.load.offloaded_bytes / 2**30, 3) if resident is not None else None,
         }
     elif call.excinfo is not None:
         # A skip marker, or a session fixture, came before the gate.

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ..state import GATE, GATED_TEST, SETTINGS
-from .reporting import OUTPUT, PREFIX, plural, said_by
+from .reporting import OUTPUT, PHASES, PREFIX, plural, said_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..options import Settings
     from .evidence import Broken, GatedRecord
+    from .fleet import Fate, Runner
     from .plan_run import Planned
     from .recorder import Recorder
     from .report_file import ReportFile, State
@@ -44,6 +45,8 @@ class Summary:
         self._file: ReportFile | None = None
         self._planned: list[Planned] = []
         self._others = 0
+        self._fleet: tuple[Runner, ...] = ()
+        self._fates: list[Fate] = []
 
     def pytest_sessionstart(self) -> None:
         """Find out before anything is collected whether files can be written and the machine is what is expected."""
@@ -53,6 +56,10 @@ class Summary:
         if option.collectonly or option.showfixtures or getattr(option, "show_fixtures_per_test", False):
             return
         settings = self._settings
+        if settings.fleet is not None:
+            from .fleet import read_fleet
+
+            self._fleet = read_fleet(settings.fleet)
         if settings.report is not None:
             from .report_file import ReportFile
 
@@ -77,7 +84,8 @@ class Summary:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take over one phase of a gated test."""
-        if self._recorder is not None or any(name.startswith(PREFIX) for name, _ in report.user_properties):
+        is_ours = any(name.startswith(PREFIX) for name, _ in report.user_properties)
+        if self._recorder is not None or is_ours or report.when not in PHASES:
             self._record().add(report)
             if self._file is not None and report.when == "teardown" and self._file.is_stale:
                 # A full disk is told once, at the end, when there may be room again.
@@ -98,6 +106,8 @@ class Summary:
         if GATE in self._config.stash:
             self._said.append((None, said_by(self._config.stash[GATE], ())))
         if self._config.option.collectonly or self.is_plan:
+            if self._broken and exitstatus in _JUDGED:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
             self._finish(session)
             return
         if exitstatus in _JUDGED:
@@ -118,7 +128,7 @@ class Summary:
         terminalreporter.section("vlmgpu")
         if tests:
             from ..models.loads import Load
-            from .summary_text import counts, load_line
+            from .summary_text import counts, load_line, offloaded_lines
 
             machines = [line for _, said in self._said for line in said["machines"]]
             for line in dict.fromkeys(machines):
@@ -131,6 +141,8 @@ class Summary:
 
             for line in account(self._config):
                 terminalreporter.line(line)
+            for line in offloaded_lines(tests):
+                terminalreporter.line(line, red=True, bold=True)
         for note in self._notes:
             terminalreporter.line(note)
         for broken in self._broken:
@@ -155,12 +167,28 @@ class Summary:
         from . import plan_run
 
         record = self._record()
+        if self._fleet:
+            self._plan_fleet(session, record)
+            return
         for report, planned in plan_run.decide(session):
             self._planned.append(planned)
             record.add(report)
             if planned.verdict is not None and planned.verdict.action == "run":
                 record.tests[planned.nodeid] = replace(record.tests[planned.nodeid], outcome="not_run", reason=None)
         self._others = len(session.items) - len(self._planned)
+
+    def _plan_fleet(self, session: pytest.Session, record: Recorder) -> None:
+        from msgspec.structs import replace
+
+        from . import fleet
+
+        plans = {runner.name: planned for runner, planned in fleet.on_each(session, self._fleet)}
+        self._fates = fleet.fates(plans)
+        self._others = len(session.items) - len(self._fates)
+        name = self._settings.fleet.name if self._settings.fleet is not None else ""
+        self._broken += fleet.unrunnable(self._fates, name)
+        for fate in self._fates:
+            record.tests[fate.nodeid] = replace(record.tests[fate.nodeid], **fleet.told(fate))
 
     @property
     def _tests(self) -> Mapping[str, GatedRecord]:
@@ -172,8 +200,15 @@ class Summary:
         terminalreporter.section("vlmgpu plan")
         for line in [line for _, said in self._said for line in said["machines"]]:
             terminalreporter.line(line)
-        for line in plan_run.lines(self._planned, self._others):
+        text = plan_run.lines(self._planned, self._others)
+        if self._fleet:
+            from . import fleet
+
+            text = fleet.lines(self._fleet, self._fates, self._others)
+        for line in text:
             terminalreporter.line(line)
+        for broken in self._broken:
+            terminalreporter.line(f"{broken.code}: {broken.message}", red=True, bold=True)
 
     def _record(self) -> Recorder:
         if self._recorder is None:
@@ -223,7 +258,7 @@ class Summary:
         from . import baseline
         from .writing import write
 
-        ran = [nodeid for nodeid, record in self._tests.items() if record.is_executed]
+        ran = [nodeid for nodeid, record in self._tests.items() if record.is_proof]
         machines = [line["description"] for line in self._machines]
         text = baseline.text(ran, machines[0] if machines else None)
         problem = write(settings.baseline, text, "--vlm-baseline")
@@ -239,7 +274,8 @@ class Summary:
         """Write the report for the last time; where that fails, elsewhere."""
         if self._file is None:
             return
-        is_interrupted = session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
+        # Also by pytest.exit() with a status of its own.
+        is_interrupted = session.exitstatus not in _JUDGED
         problem = self._write("interrupted" if is_interrupted else "finished", int(session.exitstatus))
         if problem:
             from .evidence import Broken
@@ -256,7 +292,13 @@ class Summary:
         if self._file is None:
             return ""
         return self._file.write(
-            state, exit_status, tests=self._tests, said=self._said, broken=self._broken, config=self._config
+            state,
+            exit_status,
+            tests=self._tests,
+            said=self._said,
+            broken=self._broken,
+            config=self._config,
+            fleet=self._fleet,
         )
 
     def _tell_github(self, terminalreporter: pytest.TerminalReporter, tests: Mapping[str, GatedRecord]) -> None:

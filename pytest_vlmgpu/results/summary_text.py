@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ..models.loads import Load
     from .evidence import GatedRecord
 
+_NAMED = 10
+"""Tests that a list names; the rest are counted."""
+
 
 def counts(tests: Mapping[str, GatedRecord]) -> str:
     """``3 ran; 1 skipped (VLM702 too few GPUs: 1)``."""
@@ -45,6 +48,17 @@ def _title(code: str, titles: Mapping[str, str]) -> str:
     return f"{code} {titles[code].rpartition(': ')[2]}" if code in titles else code
 
 
+def offloaded_lines(tests: Mapping[str, GatedRecord]) -> list[str]:
+    """Tests that ran with part of their model in host memory; none in most runs."""
+    found = [(nodeid, record) for nodeid, record in tests.items() if record.is_executed and record.offloaded_gib]
+    if not found:
+        return []
+    named = [f"  {nodeid}: {record.offloaded_gib:.1f} GiB of {record.model}" for nodeid, record in found[:_NAMED]]
+    more = [f"  and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
+    head = f"{plural(len(found), 'test').upper()} RAN WITH PART OF THE MODEL OFF THE GPUS"
+    return [f"{head} (--vlm-allow-offload): slow, and no proof of what GPUs do.", *named, *more]
+
+
 def load_line(load: Load, tests: int) -> str:
     """One load: where, how long, what was predicted beside what was measured, and how many tests it served."""
     from vlm_doctor.units import format_gib
@@ -52,6 +66,8 @@ def load_line(load: Load, tests: int) -> str:
     line = f"{load.model}: loaded in {load.seconds:.1f} s on {load.where}"
     if load.weights_bytes:
         line += f", {format_gib(load.weights_bytes)} of weights, peak {format_gib(load.predicted_peak_bytes)} predicted"
+    if load.offloaded_bytes:
+        line += f"; {format_gib(load.offloaded_bytes)} of it in host memory"
     if load.measured_peak_bytes:
         line += f", {format_gib(load.measured_peak_bytes)} measured"
     if load.left_bytes:

@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.placing import ordinals_in
 from . import out_of_memory
 from .meter import allocators
 from .vram import collect
@@ -69,7 +70,7 @@ def explain(
 def facts(loaded: Any, plan: Plan | None, machine: Machine | None) -> list[out_of_memory.GpuFacts]:
     """What is known of each GPU of the plan, or of each that this process uses without one."""
     readings = allocators()
-    ordinals = list(dict.fromkeys((getattr(loaded, "device_map", None) or {}).values()))
+    ordinals = ordinals_in(getattr(loaded, "device_map", None))
     stages = dict(zip(ordinals, plan.stages, strict=False)) if plan is not None else {}
     if plan is not None and not stages:
         stages = dict(enumerate(plan.stages))

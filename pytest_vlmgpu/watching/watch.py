@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from ..models import progress
+from ..output import keep_output
 from ..state import FAILURE, GATED_TEST, WATCH, WATCHED_TEST, gate_of
 from ..verdicts import FAULT, LEFT_BY_TEST, MUTATED
 from . import fingerprint, memory_report, vram
@@ -256,7 +256,7 @@ def register(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin(_NAME):
         config.stash[WATCH] = Watch(gate_of(config))
         config.pluginmanager.register(config.stash[WATCH], _NAME)
-        progress.keep_output(config)
+        keep_output(config)
 
 
 def _shared_fixture(item: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from ..collection.groups import Groups
 from ..leasing.sets import Demand, demands_of, divide, owners_of
-from ..leasing.shares import Share, Shares
+from ..leasing.shares import Share, Shares, teller
 from ..leasing.waiting import GRACE_S
 from ..requirements import Requirements, VlmSpec
 from ..state import CONTROLLER, SETTINGS, WORKER_INPUT, gate_of
@@ -111,7 +111,7 @@ class Controller:
         machine = gate.machine()
         if machine.origin != "live":
             return dict.fromkeys(tests, 0)
-        plan_of = _Planner()
+        plan_of = _Planner(may_offload=gate.settings.allow_offload)
         by_group = {
             number: demands_of(need, machine, gate.settings.gpus, plan_of) for number, need in enumerate(groups.needs)
         }
@@ -143,7 +143,7 @@ class Controller:
     @cached_property
     def _shares(self) -> Shares:
         gate = gate_of(self._config)
-        return Shares(gate.settings, gate.own.waiting)
+        return Shares(gate.settings, gate.own.waiting, teller(self._config))
 
     @cached_property
     def _folder(self) -> Path:
@@ -184,6 +184,9 @@ class Controller:
 
 def start_controller(config: pytest.Config, specs: Sequence[Any]) -> None:
     """Make the state of the controller, before any worker is started."""
+    from ..output import keep_output
+
+    keep_output(config)
     config.stash[CONTROLLER] = controller = Controller(config, specs)
     config.add_cleanup(controller.close)
     controller.lease_early()
@@ -238,6 +241,9 @@ def account(config: pytest.Config) -> list[str]:
 class _Planner:
     """Places models with the planner's defaults: a conftest's own planner lives in the workers only."""
 
+    def __init__(self, *, may_offload: bool) -> None:
+        self._may_offload = may_offload
+
     def __call__(self, spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan | None:
         from vlm_doctor.errors import VlmDoctorError
 
@@ -253,7 +259,7 @@ class _Planner:
 
         from ..models.ladder import make_planner
 
-        return make_planner(Workload(), Policy())
+        return make_planner(Workload(), Policy(), may_offload=self._may_offload)
 
 
 def _short(name: str) -> str:

@@ -30,9 +30,9 @@ SECTIONS = [
     "When it is fine",
     "Sources",
 ]
-GATE = ["VLM701", "VLM702", "VLM703", "VLM704", "VLM705"] + [f"VLM71{n}" for n in range(1, 7)] + ["VLM720"]
+GATE = ["VLM701", "VLM702", "VLM703", "VLM704", "VLM705", "VLM706"] + [f"VLM71{n}" for n in range(1, 7)] + ["VLM720"]
 LEASES = ["VLM730", "VLM731", "VLM732"]
-RUN = [f"VLM74{n}" for n in range(5)]
+RUN = [f"VLM74{n}" for n in range(6)]
 GUARDS = [f"VLM75{n}" for n in range(5)]
 
 

@@ -53,7 +53,7 @@ def test_a_model_on_two_gpus_answers_about_two_images(vlm: LoadedVlm) -> None:
 def test_the_predicted_peak_is_close_to_the_measured_one(vlm: LoadedVlm) -> None:
     import torch
 
-    ordinals = list(dict.fromkeys(vlm.device_map.values()))
+    ordinals = vlm.ordinals
     for ordinal in ordinals:
         torch.cuda.reset_peak_memory_stats(ordinal)
     vlm.generate(tiny_image(1008, 1008), "x" * 512, max_new_tokens=256)

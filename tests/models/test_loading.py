@@ -63,7 +63,7 @@ def test_every_family_answers_about_an_image_the_same_each_time(family: str, tin
     assert vlm.generate(tiny_image(), "What is this?", max_new_tokens=4) == answer
     assert again.generate(tiny_image(), "What is this?", max_new_tokens=4) == answer
     assert len(vlm.generate(None, "Hello", max_new_tokens=4)) == 4
-    assert (vlm.device_map, vlm.gpus, vlm.input_device, vlm.peak_bytes()) == ({}, (), "cpu", {})
+    assert (vlm.device_map, vlm.gpus, vlm.input_device, vlm.peak_bytes(), vlm.vram_gib) == ({}, (), "cpu", {}, 0.0)
     assert vlm.load_seconds > 0
 
 
@@ -342,3 +342,66 @@ def test_the_library_is_told_what_the_plan_rests_on(
         found = {key: getattr(quantization, key) for key in ("load_in_8bit", "load_in_4bit")}
     assert found == expected
     assert (asked["device_map"], asked["dtype"], asked["trust_remote_code"]) == ({"": 0}, torch.bfloat16, False)
+
+
+def test_transformers_own_placement_without_a_gpu_is_refused_unless_it_is_allowed(
+    tiny_vlms: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this machine ``auto`` can only choose the CPU, which is what the check is about."""
+    monkeypatch.setattr("pytest_vlmgpu.models.loading.torch_ordinals", lambda _fallback=None: {"GPU-a": 0})
+    folder = str(tiny_vlms["llava"])
+    plan = _plan(folder)
+
+    for how in ("auto", "balanced"):
+        with pytest.raises(LoadFailure) as caught:
+            load(folder, plan, device_map=how)
+        assert caught.value.code == "VLM714"
+        assert f'device_map="{how}" has put ' in caught.value.message
+        assert " is on cpu" in caught.value.message
+
+    vlm = load(folder, plan, device_map="auto", may_offload=True)
+
+    assert (vlm.device_map, vlm.gpus, vlm.plan, vlm.input_device) == ({"": "cpu"}, (), None, "cpu")
+    assert vlm.offloaded_bytes == sum(tensor.nbytes for tensor in (*vlm.model.parameters(), *vlm.model.buffers()))
+    assert len(vlm.generate(tiny_image(), "Hello", max_new_tokens=4)) == 4
+    assert vlm.peak_bytes() == {}
+    assert unload(vlm) == 0
+
+
+def test_layers_that_a_plan_leaves_in_host_memory_are_counted(
+    tiny_vlms: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_doctor.placement import Offload
+
+    monkeypatch.setattr("pytest_vlmgpu.models.loading.torch_ordinals", lambda _fallback=None: {"GPU-a": 0})
+    folder = str(tiny_vlms["llava"])
+    off = Offload(keys=("model", "lm_head"), weights_bytes=1, copy_bytes=0, host_left_bytes=None, reason="", cost="")
+    plan = _plan(folder, device_map={"model": "cpu", "lm_head": "cpu"}, offloaded=off)
+
+    with pytest.raises(LoadFailure, match="VLM714: The plan leaves 0 MiB of "):
+        load(folder, plan)
+    vlm = load(folder, plan, may_offload=True)
+
+    assert vlm.device_map == {"model": "cpu", "lm_head": "cpu"}
+    assert vlm.offloaded_bytes > 0
+    assert len(vlm.generate(None, "Hello", max_new_tokens=4)) == 4
+
+
+def test_where_only_some_gpus_may_be_used_transformers_is_told_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from pytest_vlmgpu.models import loading
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda ordinal: (100 + ordinal, 1000))
+    ordinals = {f"GPU-{number}": number for number in range(3)}
+    gpus: list[Any] = [SimpleNamespace(uuid=f"GPU-{number}", index=number, name="L4") for number in range(3)]
+
+    some = loading._orders(_plan("org/a"), ordinals, "auto", [gpus[2], gpus[0]], may_offload=False)
+    every = loading._orders(_plan("org/a"), ordinals, "auto", gpus, may_offload=False)
+
+    assert some.max_memory is not None
+    assert some.max_memory.pop("cpu") > 2**20
+    assert some.max_memory == {0: 100, 2: 102}
+    assert every.max_memory is None
+    assert (some.device_map, every.device_map) == ("auto", "auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from pytest_vlmgpu import declare
 from vlm_doctor.codec import to_json
 from vlm_doctor.machine import Driver, Gpu, Machine
 from vlm_doctor.units import GIB
+
+from .projects import UUIDS, Project
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,7 +120,43 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     # pytester moves HOME; nothing here may look for models in the new one.
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pytester.makeconftest(Path(__file__).with_name("fake_project.py").read_text())
+    for name, source in (("conftest", "fake_project"), ("made_up_plans", "made_up_plans")):
+        (pytester.path / f"{name}.py").write_text(Path(__file__).with_name(f"{source}.py").read_text())
     project = Suite(pytester)
     project.has(_machine(_gpu(0), _gpu(1)))
+    return project
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Project]:
+    for name in list(os.environ):
+        if name.startswith("PYTEST_") or name == "CUDA_VISIBLE_DEVICES":
+            monkeypatch.delenv(name)
+
+    def project(name: str = "project", *, gpus: int = 2, **variables: str) -> Project:
+        machine = Machine(
+            origin="live",
+            description=f"{gpus} GPUs",
+            driver=Driver(nvml_state="ok"),
+            gpus=tuple(
+                Gpu(
+                    index=index,
+                    name="NVIDIA L4",
+                    uuid=UUIDS[index],
+                    bus_id=f"0000:{index + 1:02x}:00.0",
+                    memory_total_bytes=22 * GIB,
+                    memory_free_bytes=22 * GIB,
+                    compute_capability=(8, 9),
+                )
+                for index in range(gpus)
+            ),
+        )
+        (tmp_path / "machine.json").write_text(to_json(machine))
+        places = {
+            "SHARED_PROJECT": str(tmp_path),
+            "PYTEST_VLMGPU_LEASE_DIR": str(tmp_path / "leases"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        return Project(tmp_path / name, tmp_path, {**places, **variables})
+
     return project

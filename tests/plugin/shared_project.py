@@ -14,22 +14,20 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from made_up_plans import place
 from msgspec.structs import replace
 
 from vlm_doctor.codec import from_json
 from vlm_doctor.machine import Gpu, GpuProcess, Machine
-from vlm_doctor.placement import LedgerLine, Plan, Shortage, Stage
-from vlm_doctor.units import GIB
-from vlm_doctor.workload import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_vlmgpu import VlmSpec
+    from vlm_doctor.placement import Plan
 
 FOLDER = Path(os.environ.get("SHARED_PROJECT", Path(__file__).parent))
 """Of the machine and the log: several projects may share them."""
-SIZES_GIB = {"a": 4, "b": 5, "c": 6, "wide": 30, "sticky": 8}
 LOAD_S = float(os.environ.get("SHARED_PROJECT_LOAD_S", "0"))
 
 
@@ -67,38 +65,8 @@ def hold(uuid: str, size_bytes: int) -> None:
 
 @pytest.fixture(scope="session")
 def vlm_planner() -> Callable[[VlmSpec, Machine, tuple[int, ...]], Plan]:
-    return place
-
-
-def place(spec: VlmSpec, machine: Machine, indices: tuple[int, ...]) -> Plan:
-    """Spread a model evenly over the fewest GPUs that have room for it, the freest first."""
-    size_bytes = SIZES_GIB[spec.name.removeprefix("org/")] * GIB
-    gpus = [gpu for gpu in machine.gpus if gpu.index in indices]
-    gpus.sort(key=lambda gpu: (-(gpu.memory_free_bytes or 0), gpu.index))
-    counts = range(spec.min_gpus, len(gpus) + 1)
-    fitting = [n for n in counts if all((gpu.memory_free_bytes or 0) * n >= size_bytes for gpu in gpus[:n])]
-    used = gpus[: fitting[0]] if fitting else gpus
-    is_permanent = sum(gpu.memory_total_bytes or 0 for gpu in gpus) < size_bytes
-    shortage = Shortage(missing_bytes=1, message=f"{spec.name} needs {size_bytes // GIB} GiB.", is_permanent=is_permanent)
-    return Plan(
-        model=spec.name,
-        machine=machine.description,
-        fits=bool(fitting),
-        workload=Workload(),
-        dtype="bfloat16",
-        prompt_tokens=1,
-        image_tokens=0,
-        device_map={f"layers.{position}": position for position in range(len(used))},
-        max_memory={},
-        cuda_visible_devices=",".join(gpu.uuid for gpu in used),
-        stages=tuple(stage(gpu, size_bytes // len(used)) for gpu in used),
-        shortage=None if fitting else shortage,
-    )
-
-
-def stage(gpu: Gpu, weights_bytes: int) -> Stage:
-    line = LedgerLine(kind="weights", label="weights", size_bytes=weights_bytes, source="table")
-    return Stage(gpu=gpu.index, uuid=gpu.uuid, name=gpu.name, keys=(), ledger=(line,), total_bytes=weights_bytes)
+    planner: Callable[[VlmSpec, Machine, tuple[int, ...]], Plan] = place
+    return planner
 
 
 @pytest.fixture(scope="session")

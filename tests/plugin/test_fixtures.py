@@ -60,6 +60,7 @@ def vlm_policy():
 
 @pytest.fixture(scope="session")
 def vlm_workload():
+    from vlm_doctor.workload import Workload
     return Workload(dtype="float16", text_tokens=64)
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,6 +73,7 @@ def record_planning():
         yield
 
 def record(profile, machine, workload, policy):
+    from vlm_doctor.errors import ModelNotFoundError
     raise ModelNotFoundError(f"{profile} {workload.dtype} {workload.text_tokens} {policy.gpus} {policy.min_gpus}")
 """,
         without="vlm_planner",

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vlm_doctor.machine import GpuProcess
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -296,6 +298,18 @@ def test_taken_memory_is_judged_when_the_model_before_is_gone(
     assert suite.loads() == ONCE
 
 
+@pytest.mark.parametrize("gpus", ["auto", "none"])
+def test_no_more_models_are_loaded_than_there_are_slots(suite: Any, gpus: str) -> None:
+    body = "import pytest\n" + "\n".join(f"@pytest.mark.vlm('org/{name}')\ndef test_{name}(vlm): pass" for name in "abc")
+
+    suite.run("--vlm-slots=2", f"--vlm-gpus={gpus}", test_x=body).assert_outcomes(passed=3)
+
+    first, second, gone, third, *ends = suite.loads()
+    assert [first, second, third] == ["LOAD org/a", "LOAD org/b", "LOAD org/c"]
+    assert gone in ("UNLOAD org/a", "UNLOAD org/b")
+    assert sorted([gone, *ends]) == ["UNLOAD org/a", "UNLOAD org/b", "UNLOAD org/c"]
+
+
 def test_free_memory_is_required_without_loading(suite: Any, machine: Callable[..., Any], gpu: Callable[..., Any]) -> None:
     suite.has(machine(gpu(0, free_gib=5.5)))
 
@@ -315,6 +329,35 @@ def test_free_memory_is_required_without_loading(suite: Any, machine: Callable[.
 
     result.assert_outcomes(passed=2, errors=2)
     result.stdout.fnmatch_lines(["VLM711: org/c needs 6 GiB. *", "VLM711: 6.0 GiB free is wanted on one GPU: *"])
+
+
+def test_a_gpu_of_ones_own_is_busy_while_others_compute_there(
+    suite: Any, machine: Callable[..., Any], gpu: Callable[..., Any]
+) -> None:
+    other = GpuProcess(pid=4242, kind="compute", used_bytes=2**30, user="ana", command="python train.py")
+    suite.has(machine(gpu(0, free_gib=21, processes=(other,))))
+
+    result = suite.run(
+        "-rs",
+        test_x="""
+        import pytest
+        @pytest.mark.vlm_requires(exclusive=True)
+        def test_times(): pass
+        @pytest.mark.vlm("org/a")
+        @pytest.mark.vlm_requires(exclusive=True)
+        def test_times_model(vlm): pass
+        @pytest.mark.vlm_requires(gpus=2, reason="one a rank")
+        def test_ranks(): pass
+        """,
+    )
+
+    result.assert_outcomes(errors=2, skipped=1)
+    result.stdout.fnmatch_lines(
+        [
+            "VLM711: 1 GPU without any other process wanted: GPU 0 * held by pid 4242 (ana, python train.py) 1.0 GiB.",
+            "SKIPPED *: VLM702: 2 GPUs are wanted, 1 can be used (one a rank).",
+        ]
+    )
 
 
 def test_tests_that_need_free_memory_run_before_a_model_takes_it(suite: Any) -> None:

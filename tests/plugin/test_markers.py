@@ -75,10 +75,19 @@ def test_a_spec_says_what_differs_from_the_default() -> None:
         ({"VRAM_GiB": 20}, "has no keyword 'VRAM_GiB'; write vram_gib=…"),
         ({"num_gpus": 2}, "has no keyword 'num_gpus'; write gpus=…"),
         ({"count": 2}, "has no keyword 'count'; write gpus=…"),
+        ({"nvlink": True}, "has no keyword 'nvlink'; write p2p=…"),
+        ({"p2p": 1}, "has p2p=1; write True or False"),
+        ({"exclusive": None}, "has exclusive=None; write True or False"),
+        ({"reason": " "}, "has reason=' '; write a text"),
+        ({"reason": 3}, "has reason=3; write a text"),
         ({"gpuss": 2}, "has no keyword 'gpuss'; write gpus=…"),
         ({"cc": 8}, "has no keyword 'cc'; write capability=…"),
         ({"torch_dtype": "x"}, "has no keyword 'torch_dtype'; write @pytest.mark.vlm(dtype=…)"),
-        ({"color": 2}, "has no keyword 'color'; it takes gpus, vram_gib, total_vram_gib, capability, bf16, fp8"),
+        (
+            {"color": 2},
+            "has no keyword 'color'; it takes gpus, vram_gib, total_vram_gib, capability, bf16, fp8, p2p, exclusive, "
+            "reason",
+        ),
         ({"gpus": 0}, "has gpus=0; write a whole number from 1 to 1024"),
         ({"gpus": True}, "has gpus=True; write a whole number from 1 to 1024"),
         ({"gpus": 1.0}, "has gpus=1.0; write a whole number from 1 to 1024"),
@@ -138,7 +147,7 @@ def test_markers_are_listed_with_their_signature(suite: Any) -> None:
 
     result.stdout.fnmatch_lines(
         [
-            "@pytest.mark.vlm(*names, dtype=None, trust_remote_code=False): Name the model *",
+            "@pytest.mark.vlm(*names, revision=None, dtype=None, device_map=None, trust_remote_code=False): Name the *",
             "@pytest.mark.vlm_requires(*, gpus=1, vram_gib=None, total_vram_gib=None, capability=None, *): Skip *",
         ]
     )

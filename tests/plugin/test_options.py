@@ -280,7 +280,8 @@ def test_a_strict_run_waits_for_the_job_before_it() -> None:
 
 def test_slots_and_lease_folder() -> None:
     assert settle().keeps_models is settle({"vlm_slots": "1"}).keeps_models is False
-    assert settle({"vlm_slots": "FIT"}).keeps_models is True
+    assert settle({"vlm_slots": "FIT"}).keeps_models is settle({"vlm_slots": "2"}).keeps_models is True
+    assert (settle().slots, settle({"vlm_slots": "FIT"}).slots, settle({"vlm_slots": "2"}).slots) == (1, None, 2)
     assert settle().lease_dir is None
     assert settle({"vlm_lease_dir": "OFF"}).lease_dir == "off"
     assert settle({"vlm_lease_dir": "/mnt/leases"}).lease_dir == "/mnt/leases"
@@ -290,7 +291,8 @@ def test_slots_and_lease_folder() -> None:
 @pytest.mark.parametrize(
     ("setting", "text", "message"),
     [
-        ("slots", "2", "--vlm-slots: '2' is neither 1 nor fit."),
+        ("slots", "0", "--vlm-slots: '0' is neither a number from 1 on nor fit."),
+        ("slots", "two", "--vlm-slots: 'two' is neither a number from 1 on nor fit."),
         ("lease_dir", "leases", "--vlm-lease-dir: 'leases' is no absolute path; other runs must find the same folder."),
         (
             "lease_dir",

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
 from pytest_vlmgpu.models.failures import LoadFailure
-from pytest_vlmgpu.models.placing import Placed, check_placement, device_map_for
+from pytest_vlmgpu.models.placing import (
+    Placed,
+    check_automatic,
+    check_placement,
+    device_map_for,
+    offloaded_bytes,
+    ordinals_in,
+    stages_of,
+)
 from vlm_doctor.placement import Offload, Plan, Stage
 from vlm_doctor.workload import Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 MAP = {"model.visual": 0, "model.language_model.layers.1": 0, "model.language_model.layers.10": 1, "lm_head": 1}
 
@@ -32,7 +45,7 @@ def _plan(*uuids: str, device_map: dict[str, int | str], offloaded: Offload | No
     )
 
 
-def _failure(parts: list[Placed], device_map: dict[str, int]) -> tuple[str, str]:
+def _failure(parts: list[Placed], device_map: Mapping[str, int | str]) -> tuple[str, str]:
     with pytest.raises(LoadFailure) as caught:
         check_placement("org/model", parts, device_map)
     assert str(caught.value) == f"{caught.value.code}: {caught.value.message}"
@@ -120,3 +133,49 @@ def test_a_module_without_weights_counts_too() -> None:
 def test_a_model_for_the_cpu_has_data_and_uses_no_gpu() -> None:
     assert _failure([Placed("lm_head.weight", "meta", 4)], {})[0] == "VLM714"
     assert _failure([Placed("lm_head.weight", "cuda:0", 4)], {})[0] == "VLM716"
+
+
+def test_what_is_offloaded_on_purpose_keeps_its_place() -> None:
+    off = Offload(keys=("lm_head",), weights_bytes=1, copy_bytes=1, host_left_bytes=None, reason="because", cost="slow")
+    plan = _plan("GPU-b", device_map={"model.visual": 0, "lm_head": "cpu"}, offloaded=off)
+    device_map = device_map_for(plan, {"GPU-a": 0, "GPU-b": 1}, may_offload=True)
+
+    assert device_map == {"model.visual": 1, "lm_head": "cpu"}
+    assert ordinals_in(device_map) == [1]
+    assert ordinals_in({"": "cuda:0"}) == ordinals_in(None) == []
+    # accelerate leaves tensors without data in modules whose weights it keeps apart.
+    parts = [
+        Placed("model.visual.weight", "cuda:1", 8),
+        Placed("lm_head.weight", "meta", 2),
+        Placed("lm_head.bias", "cpu", 1),
+    ]
+    check_placement("org/model", parts, device_map)
+    assert offloaded_bytes(parts, device_map) == 3
+    assert offloaded_bytes(parts, {}) == 0
+    assert _failure([Placed("model.visual.weight", "cpu")], device_map)[0] == "VLM714"
+    assert _failure([Placed("lm_head.weight", "cuda:1")], device_map)[0] == "VLM716"
+
+
+def test_transformers_own_choice_is_held_to_the_gpus() -> None:
+    on_gpus = [Placed("model.visual", "cuda:0"), Placed("lm_head", "cuda:3")]
+    fallen = [Placed(f"model.layers.{number}", "cpu", 2**30) for number in range(4)] + [Placed("lm_head", "disk")]
+
+    check_automatic("org/model", "auto", on_gpus, may_offload=False)
+    check_automatic("org/model", "auto", [*on_gpus, *fallen], may_offload=True)
+    with pytest.raises(LoadFailure) as caught:
+        check_automatic("org/model", "balanced", [*on_gpus, *fallen], may_offload=False)
+
+    assert caught.value.code == "VLM714"
+    assert caught.value.message == (
+        'device_map="balanced" has put 5 parts (4.0 GiB) of org/model off the GPUs (model.layers.0 is on cpu; '
+        "model.layers.1 is on cpu; model.layers.2 is on cpu; and 2 more): run vlm-doctor to see who holds memory, let the "
+        'planner place the model (device_map="doctor"), or allow it with --vlm-allow-offload.'
+    )
+
+
+def test_the_gpus_that_transformers_has_chosen(gpu: Callable[..., Any]) -> None:
+    stages = stages_of({"model": 2, "lm_head": 0, "norm": 2, "tail": "cpu"}, {0: gpu(4), 2: gpu(5)})
+
+    assert [(stage.gpu, stage.keys) for stage in stages] == [(5, ("model", "norm")), (4, ("lm_head",))]
+    assert [stage.uuid for stage in stages] == [gpu(5).uuid, gpu(4).uuid]
+    assert stages_of({"": "cpu"}, {0: gpu(4)}) == ()

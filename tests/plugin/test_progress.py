@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 from pytest_vlmgpu.models import progress
 from pytest_vlmgpu.models.progress import Share, line
+from pytest_vlmgpu.output import Line, keep_output, open_line
 from vlm_doctor.placement import LedgerLine, Stage
 
 GIB = 2**30
@@ -66,7 +66,8 @@ def written(monkeypatch: pytest.MonkeyPatch, *, is_terminal: bool, seconds: floa
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     polled = iter(range(1, 10**6))
     event: Any = Event()
-    progress._run(writer, "org/a", lambda: ([Share("GPU 0", next(polled), 10**6)], 0), event)
+    line_ = Line(writer, first_s=progress.LOG_FIRST_S, clock=lambda: clock[0])
+    progress._run(line_, "org/a", lambda: ([Share("GPU 0", next(polled), 10**6)], 0), event)
     os.write(writer, b"END")
     text = b""
     while not text.endswith(b"END"):
@@ -102,18 +103,73 @@ def test_an_output_that_is_gone_does_not_matter(monkeypatch: pytest.MonkeyPatch)
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(progress, "QUIET_S", 0)
-    monkeypatch.setattr(progress, "LOG_FIRST_S", 0)
     done = threading.Event()
-    thread = threading.Thread(target=progress._run, args=(writer, "org/a", lambda: ([], 0), done))
+    thread = threading.Thread(target=progress._run, args=(Line(writer), "org/a", lambda: ([], 0), done))
     thread.start()
+    while thread.is_alive() and not done.wait(0.6):
+        done.set()
     thread.join(timeout=60)
     os.close(writer)
 
     assert not thread.is_alive()
 
 
-def test_it_shows_through_pytests_capture(pytester: pytest.Pytester) -> None:
-    pytester.makeconftest(Path(__file__).with_name("fake_project.py").read_text() + """
+class Config:
+    """What a line asks of a run."""
+
+    def __init__(self, verbosity: int, *, is_worker: bool = False) -> None:
+        self.stash = pytest.Stash()
+        self.cleanup: list[Any] = []
+        self.add_cleanup = self.cleanup.append
+        self.get_verbosity = lambda: verbosity
+        if is_worker:
+            self.workerinput: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(("verbosity", "is_shown"), [(0, True), (-1, True), (-2, False)])
+def test_who_wants_quiet_gets_it(capfd: pytest.CaptureFixture[str], verbosity: int, is_shown: bool) -> None:
+    config: Any = Config(verbosity)
+    keep_output(config)
+
+    line_ = open_line(config, first_s=0)
+    line_.show(lambda: "waiting")
+    line_.show(lambda: "waiting still")
+    line_.end("waited")
+    for cleanup in config.cleanup:
+        cleanup()
+
+    assert capfd.readouterr().out == ("\nwaiting\n\nwaited\n" if is_shown else "")
+
+
+def test_a_worker_has_no_output_of_its_own(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytest_vlmgpu.output._terminal_in_front", lambda: None)
+    config: Any = Config(0, is_worker=True)
+    keep_output(config)
+
+    open_line(config, first_s=0).show(lambda: "a load")
+    open_line(config, first_s=0, in_log_of_worker=True).show(lambda: "a wait")
+
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "\na wait\n")
+
+
+def test_a_terminal_that_was_opened_for_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    monkeypatch.setattr("pytest_vlmgpu.output._terminal_in_front", lambda: writer)
+    config: Any = Config(0, is_worker=True)
+
+    line_ = open_line(config, first_s=0)
+    line_.show(lambda: "a load")
+    line_.end("ended")
+
+    assert os.read(reader, 100) == b"\na load\n\nended\n"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(writer)
+    os.close(reader)
+
+
+def test_it_shows_through_pytests_capture(suite: Any, pytester: pytest.Pytester) -> None:
+    suite.configure("""
 import time
 from pytest_vlmgpu.models import progress
 progress.QUIET_S = progress.LOG_FIRST_S = 0.1

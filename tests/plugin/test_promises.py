@@ -244,3 +244,18 @@ def test_long_lists_are_cut() -> None:
     assert did_not_run(tests, None, "") == too_few_ran(tests, None, "") == []
     assert did_not_run({"t": GatedRecord(nodeid="t")}, ["t"], "b")[0].message.endswith("t was not reached.")
     assert did_not_run({"t": GatedRecord(nodeid="t", outcome="xfailed")}, ["t"], "b")[0].message.endswith("t did not run.")
+
+
+def test_a_test_with_part_of_its_model_off_the_gpus_proves_nothing() -> None:
+    off = GatedRecord(nodeid="test_x.py::test_off", outcome="passed", is_executed=True, offloaded_gib=3.0)
+    ran = GatedRecord(nodeid="test_x.py::test_ran", outcome="passed", is_executed=True)
+    tests = {record.nodeid: record for record in (off, ran)}
+
+    assert too_few_ran(tests, 1, "--vlm-min-tests") == []
+    (few,) = too_few_ran(tests, 2, "--vlm-min-tests")
+    (missing,) = did_not_run(tests, list(tests), "base.json")
+
+    assert few.message == "1 gated test ran, --vlm-min-tests=2: 1 with part of its model in host memory."
+    assert missing.message == (
+        "1 of 2 tests of base.json did not run again: test_x.py::test_off ran with 3.0 GiB of its model in host memory."
+    )

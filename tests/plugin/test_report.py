@@ -12,6 +12,7 @@ import pytest
 
 from pytest_vlmgpu.results.evidence import GatedRecord, schema
 from pytest_vlmgpu.results.github import commands, table
+from pytest_vlmgpu.results.recorder import Recorder
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "run-report.schema.json"
 SUITE = """
@@ -180,6 +181,36 @@ def test_a_worker_that_crashes_is_in_the_report(suite: Any) -> None:
     (test,) = read(suite)["tests"]
     assert (test["outcome"], test["is_executed"]) == ("failed", False)
     assert "crashed" in test["reason"]
+
+
+@pytest.mark.parametrize("is_expected", [False, True])
+def test_a_worker_that_dies_before_a_test_says_anything(is_expected: bool) -> None:
+    crash = pytest.TestReport("x.py::test_x", ("x.py", None, "x.py"), {}, "failed", "worker 'gw0' crashed", "???")  # type: ignore[arg-type]
+    recorder = Recorder()
+    if is_expected:  # by another worker, which has ended by then
+        recorder.expect(["x.py::test_x", "x.py::test_y"])
+
+    recorder.add(crash)
+    recorder.expect(["x.py::test_x", "x.py::test_y"])
+
+    assert [(record.outcome, record.reason, record.is_executed) for record in recorder.tests.values()] == [
+        ("failed", "worker 'gw0' crashed", False),
+        ("not_run", None, False),
+    ]
+
+
+def test_a_test_that_runs_again_where_a_worker_died_counts_for_what_it_became() -> None:
+    crash = pytest.TestReport("x.py::test_x", ("x.py", None, "x.py"), {}, "failed", "crashed", "???")  # type: ignore[arg-type]
+    recorder = Recorder()
+    recorder.add(crash)
+    for when in ("setup", "call"):
+        report = pytest.TestReport("x.py::test_x", ("x.py", 3, "test_x"), {}, "passed", None, when)
+        report.user_properties = [("vlmgpu.verdict", "run")]
+        recorder.add(report)
+
+    recorder.expect(["x.py::test_x"])
+
+    assert [(record.outcome, record.attempts) for record in recorder.tests.values()] == [("passed", 1)]
 
 
 @pytest.mark.parametrize("workers", [[], ["-n2"]])

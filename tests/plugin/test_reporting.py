@@ -153,10 +153,11 @@ def fake_loading():
     from pytest_vlmgpu.models import loading
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load", fake_load)
-        patch.setattr(loading, "unload", lambda loaded: 3 * GIB)
+        patch.setattr(loading, "unload", lambda loaded: 3 * 2**30)
         yield
 
-def fake_load(name, plan, *, dtype, trust_remote_code, ordinals):
+def fake_load(name, plan, *, dtype, trust_remote_code, ordinals, device_map, gpus, may_offload):
+    assert (device_map, gpus, may_offload) == (None, [], False)
     assert ordinals == {stage.uuid: stage.gpu for stage in plan.stages}
     return SimpleNamespace(name=name, dtype=dtype, trust=trust_remote_code, held_by="variable KEPT of module test_x")
 """,

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_vlmgpu.gating import peers
 from pytest_vlmgpu.gating.selection import judge, judge_without_gpus, keep_from_acting
 from pytest_vlmgpu.options import GpuChoice, parse_gpus
 from pytest_vlmgpu.requirements import Requirements
 from pytest_vlmgpu.verdicts import Verdict
-from vlm_doctor.machine import Driver, Gap, GpuProcess, Host, Libraries, TorchBuild
+from vlm_doctor.machine import Driver, Gap, GpuProcess, Host, Libraries, Link, TorchBuild
 from vlm_doctor.placement import Plan, Shortage
 from vlm_doctor.sources import load_machine
 from vlm_doctor.units import GIB
@@ -473,3 +474,90 @@ def test_strict_turns_skips_and_only_skips_into_errors() -> None:
         "error", "VLM702", "2 GPUs are wanted, 1 can be used. (An error because of --vlm-strict.)"
     )
     assert Verdict("run", gpus=(1,)).made_strict() == Verdict("run", gpus=(1,))
+
+
+def link(a: int, b: int, granted: str | None = "ok", *, nvlinks: int = 0) -> Link:
+    return Link(a=a, b=b, nvlinks=nvlinks, path="PHB", p2p_read=granted, p2p_write=granted)
+
+
+PEERS = Requirements(gpus=2, p2p=True)
+
+
+def test_gpus_that_reach_each_other(gpu: MakeGpu, machine: MakeMachine) -> None:
+    gpus = [gpu(index) for index in range(4)]
+    ok = [link(0, 2), link(0, 3, nvlinks=4, granted=None), link(2, 3)]
+    no = [link(0, 1, "chipset_not_supported"), link(1, 2, "not_supported"), link(1, 3, "not_supported")]
+    found = machine(*gpus, links=(*ok, *no), environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+
+    assert judge(PEERS, found, AUTO).gpus == (0, 2, 3)
+    assert judge(Requirements(gpus=3, p2p=True), found, AUTO).gpus == (0, 2, 3)
+    four = judge(Requirements(gpus=4, p2p=True, reason="all to all"), found, GpuChoice())
+    assert (four.action, four.text) == (
+        "skip",
+        "VLM706: 4 GPUs that reach each other's memory are wanted, GPU 0 (NVIDIA L4) and GPU 1 (NVIDIA L4) do not "
+        "(chipset_not_supported) (all to all).",
+    )
+    three = machine(*gpus[:3], links=(link(0, 1), link(0, 2, "not_supported"), link(1, 2)))
+    assert "GPU 0 (NVIDIA L4) and GPU 2 (NVIDIA L4) do not" in judge(Requirements(gpus=3, p2p=True), three, AUTO).text
+    two = machine(gpu(0), gpu(1), links=(link(0, 1, "not_supported"),))
+    assert judge(PEERS, two, AUTO).code == "VLM706"
+    assert judge(Requirements(p2p=True), two, AUTO).gpus == (0,)
+
+
+def test_a_link_of_which_one_direction_is_missing(gpu: MakeGpu, machine: MakeMachine) -> None:
+    one = Link(a=0, b=1, path="PIX", p2p_read="ok", p2p_write="disabled_by_regkey")
+
+    verdict = judge(PEERS, machine(gpu(0), gpu(1), links=(one,)), AUTO)
+
+    assert verdict.text.endswith("GPU 0 (NVIDIA L4) and GPU 1 (NVIDIA L4) do not (disabled_by_regkey).")
+
+
+@pytest.mark.parametrize("links", [(), (link(0, 1, None),)])
+def test_a_link_that_could_not_be_read_is_an_error(gpu: MakeGpu, machine: MakeMachine, links: tuple[Link, ...]) -> None:
+    assert decide(machine(gpu(0), gpu(1), links=links), PEERS) == (
+        "error",
+        "VLM712: whether GPU 0 (NVIDIA L4) and GPU 1 (NVIDIA L4) reach each other's memory (p2p) could not be read.",
+    )
+    assert peers.told([gpu(0)], machine(gpu(0))) == "there are 1"
+
+
+def test_peers_that_are_taken_are_busy_and_the_other_ones_are_used(gpu: MakeGpu, machine: MakeMachine) -> None:
+    order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    islands = tuple(
+        link(a, b, "ok" if (a, b) in ((0, 1), (2, 3)) else "not_supported") for a in range(4) for b in range(a + 1, 4)
+    )
+    needs = Requirements(gpus=2, p2p=True, vram_bytes=10 * GIB)
+    first = machine(gpu(0), gpu(1, free_gib=1), gpu(2), gpu(3), links=islands, environment=order)
+    both = machine(gpu(0), gpu(1, free_gib=1), gpu(2), gpu(3, free_gib=1), links=islands, environment=order)
+
+    assert judge(needs, first, AUTO).gpus == (2, 3)
+    taken = judge(needs, both, GpuChoice())
+    assert taken.code == "VLM711"
+    assert taken.reason.startswith(
+        "2 free GPUs that reach each other's memory are wanted: GPU 1 (NVIDIA L4) has 1.0 GiB of "
+    )
+
+
+def test_a_gpu_to_oneself(gpu: MakeGpu, machine: MakeMachine) -> None:
+    mine, theirs = (GpuProcess(pid=pid, kind="compute", used_bytes=GIB, user="ana") for pid in (1, 2))
+    found = machine(gpu(0, processes=(mine,)), gpu(1, processes=(theirs,)), environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+    alone, both = Requirements(exclusive=True), Requirements(gpus=2, exclusive=True)
+
+    assert judge(alone, found, GpuChoice(), own_pid=1).gpus == (0,)
+    assert judge(both, found, GpuChoice(), own_pid=1).text == (
+        "VLM711: 2 GPUs without any other process wanted: GPU 1 (NVIDIA L4) has 22.0 GiB of 22.0 GiB free, held by pid 2 "
+        "(ana) 1.0 GiB."
+    )
+    assert judge(alone, found, GpuChoice(), own_pid=3).reason.startswith("1 GPU without any other process wanted: ")
+    assert judge(both, found, GpuChoice(), own_pid=1, is_busy_decided_later=True).gpus == (0, 1)
+
+
+def test_reasons_of_several_markers_are_all_told() -> None:
+    joined = Requirements.strictest(
+        [Requirements(reason="a"), Requirements(gpus=2), Requirements(reason="b"), Requirements(reason="a")]
+    )
+
+    assert joined == Requirements(gpus=2, reason="a; b")
+    assert Requirements.strictest([Requirements(p2p=True), Requirements(exclusive=True)]) == Requirements(
+        p2p=True, exclusive=True
+    )

@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +18,23 @@ import vlm_doctor.machine as m
 from vlm_doctor.codec import from_json, to_json
 from vlm_doctor.units import GIB
 
+from .projects import (
+    LIMIT_S,
+    ONE_MODEL,
+    SLOW,
+    UUIDS,
+    finish,
+    is_running,
+    read_until,
+    wait_for,
+    with_workers,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-with_workers = pytest.mark.skipif(find_spec("xdist") is None, reason="pytest-xdist is not installed")
+    from .projects import Project
 
-LIMIT_S = 300
-UUIDS = [f"GPU-{index:08d}-0000-0000-0000-000000000000" for index in range(4)]
 TWO_MODELS = """
 import pytest
 @pytest.mark.vlm("org/a")
@@ -38,129 +46,6 @@ def test_free(n): pass
 @pytest.mark.parametrize("n", range(3))
 def test_b(vlm, n): assert vlm.name == "org/b"
 """
-ONE_MODEL = """
-import pytest
-@pytest.mark.vlm("org/a")
-def test_a(vlm): pass
-def test_free(): pass
-"""
-SLOW = """
-import pathlib, pytest, time
-@pytest.mark.vlm("org/a")
-def test_a(vlm):
-    pathlib.Path("started").touch()
-    while not pathlib.Path("go").exists(): time.sleep(0.05)
-"""
-LOAD = re.compile(r"LOAD (?P<model>\S+) gpus=(?P<gpus>\S+) worker=(?P<worker>\S+) sees=(?P<sees>\S+)")
-
-
-@dataclass
-class Project:
-    """A folder with tests, on a made-up machine that other projects may share."""
-
-    folder: Path
-    shared: Path
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def start(self, *arguments: str, **files: str) -> subprocess.Popen[str]:
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / "conftest.py").write_text(Path(__file__).with_name("shared_project.py").read_text())
-        for name, text in files.items():
-            (self.folder / f"{name}.py").write_text(text)
-        plugins = [word for name in ("cacheprovider", "hypothesispytest", "anyio") for word in ("-p", f"no:{name}")]
-        return subprocess.Popen(
-            [sys.executable, "-m", "pytest", *plugins, *arguments],
-            cwd=self.folder,
-            env={**os.environ, **self.environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def run(self, *arguments: str, **files: str) -> tuple[str, dict[str, int]]:
-        """Output, and how many tests ended how."""
-        return finish(self.start(*arguments, **files))
-
-    def loads(self) -> list[dict[str, str]]:
-        log = self.shared / "log.txt"
-        return [match.groupdict() for match in LOAD.finditer(log.read_text())] if log.exists() else []
-
-    def models(self) -> list[str]:
-        return sorted(load["model"] for load in self.loads())
-
-    def hold(self, index: int, gib: float, pid: int) -> Path:
-        """Let a process take memory."""
-        (self.shared / "memory").mkdir(exist_ok=True)
-        path = self.shared / "memory" / f"{UUIDS[index]}.{pid}"
-        path.write_text(str(int(gib * GIB)))
-        return path
-
-
-def read_until(run: subprocess.Popen[str], wanted: str) -> str:
-    """What a run prints up to a line with some text."""
-    assert run.stdout is not None
-    lines: list[str] = []
-    for line in run.stdout:
-        lines.append(line)
-        if wanted in line:
-            return "".join(lines)
-    raise AssertionError("".join(lines))
-
-
-def finish(run: subprocess.Popen[str], before: str = "") -> tuple[str, dict[str, int]]:
-    if before:  # partly read already, so that some of the rest is in our own buffer
-        assert run.stdout is not None
-        text = before + run.stdout.read()
-        run.wait(LIMIT_S)
-        run.stdout.close()
-    else:
-        text, _ = run.communicate(timeout=LIMIT_S)
-    assert "INTERNALERROR" not in text, text
-    last = [line for line in text.splitlines() if re.search(r"=+ .*in [0-9.]+s", line)]
-    counts = {word.rstrip("s"): int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last[-1])} if last else {}
-    return text, counts
-
-
-def wait_for(path: Path) -> None:
-    until = time.monotonic() + LIMIT_S
-    while not path.exists():
-        assert time.monotonic() < until, f"{path} did not come"
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Project]:
-    for name in list(os.environ):
-        if name.startswith("PYTEST_") or name == "CUDA_VISIBLE_DEVICES":
-            monkeypatch.delenv(name)
-
-    def project(name: str = "project", *, gpus: int = 2, **variables: str) -> Project:
-        machine = m.Machine(
-            origin="live",
-            description=f"{gpus} GPUs",
-            driver=m.Driver(nvml_state="ok"),
-            gpus=tuple(
-                m.Gpu(
-                    index=index,
-                    name="NVIDIA L4",
-                    uuid=UUIDS[index],
-                    bus_id=f"0000:{index + 1:02x}:00.0",
-                    memory_total_bytes=22 * GIB,
-                    memory_free_bytes=22 * GIB,
-                    compute_capability=(8, 9),
-                )
-                for index in range(gpus)
-            ),
-        )
-        (tmp_path / "machine.json").write_text(to_json(machine))
-        places = {
-            "SHARED_PROJECT": str(tmp_path),
-            "PYTEST_VLMGPU_LEASE_DIR": str(tmp_path / "leases"),
-            "HF_HUB_OFFLINE": "1",
-        }
-        return Project(tmp_path / name, tmp_path, {**places, **variables})
-
-    return project
 
 
 @with_workers
@@ -407,6 +292,35 @@ def test_positions_count_as_the_run_sees_them_in_every_worker(make: Callable[...
     assert {load["gpus"] for load in project.loads()} <= {"2"}
 
 
+TELLS = """
+def pytest_vlmgpu_lease(config, event, gpus, reason):
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    log(f"LEASE {worker} {event} {','.join(gpu[-1] for gpu in [uuid[:12] for uuid in gpus])} {reason[:6]}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], ["main taken 0 ", "main given_back 0 "]),
+        (["--vlm-gpus=2"], ["main taken 0,1 ", "main given_back 0,1 "]),
+        pytest.param(
+            ["-n2", "--vlm-gpus=auto"], ["main taken 0,1 ", "main given_back 1 ", "main given_back 0 "], marks=with_workers
+        ),
+        (["--vlm-gpus=none"], []),
+        (["--vlm-lease-dir=/proc/x"], ["main refused  VLM731"]),
+    ],
+)
+def test_a_hook_is_told_about_leases(make: Callable[..., Project], options: list[str], told: list[str]) -> None:
+    project = make()
+    project.conftest = TELLS
+
+    project.run(*options, test_x=ONE_MODEL)
+
+    log = (project.shared / "log.txt").read_text().splitlines()
+    assert [line.removeprefix("LEASE ") for line in log if line.startswith("LEASE")] == told
+
+
 def test_slices_of_one_gpu_are_leased_one_by_one(make: Callable[..., Project]) -> None:
     slices = ("MIG-aaaaaaaa-0000-0000-0000-000000000000", "MIG-bbbbbbbb-0000-0000-0000-000000000000")
     visible = (*slices, slices[0])
@@ -468,13 +382,6 @@ def test_rounds_of_sigkill_at_random_moments(make: Callable[..., Project]) -> No
     )
 
     assert run.returncode == 0, f"seed {seed}: {run.stdout}{run.stderr}"
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("options", [[], pytest.param(["-n2"], marks=with_workers)])
