@@ -10,8 +10,6 @@ import os
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
-
     import pytest
 
 
@@ -128,10 +126,6 @@ MARKERS = (
     "vlm_mutates(): The test may change the shared model: it runs last, and the model is loaded again after it.",
 )
 """The lines of ``pytest --markers``; :mod:`markers` holds the functions of these signatures."""
-MARKER_PREFIXES = ("vlm", "vml")
-"""What a marker of ours begins with, typed right or wrong."""
-GATED_FIXTURES = frozenset({"vlm", "vlm_gpus", "vlm_factory", "vlm_vram", "vlm_device"})
-"""Fixtures that make a test a gated one, or one whose memory is measured."""
 
 
 class _Level(argparse.Action):
@@ -189,24 +183,3 @@ def is_anything_given(config: pytest.Config) -> bool:
         except Exception:  # noqa: BLE001 - pytest cannot convert it, and its versions raise different errors
             return True
     return False
-
-
-def may_be_gated(
-    collector: pytest.Collector, items: Sequence[pytest.Function], aliases: Container[str] = ()
-) -> list[pytest.Function]:
-    """Those of a collector's tests that use a fixture of ours, or a marker that looks like one of ours or stands for one.
-
-    Markers of the collector and of what it is in are looked at once for all its tests: most projects have none.
-    """
-
-    def is_ours(mark: pytest.Mark) -> bool:
-        return mark.name.startswith(MARKER_PREFIXES) or mark.name in aliases
-
-    if any(map(is_ours, collector.iter_markers())):
-        return list(items)
-    found = []
-    for item in items:
-        marks = item.own_markers if item.parent is collector else item.iter_markers()
-        if any(map(is_ours, marks)) or not GATED_FIXTURES.isdisjoint(item.fixturenames):
-            found.append(item)
-    return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .declare import MARKER_PREFIXES
+from .concern import MARKER_PREFIXES
 from .declare import MARKERS as MARKER_LINES
 from .requirements import DEVICE_MAPS, DTYPE_ALIASES, DTYPES
 from .state import ALIASES, SETTINGS

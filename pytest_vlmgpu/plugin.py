@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from . import declare, fixtures
-from .state import ALIASES, CONTROLLER, GATED_TEST, IS_CONCERNED, SETTINGS, WATCHED_TEST, WORKER_INPUT, gate_of
+from . import concern, declare, fixtures
+from .state import ALIASES, CONTROLLER, IS_CONCERNED, OURS, SETTINGS, WORKER_INPUT, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
+    from .collection.aliases import Alias
     from .results.summary import Summary
 
 _SUMMARY = "vlmgpu-summary"
@@ -50,12 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
             config.option.collectonly = True  # until the session starts: pytest-xdist then starts no workers
         if (settings.is_anything_expected or settings.report or settings.plan) and not hasattr(config, "workerinput"):
             _add_summary(config)
+    found: dict[str, Alias] = {}
     if config.getini(declare.ALIASES):
         from .collection import aliases
 
-        config.stash[ALIASES] = aliases.read_aliases(config)
-        for alias in config.stash[ALIASES].values():
+        config.stash[ALIASES] = found = aliases.read_aliases(config)
+        for alias in found.values():
             config.addinivalue_line("markers", f"{alias.name}{alias.signature}: stands for {alias.target} of pytest-vlmgpu")
+    config.stash[OURS] = concern.Ours(found)
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
     for line in declare.MARKERS:
         config.addinivalue_line("markers", line)
@@ -96,7 +99,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make the models a test names a session-wide parameter: pytest then keeps one loaded at a time."""
-    if "vlm" in metafunc.fixturenames:
+    if "vlm" in metafunc.fixturenames and concern.may_name_several(metafunc):
         from .collection import collecting
 
         collecting.parametrize(metafunc)
@@ -111,8 +114,7 @@ def pytest_make_collect_report(
     tests = [item for item in report.result or () if isinstance(item, pytest.Function)]
     if not tests:
         return report
-    aliases = collector.config.stash.get(ALIASES, {})
-    concerned = declare.may_be_gated(collector, tests, aliases)
+    concerned = concern.may_be_gated(collector, tests, collector.config.stash[OURS])
     if concerned:
         from .collection import collecting
 
@@ -120,32 +122,48 @@ def pytest_make_collect_report(
     return report
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put tests that share a model next to each other."""
-    if IS_CONCERNED not in config.stash:
-        return
-    if any(WATCHED_TEST in item.stash for item in items):
-        from .watching import watch
+    """Put tests that share a model next to each other, for those who pick tests by the order in which they run."""
+    if IS_CONCERNED in config.stash:
+        from .collection import ordering
 
-        watch.register(config)
-    if any(GATED_TEST in item.stash for item in items):
-        from .collection import collecting
-        from .results import reporting
-
-        collecting.arrange(config, items)
-        reporting.register(config)
-        if not hasattr(config, "workerinput"):
-            _add_summary(config)
+        ordering.arrange(items)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let the controller of pytest-xdist know what the tests of this worker need, before it sends any."""
-    if hasattr(session.config, "workerinput") and any(GATED_TEST in item.stash for item in session.items):
+    """Settle what each test asks for and the order, now that every hook of the project has had its say.
+
+    The controller of pytest-xdist learns what the tests of this worker need before it sends any.
+    """
+    config = session.config
+    if IS_CONCERNED not in config.stash:
+        if not concern.are_marked(session.items, config.stash[OURS]):
+            return
+        config.stash[IS_CONCERNED] = True
+    from .collection import collecting, ordering
+
+    collecting.examine_again(session)
+    tests = ordering.arrange(session.items)
+    examined = {id(each): each for _, each in tests if each is not None}.values()
+    if any(each.watched for each in examined):
+        from .watching import watch
+
+        watch.register(config)
+    if not any(each.gated for each in examined):
+        return
+    from .results import reporting
+
+    collecting.give_models(session.items)
+    ordering.note(config, tests)
+    reporting.register(config)
+    if hasattr(config, "workerinput"):
         from .workers.worker import hand_in
 
-        hand_in(session.config, session.items)
+        hand_in(config, session.items)
+    else:
+        _add_summary(config)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

@@ -146,3 +146,5 @@ class GatedTest:
     """True when it asks for GPUs as such (``vlm_requires``, ``vlm_gpus``), so that a CPU run cannot satisfy it."""
     loads: bool
     """True when it uses the fixture ``vlm``."""
+    takes_all: bool = False
+    """True when it may use every GPU of the run (``vlm_gpus``, ``vlm_factory``)."""

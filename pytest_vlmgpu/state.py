@@ -8,6 +8,8 @@ import pytest
 
 if TYPE_CHECKING:
     from .collection.aliases import Alias
+    from .collection.reading import Examined
+    from .concern import Ours
     from .gating.gate import Gate
     from .options import Settings
     from .requirements import GatedTest, WatchedTest
@@ -23,8 +25,14 @@ GATE: pytest.StashKey[Gate] = pytest.StashKey()
 """Of the config; there from the first gated test that is collected."""
 CONTROLLER: pytest.StashKey[Controller] = pytest.StashKey()
 """Of the config of pytest-xdist's controller."""
+OURS: pytest.StashKey[Ours] = pytest.StashKey()
+"""Of the config: which markers concern us."""
 IS_CONCERNED: pytest.StashKey[bool] = pytest.StashKey()
 """Of the config; there when a test was collected that may be gated or watched."""
+READ_MARKS: pytest.StashKey[int] = pytest.StashKey()
+"""Of a module or class with tests that were examined: markers of ours that it and what it is in had then."""
+EXAMINED: pytest.StashKey[Examined] = pytest.StashKey()
+"""Of an item that was examined: what was found."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
 """Of an item that asks for a model or GPUs."""
 WATCHED_TEST: pytest.StashKey[WatchedTest] = pytest.StashKey()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..leasing.sets import Need
@@ -10,14 +10,11 @@ from ..requirements import Requirements, VlmSpec
 from ..state import GATED_TEST
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import pytest
 
     from ..requirements import GatedTest
-
-_TAKES_ALL = frozenset({"vlm_gpus", "vlm_factory"})
-"""Fixtures whose tests may use every GPU of the run."""
 
 
 class Groups(NamedTuple):
@@ -45,41 +42,77 @@ class Groups(NamedTuple):
 
 def group_tests(items: Sequence[pytest.Item]) -> Groups:
     """Group gated tests by the model that they share; each that loads nothing is a group of its own."""
-    needs: list[Need] = []
+    groups = _Grouping()
     group_of: dict[int, int] = {}
     bound: dict[int, str] = {}
-    shared: dict[VlmSpec, int] = {}
-    asked_by: dict[int, Requirements] = {}
     for position, item in enumerate(items):
         test = item.stash.get(GATED_TEST, None)
-        if test is None:
-            mark = item.get_closest_marker("xdist_group")
-            if mark is not None:
-                bound[position] = str(mark.args[0] if mark.args else mark.kwargs.get("name", "default"))
+        if test is not None:
+            group_of[position] = groups.number_of(item.config, test)
             continue
-        # Which models a test with vlm_factory loads is not known before it runs.
-        takes_all = not _TAKES_ALL.isdisjoint(getattr(item, "fixturenames", ()))
-        # Tests that ask for the same share one object.
-        asked = asked_by.get(id(test))
-        if asked is None:
-            asked = asked_by[id(test)] = _with_estimates(item, test)
-        number = shared.get(test.specs[0]) if test.loads and test.specs else None
-        if number is None:
-            number = len(needs)
-            needs.append(Need(test.specs, (asked,), takes_all))
-            if test.loads and test.specs:
-                shared[test.specs[0]] = number
-        else:
-            known = needs[number]
-            joined = known.requirements if asked in known.requirements else (*known.requirements, asked)
-            needs[number] = Need(known.specs, joined, known.takes_all or takes_all, known.tests + 1)
-        group_of[position] = number
+        mark = item.get_closest_marker("xdist_group")
+        if mark is not None:
+            bound[position] = str(mark.args[0] if mark.args else mark.kwargs.get("name", "default"))
+    counted = zip(groups.needs, groups.tests, strict=True)
+    needs = [need if tests == 1 else replace(need, tests=tests) for need, tests in counted]
     return Groups(needs, group_of, bound)
 
 
-def _with_estimates(item: pytest.Item, test: GatedTest) -> Requirements:
+def needs_of(config: pytest.Config, tests: Iterable[GatedTest]) -> list[Need]:
+    """What different tests need, one need a model."""
+    groups = _Grouping()
+    for test in tests:
+        groups.number_of(config, test)
+    return groups.needs
+
+
+class _Grouping:
+    """Gives out numbers of groups."""
+
+    def __init__(self) -> None:
+        self.needs: list[Need] = []
+        self.tests: list[int] = []
+        """In each group."""
+        self._shared: dict[VlmSpec, int] = {}
+        # Tests that ask for the same share one object.
+        self._number_of: dict[int, int] = {}
+        self._need_of: dict[int, Need] = {}
+
+    def number_of(self, config: pytest.Config, test: GatedTest) -> int:
+        """The group of one more test."""
+        number = self._number_of.get(id(test))
+        if number is None:
+            number = self._place(config, test)
+        else:
+            self.tests[number] += 1
+        return number
+
+    def _place(self, config: pytest.Config, test: GatedTest) -> int:
+        need = self._need_of.get(id(test))
+        if need is None:
+            need = self._need_of[id(test)] = Need(test.specs, (_with_estimates(config, test),), test.takes_all)
+        if not test.loads or not test.specs:
+            return self._add(need)
+        number = self._shared.get(test.specs[0])
+        if number is None:
+            number = self._shared[test.specs[0]] = self._add(need)
+        else:
+            known = self.needs[number]
+            new = [asked for asked in need.requirements if asked not in known.requirements]
+            self.needs[number] = Need(known.specs, (*known.requirements, *new), takes_all=known.takes_all or need.takes_all)
+            self.tests[number] += 1
+        self._number_of[id(test)] = number
+        return number
+
+    def _add(self, need: Need) -> int:
+        self.needs.append(need)
+        self.tests.append(1)
+        return len(self.needs) - 1
+
+
+def _with_estimates(config: pytest.Config, test: GatedTest) -> Requirements:
     """What a test asks for, and what an engine that places its model itself needs (``pytest_vlmgpu_estimate``)."""
-    asked = [item.config.hook.pytest_vlmgpu_estimate(config=item.config, spec=spec) for spec in test.specs]
+    asked = [config.hook.pytest_vlmgpu_estimate(config=config, spec=spec) for spec in test.specs]
     needs = [Requirements(gpus=one.gpus, vram_bytes=one.vram_bytes) for one in asked if one is not None]
     return Requirements.strictest([test.requirements, *needs]) if needs else test.requirements
 

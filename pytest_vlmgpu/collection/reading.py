@@ -5,31 +5,57 @@ Suites of thousands of tests carry the same few markers, and collection is what 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import markers
-from ..declare import GATED_FIXTURES, MARKER_PREFIXES
+from ..concern import GATED_FIXTURES
 from ..requirements import GatedTest, Requirements, WatchedTest
+from ..state import gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pytest
 
+    from ..concern import Ours
     from ..requirements import VlmSpec
-    from .aliases import Alias
 
 FIXTURES_MODULE = "pytest_vlmgpu.fixtures"
+GATE_FIXTURE = "_vlm_gate"
+WATCH_FIXTURE = "_vlm_watch"
 _RUN_TIME = frozenset({"vlm_factory", "vlm_device"})
 """Fixtures that ask for GPUs when they are used."""
+_TAKES_ALL = frozenset({"vlm_gpus", "vlm_factory"})
+"""Fixtures whose tests may use every GPU of the run; which models the latter loads is not known before it runs."""
+
+
+class Examined(NamedTuple):
+    """What one test asks for; the same object for all tests of a collector that ask for the same."""
+
+    marks: int
+    """Markers of the test's own that were read: a hook may add others later."""
+    gated: GatedTest | None = None
+    watched: WatchedTest | None = None
+    model: VlmSpec | None = None
+    """What it loads."""
+    callspec: Any = None
+    """What pytest reads of a parameter, for a test with a model and no parameters."""
+
+    @property
+    def runs_before_loads(self) -> bool:
+        """True when it needs free memory and loads nothing: it runs before the first model takes it."""
+        test = self.gated
+        return test is not None and not test.loads and bool(test.requirements.needs_memory or test.specs)
 
 
 class Reading:
-    """What a test asks for, as far as markers and fixtures say; shared by all tests that say the same."""
+    """What markers and fixtures say, without the parameters of a test."""
 
-    def __init__(self, item: pytest.Function, used: frozenset[str]) -> None:
+    def __init__(self, item: pytest.Function, used: frozenset[str], marks: int) -> None:
         limit_bytes, mutates = markers.read_limit(item, item.nodeid), markers.may_mutate(item, item.nodeid)
         requirements = markers.read_requirements(item, item.nodeid)
+        self._marks = marks
         self.loads = "vlm" in used
         uses_factory = not _RUN_TIME.isdisjoint(used)
         is_metered = limit_bytes is not None or "vlm_vram" in used
@@ -39,63 +65,125 @@ class Reading:
         is_theirs = not is_ours and ("vlm" in item.fixturenames or "vlm" in markers.registered(item.config))
         self.named: tuple[VlmSpec, ...] = () if is_theirs else markers.read_models(item, item.nodeid)
         self.requirements = Requirements.strictest(requirements)
-        self.wants_gpus = bool(requirements) or "vlm_gpus" in used
-        self.is_gated = bool(self.wants_gpus or self.named or self.loads or uses_factory)
+        self._wants_gpus = bool(requirements) or "vlm_gpus" in used
+        self._takes_all = not _TAKES_ALL.isdisjoint(used)
+        self.is_gated = bool(self._wants_gpus or self.named or self.loads or uses_factory)
         self.watched: WatchedTest | None = None
         if self.loads or uses_factory or is_metered:
             self.watched = WatchedTest(self.loads, mutates, limit_bytes, self.requirements.vram_bytes)
-        self.callspecs: dict[VlmSpec, Any] = {}
-        """Model to what pytest reads of a parameter; nobody writes into it."""
-        self._tests: dict[tuple[VlmSpec, ...], GatedTest] = {}
+        self._known: dict[VlmSpec | None, Examined] = {}
 
-    def test(self, specs: tuple[VlmSpec, ...]) -> GatedTest:
-        """The gated test with these models; the same object each time, which makes grouping quick."""
-        test = self._tests.get(specs)
-        if test is None:
-            test = self._tests[specs] = GatedTest(specs, self.requirements, self.wants_gpus, self.loads)
-        return test
+    def examined(self, item: Any) -> Examined:
+        """The record of a test.
+
+        Raises:
+            pytest.Collector.CollectError: It names several models, and cannot run with each.
+        """
+        model = self._model_of(item) if self.loads else None
+        known = self._known.get(model)
+        if known is None:
+            known = self._known[model] = self._examine(item, model)
+        return known
+
+    def _examine(self, item: Any, model: VlmSpec | None) -> Examined:
+        if not self.is_gated:
+            return Examined(self._marks, None, self.watched)
+        specs = self.named
+        if self.loads:
+            specs = () if model is None else (model,)
+        test = GatedTest(specs, self.requirements, self._wants_gpus, self.loads, self._takes_all)
+        return Examined(self._marks, test, self.watched, model, None if model is None else _callspec(item, model))
+
+    def _model_of(self, item: Any) -> VlmSpec | None:
+        """The model of a test: that of its parameter, its marker or ``--vlm-model``."""
+        callspec: Any = getattr(item, "callspec", None)
+        is_given = callspec is not None and "vlm" in callspec.params
+        parameter = callspec.params["vlm"] if is_given else None
+        if not is_given and len(self.named) == 1:
+            return self.named[0]
+        if self.named and parameter not in self.named and not is_parametrized_by_user(item):
+            raise self._several_models(item)
+        spec = gate_of(item.config).spec_from(parameter)
+        if spec is not None and spec.min_gpus != self.requirements.gpus:
+            return spec.spread_over(self.requirements.gpus)
+        return spec
+
+    def _several_models(self, item: Any) -> pytest.Collector.CollectError:
+        if getattr(item, "nofuncargs", False):
+            return markers.wrong(
+                f"{item.nodeid}: @pytest.mark.vlm names {len(self.named)} models, and tests of a unittest.TestCase run "
+                "once: name one, and make a subclass for each other model."
+            )
+        if not hasattr(item, "callspec"):
+            return markers.wrong(
+                f"{item.nodeid}: @pytest.mark.vlm names {len(self.named)} models, and a hook that adds it to a "
+                "collected test can name one: write it in the module, or as pytestmark."
+            )
+        return markers.wrong(
+            f"{item.nodeid}: a marker on a parameter names one model, and none where the test function names its own: this "
+            "test would have several."
+        )
 
 
-class _Key(NamedTuple):
-    parent: int
-    """Identity of the module or class, which lives as long as the readings."""
-    marks: tuple[tuple[str, str, str], ...]
-    used: frozenset[str]
-    has_fixture_vlm: bool
+class Entry(NamedTuple):
+    """What is the same for all tests of a collector with the same markers and fixtures."""
+
+    reading: Reading
+    fixturenames: list[str] | None
+    """Those of the test with ours among them, to be copied; ``None`` where the test is none of ours."""
+    examined: Examined | None
+    """``None`` where it depends on the test's parameters."""
 
 
 class Readings:
     """The readings of the tests of one collector.
 
     Args:
-        aliases: Markers that stand for ours.
+        ours: Tells which markers are to be read.
     """
 
-    def __init__(self, aliases: dict[str, Alias]) -> None:
-        self._aliases = aliases
-        self._known: dict[_Key, Reading] = {}
+    def __init__(self, ours: Ours) -> None:
+        self._ours = ours
+        # Identities in the keys live as long as the collector's tests, and these longer than this object.
+        self._entries: dict[tuple[Any, ...], Entry] = {}
+        self._readings: dict[tuple[Any, ...], Reading] = {}
 
-    def of(self, item: pytest.Function) -> Reading:
+    def of(self, item: Any) -> Entry:
         """Read what a test asks for, or remember.
 
         Raises:
             pytest.Collector.CollectError: A marker is wrong.
         """
+        marks = []
+        has_own_setup = has_parameters = "callspec" in item.__dict__
+        for mark in item.own_markers:
+            name = mark.name
+            if self._ours[name]:
+                marks.append((name, repr(mark.args), repr(mark.kwargs)))
+            elif name == "usefixtures":
+                has_own_setup = True
+        info = item._fixtureinfo
+        fixtures = info if has_own_setup else (info.argnames, *item.fixturenames)
+        key = (id(item.parent), id(info) if has_own_setup else fixtures, *marks)
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = self._read(item, marks, has_parameters)
+        return entry
+
+    def _read(self, item: Any, marks: Sequence[tuple[str, str, str]], has_parameters: bool) -> Entry:
         names = item.fixturenames
         near = GATED_FIXTURES.intersection(names)
-        used = frozenset(name for name in near if uses(item, names, name)) if near else near
-        marks = tuple(
-            [
-                (mark.name, repr(mark.args), repr(mark.kwargs))
-                for mark in item.own_markers
-                if mark.name.startswith(MARKER_PREFIXES) or mark.name in self._aliases
-            ]
-        )
-        key = _Key(id(item.parent), marks, used, "vlm" in near)
-        reading = self._known.get(key)
+        used = frozenset(name for name in near if uses(item, names, name))
+        key = (id(item.parent), used, "vlm" in near, *marks)
+        reading = self._readings.get(key)
         if reading is None:
-            reading = self._known[key] = Reading(item, used)
-        return reading
+            reading = self._readings[key] = Reading(item, used, len(marks))
+        own = reading.watched is not None or reading.is_gated
+        return Entry(
+            reading,
+            _with_ours(item, reading) if own else None,
+            None if has_parameters and reading.loads else reading.examined(item),
+        )
 
 
 def uses(definition: Any, fixturenames: Sequence[str], name: str) -> bool:
@@ -108,3 +196,65 @@ def uses(definition: Any, fixturenames: Sequence[str], name: str) -> bool:
         if name not in fixture.argnames:
             return False
     return False
+
+
+def is_parametrized_by_user(definition: pytest.Function) -> bool:
+    """True when a ``parametrize`` marker names ``vlm`` itself."""
+    for mark in definition.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs.get("argnames", ())
+        if "vlm" in ([name.strip() for name in names.split(",")] if isinstance(names, str) else names):
+            return True
+    return False
+
+
+def scope_of_vlm(item: Any) -> Any:
+    """In pytest's own terms."""
+    return item._fixtureinfo.name2fixturedefs["vlm"][0]._scope
+
+
+def _callspec(item: Any, spec: VlmSpec) -> Any:
+    """Give a test its model in the way of a parameter: pytest then keeps one loaded at a time.
+
+    pytest itself does this for functions, at the price of a new signature and several copies each, and not at all for
+    tests of a unittest.TestCase. What it reads of a parameter afterwards are these few attributes.
+    """
+    return SimpleNamespace(
+        params={"vlm": spec}, indices={"vlm": 0}, _arg2scope={"vlm": scope_of_vlm(item)}, _idlist=(), marks=[], id=""
+    )
+
+
+def _with_ours(item: Any, reading: Reading) -> list[str]:
+    names = list(item.fixturenames)
+    before_all = _after_session_wide_setup(item)
+    if reading.watched is not None:
+        names.insert(_before_own_fixtures(item), WATCH_FIXTURE)
+    if reading.is_gated:
+        names.insert(before_all, GATE_FIXTURE)
+    return names
+
+
+def _before_own_fixtures(item: Any) -> int:
+    """Position of the first fixture that is set up for this test alone.
+
+    What wider fixtures do to the shared model belongs to all their tests; what these do is the test's own.
+    """
+    definitions = item._fixtureinfo.name2fixturedefs
+    for index, name in enumerate(item.fixturenames):
+        if name in definitions and definitions[name][-1].scope == "function":
+            return index
+    return len(item.fixturenames)
+
+
+def _after_session_wide_setup(item: Any) -> int:
+    """Position behind the session's autouse fixtures, which may set what the gate reads (a model cache, say).
+
+    All other fixtures come behind the gate: they may need the GPU that is not there.
+    """
+    info = item._fixtureinfo
+    requested = {*info.argnames, *(name for mark in item.iter_markers("usefixtures") for name in mark.args)}
+    position = 0
+    for index, name in enumerate(item.fixturenames, start=1):
+        is_autouse = name in info.initialnames and name not in requested
+        if is_autouse and name in info.name2fixturedefs and info.name2fixturedefs[name][-1].scope == "session":
+            position = index
+    return position

@@ -1,0 +1,87 @@
+"""Is a test any concern of ours? Small and quick: it is asked of each test of each project."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from .state import OURS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+MARKER_PREFIXES = ("vlm", "vml")
+"""What a marker of ours begins with, typed right or wrong."""
+GATED_FIXTURES = frozenset({"vlm", "vlm_gpus", "vlm_factory", "vlm_vram", "vlm_device"})
+"""Fixtures that make a test a gated one, or one whose memory is measured."""
+_SEVERAL: pytest.StashKey[bool] = pytest.StashKey()
+"""Of a module or class: its markers, and those of what it is in, may name more than one model."""
+
+
+class Ours(dict[str, bool]):
+    """Name of a marker to whether it looks like one of ours, typed right or wrong, or stands for one.
+
+    Args:
+        aliases: Markers of the project that stand for ours.
+    """
+
+    def __init__(self, aliases: Iterable[str] = ()) -> None:
+        super().__init__(dict.fromkeys(aliases, True))
+        self.aliases = frozenset(self)
+
+    def __missing__(self, name: str) -> bool:
+        is_ours = self[name] = name.startswith(MARKER_PREFIXES)
+        return is_ours
+
+
+def may_be_gated(collector: pytest.Collector, items: Sequence[pytest.Function], ours: Ours) -> list[pytest.Function]:
+    """Those of a collector's tests that use a fixture of ours, or a marker that looks like one of ours or stands for one.
+
+    Markers of the collector and of what it is in are looked at once for all its tests: most projects have none.
+    """
+    if any(ours[mark.name] for mark in collector.iter_markers()):
+        return list(items)
+    found = []
+    for item in items:
+        for mark in item.own_markers if item.parent is collector else item.iter_markers():
+            if ours[mark.name]:
+                found.append(item)
+                break
+        else:
+            if not GATED_FIXTURES.isdisjoint(item.fixturenames):
+                found.append(item)
+    return found
+
+
+def are_marked(items: Iterable[pytest.Item], ours: Ours) -> bool:
+    """True when any of these tests, or what it is in, has a marker that is one of ours."""
+    parent = None
+    for item in items:
+        for mark in item.own_markers:
+            if ours[mark.name]:
+                return True
+        if item.parent is not parent:
+            parent = item.parent
+            if parent is not None and any(ours[mark.name] for mark in parent.iter_markers()):
+                return True
+    return False
+
+
+def may_name_several(metafunc: pytest.Metafunc) -> bool:
+    """False where no marker can name more than one model; cheap, as it is asked of every test with the fixture."""
+    definition, aliases = metafunc.definition, metafunc.config.stash[OURS].aliases
+    names = 0
+    for mark in definition.own_markers:
+        if mark.name == "vlm":
+            names += len(mark.args)
+        elif mark.name in aliases:
+            return True
+    parent = definition.parent
+    if names or parent is None:
+        return names > 1
+    if _SEVERAL not in parent.stash:
+        marks = list(parent.iter_markers())
+        above = sum(len(mark.args) for mark in marks if mark.name == "vlm")
+        parent.stash[_SEVERAL] = above > 1 or any(mark.name in aliases for mark in marks)
+    return parent.stash[_SEVERAL]
