@@ -24,6 +24,8 @@ from vlm_doctor.sources.model_profile import build_profile
 
 PURE = (
     "checkpoint",
+    "image_bounds",
+    "image_files",
     "image_rule",
     "layer_caches",
     "model_profile",
