@@ -405,10 +405,16 @@ def image_processor(case: Case) -> Any:
 
     for name in (case.images, f"{case.images}Pil", f"{case.images}Fast"):
         try:
-            return getattr(transformers, name)(**case.settings)
+            made = getattr(transformers, name)(**case.settings)
         except (AttributeError, ImportError, RuntimeError):
             continue
+        if type(made).__name__ not in _BROKEN:
+            return made
     raise LookupError(f"{case.images} needs torchvision, or is not in this version of transformers")
+
+
+_BROKEN = ("FuyuImageProcessorPil",)
+"""Handed a tensor, it calls numpy's ``transpose`` on it (transformers 5.23)."""
 
 
 def processor(case: Case, images: Any) -> Any:
@@ -445,8 +451,10 @@ def processor(case: Case, images: Any) -> Any:
         ProcessorMixin.__init__ = kept
 
 
-def run(around: Any, patch: int, height: int, width: int, count: int = 1) -> tuple[int, int, int]:
+def run(around: Any, patch: int, height: int, width: int, count: int = 1) -> tuple[int | None, int, int]:
     """Tokens, runs of patches and patches in the largest run of the last of ``count`` images of one prompt.
+
+    Processors of transformers 4.57 write the whole prompt at once: of them only what the tower sees is told.
 
     Args:
         around: The processor.
@@ -461,7 +469,10 @@ def run(around: Any, patch: int, height: int, width: int, count: int = 1) -> tup
     from PIL import Image
 
     pictures = [Image.new("RGB", (width, height), (90, 120, 150)) for _ in range(count)]
-    settings = {**getattr(type(around), "images_kwargs", {}), "return_tensors": "pt"}
+    settings = {**defaults(around), "return_tensors": "pt"}
+    if not hasattr(around, "_process_images"):
+        sequences, patches = seen(around.image_processor(pictures, **settings), patch)
+        return None, sequences // count, patches
     if "use_image_special_tokens" in inspect.signature(around._process_images).parameters:
         settings["use_image_special_tokens"] = True
     is_nested = type(around).__name__ in _NESTED
@@ -473,6 +484,23 @@ def run(around: Any, patch: int, height: int, width: int, count: int = 1) -> tup
             text = text.replace(getattr(type(around), name), f"<{name}>")
     sequences, patches = seen(inputs, patch)
     return len(words(text)), sequences // count, patches
+
+
+def defaults(around: Any) -> dict[str, Any]:
+    """What a processor asks of its image processor, whatever the file of that says."""
+    found = getattr(type(around), "images_kwargs", None)
+    if found is None:
+        kinds = vars(importlib.import_module(type(around).__module__)).values()
+        asked = (getattr(kind, "_defaults", {}).get("images_kwargs", {}) for kind in kinds if isinstance(kind, type))
+        found = next((settings for settings in asked if settings), {})
+    asked = {key: value for key, value in found.items() if key not in _OF_PROCESSORS}
+    if type(around).__name__ == "PixtralProcessor" and not hasattr(around, "_process_images"):
+        asked["patch_size"] = around.patch_size * around.spatial_merge_size
+    return asked
+
+
+_OF_PROCESSORS = ("num_image_tokens", "multi_page", "ratio", "image_area")
+"""Of what processors of 4.57 ask, what their image processors do not take."""
 
 
 _NESTED = {"Idefics3Processor", "SmolVLMProcessor", "LlavaOnevisionProcessor", "MllamaProcessor"}
@@ -547,12 +575,12 @@ _USELESS = {"image_mean", "image_std", "resample", "rescale_factor", "do_rescale
             "background_color", "high_res_image_mean", "high_res_image_std", "high_res_resample"}  # fmt: skip
 
 
-def counts(around: Any, patch: int) -> list[list[int]]:
+def counts(around: Any, patch: int) -> list[list[int | None]]:
     """Height, width, tokens, runs and patches of every size that the processor takes."""
     return [[height, width, *found] for height, width in SIZES if (found := taken(around, patch, height, width))]
 
 
-def taken(around: Any, patch: int, height: int, width: int) -> tuple[int, int, int] | None:
+def taken(around: Any, patch: int, height: int, width: int) -> tuple[int | None, int, int] | None:
     """As :func:`run`; ``None`` for a size that the processor refuses."""
     try:
         return run(around, patch, height, width)
@@ -570,7 +598,7 @@ def planned(around: Any, sizes: Iterable[tuple[int, int]]) -> dict[tuple[int, in
     for size in sizes:
         try:
             found[size] = int(around._get_num_multimodal_tokens(image_sizes=[size])["num_image_tokens"][0])
-        except TypeError:
+        except (TypeError, AttributeError):
             return {}  # LLaVA's asks for a crop where the image processor makes none.
         except ValueError as error:
             if not _REFUSED.search(str(error)):

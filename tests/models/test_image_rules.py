@@ -34,6 +34,7 @@ IS_NEW = int(transformers.__version__.partition(".")[0]) >= 5
 
 SIZES = ((30, 500), (448, 448), (97, 31), (500, 333), (1080, 1920), (2000, 300))
 """Height and width in pixels; ``tests/doctor/model`` holds the rules against recorded counts of more."""
+DEAF = {("glm4v", True), ("idefics3", True)}
 MANY = tuple((height, width) for height in (64, 211, 640, 1333, 4096, 7000) for width in (50, 333, 720, 2160, 3841, 9001))
 """For processors that count without pixels."""
 
@@ -73,7 +74,6 @@ def load(family: str, rule: ImageRule, height: int, width: int) -> Any:
     return image_load(profile, Workload(image_height=height, image_width=width))
 
 
-@pytest.mark.skipif(not IS_NEW, reason="processors of 4.57 write the whole prompt at once")
 @pytest.mark.parametrize(("family", "case"), cases())
 def test_images_are_counted_as_the_processor_counts_them(family: str, case: image_counts.Case) -> None:
     around, rule = built(family, case)
@@ -83,7 +83,8 @@ def test_images_are_counted_as_the_processor_counts_them(family: str, case: imag
             continue
         tokens, sequences, patches = real
         ours = load(family, rule, height, width)
-        assert 0 <= ours.tokens - tokens - case.outside <= case.spare, (height, width)
+        if tokens is not None:
+            assert 0 <= ours.tokens - tokens - case.outside <= case.spare, (height, width)
         assert (ours.sequences, ours.patches - rule.extra_patches) == (sequences, patches), (height, width)
 
 
@@ -91,6 +92,8 @@ def test_images_are_counted_as_the_processor_counts_them(family: str, case: imag
 def test_images_are_counted_as_the_processor_plans_them(family: str, case: image_counts.Case) -> None:
     around, rule = built(family, case)
     planned = image_counts.planned(around, MANY)
+    if not IS_NEW and (family, bool(case.settings)) in DEAF:
+        pytest.skip("4.57 plans without the settings of its own image processor")
     if not planned:
         pytest.skip(f"{case.processor} counts no images without pixels")
     gaps = {load(family, rule, *size).tokens - tokens for size, tokens in planned.items()}
