@@ -19,6 +19,8 @@ _MODES = {"4x": 2, "16x": 4}
 """``downsample_mode`` of MiniCPM-V to the same."""
 _OWN_PATCHES = ("slices", "crops")
 """Methods whose tiles are measured in the patches of the processor's file."""
+_MAX_MERGE = 64
+"""Published files have 1 to 8."""
 _MAX_RATE_LETTERS = 20
 _RULE_FIELDS = frozenset(ImageRule.__struct_fields__) & frozenset(ImageConstants._fields)
 
@@ -43,7 +45,7 @@ def image_rule(
     patch = _patch(constants, files, tower_patch)
     if not patch:
         return None
-    merge = 2 if has_conv else _merge(constants, files, patch)
+    merge = 2 if has_conv else _merge(constants, files)
     said = files.counted(constants.token_keys) or constants.view_tokens
     fields: dict[str, Any] = {name: getattr(constants, name) for name in _RULE_FIELDS}
     fields |= {"patch": patch, "merge": merge, "view_tokens": said}
@@ -68,7 +70,7 @@ def _patch(constants: ImageConstants, files: ImageFiles, tower: int | None) -> i
     return tower or said or constants.patch
 
 
-def _merge(constants: ImageConstants, files: ImageFiles, patch: int) -> int:
+def _merge(constants: ImageConstants, files: ImageFiles) -> int:
     """Patches along the edge of the square that becomes one token, under the families' names for it."""
     mode = files.word("downsample_mode")
     if isinstance(mode, str) and mode in _MODES:
@@ -78,7 +80,7 @@ def _merge(constants: ImageConstants, files: ImageFiles, patch: int) -> int:
         if isinstance(value, float) and 0.05 < value < 1:
             return round(1 / value)  # InternVL: 0.5
         number = number_of(int(value) if isinstance(value, float) and value.is_integer() else value)
-        if number and number * patch < MAX_NUMBER:
+        if number and number <= _MAX_MERGE:
             return number
     return constants.merge or 1
 
