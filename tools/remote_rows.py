@@ -73,7 +73,7 @@ def _word(entry: dict[str, Any]) -> str:
 def _row(row: dict[str, Any]) -> str:
     family = _FAMILY.get(row["family"], row["family"])
     rule = IMAGE_RULES.get(family)
-    kind = "assumed" if rule is None else f"{rule.kind}, at most" if rule.is_always_full else rule.kind
+    kind = "assumed" if rule is None else f"{rule.kind}, at most" if rule.is_bound else rule.kind
     return f"| `{row['family']}` | {row['architecture']} | {' | '.join(row[name] for name in _MAPS)} | {kind} |\n"
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 
 import msgspec
 
 from ..data.activations import CROSS_ATTENTION
 from ..model import ImageRule, ModelProfile
 from ..workload import Workload
+from .image_sizes import CELLS, cell, rounded, unit
+from .image_tiles import GRIDS, WHOLE, Grid, best_pinpoint, grids
 
 _ANY_SIZE = 1008
 """Edge in pixels where a model takes any size and the workload names none (see ``Workload.image_height``)."""
@@ -24,7 +28,7 @@ class ImageLoad(msgspec.Struct, frozen=True, kw_only=True):
     sequences: int
     """Runs of patches that attend to each other: one an image, or one a tile."""
     patches: int
-    """Patches in each of them."""
+    """Patches in each of them; in the largest where they differ."""
     patch: int
     """Pixels along a patch's edge; 0 when there are no images."""
     note: str | None = None
@@ -54,8 +58,12 @@ def image_load(profile: ModelProfile, workload: Workload) -> ImageLoad:
     if rule is None:
         return msgspec.structs.replace(NO_IMAGES, note="The model takes no images; those of the workload are left out.")
     unknown = "" if profile.image else ", one token a patch since the model's image rule is unknown"
-    one = {"fixed": _fixed, "merge": _merge, "tiles": _tiles}[rule.kind](rule, workload)
-    note = f"{one.note}: {one.tokens:,} tokens each{unknown}."
+    if rule.is_single_cut and workload.images > 1:
+        rule = _uncut(rule)
+    is_sized = bool(workload.image_height or workload.image_width)
+    one = _one(rule, *image_edges(rule, workload)) if is_sized or rule.kind != "tiles" else _most(rule)
+    bound = "at most " if rule.is_bound else ""
+    note = f"{one.note}: {bound}{one.tokens:,} tokens each{unknown}."
     tokens = one.tokens * workload.images
     return msgspec.structs.replace(
         one,
@@ -74,70 +82,176 @@ def image_edges(rule: ImageRule, workload: Workload) -> tuple[int, int]:
     )
 
 
-def _fixed(rule: ImageRule, workload: Workload) -> ImageLoad:  # noqa: ARG001 - one shape for all rules
-    """Every image is resized to ``size``, whatever it was."""
+def _uncut(rule: ImageRule) -> ImageRule:
+    """LLaVA-OneVision pads each of several images to a square; a newline token ends it."""
+    return msgspec.structs.replace(rule, kind="fixed", extra_tokens=rule.extra_tokens + 1)
+
+
+@lru_cache(maxsize=512)
+def _one(rule: ImageRule, height: int, width: int) -> ImageLoad:
+    """One image of a size in pixels."""
+    if rule.kind == "tiles":
+        return _in_tiles(rule, height, width)
+    if rule.kind == "fixed":
+        return _whole(rule, rule.size)
+    return _in_cells(rule, height, width)
+
+
+@lru_cache(maxsize=64)
+def _most(rule: ImageRule) -> ImageLoad:
+    """Of the sizes that just fill a grid of tiles, the one with the most tokens."""
+    return max((_one(rule, *edges) for edges in _full_grids(rule)), key=lambda load: (load.tokens, load.sequences))
+
+
+def _full_grids(rule: ImageRule) -> Iterator[tuple[int, int]]:
+    yield rule.size, rule.size
+    yield from rule.pinpoints
+    longest = math.ceil(rule.max_height / rule.size) if rule.method in ("longest_edge", "windows") else 0
+    if longest:
+        yield longest * rule.size, longest * rule.size
+        return
+    for columns, rows in grids(1, rule.max_tiles, rule.longest_grid):
+        yield rows * rule.size, columns * rule.size
+
+
+def _patches(rule: ImageRule, size: int) -> int:
+    """Of a square in the tower."""
+    return rule.view_patches or (size // rule.patch) ** 2 + rule.extra_patches
+
+
+def _tokens(rule: ImageRule, size: int) -> int:
+    """Of a square in the prompt."""
+    return (size // rule.patch // rule.merge) ** 2 if rule.view_tokens is None else rule.view_tokens
+
+
+def _whole(rule: ImageRule, size: int) -> ImageLoad:
+    """An image that is resized to a square, whatever it was."""
     return ImageLoad(
-        tokens=(rule.size // rule.patch // rule.merge) ** 2 + rule.extra_tokens,
+        tokens=_tokens(rule, size) + rule.extra_tokens,
         sequences=1,
-        patches=(rule.size // rule.patch) ** 2 + rule.extra_patches,
+        patches=_patches(rule, size),
         patch=rule.patch,
-        note=f"Images are resized to {rule.size} x {rule.size} pixels",
+        note=f"Images are resized to {size} x {size} pixels",
     )
 
 
-def _merge(rule: ImageRule, workload: Workload) -> ImageLoad:
-    """Any size, rounded to whole tokens and kept between the processor's bounds on height x width."""
-    rows, columns = _grid(rule, *image_edges(rule, workload))
-    edge = rule.patch * rule.merge
+def _in_cells(rule: ImageRule, height: int, width: int) -> ImageLoad:
+    """An image that keeps its shape, in whole tokens."""
+    high, wide = (count * unit(rule) for count in CELLS[rule.method](rule, height, width))
+    rows, columns = high // cell(rule), wide // cell(rule)
     return ImageLoad(
-        tokens=rows * columns + rule.extra_tokens,
+        tokens=rows * (columns + rule.row_tokens) + rule.extra_tokens,
         sequences=1,
-        patches=rows * columns * rule.merge**2 + rule.extra_patches,
+        patches=rule.view_patches or (high // rule.patch) * (wide // rule.patch) + rule.extra_patches,
         patch=rule.patch,
-        note=f"Images of {rows * edge} x {columns * edge} pixels (height x width)",
+        note=f"Images of {high} x {wide} pixels (height x width)",
     )
 
 
-def _grid(rule: ImageRule, height: int, width: int) -> tuple[int, int]:
-    """Tokens along height and width. Source: the resize step of the Qwen2-VL and GLM-4.1V image processors."""
-    edge = rule.patch * rule.merge
-    rows, columns = max(1, round(height / edge)), max(1, round(width / edge))
-    if rule.max_pixels and rows * columns * edge**2 > rule.max_pixels:
-        shrink = math.sqrt(height * width / rule.max_pixels)
-        return max(1, math.floor(height / shrink / edge)), max(1, math.floor(width / shrink / edge))
-    if rule.min_pixels and rows * columns * edge**2 < rule.min_pixels:
-        grow = math.sqrt(rule.min_pixels / (height * width))
-        return math.ceil(height * grow / edge), math.ceil(width * grow / edge)
-    return rows, columns
-
-
-def _tiles(rule: ImageRule, workload: Workload) -> ImageLoad:
-    """Cut into the grid of squares nearest in shape, plus a thumbnail; without a size, as many as there can be."""
-    is_sized = (workload.image_height or workload.image_width) and not rule.is_always_full
-    tiles = _tile_count(rule, *image_edges(rule, workload)) if is_sized else rule.max_tiles
-    shown = tiles + (1 if rule.has_thumbnail and tiles > 1 else 0)
+def _in_tiles(rule: ImageRule, height: int, width: int) -> ImageLoad:
+    """An image in squares, the whole one beside them where the family shows it."""
+    rows, columns = GRIDS[rule.method](rule, height, width) if max(height, width) > rule.cut_above else WHOLE
+    if rows * columns == 1 and not rule.is_whole_always:
+        rows, columns = WHOLE
+    tokens = TOKENS.get(rule.method, _usual)(rule, (rows, columns), height, width) + rule.extra_tokens
+    whole_size = rule.whole_size or rule.size
+    patches = max(_patches(rule, rule.size), _patches(rule, whole_size)) if rows else _patches(rule, whole_size)
+    if rule.method == "slices":
+        patches = max(_slices(rule, (rows, columns), height, width)) * rule.merge**2
+    if not rows:
+        return msgspec.structs.replace(_whole(rule, whole_size), tokens=tokens, patches=patches)
+    shown = rows * columns + rule.has_thumbnail
     return ImageLoad(
-        tokens=shown * (rule.size // rule.patch // rule.merge) ** 2 + rule.extra_tokens,
+        tokens=tokens,
         sequences=shown,
-        patches=(rule.size // rule.patch) ** 2 + rule.extra_patches,
+        patches=patches,
         patch=rule.patch,
-        note=f"Images are cut into {shown} tiles of {rule.size} x {rule.size} pixels",
+        note=f"Images are cut into {shown} tiles of {rule.size} x {rule.size} pixels"
+        if whole_size == rule.size
+        else f"Images are cut into {shown - 1} tiles of {rule.size} x {rule.size} pixels beside the whole",
     )
 
 
-def _tile_count(rule: ImageRule, height: int, width: int) -> int:
-    """Tiles of the grid whose shape is nearest to the image's; the larger grid when the image has pixels for it.
+def _usual(rule: ImageRule, grid: Grid, height: int, width: int) -> int:  # noqa: ARG001 - one shape for all
+    """As many tokens for each tile, and those of the whole image."""
+    rows, columns = grid
+    whole = _tokens(rule, rule.whole_size or rule.size)
+    if not rows:
+        return whole
+    tiles = rows * columns * (_tokens(rule, rule.size) + rule.tile_tokens) + rows * rule.row_tokens
+    return tiles + rule.split_tokens + (whole if rule.has_thumbnail else 0)
 
-    Source: ``dynamic_preprocess`` of InternVL-Chat and ``get_optimal_tiled_canvas`` of transformers' GotOcr2 processor.
-    """
-    grids = sorted(
-        {(i, j) for i in range(1, rule.max_tiles + 1) for j in range(1, rule.max_tiles + 1) if i * j <= rule.max_tiles},
-        key=lambda grid: grid[0] * grid[1],
-    )
-    best, best_gap = (1, 1), math.inf
-    for columns, rows in grids:
-        gap = abs(width / height - columns / rows)
-        has_pixels = height * width > rule.size**2 * columns * rows / 2
-        if gap < best_gap or (gap == best_gap and has_pixels):
-            best, best_gap = (columns, rows), gap
-    return best[0] * best[1]
+
+def _of_pinpoint(rule: ImageRule, grid: Grid, height: int, width: int) -> int:  # noqa: ARG001 - one shape for all
+    """Tiles without their padding, a newline token behind each row. Source: processing_llava_next.py, _onevision.py."""
+    edge = math.isqrt(_tokens(rule, rule.size))
+    most_height, most_width = best_pinpoint(rule.pinpoints, height, width)
+    high, wide = edge * (most_height // rule.size), edge * (most_width // rule.size)
+    if width / height > wide / high:
+        high -= (high - int(round(height * (wide / width), 7))) // 2 * 2
+    else:
+        wide -= (wide - int(round(width * (high / height), 7))) // 2 * 2
+    if rule.max_patches:
+        # LLaVA-OneVision scales the features of more than ``anyres_max_9`` tiles down.
+        ratio = math.sqrt(high * wide / (rule.max_patches * edge**2))
+        if ratio > 1.1:
+            high, wide = int(high // ratio), int(wide // ratio)
+    return high * wide + high + edge**2
+
+
+def _of_lines(rule: ImageRule, grid: Grid, height: int, width: int) -> int:  # noqa: ARG001 - one shape for all
+    """A newline behind each row of tokens, of the tiles together and of the whole. Source: processing_unlimited_ocr.py."""
+    whole, tile = (math.isqrt(_tokens(rule, size)) for size in (rule.whole_size, rule.size))
+    rows, columns = grid
+    return whole * (whole + 1) + rows * tile * (columns * tile + 1)
+
+
+def _of_crops(rule: ImageRule, grid: Grid, height: int, width: int) -> int:  # noqa: ARG001 - one shape for all
+    """A column token behind each row: of the whole image, and of the crops without what they share. Source: Molmo 2."""
+    window, edge = rule.size - rule.margin, math.ceil(rule.size // rule.patch / rule.merge)
+    rows, columns = (math.ceil((count * window + rule.margin) // rule.patch / rule.merge) for count in grid)
+    return edge * (edge + rule.row_tokens) + rows * (columns + rule.row_tokens)
+
+
+def _of_slices(rule: ImageRule, grid: Grid, height: int, width: int) -> int:
+    """The whole image and its slices at their own sizes, a newline between rows. Source: processing_minicpmv4_6.py."""
+    rows, columns = grid
+    whole, one = _slices(rule, grid, height, width)
+    return whole + rows * columns * (one + rule.tile_tokens) + max(0, rows - 1)
+
+
+def _slices(rule: ImageRule, grid: Grid, height: int, width: int) -> tuple[int, int]:
+    """Tokens of the whole image and of one slice; 0 when there are none."""
+    rows, columns = grid
+    whole = _slice(rule, height, width)
+    if not rows:
+        return whole, 0
+    high, wide = (max(round(edge / count), 1) for edge, count in ((height, rows), (width, columns)))
+    return whole, _slice(rule, high, wide)
+
+
+def _slice(rule: ImageRule, height: int, width: int) -> int:
+    """Scaled to about the area of a square, in whole tokens. Source: ``find_best_resize`` of MiniCPM-V 4.6."""
+    shape = width / height
+    high = int(rule.size / math.sqrt(shape))
+    wide = int(high * shape)
+    return max(1, round(high / cell(rule))) * max(1, round(wide / cell(rule)))
+
+
+def _of_any_size(rule: ImageRule, grid: Grid, height: int, width: int) -> int:
+    """Tiles beside a whole image that keeps its shape; one without tiles where it is small. Source: LFM2-VL."""
+    rows, columns = rounded(rule, height, width, least=1)
+    tiles = grid[0] * grid[1]
+    if not tiles:
+        return rows * columns
+    return (rows * columns + rule.split_tokens) * rule.has_thumbnail + tiles * (_tokens(rule, rule.size) + rule.tile_tokens)
+
+
+TOKENS: Mapping[str, Callable[[ImageRule, Grid, int, int], int]] = {
+    "any_size": _of_any_size,
+    "crops": _of_crops,
+    "lines": _of_lines,
+    "pinpoint": _of_pinpoint,
+    "slices": _of_slices,
+}
+"""``ImageRule.method`` of ``tiles`` whose tokens are not those of a number of like squares, ``extra_tokens`` left out."""

@@ -70,10 +70,12 @@ class Checkpoint(NamedTuple):
     files: tuple[str, ...] = ()
     """Safetensors files that the headers were read from; empty for a catalogue entry."""
     processor: Mapping[str, Any] | None = None
-    """preprocessor_config.json, where there is one."""
+    """preprocessor_config.json, or the part of processor_config.json about images; ``None`` where there is neither."""
     notes: tuple[str, ...] = ()
     """What the reader of the files assumed, for the user."""
     shared: Mapping[str, str] = {}
     """Name of a tensor that is the same memory as another, to that one's; only files of ``torch.save`` say so."""
     broken_calls: tuple[str, ...] | None = None
     """What code beside it relies on (``data/removed_calls.py``); ``None`` where there is no code."""
+    prompts: Mapping[str, Any] = {}
+    """processor_config.json without its parts: what counts the tokens of images in a prompt."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ModelFileError, ModelNotFoundError
 from .checkpoint import Checkpoint, StoredTensor
+from .image_files import processor_settings
 from .safetensors_headers import read_header
 
 CONFIG = "config.json"
@@ -60,7 +61,8 @@ def _read(folder: Path) -> Checkpoint:
     if not shards:
         return _read_torch_files(folder, config)
     tensors = join_shards({shard: read_header(folder / shard) for shard in shards})
-    return Checkpoint(config, tensors, tuple(shards), _processor(folder), tuple(notes))
+    images, prompts = processor_settings(*(_settings(folder / name) for name in PROCESSORS))
+    return Checkpoint(config, tensors, tuple(shards), images, tuple(notes), prompts=prompts)
 
 
 def _calls(folder: Path) -> tuple[str, ...] | None:
@@ -78,7 +80,8 @@ def _read_torch_files(folder: Path, config: dict[str, Any]) -> Checkpoint:
     files = {shard: read_torch_file(folder / shard) for shard in shards}
     tensors = join_shards({shard: file.tensors for shard, file in files.items()})
     shared = {name: first for file in files.values() for name, first in file.shared.items()}
-    return Checkpoint(config, tensors, tuple(shards), _processor(folder), shared=shared)
+    images, prompts = processor_settings(*(_settings(folder / name) for name in PROCESSORS))
+    return Checkpoint(config, tensors, tuple(shards), images, shared=shared, prompts=prompts)
 
 
 def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
@@ -174,17 +177,14 @@ def _listed(folder: Path, index: str) -> list[str]:
     return shards
 
 
-def _processor(folder: Path) -> dict[str, Any] | None:
-    """The image processor's settings; a plan does without them, so a broken file is as good as none."""
-    for name in PROCESSORS:
-        if (folder / name).is_file():
-            try:
-                settings = parse_object(_read_text(folder / name), where=name)
-            except ModelFileError:
-                continue
-            nested = settings.get("image_processor")
-            return nested if isinstance(nested, dict) else settings
-    return None
+def _settings(path: Path) -> dict[str, Any] | None:
+    """A processor's settings; a plan does without them, so a broken file is as good as none."""
+    if not path.is_file():
+        return None
+    try:
+        return parse_object(_read_text(path), where=path.name)
+    except ModelFileError:
+        return None
 
 
 def _read_text(path: Path) -> bytes:

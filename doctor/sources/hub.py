@@ -20,6 +20,7 @@ from ..errors import ModelError, ModelFileError, ModelNotFoundError
 from .checkpoint import Checkpoint, StoredTensor
 from .checkpoint_folder import CONFIG, INDEX, MAX_JSON_BYTES, PROCESSORS, SINGLE, join_shards, parse_object, shards_of_index
 from .hub_cache import HubId, HubSettings
+from .image_files import processor_settings
 from .safetensors_headers import PREFIX_BYTES, header_length, parse_header
 
 FIRST_RANGE_BYTES = 128 * 1024
@@ -59,7 +60,8 @@ def read_hub(model: HubId, settings: HubSettings) -> Checkpoint:
         shards = shards_of_index(index)
         with ThreadPoolExecutor(max_workers=CONNECTIONS) as pool:
             headers = dict(zip(shards, pool.map(session.need_header, shards), strict=True))
-    return Checkpoint(config, join_shards(headers), tuple(headers), session.processor())
+    images, prompts = processor_settings(*(session.settings(name) for name in PROCESSORS))
+    return Checkpoint(config, join_shards(headers), tuple(headers), images, prompts=prompts)
 
 
 class _SameHostToken(urllib.request.HTTPRedirectHandler):
@@ -146,11 +148,11 @@ class _Session:
                 header = self._read(response, length)
         return parse_header(header, file_bytes, length=length, where=shard)
 
-    def processor(self) -> dict[str, Any] | None:
-        """The image processor's settings; a plan does without them."""
+    def settings(self, name: str) -> dict[str, Any] | None:
+        """A processor's settings; a plan does without them."""
         try:
-            data = self.get(PROCESSORS[0])
-            return None if data is None else parse_object(data, where=PROCESSORS[0])
+            data = self.get(name)
+            return None if data is None else parse_object(data, where=name)
         except ModelError:
             return None
 

@@ -13,6 +13,7 @@ from ..errors import ModelFileError
 from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
 from .allocation_scripts import body_script, tower_script
 from .checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
+from .image_files import ImageFiles
 from .image_rule import image_rule
 from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
 from .model_units import Cut, cut_into_units
@@ -208,20 +209,21 @@ def _vision(
     notes: list[str],
 ) -> tuple[VisionShape | None, ImageRule | None]:
     """Dimensions of the tower and its processor's rule; what is unknown becomes a note."""
+    fields = vision_fields(checkpoint.config)
+    shape = vision_shape(fields, tensors, tower) if tower and fields else None
     if not tower:
         notes.append("No vision tower was recognized in the names of the tensors.")
-        return None, None
-    fields = vision_fields(checkpoint.config)
-    shape = vision_shape(fields, tensors, tower) if fields else None
-    if fields is None or shape is None:
+    elif shape is None:
         notes.append("config.json does not give the dimensions of the vision tower: its working memory is not counted.")
+    if shape is None and rules.image is None:
         return None, None
-    has_conv = f"{tower}.conv.weight" in tensors
-    rule = image_rule(rules.image or UNKNOWN, checkpoint.config, shape, fields, checkpoint.processor, has_conv=has_conv)
+    files = ImageFiles(checkpoint.config, fields, checkpoint.processor or {}, checkpoint.prompts)
+    tower_patch = shape.patch if shape else None
+    rule = image_rule(rules.image or UNKNOWN, files, tower_patch, has_conv=f"{tower}.conv.weight" in tensors)
     family = checkpoint.config.get("model_type") or "this family"
-    if rule is None:
+    if rule is None and shape is not None:
         notes.append(f"How {family} turns images into tokens is unknown: image tokens are not counted.")
-    elif rules.image is None:
+    elif rule is not None and rules.image is None:
         notes.append(
             f"How {family} turns images into tokens is assumed: each is resized to {rule.size} x {rule.size} pixels."
         )

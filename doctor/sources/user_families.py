@@ -39,6 +39,9 @@ class _Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_pixels: _Count | None = None
     max_pixels: _Count | None = None
     frames: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
+    view_tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+    row_tokens: _Count = 0
+    tile_tokens: _Count = 0
 
 
 class _Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -24,6 +24,8 @@ from vlm_doctor.sources.model_profile import build_profile
 
 PURE = (
     "checkpoint",
+    "image_bounds",
+    "image_files",
     "image_rule",
     "layer_caches",
     "model_profile",
@@ -281,9 +283,9 @@ def test_a_model_without_a_tower_is_noted() -> None:
 @pytest.mark.parametrize(
     ("family", "root", "vision", "size", "merge", "kind"),
     [
-        ("gemma3", {"mm_tokens_per_image": 256}, {"image_size": 896}, 896, 4, "fixed"),
+        ("gemma3", {"mm_tokens_per_image": 256}, {"image_size": 896}, 896, 1, "fixed"),
         ("idefics3", {"scale_factor": 2}, {"image_size": 364}, 364, 2, "tiles"),
-        ("idefics3", {"scale_factor": 2000}, {"image_size": 364}, 364, 1, "tiles"),
+        ("idefics3", {"scale_factor": 2000}, {"image_size": 364}, 364, 2, "tiles"),
         ("internvl_chat", {"downsample_ratio": 0.5}, {"image_size": 448}, 448, 2, "tiles"),
         ("internvl_chat", {"downsample_ratio": 0.5, "force_image_size": 224}, {"image_size": 448}, 224, 2, "tiles"),
         ("qwen2_vl", {}, {"spatial_merge_size": 3, "depth": 2, "num_heads": 2}, 1008, 3, "merge"),

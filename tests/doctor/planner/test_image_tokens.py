@@ -33,7 +33,7 @@ ONE_TILE = ImageRule(kind="tiles", size=448, patch=14, merge=2, max_tiles=1, has
         (QWEN2_VL, 8000, 8000, 128 * 128, 1, 256 * 256),
         (QWEN2_VL, 20, 20, 4, 1, 16),
         (QWEN2_VL, 1, 1, 4, 1, 16),
-        (QWEN2_VL, 1, 60_000, 2143, 1, 4 * 2143),
+        (QWEN2_VL, 10, 2000, 29, 1, 4 * 29),
         (INTERNVL, None, None, 13 * 256, 13, 1025),
         (INTERNVL, 448, 448, 256, 1, 1025),
         (INTERNVL, 896, 896, 5 * 256, 5, 1025),

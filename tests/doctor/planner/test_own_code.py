@@ -91,10 +91,10 @@ def test_the_cache_of_own_latent_attention_is_told_as_such() -> None:
     assert line.endswith("(its own code keeps keys and values expanded)")
 
 
-def test_a_rule_that_is_always_full_counts_every_tile_of_any_image() -> None:
-    rule = ImageRule(kind="tiles", size=336, patch=14, merge=2, max_tiles=12, has_thumbnail=True, is_always_full=True)
+def test_a_rule_without_a_grid_counts_every_tile_of_any_image() -> None:
+    rule = ImageRule(kind="tiles", size=336, patch=14, merge=2, max_tiles=12, has_thumbnail=True, method="number")
     full = msgspec.structs.replace(INTERNVL, image=rule)
-    counted = msgspec.structs.replace(INTERNVL, image=msgspec.structs.replace(rule, is_always_full=False))
+    counted = msgspec.structs.replace(INTERNVL, image=msgspec.structs.replace(rule, method=""))
     small = Workload(images=1, image_height=336, image_width=336)
 
     assert image_load(full, small).tokens == 13 * 144 == image_load(full, Workload(images=1)).tokens
