@@ -235,7 +235,8 @@ def _over(pixels: int, edge: int) -> float:
 
 def _by_number(rule: ImageRule, height: int, width: int) -> Grid:  # noqa: ARG001 - one shape for all
     """Always as many: the quarters of Idefics 2, the tiles that Llama 3.2 Vision pads each image to, a bound where it is
-    not known how many."""
+    not known how many.
+    """
     return 1, rule.max_tiles
 
 
