@@ -139,7 +139,7 @@ class Run:
             ],
             "longest_prompt_tokens": found.get("longest_prompt_tokens"),
             "notes": found["notes"],
-            "auto": {key: auto.get(key) for key in ("loads", "cut_blocks", "parted", "longest_prompt_tokens", "error")},
+            "auto": {key: auto.get(key) for key in ("fits", "cut_blocks", "parted", "longest_prompt_tokens", "verdict")},
             "stderr": done.stderr[-300:],
         }
 
