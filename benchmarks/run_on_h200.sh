@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the trial on a GPU machine from a checkout, with nothing installed and no network.
-# usage: [WHEELS=FOLDER] [OUT=FOLDER] benchmarks/run_on_h200.sh [arguments of glm4v_two_h200.py]
+# usage: [WHEELS=FOLDER] [OUT=FOLDER] [SCRIPT=true_size.py] benchmarks/run_on_h200.sh [arguments of glm4v_two_h200.py, or of SCRIPT]
 # WHEELS holds what that machine's python3 lacks (msgspec, platformdirs, ...); results go to OUT (default: trial).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,4 +15,4 @@ ln -s "$PWD/pytest_vlmgpu" "$site/pytest_vlmgpu"
 export PYTHONPATH="$site" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OUT="${OUT:-trial}"
 mkdir -p "$OUT"
-python3 benchmarks/glm4v_two_h200.py --out "$OUT" "$@" 2>&1 | tee "$OUT/trial.log"
+python3 "benchmarks/${SCRIPT:-glm4v_two_h200.py}" --out "$OUT" "$@" 2>&1 | tee "$OUT/trial.log"

@@ -10,7 +10,10 @@ from vlm_doctor.data.image_rules import IMAGE_RULES
 from vlm_doctor.data.removed_calls import BREAKS, NATIVE, PUBLISHED, Break
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "remote.json"
+OTHERS = ("remote-4.json",)
+"""Beside it, with other releases of the libraries: a line each."""
 _MAPS = ("plan", "accelerate", "auto", "quarters")
+_BAD = ("crashes", "fails", "differs")
 _FAMILY = {"cogvlm2": "cogvlm"}
 """Row to its family in the doctor's tables."""
 _HEAD = """
@@ -43,7 +46,22 @@ def section(results: dict[str, Any] | None = None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
     rows = results["rows"]
     head = _HEAD.format(versions=versions, devices=results["devices"], counts=_counts(rows))
-    return head + "".join(map(_row, rows)) + _NEEDS + "".join(_need(family) for family in sorted(PUBLISHED))
+    others = [_line(path) for path in map(RESULTS.with_name, OTHERS) if path.exists()]
+    needs = map(_need, sorted(PUBLISHED))
+    return "".join([head, *map(_row, rows), *others, _NEEDS, *needs])
+
+
+def _line(path: Path) -> str:
+    """How the same went with another release."""
+    results = json.loads(path.read_text())
+    rows = results["rows"]
+    equal = sum(row["plan"] == "equal" for row in rows)
+    theirs = [row["family"] for row in rows if any(row[name].startswith(_BAD) for name in _MAPS[1:])]
+    release = results["versions"]["transformers"]
+    return (
+        f"\nWith transformers {release} the planner's map is equal for {equal} of {len(rows)}, and a map of the libraries "
+        f"fails on {len(theirs)}.\n"
+    )
 
 
 def brief(results: dict[str, Any]) -> dict[str, Any]:
@@ -78,9 +96,8 @@ def _row(row: dict[str, Any]) -> str:
 
 
 def _counts(rows: list[dict[str, Any]]) -> str:
-    bad = ("crashes", "fails", "differs")
-    theirs = [row["family"] for row in rows if any(row[name].startswith(bad) for name in _MAPS[1:])]
-    ours = [row["family"] for row in rows if row["plan"].startswith(bad)]
+    theirs = [row["family"] for row in rows if any(row[name].startswith(_BAD) for name in _MAPS[1:])]
+    ours = [row["family"] for row in rows if row["plan"].startswith(_BAD)]
     cuts = sum(row["cuts"] for row in rows)
     return (
         f"Of {len(rows)} families the planner's map fails on {len(ours)} (all {cuts} cuts that it may make were run); a "

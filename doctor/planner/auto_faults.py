@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..data.joins import JOINS
 from ..model import ModelProfile, Registered
 from ..placement import CutBlock
 from .auto_replay import Device, Placed
@@ -36,7 +37,7 @@ def cut_blocks(items: Sequence[Registered], placed: Placed, gpus: Sequence[int])
 
 
 def parted_parameters(profile: ModelProfile, items: Sequence[Registered], placed: Placed) -> tuple[str, ...]:
-    """Bare parameters of a tower of remote code on another device than the tower's last module.
+    """Bare parameters of a tower of remote code on another device than the tower's last module, and other parted joins.
 
     Such code joins them with the tower's output (``boi`` and ``eoi`` of GLM-4V-9B and CogVLM: GLM-4#350); the classes of
     transformers itself move them first.
@@ -55,7 +56,21 @@ def parted_parameters(profile: ModelProfile, items: Sequence[Registered], placed
                 and item.unit.key.rpartition(".")[0] == unit.key
                 and placed.devices[item.unit.key] != last
             ]
-    return tuple(parted)
+    return tuple(dict.fromkeys([*parted, *_parted_joins(profile, items, placed)]))
+
+
+def _parted_joins(profile: ModelProfile, items: Sequence[Registered], placed: Placed) -> list[str]:
+    """What the family's code joins, in every revision and every call, where its two sides share no device."""
+    found = []
+    for join in JOINS.get(profile.model_type, ()):
+        one, other = (_on(items, placed, key) for key in (join.result or join.moves, join.meets))
+        if one and other and not one & other and not join.is_patched and not join.when:
+            found.append(join.moves)
+    return found
+
+
+def _on(items: Sequence[Registered], placed: Placed, key: str) -> set[Device]:
+    return {placed.devices[item.unit.key] for item in items if f"{item.unit.key}.".startswith(f"{key}.")}
 
 
 def _named(device: Device, gpus: Sequence[int]) -> str:

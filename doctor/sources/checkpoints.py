@@ -29,15 +29,18 @@ def read_checkpoints(cache: Path, transformers: Path | None) -> tuple[Checkpoint
         TimeoutError: There are so many, or the disk is so slow, that not all could be looked at.
     """
     until = time.monotonic() + _DEADLINE_S
-    broken = gone(transformers) if transformers is not None else frozenset()
+    broken: frozenset[str] | None = None
     found = []
     for folder in _repos(cache):
         if time.monotonic() > until:
             raise TimeoutError(f"not all checkpoints were looked at within {_DEADLINE_S:g} s")
         snapshot = _newest(folder)
         missing = _missing_files(folder, snapshot)
-        calls = broken_calls(snapshot) if snapshot is not None and broken else None
-        lost = tuple(name for name in calls or () if name in broken)
+        calls = broken_calls(snapshot) if snapshot is not None and transformers is not None else None
+        if calls and broken is None and transformers is not None:
+            # Late: its files have 400 kB, and few checkpoints bring code.
+            broken = gone(transformers)
+        lost = tuple(name for name in calls or () if name in (broken or ()))
         if missing or lost:
             repo = folder.name.removeprefix("models--").replace("--", "/")[:_MAX_NAME_CHARS]
             found.append(Checkpoint(repo=repo, missing_files=missing, lost_calls=lost))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -143,6 +146,11 @@ DEEPSEEK_CONFIG = {
 }  # fmt: skip
 
 
+def profile_of(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelProfile:
+    tensors = {name: StoredTensor("BF16", shape, 2 * math.prod(shape)) for name, shape in shapes.items()}
+    return build_profile(Checkpoint(config, tensors), name="x", origin="checkpoint")
+
+
 def deepseek() -> ModelProfile:
     """Published without ``auto_map``: the class is that of a package."""
     shapes = {
@@ -158,13 +166,47 @@ def deepseek() -> ModelProfile:
         "language.model.norm.weight": (8,),
         "language.lm_head.weight": (32, 8),
     }
-    tensors = {}
-    for name, shape in shapes.items():
-        size = 2
-        for edge in shape:
-            size *= edge
-        tensors[name] = StoredTensor("BF16", shape, size)
-    return build_profile(Checkpoint(DEEPSEEK_CONFIG, tensors), name="deepseek-vl2", origin="checkpoint")
+    return profile_of(DEEPSEEK_CONFIG, shapes)
+
+
+def minicpmv() -> ModelProfile:
+    """The text body first, then the tower, then the resampler: ``auto`` puts the last two last."""
+    body = {
+        "self_attn.q_proj.weight": (8, 8),
+        "self_attn.k_proj.weight": (8, 8),
+        "self_attn.v_proj.weight": (8, 8),
+        "self_attn.o_proj.weight": (8, 8),
+        "mlp.gate_proj.weight": (16, 8),
+        "mlp.up_proj.weight": (16, 8),
+        "mlp.down_proj.weight": (8, 16),
+    }
+    shapes = {
+        "llm.model.embed_tokens.weight": (32, 8),
+        **{f"llm.model.layers.{number}.{name}": shape for number in range(40) for name, shape in body.items()},
+        "llm.model.norm.weight": (8,),
+        "llm.lm_head.weight": (32, 8),
+        "vpm.embeddings.patch_embedding.weight": (2, 3, 14, 14),
+        "resampler.query": (4, 8),
+        "resampler.proj": (8, 8),
+        "resampler.kv_proj.weight": (8, 8),
+    }
+    config = {
+        "model_type": "minicpmv", "architectures": ["MiniCPMV"], "auto_map": {"AutoModel": "modeling_minicpmv.MiniCPMV"},
+        "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 40, "vocab_size": 32,
+        "vision_config": {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14,
+                          "intermediate_size": 16, "image_size": 980},
+    }  # fmt: skip
+    return profile_of(config, shapes)
+
+
+def test_a_plan_knows_that_auto_parts_what_is_joined() -> None:
+    profile = minicpmv()
+    policy = Policy(min_gpus=2, max_gpus=2)
+    made = plan(profile, MACHINE, Workload(images=1, text_tokens=16, new_tokens=2), policy)
+
+    assert made.auto is not None
+    assert made.auto.parted == ("resampler",)
+    assert "parts resampler from the output" in made.auto.verdict
 
 
 def test_a_bare_parameter_of_the_model_itself_goes_to_the_inputs_whatever_the_map_says() -> None:
