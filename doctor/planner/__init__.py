@@ -3,7 +3,7 @@
 ``model profile + machine + workload + policy -> plan``. The parts, in the order they act:
 
 - ``validate``: refuse what cannot be meant.
-- ``image_tokens``: pixels to patches and tokens.
+- ``image_tokens``: pixels to patches and tokens, by ``image_sizes`` or ``image_tiles``.
 - ``constraints``: units to a chain of atoms, which no cut may part; ``pins``: those that must be on a GPU.
 - ``memory``: what any run of atoms needs.
 - ``budget``: what each GPU can give.
