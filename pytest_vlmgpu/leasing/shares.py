@@ -107,7 +107,7 @@ class Shares:
             return None
         names = {gpu.index: cuda_name(gpu, machine) for gpu in machine.gpus}
         choice = self._settings.gpus
-        wish = _Wish(choice.number if choice.kind == "count" else len(usable), choice.kind == "auto", demands, workers)
+        wish = Wish(choice.number if choice.kind == "count" else len(usable), choice.kind == "auto", demands, workers)
         ranked = by_preference(usable, demands or (), machine) if choice.kind == "auto" else usable
         chosen: list[int] = []
         holders: dict[str, str] = {}
@@ -147,7 +147,7 @@ class Shares:
         """Give back the GPUs that turn out not to be needed."""
         indices = {gpu.uuid: gpu.index for gpu in machine.gpus}
         ranked = by_preference([indices[uuid] for uuid in share.gpus], demands, machine)
-        wanted = _Wish(len(ranked), True, demands, workers).pick(ranked, is_last=True)
+        wanted = Wish(len(ranked), True, demands, workers).pick(ranked, is_last=True)
         pairs = [pair for pair in zip(share.gpus, share.names, strict=True) if indices[pair[0]] in wanted]
         gpus, names = tuple(uuid for uuid, _ in pairs), tuple(name for _, name in pairs)
         if self._leases is not None:
@@ -176,7 +176,7 @@ class Shares:
         return verdict.gpus if verdict.action == "run" else ()
 
     def _attempt(
-        self, names: Sequence[str], ranked: Sequence[int], wish: _Wish, *, is_last: bool
+        self, names: Sequence[str], ranked: Sequence[int], wish: Wish, *, is_last: bool
     ) -> tuple[list[int], dict[str, str]]:
         """The GPUs that were had, none if they are too few, and the holders of the others."""
         if self._leases is None:
@@ -189,7 +189,7 @@ class Shares:
         self._leases.release([name for name in self._leases.held if name not in kept])
         return chosen, taken
 
-    def _problem(self, wish: _Wish, reason: str) -> str:
+    def _problem(self, wish: Wish, reason: str) -> str:
         count = f"{wish.least} GPUs are wanted" if wish.least > 1 else "1 GPU is wanted"
         waited = f" after {self._waiting.waited_s:.0f} s" if self._waiting.waited_s > GRACE_S + 1 else ""
         return (
@@ -198,7 +198,7 @@ class Shares:
         )
 
 
-class _Wish(NamedTuple):
+class Wish(NamedTuple):
     """Which GPUs to lease, of those that can be had."""
 
     number: int

@@ -74,6 +74,20 @@ def lines(planned: Sequence[Planned], others: int) -> list[str]:
     return text
 
 
+def worker_lines(config: pytest.Config, gate: Gate) -> list[str]:
+    """Who would run what with pytest-xdist, where that is for the plugin to choose; nothing with one worker."""
+    workers, machine = len(config.getoption("tx", None) or ()), gate.machine_used
+    from ..workers.controller import takes_over
+
+    if workers < 2 or machine is None or not gate.uses_gpus or not takes_over(config):
+        return []
+    from ..workers import forecast
+
+    return forecast.lines(
+        gate.own.needs, machine, gate.settings.gpus, workers, lambda spec, *_: gate.fitting.plans.get(spec)
+    )
+
+
 def _planned(item: pytest.Item, gate: Gate, setup: pytest.TestReport) -> Planned:
     from .recorder import reason_of
 

@@ -205,6 +205,8 @@ class Summary:
             from . import fleet
 
             text = fleet.lines(self._fleet, self._fates, self._others)
+        elif GATE in self._config.stash:
+            text += plan_run.worker_lines(self._config, self._config.stash[GATE])
         for line in text:
             terminalreporter.line(line)
         for broken in self._broken:

@@ -81,7 +81,7 @@ def test_peaks_are_those_of_torch(vlm, vlm_vram):
 def test_a_look_at_the_model_costs_little(vlm):
     first = fingerprint.take(vlm.model, vlm.processor)
     assert first is not None
-    held = {ordinal: torch.cuda.memory_allocated(ordinal) for ordinal in set(vlm.device_map.values())}
+    held = {ordinal: torch.cuda.memory_allocated(ordinal) for ordinal in vlm.ordinals}
     assert held
     for ordinal in held:
         torch.cuda.reset_peak_memory_stats(ordinal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from typing import Any
 
@@ -46,6 +47,10 @@ def test_a_plan_names_gpus_peaks_loads_and_reasons(suite: Any, workers: list[str
     assert result.ret == 0
     start = next(number for number, line in enumerate(result.outlines) if line.strip("= ") == "vlmgpu plan")
     lines = result.outlines[start + 1 : -1]
+    lines, who = (lines[:-2], lines[-2:]) if workers else (lines, [])
+    assert [line.partition(":")[0] for line in who] == (
+        ["worker 0 with GPU 0, 1", "worker 1 with no GPU"] if workers else []
+    )
     # Versions of pytest differ in the order of what loads nothing.
     assert lines[:9] + sorted(lines[9:12]) + lines[12:] == [
         "2 GPUs; free: GPU 0 22.0 GiB, GPU 1 22.0 GiB",
@@ -73,6 +78,38 @@ def test_a_plan_names_gpus_peaks_loads_and_reasons(suite: Any, workers: list[str
     )
     assert (tests["test_few"]["outcome"], tests["test_few"]["code"]) == ("skipped", "VLM702")
     assert not any(test["is_executed"] for test in tests.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["-n2"], ["worker 0 with GPU 0: org/a (2 tests)", "worker 1 with GPU 1: org/b (1 test)"]),
+        (
+            ["-n3"],
+            ["worker 0 with GPU 0: org/a (2 tests)", "worker 1 with GPU 1: org/b (1 test)", "worker 2 with no GPU: *"],
+        ),
+        (["-n2", "--vlm-gpus=1"], ["worker 0 with GPU 0: org/a (2 tests), org/b (1 test)", "worker 1 with no GPU: *"]),
+        (["-n2", "--dist=loadfile"], []),
+        (["-n2", "--vlm-gpus=none"], []),
+        (["-n1"], []),
+    ],
+)
+def test_a_plan_for_workers_says_who_would_run_what(suite: Any, options: list[str], told: list[str]) -> None:
+    pytest.importorskip("xdist")
+    source = """
+import pytest
+@pytest.mark.vlm("org/a")
+@pytest.mark.parametrize("n", range(2))
+def test_a(vlm, n): pass
+@pytest.mark.vlm("org/b")
+def test_b(vlm): pass
+"""
+
+    result = suite.run("--vlm-plan", *options, test_x=source)
+
+    found = [line for line in result.outlines if line.startswith("worker")]
+    assert len(found) == len(told)
+    assert all(fnmatch.fnmatchcase(line, wanted) for line, wanted in zip(found, told, strict=True)), found
 
 
 def test_a_plan_for_another_machine_sees_who_holds_memory(suite: Any) -> None:
