@@ -170,13 +170,13 @@ def option_of(name: str) -> str:
 
 def is_anything_given(config: pytest.Config) -> bool:
     """True when a setting is given anywhere, right or wrong."""
+    if any(name.startswith(ENVIRONMENT_PREFIXES) and os.environ[name] for name in os.environ):
+        return True
     for setting in SETTINGS:
         if config.getoption(f"vlm_{setting.name}") is not None:
             return True
         if setting.is_option_only:
             continue
-        if any(os.environ.get(f"{prefix}{setting.name.upper()}") for prefix in ENVIRONMENT_PREFIXES):
-            return True
         try:
             if config.getini(f"vlm_{setting.name}") is not None:
                 return True

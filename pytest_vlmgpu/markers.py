@@ -6,7 +6,6 @@ A wrong marker is a collection error: one sentence with the test, what is wrong,
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import re
 from dataclasses import replace
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
 NEAR_NAME = 0.66
 """Likeness (difflib) from which another name counts as ours misspelt: "vml" and "vlms" do, "vlm_slow" does not."""
+MAX_SHOWN = 80
+"""Characters of a value in a message."""
 MAX_GPUS = 1024
 MAX_GIB = 65_536
 """Anything larger (64 TiB) is a size in another unit: a DGX B200 has 1.4 TiB in all."""
@@ -151,7 +152,10 @@ def read(mark: pytest.Mark, where: str) -> Any:
         pytest.Collector.CollectError: Wrong arguments.
     """
     # The same marker stands on many tests, and is asked for several times of each. What it says is frozen.
-    key = (mark.name, repr(mark.args), repr(mark.kwargs))
+    try:
+        key = (mark.name, repr(mark.args), repr(mark.kwargs))
+    except Exception:  # noqa: BLE001 - see _shown
+        return _read_anew(mark, where)
     if key not in _READ:
         _READ[key] = _read_anew(mark, where)
     return _READ[key]
@@ -283,7 +287,9 @@ def _misuse(mark: pytest.Mark) -> str:
             continue
         near = _near(keyword)
         owner = next((name for name in MARKERS if near in inspect.signature(MARKERS[name]).parameters), None)
-        if near == "names":
+        if keyword == "revision":
+            instead = 'write it behind the name, as in vlm("org/model@revision")'
+        elif near == "names":
             instead = 'write the name alone, as in vlm("org/model")'
         elif near in parameters:
             instead = f"write {near}=…"
@@ -294,7 +300,7 @@ def _misuse(mark: pytest.Mark) -> str:
         return 'takes one size, such as vlm_limit_vram("18GiB")'
     if mark.name == "vlm_mutates":
         return "takes no arguments"
-    return f"takes keywords only, such as gpus=2; got {', '.join(map(repr, mark.args))}"
+    return f"takes keywords only, such as gpus=2; got {', '.join(map(_shown, mark.args))}"
 
 
 def _near(keyword: str) -> str | None:
@@ -307,10 +313,19 @@ def _near(keyword: str) -> str | None:
     return known[matches[0]] if matches else None
 
 
+def _shown(value: object) -> str:
+    """A value in a message."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - Python refuses to write numbers of thousands of digits, others have reasons of theirs
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
 def _name(value: object) -> str:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str) or not text.strip():
-        raise _ArgumentError(f"names a model {value!r}; write a folder or a hub id as text")
+        raise _ArgumentError(f"names a model {_shown(value)}; write a folder or a hub id as text")
     return text
 
 
@@ -337,13 +352,13 @@ def _device_map(value: object) -> str | None:
 
 def _flag(keyword: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise _ArgumentError(f"has {keyword}={value!r}; write True or False")
+        raise _ArgumentError(f"has {keyword}={_shown(value)}; write True or False")
     return value
 
 
 def _count(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_GPUS:
-        raise _ArgumentError(f"has gpus={value!r}; write a whole number from 1 to {MAX_GPUS}")
+        raise _ArgumentError(f"has gpus={_shown(value)}; write a whole number from 1 to {MAX_GPUS}")
     return value
 
 
@@ -359,15 +374,15 @@ def _size(keyword: str, value: object) -> int | None:
         try:
             size = parse_bytes(value)
         except UsageError:
-            raise _ArgumentError(f"has {keyword}={value!r}; {advice}") from None
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise _ArgumentError(f"has {keyword}={value!r}; {advice}")
+            raise _ArgumentError(f"has {keyword}={_shown(value)}; {advice}") from None
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:  # noqa: PLR0124 - not a number
+        raise _ArgumentError(f"has {keyword}={_shown(value)}; {advice}")
     elif value > MAX_GIB:
-        raise _ArgumentError(f"has {keyword}={value!r}; a number is in GiB, so this is too large")
+        raise _ArgumentError(f"has {keyword}={_shown(value)}; a number is in GiB, so this is too large")
     else:
-        size = int(value * 2**30)
+        size = int(value * 2**30) if value > 0 else 0
     if size <= 0:
-        raise _ArgumentError(f"has {keyword}={value!r}; write a size above zero")
+        raise _ArgumentError(f"has {keyword}={_shown(value)}; write a size above zero")
     return size
 
 
@@ -377,7 +392,7 @@ def _capability(value: object) -> tuple[int, int] | None:
     text = ".".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
     match = re.fullmatch(r"([1-9][0-9]?)\.([0-9])", text, re.ASCII)
     if match is None:
-        raise _ArgumentError(f'has capability={value!r}; write (8, 0) or "8.0"')
+        raise _ArgumentError(f'has capability={_shown(value)}; write (8, 0) or "8.0"')
     return int(match[1]), int(match[2])
 
 
@@ -388,5 +403,5 @@ def _dtype(value: object) -> str | None:
     text = str(value).removeprefix("torch.")
     if text not in DTYPES:
         instead = DTYPE_ALIASES.get(text.lower(), " or ".join(DTYPES))
-        raise _ArgumentError(f"has dtype={value!r}; write {instead}")
+        raise _ArgumentError(f"has dtype={_shown(value)}; write {instead}")
     return text

@@ -5,9 +5,11 @@ Command line > environment > ini file > default, for each setting on its own.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -34,6 +36,10 @@ _COUNT = r"[1-9][0-9]{0,3}"
 _POSITION = r"0|[1-9][0-9]{0,3}"
 _STRICT_WAIT_S = 120.0
 """A runner that exists for GPU tests rather waits for the job before it than fails."""
+_REFUSED = re.compile(r"""(?:with base 10|got (?:int|float|str)): (-?[0-9][0-9.e+-]*|'[^']*'|"[^"]*")$""", re.ASCII)
+"""How pytest and Python name a value that is not of the type of an ini key, as Python would write it."""
+_NEAR_NAME = 0.8
+"""Likeness (difflib) from which a variable counts as one of ours misspelt."""
 _UUID = r"GPU-[0-9A-Fa-f-]{1,36}"
 
 
@@ -135,9 +141,33 @@ def resolve(config: pytest.Config, environment: Mapping[str, str] = os.environ) 
         # Where leases are is no news: every job of a runner says so.
         if setting.name != "lease_dir" or origin.startswith("--"):
             given.append(origin if is_bare else f"{origin}={text}")
+    _refuse_unknown_variables(environment)
     settings = Settings(**values, origins=origins, given=tuple(given))
     _refuse_contradictions(settings, environment)
     return settings
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Refuse a variable that looks like one of ours and is not: what it was to demand would not be, without a word."""
+    names = {setting.name.upper(): setting for setting in SETTINGS}
+    for variable, value in environment.items():
+        prefix = next((prefix for prefix in ENVIRONMENT_PREFIXES if variable.startswith(prefix)), None)
+        if prefix is None or not value or variable == TESTING:
+            continue
+        name = variable.removeprefix(prefix)
+        if name in names and names[name].is_option_only:
+            advice = f"it is for one run alone; write {option_of(names[name].name)} on the command line"
+        elif name in names:
+            continue
+        else:
+            import difflib
+
+            known = [word for word, setting in names.items() if not setting.is_option_only]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR_NAME)
+            if not near:
+                continue
+            advice = f"there is no such variable; write {prefix}{near[0]}"
+        raise pytest.UsageError(f"{WRONG}: {variable}: {advice}.")
 
 
 def _refuse_contradictions(settings: Settings, environment: Mapping[str, str]) -> None:
@@ -213,6 +243,11 @@ def _ini(config: pytest.Config, key: str) -> object:
     try:
         return config.getini(key)
     except (TypeError, ValueError, pytest.UsageError) as error:  # of pytest's own conversion, by its version
+        # TOML's 1 is as good as "1" to us, and a seed may be a number or a word: pytest has no type for that.
+        match = _REFUSED.search(str(error))
+        if match is not None:
+            with suppress(ValueError, SyntaxError):
+                return ast.literal_eval(match[1])
         raise pytest.UsageError(f"{WRONG}: {key}: {error}.") from error
 
 
@@ -264,7 +299,7 @@ def parse_count(text: str, origin: str) -> int:
         pytest.UsageError: It is not a whole number above zero.
     """
     if not re.fullmatch("[1-9][0-9]{0,5}", text, re.ASCII):
-        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no number; write a whole number from 1 to 999999.")
+        raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no such number; write a whole number from 1 to 999999.")
     return int(text)
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import concern, declare, fixtures
-from .state import ALIASES, CONTROLLER, IS_CONCERNED, OURS, SETTINGS, WORKER_INPUT, gate_of
+from .state import ALIASES, ASKED, CONTROLLER, OURS, SETTINGS, WORKER_INPUT, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from .collection.aliases import Alias
+    from .collection.reading import Examined
     from .results.summary import Summary
 
 _SUMMARY = "vlmgpu-summary"
@@ -125,10 +126,10 @@ def pytest_make_collect_report(
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put tests that share a model next to each other, for those who pick tests by the order in which they run."""
-    if IS_CONCERNED in config.stash:
+    if ASKED in config.stash:
         from .collection import ordering
 
-        ordering.arrange(items)
+        ordering.arrange(config, items, ordering.requests_of(items))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -138,32 +139,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     The controller of pytest-xdist learns what the tests of this worker need before it sends any.
     """
     config = session.config
-    if IS_CONCERNED not in config.stash:
-        if not concern.are_marked(session.items, config.stash[OURS]):
-            return
-        config.stash[IS_CONCERNED] = True
+    if ASKED not in config.stash and not concern.are_marked(session.items, config.stash[OURS]):
+        return
     from .collection import collecting, ordering
 
-    collecting.examine_again(session)
-    tests = ordering.arrange(session.items)
-    examined = {id(each): each for _, each in tests if each is not None}.values()
-    if any(each.watched for each in examined):
-        from .watching import watch
-
-        watch.register(config)
-    if not any(each.gated for each in examined):
-        return
-    from .results import reporting
-
-    collecting.give_models(session.items)
-    ordering.note(config, tests)
-    reporting.register(config)
-    if hasattr(config, "workerinput"):
-        from .workers.worker import hand_in
-
-        hand_in(config, session.items)
-    else:
-        _add_summary(config)
+    requests = ordering.requests_of(session.items)
+    if collecting.examine_again(session, requests):
+        requests = ordering.requests_of(session.items)
+    ordering.arrange(config, session.items, requests)
+    if not config.option.collectonly:
+        _prepare(session, requests)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -179,7 +164,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
     """Count gated tests and models."""
-    if not config.pluginmanager.has_plugin(_SUMMARY):
+    if ASKED not in config.stash and SETTINGS not in config.stash:
         return None
     from .results import reporting
 
@@ -204,10 +189,38 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         reporting.hand_over(session)
 
 
-def _add_summary(config: pytest.Config) -> None:
-    if not config.pluginmanager.has_plugin(_SUMMARY):
+def _prepare(session: pytest.Session, requests: Sequence[Examined | None]) -> None:
+    """Register what gated and watched tests need while they run: nothing that only lists tests has to import it."""
+    config = session.config
+    asked = {id(examined): examined for examined in requests if examined is not None}.values()
+    if any(examined.watched for examined in asked):
+        from .watching import watch
+
+        watch.register(config)
+    if not any(examined.gated for examined in asked):
+        return
+    from .collection import collecting, ordering
+    from .results import reporting
+
+    collecting.give_models(session.items, requests)
+    ordering.note(config, session.items, requests)
+    reporting.register(config)
+    if hasattr(config, "workerinput"):
+        from .workers.worker import hand_in
+
+        hand_in(config, session.items)
+    elif not config.pluginmanager.has_plugin(_SUMMARY):
+        # pytest has begun to call this hook already, and calls nobody who came since.
+        _add_summary(config).pytest_collection_finish(session)
+
+
+def _add_summary(config: pytest.Config) -> Summary:
+    summary: Summary | None = config.pluginmanager.get_plugin(_SUMMARY)
+    if summary is None:
         from .results.summary import Summary
         from .watching.memory_summary import MemorySummary
 
-        config.pluginmanager.register(Summary(config), _SUMMARY)
+        summary = Summary(config)
+        config.pluginmanager.register(summary, _SUMMARY)
         config.pluginmanager.register(MemorySummary(config), "vlmgpu-memory")
+    return summary

@@ -27,8 +27,8 @@ CONTROLLER: pytest.StashKey[Controller] = pytest.StashKey()
 """Of the config of pytest-xdist's controller."""
 OURS: pytest.StashKey[Ours] = pytest.StashKey()
 """Of the config: which markers concern us."""
-IS_CONCERNED: pytest.StashKey[bool] = pytest.StashKey()
-"""Of the config; there when a test was collected that may be gated or watched."""
+ASKED: pytest.StashKey[list[Examined]] = pytest.StashKey()
+"""Of the config: what tests ask for, each once a module; there when a test was collected that may be gated or watched."""
 READ_MARKS: pytest.StashKey[int] = pytest.StashKey()
 """Of a module or class with tests that were examined: markers of ours that it and what it is in had then."""
 EXAMINED: pytest.StashKey[Examined] = pytest.StashKey()

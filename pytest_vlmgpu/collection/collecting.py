@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .. import markers
-from ..state import EXAMINED, GATED_TEST, IS_CONCERNED, OURS, READ_MARKS, WATCHED_TEST
+from ..state import ASKED, EXAMINED, GATED_TEST, OURS, READ_MARKS, WATCHED_TEST
 from .reading import GATE_FIXTURE, WATCH_FIXTURE, Readings, is_parametrized_by_user, scope_of_vlm, uses
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from _pytest.nodes import Node
 
     from ..concern import Ours
+    from .ordering import Requests
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
@@ -45,14 +46,14 @@ def examine(report: pytest.CollectReport, concerned: Sequence[pytest.Function]) 
         report.result = []
 
 
-def examine_again(session: pytest.Session) -> None:
-    """Examine tests to which a hook of the project has added a marker since they were collected.
+def examine_again(session: pytest.Session, requests: Requests) -> bool:
+    """Examine tests to which a hook of the project has added a marker since they were collected; False without any.
 
     A wrong one is reported in the way in which pytest reports errors of collection: none of the tests beside it runs.
     """
-    changed: dict[pytest.Collector, list[Any]] = {}
-    for item in _changed(session.items, session.config.stash[OURS]):
-        assert isinstance(item.parent, pytest.Collector)
+    ours = session.config.stash[OURS]
+    changed: dict[Any, list[Any]] = {}
+    for item in _changed(session.items, requests, ours):
         changed.setdefault(item.parent, []).append(item)
     for collector, items in changed.items():
         for item in items:
@@ -62,15 +63,15 @@ def examine_again(session: pytest.Session) -> None:
             report = pytest.CollectReport(collector.nodeid, "failed", error, [])
             session.config.hook.pytest_collectreport(report=report)
             session.items[:] = [item for item in session.items if item.parent is not collector]
+    return bool(changed)
 
 
-def give_models(items: Sequence[pytest.Item]) -> None:
+def give_models(items: Sequence[pytest.Item], requests: Requests) -> None:
     """Give each test that loads a model its own, as a parameter.
 
     This comes last: pytest would spend as much time on ordering these parameters as on all else, to the same end.
     """
-    for item in items:
-        examined = item.stash.get(EXAMINED, None)
+    for item, examined in zip(items, requests, strict=True):
         if examined is None or examined.model is None:
             continue
         attributes = item.__dict__
@@ -86,7 +87,6 @@ def give_models(items: Sequence[pytest.Item]) -> None:
 def _examine(concerned: Sequence[Any]) -> str | None:
     """Examine tests; returns what is wrong with the first that is wrong."""
     config = concerned[0].config
-    config.stash[IS_CONCERNED] = True
     ours = config.stash[OURS]
     readings = Readings(ours)
     parent = None
@@ -108,15 +108,17 @@ def _examine(concerned: Sequence[Any]) -> str | None:
                 parent.stash[READ_MARKS] = _marks_above(parent, ours)
     except pytest.Collector.CollectError as error:
         return str(error)
+    finally:
+        config.stash.setdefault(ASKED, []).extend(readings.examined)
     return None
 
 
-def _changed(items: Sequence[pytest.Item], ours: Ours) -> list[pytest.Function]:
+def _changed(items: Sequence[pytest.Item], requests: Requests, ours: Ours) -> list[pytest.Function]:
     """Tests with other markers than when they were examined, or that were not, and have markers now."""
     found: list[pytest.Function] = []
     parent = None
     is_parent_changed = False
-    for item in items:
+    for item, examined in zip(items, requests, strict=True):
         if item.parent is not parent:
             parent = item.parent
             assert parent is not None
@@ -125,10 +127,8 @@ def _changed(items: Sequence[pytest.Item], ours: Ours) -> list[pytest.Function]:
         for mark in item.own_markers:
             if ours[mark.name]:
                 marks += 1
-        if not marks and not is_parent_changed:
-            continue
-        examined = item.stash.get(EXAMINED, None)
-        if (is_parent_changed or examined is None or examined.marks != marks) and isinstance(item, pytest.Function):
+        known = 0 if examined is None else examined.marks
+        if (marks != known or is_parent_changed) and isinstance(item, pytest.Function):
             found.append(item)
     return found
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..state import EXAMINED, POSITION, gate_of
-from .groups import needs_of
+from ..state import ASKED, EXAMINED, POSITION, gate_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,31 +14,42 @@ if TYPE_CHECKING:
     from ..requirements import VlmSpec
     from .reading import Examined
 
-    Tests = Sequence[tuple[pytest.Item, Examined | None]]
+    Requests = Sequence[Examined | None]
 
 
-def arrange(items: list[pytest.Item]) -> Tests:
-    """Order tests so that each model is loaded once; returns them with what each asks for.
+def requests_of(items: Sequence[pytest.Item]) -> list[Examined | None]:
+    """What each test asks for; ``None`` where it is no concern of ours.
+
+    This list goes beside that of the tests: pairs would be ten thousand objects more for the garbage collector.
+    """
+    return [item.stash.get(EXAMINED, None) for item in items]
+
+
+def arrange(config: pytest.Config, items: list[pytest.Item], requests: list[Examined | None]) -> None:
+    """Order tests, and with them what they ask for, so that each model is loaded once.
 
     pytest before 9.2 groups session parameters by their position and not by their value, and a shuffling plugin does not
     group at all. Tests that need free memory and load nothing run before the first model takes it. Where an order loads
     each model once, it is not touched.
     """
-    tests: Tests = [(item, item.stash.get(EXAMINED, None)) for item in items]
-    if not _is_in_order(tests):
-        tests = _in_order(tests)
-        items[:] = [item for item, _ in tests]
-    return tests
+    asked = config.stash.get(ASKED, [])
+    if all(_is_the_same(examined, asked[0]) for examined in asked) or _is_in_order(requests):
+        return
+    order = _in_order(requests)
+    items[:] = [items[position] for position in order]
+    requests[:] = [requests[position] for position in order]
 
 
-def note(config: pytest.Config, tests: Tests) -> None:
+def note(config: pytest.Config, items: Sequence[pytest.Item], requests: Requests) -> None:
     """Remember which model is used when, which requirements share a load, and what the tests of this process need."""
+    from .groups import needs_of
+
     gate = gate_of(config)
     positions: dict[int, list[int]] = {}
     distinct: dict[int, Examined] = {}
-    for position, (item, examined) in enumerate(tests):
+    for position, examined in enumerate(requests):
         if examined is not None and examined.gated is not None:
-            item.stash[POSITION] = position
+            items[position].stash[POSITION] = position
             key = id(examined)
             if key in positions:
                 positions[key].append(position)
@@ -57,13 +67,22 @@ def note(config: pytest.Config, tests: Tests) -> None:
     gate.own.needs = needs_of(config, [examined.gated for examined in distinct.values() if examined.gated is not None])
 
 
-def _is_in_order(tests: Tests) -> bool:
+def _is_the_same(examined: Examined, other: Examined) -> bool:
+    """True when it does not matter which of two such tests comes first."""
+    return (
+        examined.model == other.model
+        and examined.runs_before_loads == other.runs_before_loads
+        and examined.mutates == other.mutates
+    )
+
+
+def _is_in_order(requests: Requests) -> bool:
     """True when each model would be loaded once, nothing that needs memory is late, and no test finds a changed model."""
     last: Examined | None = None
     models: dict[VlmSpec, bool] = {}
     """To whether a test that may change the model came."""
     model: VlmSpec | None = None
-    for _, examined in tests:
+    for examined in requests:
         if examined is last or examined is None or examined.gated is None:
             continue
         last = examined
@@ -71,7 +90,7 @@ def _is_in_order(tests: Tests) -> bool:
             if models and examined.runs_before_loads:
                 return False
             continue
-        mutates = examined.watched is not None and examined.watched.mutates
+        mutates = examined.mutates
         if examined.model != model:
             model = examined.model
             if model in models:
@@ -83,29 +102,28 @@ def _is_in_order(tests: Tests) -> bool:
     return True
 
 
-def _in_order(tests: Tests) -> Tests:
-    """Each group whole at the place of its first test, and what needs free memory in front of the first group."""
-    groups: dict[VlmSpec, list[tuple[pytest.Item, Examined | None]]] = {}
-    before: dict[int, tuple[pytest.Item, Examined | None]] = {}
-    for test in tests:
-        examined = test[1]
+def _in_order(requests: Requests) -> list[int]:
+    """Positions: each group whole at the place of its first test, what needs free memory in front of the first group."""
+    groups: dict[VlmSpec, list[int]] = {}
+    mutating: dict[VlmSpec, list[int]] = {}
+    before: dict[int, None] = {}
+    for position, examined in enumerate(requests):
         if examined is None:
             continue
         if examined.model is not None:
-            groups.setdefault(examined.model, []).append(test)
+            # After a test that may change the model it is loaded again: nobody should be left who needs it.
+            (mutating if examined.mutates else groups).setdefault(examined.model, []).append(position)
         elif examined.runs_before_loads:
-            before[id(test)] = test
-    # After a test that may change the model it is loaded again: nobody should be left who needs it.
-    for group in groups.values():
-        group.sort(key=lambda test: test[1] is not None and test[1].watched is not None and test[1].watched.mutates)
-    arranged: list[tuple[pytest.Item, Examined | None]] = []
-    for test in tests:
-        examined = test[1]
+            before[position] = None
+    order: list[int] = []
+    for position, examined in enumerate(requests):
         if examined is None or (examined.model is None and not examined.runs_before_loads):
-            arranged.append(test)
+            order.append(position)
         elif examined.model is None:
-            arranged += [test] if before.pop(id(test), None) else []
+            if position in before:
+                del before[position]
+                order.append(position)
         else:
-            arranged += [*before.values(), *groups.pop(examined.model, [])]
+            order += [*before, *groups.pop(examined.model, ()), *mutating.pop(examined.model, ())]
             before.clear()
-    return arranged
+    return order

@@ -43,6 +43,11 @@ class Examined(NamedTuple):
     """What pytest reads of a parameter, for a test with a model and no parameters."""
 
     @property
+    def mutates(self) -> bool:
+        """True when it may change the model."""
+        return self.watched is not None and self.watched.mutates
+
+    @property
     def runs_before_loads(self) -> bool:
         """True when it needs free memory and loads nothing: it runs before the first model takes it."""
         test = self.gated
@@ -71,7 +76,8 @@ class Reading:
         self.watched: WatchedTest | None = None
         if self.loads or uses_factory or is_metered:
             self.watched = WatchedTest(self.loads, mutates, limit_bytes, self.requirements.vram_bytes)
-        self._known: dict[VlmSpec | None, Examined] = {}
+        self.known: dict[VlmSpec | None, Examined] = {}
+        """What tests with each model ask for."""
 
     def examined(self, item: Any) -> Examined:
         """The record of a test.
@@ -80,9 +86,9 @@ class Reading:
             pytest.Collector.CollectError: It names several models, and cannot run with each.
         """
         model = self._model_of(item) if self.loads else None
-        known = self._known.get(model)
+        known = self.known.get(model)
         if known is None:
-            known = self._known[model] = self._examine(item, model)
+            known = self.known[model] = self._examine(item, model)
         return known
 
     def _examine(self, item: Any, model: VlmSpec | None) -> Examined:
@@ -154,35 +160,44 @@ class Readings:
         Raises:
             pytest.Collector.CollectError: A marker is wrong.
         """
-        marks = []
-        has_own_setup = has_parameters = "callspec" in item.__dict__
-        for mark in item.own_markers:
-            name = mark.name
-            if self._ours[name]:
-                marks.append((name, repr(mark.args), repr(mark.kwargs)))
-            elif name == "usefixtures":
-                has_own_setup = True
+        # Written for speed: this is done for each test.
+        key: list[Any] = [id(item.parent)]
+        has_own_setup = "callspec" in item.__dict__
+        try:
+            for mark in item.own_markers:
+                name = mark.name
+                if self._ours[name]:
+                    key += name, repr(mark.args) if mark.args else "", repr(mark.kwargs) if mark.kwargs else ""
+                elif name == "usefixtures":
+                    has_own_setup = True
+        except Exception:  # noqa: BLE001 - an argument of the project's that cannot be shown is wrong in each of our markers
+            return self._read(item, (id(item),))
+        said = tuple(key)
         info = item._fixtureinfo
-        fixtures = info if has_own_setup else (info.argnames, *item.fixturenames)
-        key = (id(item.parent), id(info) if has_own_setup else fixtures, *marks)
-        entry = self._entries.get(key)
+        fixtures: Any = id(info) if has_own_setup else (info.argnames, *item.fixturenames)
+        entry = self._entries.get((said, fixtures))
         if entry is None:
-            entry = self._entries[key] = self._read(item, marks, has_parameters)
+            entry = self._entries[said, fixtures] = self._read(item, said)
         return entry
 
-    def _read(self, item: Any, marks: Sequence[tuple[str, str, str]], has_parameters: bool) -> Entry:
+    @property
+    def examined(self) -> list[Examined]:
+        """What was found, each once."""
+        return [examined for reading in self._readings.values() for examined in reading.known.values()]
+
+    def _read(self, item: Any, said: tuple[Any, ...]) -> Entry:
         names = item.fixturenames
         near = GATED_FIXTURES.intersection(names)
         used = frozenset(name for name in near if uses(item, names, name))
-        key = (id(item.parent), used, "vlm" in near, *marks)
+        key = (said, used, "vlm" in near)
         reading = self._readings.get(key)
         if reading is None:
-            reading = self._readings[key] = Reading(item, used, len(marks))
+            reading = self._readings[key] = Reading(item, used, len(said) // 3)
         own = reading.watched is not None or reading.is_gated
         return Entry(
             reading,
             _with_ours(item, reading) if own else None,
-            None if has_parameters and reading.loads else reading.examined(item),
+            None if reading.loads and hasattr(item, "callspec") else reading.examined(item),
         )
 
 

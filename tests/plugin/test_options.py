@@ -89,7 +89,7 @@ def test_an_environment_variable_can_switch_strict_off() -> None:
     [
         ({"PYTEST_VLMGPU_STRICT": "maybe"}, "PYTEST_VLMGPU_STRICT: 'maybe' is no level; write gpu, all, auto or off."),
         ({"PYTEST_VLMGPU_MODEL": " "}, "PYTEST_VLMGPU_MODEL: the value is empty; leave it out, or give one."),
-        ({"VLMGPU_MIN_TESTS": "0"}, "VLMGPU_MIN_TESTS: '0' is no number; write a whole number from 1 to 999999."),
+        ({"VLMGPU_MIN_TESTS": "0"}, "VLMGPU_MIN_TESTS: '0' is no such number; write a whole number from 1 to 999999."),
         (
             {"VLMGPU_EXPECT_VRAM": "much"},
             "VLMGPU_EXPECT_VRAM: 'much' is no amount of memory; write one such as 20GiB or 24GB.",
@@ -119,6 +119,81 @@ def test_a_conversion_error_of_pytest_itself_is_a_usage_error() -> None:
 
     with pytest.raises(pytest.UsageError, match=r"^VLM720: vlm_gpus: invalid truth value 'maybe'\.$"):
         resolve(config, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"VLMGPU_EXPECT_GPU": "2"}, "VLMGPU_EXPECT_GPU: there is no such variable; write VLMGPU_EXPECT_GPUS."),
+        (
+            {"PYTEST_VLMGPU_MINTESTS": "2"},
+            "PYTEST_VLMGPU_MINTESTS: there is no such variable; write PYTEST_VLMGPU_MIN_TESTS.",
+        ),
+        ({"VLMGPU_PLAN": "1"}, "VLMGPU_PLAN: it is for one run alone; write --vlm-plan on the command line."),
+    ],
+)
+def test_a_variable_that_would_demand_nothing_is_refused(env: dict[str, str], message: str) -> None:
+    with pytest.raises(pytest.UsageError) as caught:
+        settle(env=env)
+
+    assert str(caught.value) == f"VLM720: {message}"
+
+
+def test_variables_of_others_and_empty_ones_are_left_alone() -> None:
+    env = {"VLMGPU_HOUSE": "1", "VLMGPU_EXPECT_GPU": "", "VLMGPU_TESTING": "1", "MY_VLMGPU_GPU": "x"}
+
+    assert settle(env=env) == settle(env={})
+
+
+def test_a_misspelt_variable_ends_a_run_that_uses_nothing_else(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLMGPU_EXPECT_GPU", "2")
+
+    result = suite.run(test_x="def test_x(): pass")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: VLM720: VLMGPU_EXPECT_GPU: *"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vlm_min_tests = three", "'three' is no such number; *"),
+        ("vlm_min_tests =", "the value is empty; *"),
+        ("vlm_seed = -1", "'-1' is no seed; *"),
+    ],
+)
+def test_a_number_that_is_none_is_named_in_our_words(suite: Any, text: str, message: str) -> None:
+    suite.pytester.makeini(f"[pytest]\n{text}\n")
+
+    result = suite.run(test_x="def test_x(): pass")
+
+    result.stderr.fnmatch_lines([f"ERROR: VLM720: {text.split(maxsplit=1)[0]}: {message}"])
+
+
+def test_a_seed_may_be_the_word_none_in_an_ini_file(suite: Any) -> None:
+    suite.pytester.makeini("[pytest]\nvlm_seed = none\n")
+
+    suite.run(test_x="def test_x(): pass").assert_outcomes(passed=1)
+
+
+@pytest.mark.skipif(pytest.version_tuple < (9,), reason="TOML with types came with pytest 9")
+@pytest.mark.parametrize("table", ["pyproject.toml:[tool.pytest]", "pytest.toml:[pytest]"])
+def test_numbers_in_toml_may_be_written_with_quotes_or_without(suite: Any, table: str) -> None:
+    file, _, header = table.partition(":")
+    lines = [
+        "vlm_gpus = 1",
+        "vlm_slots = 1",
+        "vlm_min_tests = '1'",
+        "vlm_seed = 'none'",
+        "vlm_expect_vram = 20.5",
+        "vlm_wait = 9",
+    ]
+    (suite.folder / file).write_text("\n".join([header, *lines]))
+
+    result = suite.run(test_x="def test_x(vlm_gpus): assert len(vlm_gpus) == 1")
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["vlmgpu: vlm_gpus=1, vlm_min_tests=1, vlm_slots=1, vlm_leak_tolerance=1.5, vlm_seed=none"])
 
 
 @pytest.mark.parametrize(
