@@ -33,7 +33,7 @@ READ = {
     *("pi0", "pix2struct", "pixtral", "pp_chart2table", "pp_formulanet", "udop"),
 }
 """Families whose processor writes no text for an image that could be counted: their rule is read from its code."""
-REMOTE = {"cogvlm", "chatglm", "internvl_chat"}
+REMOTE = {"chatglm", "cogagent", "cogvlm", "deepseek_vl_v2", "internvl_chat", "kimi_vl", "minicpmv", "molmo", "phi3_v"}
 """Families with code of their own: read as well."""
 
 
