@@ -269,7 +269,7 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
     "inkling2": ImageConstants("merge", method="padded", patch=20, merge=2),
     "inkling_mm_model": ImageConstants("merge", method="padded_beyond", extra_tokens=1, patch=40, merge=1),
     "instructblip": _QUERIES,
-    "instructblipvideo": _QUERIES,
+    "instructblipvideo": _QUERIES._replace(kind="tiles", method="number", max_tiles=4),  # four frames
     "internvl": _INTERNVL,
     "internvl_chat": _INTERNVL,
     "janus": ImageConstants(
