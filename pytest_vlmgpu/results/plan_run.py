@@ -74,18 +74,19 @@ def lines(planned: Sequence[Planned], others: int) -> list[str]:
     return text
 
 
-def worker_lines(config: pytest.Config, gate: Gate) -> list[str]:
+def worker_lines(session: pytest.Session) -> list[str]:
     """Who would run what with pytest-xdist, where that is for the plugin to choose; nothing with one worker."""
-    workers, machine = len(config.getoption("tx", None) or ()), gate.machine_used
     from ..workers.controller import takes_over
 
+    config, gate = session.config, gate_of(session.config)
+    workers, machine = len(config.getoption("tx", None) or ()), gate.machine_used
     if workers < 2 or machine is None or not gate.uses_gpus or not takes_over(config):
         return []
+    from ..collection.groups import group_tests
     from ..workers import forecast
 
-    return forecast.lines(
-        gate.own.needs, machine, gate.settings.gpus, workers, lambda spec, *_: gate.fitting.plans.get(spec)
-    )
+    needs = group_tests(session.items).needs
+    return forecast.lines(needs, machine, gate.settings.gpus, workers, lambda spec, *_: gate.fitting.plans.get(spec))
 
 
 def _planned(item: pytest.Item, gate: Gate, setup: pytest.TestReport) -> Planned:

@@ -47,6 +47,7 @@ class Summary:
         self._others = 0
         self._fleet: tuple[Runner, ...] = ()
         self._fates: list[Fate] = []
+        self._forecast: list[str] = []
 
     def pytest_sessionstart(self) -> None:
         """Find out before anything is collected whether files can be written and the machine is what is expected."""
@@ -176,6 +177,7 @@ class Summary:
             if planned.verdict is not None and planned.verdict.action == "run":
                 record.tests[planned.nodeid] = replace(record.tests[planned.nodeid], outcome="not_run", reason=None)
         self._others = len(session.items) - len(self._planned)
+        self._forecast = plan_run.worker_lines(session)
 
     def _plan_fleet(self, session: pytest.Session, record: Recorder) -> None:
         from msgspec.structs import replace
@@ -205,8 +207,7 @@ class Summary:
             from . import fleet
 
             text = fleet.lines(self._fleet, self._fates, self._others)
-        elif GATE in self._config.stash:
-            text += plan_run.worker_lines(self._config, self._config.stash[GATE])
+        text += self._forecast
         for line in text:
             terminalreporter.line(line)
         for broken in self._broken:
