@@ -64,7 +64,7 @@ def _lost(facts: Facts, group: Sequence[Checkpoint], version: str) -> Finding:
     more = f" and {len(group) - _MOST_SHOWN} more" if len(group) > _MOST_SHOWN else ""
     whose = ", ".join(plain(checkpoint.repo) for checkpoint in group[:_MOST_SHOWN]) + more
     positions = [facts.machine.checkpoints.index(checkpoint) for checkpoint in group[:_MOST_SHOWN]]
-    pin = f"transformers<{known[0].since[0]}.{known[0].since[1]}" if known else "transformers<4.42"
+    pin = f"transformers<{known[0].since[0]}.{known[0].since[1]}" if known else ""
     return found(
         "warning",
         f"The code of {whose} {' and '.join(does)}, and transformers {plain(version)} "
@@ -79,7 +79,9 @@ def _lost(facts: Facts, group: Sequence[Checkpoint], version: str) -> Finding:
             commands=(
                 f"{python(facts)} -m venv older-transformers",
                 f"older-transformers/bin/python -m pip install '{pin}' accelerate torch torchvision pillow",
-            ),
+            )
+            if pin
+            else (),
         ),
     )
 
