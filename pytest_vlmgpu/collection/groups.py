@@ -28,13 +28,22 @@ class Groups(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {"needs": [asdict(need) for need in self.needs], "group_of": self.group_of, "bound": self.bound}
+        # Thousands of tests may need the same, and share one object then.
+        distinct = {id(need): need for need in self.needs}
+        number = {key: position for position, key in enumerate(distinct)}
+        return {
+            "distinct": [asdict(need) for need in distinct.values()],
+            "needs": [number[id(need)] for need in self.needs],
+            "group_of": self.group_of,
+            "bound": self.bound,
+        }
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Groups:
         """What :meth:`to_json` gave, after a way through a file."""
+        distinct = [_need_from(need) for need in fields["distinct"]]
         return cls(
-            [_need_from(need) for need in fields["needs"]],
+            [distinct[number] for number in fields["needs"]],
             {int(position): number for position, number in fields["group_of"].items()},
             {int(position): name for position, name in fields["bound"].items()},
         )

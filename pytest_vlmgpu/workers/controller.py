@@ -112,9 +112,10 @@ class Controller:
         if machine.origin != "live":
             return dict.fromkeys(tests, 0)
         plan_of = _Planner(may_offload=gate.settings.allow_offload)
-        by_group = {
-            number: demands_of(need, machine, gate.settings.gpus, plan_of) for number, need in enumerate(groups.needs)
-        }
+        # Groups that need the same share one object.
+        needs = {id(need): need for need in groups.needs}
+        demands_by_need = {key: demands_of(need, machine, gate.settings.gpus, plan_of) for key, need in needs.items()}
+        by_group = {number: demands_by_need[id(need)] for number, need in enumerate(groups.needs)}
         demands = [_largest(wanted) for wanted in by_group.values() if wanted]
         if not demands:
             # Nothing to run on the GPUs seen from here: one worker says why, or knows better (a machine of its conftest).

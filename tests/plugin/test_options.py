@@ -185,8 +185,7 @@ def test_numbers_in_toml_may_be_written_with_quotes_or_without(suite: Any, table
         "vlm_slots = 1",
         "vlm_min_tests = '1'",
         "vlm_seed = 'none'",
-        "vlm_expect_vram = 20.5",
-        "vlm_wait = 9",
+        "vlm_leak_tolerance = 1.5",
     ]
     (suite.folder / file).write_text("\n".join([header, *lines]))
 
