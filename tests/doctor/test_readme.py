@@ -68,3 +68,16 @@ def test_every_option_in_the_documentation_exists(capsys: pytest.CaptureFixture[
         options |= set(OPTION.findall(capsys.readouterr().out))
 
     assert set(OPTION.findall((ROOT / "docs" / "doctor.md").read_text(encoding="utf-8"))) <= options
+
+
+def test_the_figures_of_the_architectures_are_those_of_their_page() -> None:
+    readme, page = (" ".join((ROOT / name).read_text("utf-8").split()) for name in ("README.md", "docs/architectures.md"))
+
+    said = re.search(r"Of (\d+) architectures of transformers ([\d.]+), .* crashes none; .* own maps crash (\d+),", readme)
+    found = re.search(r"Of (\d+) architectures that were run, .* crashes on 0; .* crashes on (\d+)\.", page)
+    release = re.search(r"transformers (\d+\.\d+)", page)
+
+    assert said is not None
+    assert found is not None
+    assert release is not None
+    assert said.groups() == (found[1], release[1], found[2])
