@@ -169,6 +169,16 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     # What timm's towers give out cannot be made smaller.
     "gemma3n": {"text_config.intermediate_size": MLP_WIDTH, "vision_config.hidden_size": 2048},
     "fast_vlm": {"vision_config.hidden_size": 3072},
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "num_classes": 0,
+            "do_pooling": False,
+            "model_args": {
+                "embed_dim": WIDTH, "depth": BLOCKS, "num_heads": HEADS, "img_size": [56, 56], "global_pool": "",
+                "use_post_transformer_norm": False, "ref_feat_shape": [4, 4],
+            },
+        },
+    },
     "granite4_vision": {
         "text_config.model_type": "granite", "deepstack_layer_map": [[-2, 1], [-1, 2]], "downsample_rate": "1/2",
     },
