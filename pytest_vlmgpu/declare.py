@@ -67,9 +67,9 @@ SETTINGS = (
     ),
     Setting(
         "strict",
-        "report skips of gated tests as errors: gpu (the plugin's own skips; the option alone means this), all (those of "
-        "the test too), auto (gpu where GPUs are expected or there), off",
-        levels=("gpu", "all", "auto", "off"),
+        "report skips of gated tests as errors: all (the plugin's and the test's own; the option alone means this), gpu (the "
+        "plugin's alone), auto (gpu where GPUs are expected or there), off",
+        levels=("all", "gpu", "auto", "off"),
     ),
     Setting("expect_gpus", "end the run at once (exit status 69) unless so many GPUs can be used", "N", ini_type="int"),
     Setting("expect_vram", "with this much free memory on each of them, such as 20GiB or 24GB", "SIZE"),

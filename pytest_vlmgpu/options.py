@@ -259,7 +259,7 @@ def parse_strict(text: str, origin: str) -> Strict:
     """
     word = text.lower()
     if word in _TRUE + _FALSE:
-        return "gpu" if word in _TRUE else "off"
+        return "all" if word in _TRUE else "off"
     for level in ("gpu", "all", "auto"):
         if word == level:
             return level

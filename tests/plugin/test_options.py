@@ -45,7 +45,7 @@ def test_defaults_when_nothing_is_given() -> None:
         ("dtype", "torch.bfloat16", "bfloat16"),
         ("machine", "2xL4", "2xL4"),
         ("strict", "all", "all"),
-        ("strict", "1", "gpu"),
+        ("strict", "1", "all"),
         ("expect_gpus", "2", 2),
         ("expect_vram", "20", 20 * 2**30),
         ("expect_vram", "24GB", 24 * 10**9),
@@ -71,7 +71,7 @@ def test_command_line_wins_over_environment_and_environment_over_ini() -> None:
 
 
 def test_settings_say_where_they_were_given() -> None:
-    settings = settle({"vlm_strict": "gpu"}, {"PYTEST_VLMGPU_GPUS": "0,1"}, {"vlm_model": "org/a"})
+    settings = settle({"vlm_strict": "all"}, {"PYTEST_VLMGPU_GPUS": "0,1"}, {"vlm_model": "org/a"})
 
     assert settings.given == ("PYTEST_VLMGPU_GPUS=0,1", "vlm_model=org/a", "--vlm-strict")
 
@@ -279,11 +279,11 @@ def test_pyproject(suite: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "level"),
     [
-        (["--vlm-strict", "tests"], "gpu"),
+        (["--vlm-strict", "tests"], "all"),
         (["--vlm-strict=all", "tests"], "all"),
         (["--vlm-strict=auto"], "auto"),
         (["--vlm-strict=off"], "off"),
-        (["--vlm-strict", "--vlm-strict=all"], "all"),
+        (["--vlm-strict", "--vlm-strict=gpu"], "gpu"),
         (["tests"], None),
     ],
 )

@@ -38,7 +38,7 @@ def test_free(): pytest.skip("not ours")
 
 
 def test_strict_gpu_leaves_skips_of_the_test_alone(suite: Any) -> None:
-    suite.run("--vlm-strict", test_x=GATED).assert_outcomes(passed=1, errors=1, skipped=3, xfailed=1)
+    suite.run("--vlm-strict=gpu", test_x=GATED).assert_outcomes(passed=1, errors=1, skipped=3, xfailed=1)
 
 
 def test_strict_all_allows_no_skip_of_a_gated_test(suite: Any) -> None:
