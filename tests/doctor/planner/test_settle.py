@@ -144,6 +144,23 @@ def test_the_need_of_a_stage_is_the_least_memory_in_which_it_runs() -> None:
     assert not any(asked.replay.runs(run, 0, 3_000, need.total_bytes - less * MIB) for less in range(32, 320, 32))
 
 
+def test_what_is_reserved_is_bounded_by_the_memory_there_is() -> None:
+    asked = problem(few_layers(), machine([8.0]), text_tokens=3_000)
+    choice = asked.choose()
+    assert choice is not None
+    assert asked.replay is not None
+    run = choice.split.runs[0]
+    ample = asked.need(choice.split, 0)
+    assert ample.reserved_bytes is not None
+    assert ample.total_bytes < ample.reserved_bytes
+
+    tight = asked.replay.need(run, 0, ample.total_bytes)
+
+    assert tight.reserved_bytes is not None
+    assert tight.reserved_bytes <= ample.total_bytes
+    assert tight.total_bytes <= ample.total_bytes
+
+
 MACHINES = (("80GiB", 0), ("2x24GiB", 1), ("4x80GiB", 2))
 
 
