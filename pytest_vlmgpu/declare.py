@@ -67,8 +67,8 @@ SETTINGS = (
     ),
     Setting(
         "strict",
-        "report skips of gated tests as errors: all (the plugin's and the test's own; the option alone means this), gpu (the "
-        "plugin's alone), auto (gpu where GPUs are expected or there), off",
+        "report skips of gated tests as errors: all (the plugin's and the test's own; the option alone means this), gpu "
+        "(the plugin's alone), auto (gpu where GPUs are expected or there), off",
         levels=("all", "gpu", "auto", "off"),
     ),
     Setting("expect_gpus", "end the run at once (exit status 69) unless so many GPUs can be used", "N", ini_type="int"),
