@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_doctor.errors import ModelNotFoundError
 from vlm_doctor.placement import LedgerLine, Plan, Shortage, Stage
@@ -30,20 +30,30 @@ def place(spec: VlmSpec, machine: Machine, indices: tuple[int, ...]) -> Plan:
     used = gpus[: fitting[0]] if fitting else gpus
     is_permanent = sum(gpu.memory_total_bytes or 0 for gpu in gpus) < size_bytes
     shortage = Shortage(missing_bytes=1, message=f"{spec.name} needs {size_bytes // GIB} GiB.", is_permanent=is_permanent)
-    return Plan(
-        model=spec.name,
-        machine=machine.description,
+    return plan(
+        spec.name,
         fits=bool(fitting),
-        workload=Workload(),
-        dtype="bfloat16",
-        prompt_tokens=1,
-        image_tokens=0,
+        machine=machine.description,
         device_map={f"layers.{position}": position for position in range(len(used))},
-        max_memory={},
         cuda_visible_devices=",".join(gpu.uuid for gpu in used),
         stages=tuple(stage(gpu, size_bytes // len(used)) for gpu in used),
         shortage=None if fitting else shortage,
         is_remote_code=spec.name == "org/code",
+    )
+
+
+def plan(model: str = "org/a", *, fits: bool, **fields: Any) -> Plan:
+    """A plan of nothing but what is said."""
+    usual: dict[str, Any] = {"machine": "", "device_map": {}, "cuda_visible_devices": "", "stages": ()}
+    return Plan(
+        model=model,
+        fits=fits,
+        workload=Workload(),
+        dtype="bfloat16",
+        prompt_tokens=1,
+        image_tokens=0,
+        max_memory={},
+        **{**usual, **fields},
     )
 
 

@@ -13,7 +13,8 @@ from pytest_vlmgpu.requirements import VlmSpec
 from vlm_doctor.machine import GpuProcess
 from vlm_doctor.placement import Offload, Plan, Shortage
 from vlm_doctor.units import GIB
-from vlm_doctor.workload import Workload
+
+from .made_up_plans import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -253,21 +254,8 @@ def _plan(weights_gib: int | None, *, fits: bool = True, is_permanent: bool = Tr
         off = Offload(
             keys=("lm_head",), weights_bytes=weights_gib * GIB, copy_bytes=0, host_left_bytes=None, reason="", cost=""
         )
-    return Plan(
-        model="org/a",
-        machine="",
-        fits=fits,
-        workload=Workload(),
-        dtype="bfloat16",
-        prompt_tokens=1,
-        image_tokens=0,
-        device_map={},
-        max_memory={},
-        cuda_visible_devices="",
-        stages=(),
-        offloaded=off,
-        shortage=None if fits else Shortage(missing_bytes=1, message="too large", is_permanent=is_permanent),
-    )
+    shortage = None if fits else Shortage(missing_bytes=1, message="too large", is_permanent=is_permanent)
+    return plan(fits=fits, offloaded=off, shortage=shortage)
 
 
 @pytest.mark.parametrize(

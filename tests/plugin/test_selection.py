@@ -13,10 +13,11 @@ from pytest_vlmgpu.options import GpuChoice, parse_gpus
 from pytest_vlmgpu.requirements import Requirements
 from pytest_vlmgpu.verdicts import Verdict
 from vlm_doctor.machine import Driver, Gap, GpuProcess, Host, Libraries, Link, TorchBuild
-from vlm_doctor.placement import Plan, Shortage
+from vlm_doctor.placement import Shortage
 from vlm_doctor.sources import load_machine
 from vlm_doctor.units import GIB
-from vlm_doctor.workload import Workload
+
+from .made_up_plans import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -410,23 +411,6 @@ def test_a_torch_with_cuda_is_fine(machine: MakeMachine, gpu: MakeGpu) -> None:
 # The model
 
 
-def plan(*, fits: bool = False, shortage: Shortage | None = None) -> Plan:
-    return Plan(
-        model="org/a",
-        machine="",
-        fits=fits,
-        workload=Workload(),
-        dtype="bfloat16",
-        prompt_tokens=1,
-        image_tokens=0,
-        device_map={},
-        max_memory={},
-        cuda_visible_devices="",
-        stages=(),
-        shortage=shortage,
-    )
-
-
 def test_a_model_that_fits_runs(machine: MakeMachine, gpu: MakeGpu) -> None:
     assert judge(ANY, machine(gpu(0)), AUTO, plan=plan(fits=True)) == Verdict("run", gpus=(0,))
 
@@ -434,23 +418,23 @@ def test_a_model_that_fits_runs(machine: MakeMachine, gpu: MakeGpu) -> None:
 def test_a_model_that_never_fits_skips(machine: MakeMachine, gpu: MakeGpu) -> None:
     shortage = Shortage(missing_bytes=1, message="9.0 GiB are missing on GPU 0.", is_permanent=True)
 
-    assert decide(machine(gpu(0)), plan=plan(shortage=shortage)) == (
+    assert decide(machine(gpu(0)), plan=plan(fits=False, shortage=shortage)) == (
         "skip",
         "VLM705: 9.0 GiB are missing on GPU 0.",
     )
-    assert decide(machine(gpu(0)), plan=plan()) == ("skip", "VLM705: org/a does not fit.")
+    assert decide(machine(gpu(0)), plan=plan(fits=False)) == ("skip", "VLM705: org/a does not fit.")
 
 
 def test_a_model_that_others_keep_out_is_an_error(machine: MakeMachine, gpu: MakeGpu) -> None:
     shortage = Shortage(missing_bytes=1, message="9.0 GiB are missing on GPU 0.", is_permanent=False)
     found = machine(gpu(0, free_gib=2))
 
-    assert decide(found, plan=plan(shortage=shortage)) == (
+    assert decide(found, plan=plan(fits=False, shortage=shortage)) == (
         "error",
         "VLM711: 9.0 GiB are missing on GPU 0. GPU 0 (NVIDIA L4) has 2.0 GiB of 22.0 GiB free, "
         "no holder is visible from here.",
     )
-    assert decide(found, plan=plan(shortage=shortage), is_busy_decided_later=True)[0] == "run"
+    assert decide(found, plan=plan(fits=False, shortage=shortage), is_busy_decided_later=True)[0] == "run"
 
 
 # A machine that is not this one
