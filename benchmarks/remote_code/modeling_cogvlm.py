@@ -12,16 +12,16 @@ from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .parts import (
+    Block,
     CausalBase,
     Config,
     GatedMLP,
+    PatchEmbed,
     RMSNorm,
     RotaryEmbedding,
     attended,
     attended_to_all,
     cache_for,
-    heads_of,
-    merged,
     positions_of,
 )
 from .visual import EVA2CLIPModel
@@ -210,8 +210,7 @@ class EvaAttention(nn.Module):
 
     def forward(self, x):
         query, value = self.q_proj(x) + self.q_bias, self.v_proj(x) + self.v_bias
-        parts = (heads_of(part, self.heads) for part in (query, self.k_proj(x), value))
-        return self.proj(self.inner_attn_ln(merged(functional.scaled_dot_product_attention(*parts))))
+        return self.proj(self.inner_attn_ln(attended_to_all(query, self.k_proj(x), value, self.heads)))
 
 
 class EvaMLP(nn.Module):
@@ -226,35 +225,15 @@ class EvaMLP(nn.Module):
         return self.w3(self.ffn_ln(functional.silu(self.w1(x)) * self.w2(x)))
 
 
-class Block(nn.Module):
-    def __init__(self, width, inner, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = EvaAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = EvaMLP(width, inner)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, width, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch, patch)
-
-    def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class EVAVisionTransformer(nn.Module):
     def __init__(self, width, layers, patches):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, width))
         self.patch_embed = PatchEmbed(width, 14)
-        self.blocks = nn.ModuleList(Block(width, int(width * 8 / 3), max(1, width // 64)) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(width, EvaAttention(width, max(1, width // 64)), EvaMLP(width, int(width * 8 / 3))) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, images):

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig
 
 from .deepseek import DeepseekV2ForCausalLM
-from .parts import MLP, Base, Config, attended_to_all
+from .parts import MLP, Base, Block, Config, FusedAttention, PatchEmbed
 
 
 class DeepseekV2Config(PretrainedConfig):
@@ -24,39 +24,6 @@ class DeepseekVLV2Config(Config):
         super().__init__(**fields)
 
 
-class VitAttention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        return self.proj(attended_to_all(*self.qkv(x).chunk(3, dim=-1), self.heads))
-
-
-class Block(nn.Module):
-    def __init__(self, width, inner, heads):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = VitAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, inner)
-
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, width, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch, patch)
-
-    def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class VisionTransformer(nn.Module):
     def __init__(self, vision):
         super().__init__()
@@ -64,7 +31,10 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, (vision.image_size // vision.patch_size) ** 2, width))
         self.patch_embed = PatchEmbed(width, vision.patch_size)
         self.blocks = nn.Sequential(
-            *(Block(width, int(width * vision.mlp_ratio), vision.heads) for _ in range(vision.layers))
+            *(
+                Block(width, FusedAttention(width, vision.heads), MLP(width, int(width * vision.mlp_ratio)))
+                for _ in range(vision.layers)
+            )
         )
         self.norm = nn.LayerNorm(width)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from .parts import MLP, Base, Config, attended_to_all
+from .parts import MLP, Base, Config, FusedAttention
 
 
 class InternVLChatConfig(Config):
@@ -31,22 +31,11 @@ class InternVisionEmbeddings(nn.Module):
         return torch.cat((self.class_embedding.expand(x.shape[0], -1, -1), x), dim=1) + self.position_embedding
 
 
-class InternAttention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        return self.proj(attended_to_all(*self.qkv(x).chunk(3, dim=-1), self.heads))
-
-
 class InternVisionEncoderLayer(nn.Module):
     def __init__(self, vision):
         super().__init__()
         width = vision.hidden_size
-        self.attn = InternAttention(width, vision.num_attention_heads)
+        self.attn = FusedAttention(width, vision.num_attention_heads)
         self.mlp = MLP(width, vision.intermediate_size)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)

@@ -3,7 +3,7 @@
 The stand-ins are written anew. Names, order of registration, what is joined without being moved, and which lists of blocks
 are declared are those of the published code, so that a map fails here where it fails there. What transformers 5 asks of a
 class (``post_init``, buffers that no file stores computed in ``_init_weights``, the cache of today) they do, or they would
-not load at all: ``docs/remote-code.md`` tells what the published code lacks.
+not load at all: ``docs/models.md`` tells what the published code lacks.
 """
 
 from __future__ import annotations
@@ -135,6 +135,45 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class FusedAttention(nn.Module):
+    """One matrix for queries, keys and values; every patch sees all."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.proj(attended_to_all(*self.qkv(x).chunk(3, dim=-1), self.heads))
+
+
+class Block(nn.Module):
+    """A block of a tower, its norms before its parts."""
+
+    def __init__(self, width, attn, mlp):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = mlp
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Pixels to patches, in a row."""
+
+    def __init__(self, width, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class Base(PreTrainedModel):
