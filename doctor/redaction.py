@@ -21,6 +21,7 @@ _KEPT = frozenset(
         *("origin", "name", "kind", "state", "bus_id", "remote_bus_id", "remote", "device_id", "path", "kernel_driver"),
         *("version", "requirer", "requirement", "python", "cuda", "hip", "archs", "os", "kernel", "container", "iommu"),
         *("compute_mode", "recovery_action", "p2p_read", "p2p_write", "nvml_state", "driver_version"),
+        *("slowdowns", "virtualization", "mps"),
         *("kernel_module_version", "collected_at", "tool_version", "pynvml_owners"),
     }
 )

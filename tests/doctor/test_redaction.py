@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
+import msgspec
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -23,7 +26,7 @@ from vlm_doctor.machine import (
     TorchView,
     VersionRule,
 )
-from vlm_doctor.redaction import redact
+from vlm_doctor.redaction import _Scrubber, redact
 from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.identity import private_words
 from vlm_doctor.visibility import visible_gpus
@@ -229,6 +232,38 @@ def test_addresses_of_public_hosts_stay_and_others_have_one_name_each() -> None:
 @given(st.text(max_size=200))
 def test_any_text_can_be_redacted(text: str) -> None:
     redact(replace(machine(), description=text, environment={"HF_HOME": text}), secrets=(text,))
+
+
+def words_of(annotation: object) -> Iterator[str]:
+    """What a field may hold besides free text: the words of its closed vocabulary."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    for inner in get_args(annotation):
+        yield from words_of(inner)
+
+
+def records_of(record: type) -> Iterator[type]:
+    """A record, and every record in its fields."""
+    yield record
+    for annotation in get_type_hints(record).values():
+        for inner in (annotation, *get_args(annotation), *(a for part in get_args(annotation) for a in get_args(part))):
+            if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+                yield from records_of(inner)
+
+
+def test_a_secret_that_is_a_word_of_a_vocabulary_changes_none() -> None:
+    """A user may be called as a state of a GPU: what comes out must still be a machine."""
+    vocabularies = {
+        name: set(words_of(annotation))
+        for record in records_of(Machine)
+        for name, annotation in get_type_hints(record).items()
+        if set(words_of(annotation))
+    }
+    assert {"virtualization", "slowdowns", "mps", "nvml_state", "path", "remote"} <= set(vocabularies)
+    scrubber = _Scrubber((), (), {word for words in vocabularies.values() for word in words})
+
+    for name, words in vocabularies.items():
+        assert [scrubber.record(word, name) for word in words] == list(words), name
 
 
 def test_words_that_are_private_come_from_the_process() -> None:
