@@ -11,5 +11,7 @@ if find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, settings
 
     settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-    settings.register_profile("search", settings.get_profile("patient"), derandomize=False, max_examples=1000, print_blob=True)
+    settings.register_profile(
+        "search", settings.get_profile("patient"), derandomize=False, max_examples=1000, print_blob=True
+    )
     settings.load_profile("patient")
