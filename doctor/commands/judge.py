@@ -24,8 +24,6 @@ def check(options: Namespace) -> int:
     """Judge a machine. On a terminal, what does not depend on torch is printed while torch is still being asked."""
     started = time.perf_counter()
     look = look_for(options)
-    from ..sources import Collection, load_machine
-
     demoted, notes = with_project(options)
     saved = None
     if options.since is not None:
@@ -58,7 +56,9 @@ def check(options: Namespace) -> int:
         return done
 
     if options.machine != "live":
-        return finish(complete(judge(load_machine(options.machine))), options, look)
+        return finish(complete(judge(read_machine(options))), options, look)
+    from ..sources import Collection
+
     with Collection(with_torch=not options.no_torch, fresh_torch=options.fresh_torch) as collection:
 
         def waiting() -> Progress:
