@@ -13,15 +13,11 @@ from ..report import Report
 from ..trial import Trial
 from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
 from .changes_text import write_changes
-from .error_text import write_error
 from .finding_text import write_findings, write_tally, write_unknowns
-from .gate_text import write_gate
 from .look import Look
 from .machine_text import write_machine, write_torch
-from .map_text import write_map_check
 from .page import Page
 from .plan_text import write_gpu_sets, write_levers, write_plan, write_snippet, write_suggestion
-from .trial_text import write_trial
 
 EXAMPLE_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
 MISFITS = ("VLM601", "VLM602")
@@ -37,10 +33,14 @@ def render(report: Report, look: Look) -> str:
     if report.trial is not None:
         return _trial(report, report.trial, look)
     if report.error_text is not None:
+        from .error_text import write_error
+
         page = _page(look)
         write_error(page, report.error_text, report.machine, verbose=look.verbose)
         return page.render()
     if report.gate is not None:
+        from .gate_text import write_gate
+
         page = _page(look)
         write_gate(page, report, report.gate, verbose=look.verbose)
         return page.render()
@@ -140,6 +140,8 @@ def _map_check(report: Report, look: Look) -> str:
     if report.exit_status == COULD_NOT_LOOK:
         page.text((verdict(report), "bold yellow"))
     elif report.map_check is not None:
+        from .map_text import write_map_check
+
         write_map_check(page, report.map_check, verbose=look.verbose)
     _write_machine_trouble(page, report, look)
     _write_time(page, report)
@@ -147,6 +149,8 @@ def _map_check(report: Report, look: Look) -> str:
 
 
 def _trial(report: Report, trial: Trial, look: Look) -> str:
+    from .trial_text import write_trial
+
     page = _page(look)
     write_trial(page, trial, report.plan, report.machine, verbose=look.verbose)
     if not trial.is_good:
