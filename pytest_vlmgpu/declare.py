@@ -89,8 +89,14 @@ SETTINGS = (
     ),
     Setting("slots", "models that stay loaded together: 1 (default), a number, or fit: as many as fit", "N|fit"),
     Setting(
+        "lease",
+        "who is kept off the GPUs of this run: machine (other runs on this machine, default), run (only its own workers, "
+        "among which they are shared out), off (nobody)",
+        "SCOPE",
+    ),
+    Setting(
         "lease_dir",
-        "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases; off: no leases",
+        "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases",
         "FOLDER",
     ),
     Setting("plan", "say what would run where and why not, and run nothing", levels=("on",), is_option_only=True),

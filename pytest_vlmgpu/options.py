@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Strict = Literal["off", "gpu", "all", "auto"]
 Level = Literal["off", "warn", "error"]
+Scope = Literal["machine", "run", "off"]
 MAX_BYTES = 2**46
 """64 TiB, as for the markers: more is a size in another unit."""
 TESTING = "VLMGPU_TESTING"
@@ -92,8 +93,10 @@ class Settings(NamedTuple):
     """Seconds; ``None`` where it was not said."""
     slots: int | None = 1
     """Models that may be loaded at once; ``None`` is as many as fit."""
+    lease: Scope = "machine"
+    """Who is kept off this run's GPUs: every run on the machine, this run's own workers, nobody."""
     lease_dir: str | None = None
-    """Folder of the leases; ``None`` is the usual one, ``off`` none at all."""
+    """Folder of the leases; ``None`` is the usual one."""
     origins: Mapping[str, str] = MappingProxyType({})
     """Name of each setting that was given to where, for messages: ``--vlm-gpus``, ``VLMGPU_MODEL``, ``vlm_strict``."""
     given: tuple[str, ...] = ()
@@ -172,7 +175,9 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
 
 def _refuse_contradictions(settings: Settings, environment: Mapping[str, str]) -> None:
     problem = ""
-    if settings.update_baseline and settings.baseline is None:
+    if settings.lease != "machine" and settings.origins.get("lease_dir", "").startswith("--"):
+        problem = f"--vlm-lease-dir: {settings.origins['lease']}={settings.lease} uses no folder; leave out one of them."
+    elif settings.update_baseline and settings.baseline is None:
         problem = "--vlm-update-baseline: there is no file to write; name it with --vlm-baseline=FILE."
     elif settings.gpus.kind == "none" and (settings.expect_gpus or settings.expect_vram):
         asked = [settings.origins[name] for name in ("expect_gpus", "expect_vram") if name in settings.origins]
@@ -402,9 +407,22 @@ def _parse_slots(text: str, origin: str) -> int | None:
     raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither a number from 1 on nor fit.")
 
 
+def parse_lease(text: str, origin: str) -> Scope:
+    """Read how far leases reach.
+
+    Raises:
+        pytest.UsageError: It is none of the three.
+    """
+    word = text.lower()
+    for scope in ("machine", "run", "off"):
+        if word == scope:
+            return scope
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no reach of leases; write machine, run or off.")
+
+
 def _parse_lease_dir(text: str, origin: str) -> str:
     if text.lower() == "off":
-        return "off"
+        raise pytest.UsageError(f"{WRONG}: {origin}: 'off' is no folder; to lease no GPUs, write --vlm-lease=off.")
     if "\0" in text or not os.path.isabs(text):  # noqa: PTH117 - relative to what would differ from run to run
         raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no absolute path; other runs must find the same folder.")
     return text
@@ -472,6 +490,7 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "fleet": parse_path,
     "wait": parse_wait,
     "slots": _parse_slots,
+    "lease": parse_lease,
     "lease_dir": _parse_lease_dir,
     "mutation": parse_level,
     "leak_check": parse_level,

@@ -156,10 +156,9 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     given = config.stash[SETTINGS].given if SETTINGS in config.stash else ()
     if not given:
         return None
-    from .workers.controller import remark
+    from .workers.controller import remarks
 
-    aside = remark(config)
-    return f"vlmgpu: {', '.join(given)}{f'; {aside}' if aside else ''}"
+    return f"vlmgpu: {'; '.join([', '.join(given), *remarks(config)])}"
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:

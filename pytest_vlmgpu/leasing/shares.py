@@ -9,7 +9,8 @@ from .. import verdicts
 from ..gating.selection import judge
 from ..options import GpuChoice
 from ..requirements import Requirements
-from .leases import DEFAULT_FOLDER, OFF, LeaseError, Leases
+from ..state import WORKER_INPUT
+from .leases import DEFAULT_FOLDER, LeaseError, Leases
 from .masks import VARIABLE, cuda_name
 from .sets import by_preference, cover, total_demand
 from .waiting import GRACE_S
@@ -70,6 +71,20 @@ def teller(config: pytest.Config) -> Callable[[str, tuple[str, ...], str], None]
     return tell
 
 
+def lease_folder(config: pytest.Config, settings: Settings) -> Path | None:
+    """Where a process leases GPUs, which says whom it keeps off them; ``None`` where nobody else is to be kept off.
+
+    With ``--vlm-lease=run`` the workers of one run meet in the folder of that run, as long as they are on its computer.
+    """
+    if settings.lease == "run":
+        if not hasattr(config, "workerinput"):
+            return None
+        told = config.workerinput.get(WORKER_INPUT)
+        if told is not None:
+            return Path(told["folder"]) / "leases"
+    return Path(settings.lease_dir or DEFAULT_FOLDER)
+
+
 class Shares:
     """Takes and keeps the leases of one run.
 
@@ -77,16 +92,22 @@ class Shares:
         settings: Resolved.
         waiting: The time that may be spent.
         tell: Calls the hook ``pytest_vlmgpu_lease``: event, UUIDs of GPUs, reason.
+        folder: Of the leases, from :func:`lease_folder`; ``None`` chooses GPUs and locks nothing.
     """
 
-    def __init__(self, settings: Settings, waiting: Waiting, tell: Callable[[str, tuple[str, ...], str], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        waiting: Waiting,
+        tell: Callable[[str, tuple[str, ...], str], None],
+        folder: Path | None,
+    ) -> None:
         self._settings = settings
         self._waiting = waiting
         self._tell = tell
         self._told: tuple[str, ...] = ()
         """GPUs that were told to be taken, and not yet to be given back."""
-        folder = settings.lease_dir or DEFAULT_FOLDER
-        self._leases = None if folder == OFF else Leases(Path(folder))
+        self._leases = Leases(folder) if folder is not None else None
 
     def take(
         self, machine: Machine, demands: Sequence[Demand] | None, workers: int, *, may_wait: bool = True

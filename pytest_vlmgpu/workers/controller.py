@@ -12,7 +12,7 @@ import pytest
 
 from ..collection.groups import Groups
 from ..leasing.sets import Demand, demands_of, divide, owners_of
-from ..leasing.shares import Share, Shares, teller
+from ..leasing.shares import Share, Shares, lease_folder, teller
 from ..leasing.waiting import GRACE_S
 from ..requirements import Requirements, VlmSpec
 from ..state import CONTROLLER, SETTINGS, WORKER_INPUT, gate_of
@@ -75,6 +75,8 @@ class Controller:
         settings = self._config.stash.get(SETTINGS, None)
         if settings is None or settings.gpus.kind == "none" or not settings.is_gpus_given or not self.is_local:
             return
+        if settings.lease == "off":
+            return
         machine = gate_of(self._config).machine()
         if machine.origin != "live":
             return
@@ -106,7 +108,8 @@ class Controller:
         """Settle who has which GPUs, before any test runs; returns number of a group to the worker that owns it."""
         gate = gate_of(self._config)
         tests = {number: need.tests for number, need in enumerate(groups.needs)}
-        if not gate.uses_gpus:
+        if not gate.uses_gpus or gate.settings.lease == "off":
+            # Each worker may use every GPU: only loads are kept apart.
             return owners_of(dict.fromkeys(tests, ()), tests, [()] * self.workers)
         machine = gate.machine()
         if machine.origin != "live":
@@ -144,7 +147,7 @@ class Controller:
     @cached_property
     def _shares(self) -> Shares:
         gate = gate_of(self._config)
-        return Shares(gate.settings, gate.own.waiting, teller(self._config))
+        return Shares(gate.settings, gate.own.waiting, teller(self._config), lease_folder(self._config, gate.settings))
 
     @cached_property
     def _folder(self) -> Path:
@@ -215,12 +218,21 @@ def takes_over(config: pytest.Config) -> bool:
     return config.getoption("dist", "no") in _LEFT_OPEN
 
 
-def remark(config: pytest.Config) -> str:
-    """What to know about this run's workers, where ``--dist`` keeps the plugin from choosing them."""
+_REACH = {
+    "run": "GPUs are shared out among the processes of this run and not leased: other runs may use them too",
+    "off": "GPUs are not leased: whatever else runs may use them too",
+}
+"""What a run says of leases that do not hold for the whole machine."""
+
+
+def remarks(config: pytest.Config) -> list[str]:
+    """What to know about a run: leases that keep nobody off, and ``--dist`` where it, not the plugin, chooses workers."""
+    settings = config.stash.get(SETTINGS, None)
+    found = [_REACH[settings.lease]] if settings is not None and settings.lease in _REACH else []
     dist = config.getoption("dist", "no")
-    if dist in ("no", *_LEFT_OPEN) or not config.getoption("tx", None) or hasattr(config, "workerinput"):
-        return ""
-    return f"--dist={dist} decides which worker runs a test, so several workers may load one model"
+    if dist not in ("no", *_LEFT_OPEN) and config.getoption("tx", None) and not hasattr(config, "workerinput"):
+        found.append(f"--dist={dist} decides which worker runs a test, so several workers may load one model")
+    return found
 
 
 def account(config: pytest.Config) -> list[str]:
@@ -228,12 +240,13 @@ def account(config: pytest.Config) -> list[str]:
     gate = gate_of(config)
     controller = config.stash.get(CONTROLLER, None)
     share = controller.share if controller is not None else gate.own.share
-    lines = [text for text in (remark(config),) if text]
+    lines = remarks(config)
     if share is not None and share.run_gpus:
         count = len(share.run_gpus)
         owners = controller.owners() if controller is not None else []
         whose = f": {'; '.join(owners)}" if owners else ""
-        lines.append(f"{count} GPU{'s' if count > 1 else ''} leased{whose}")
+        word = "leased" if gate.settings.lease == "machine" else "for this run"
+        lines.append(f"{count} GPU{'s' if count > 1 else ''} {word}{whose}")
     if gate.own.waiting.waited_s > GRACE_S + 1:
         lines.append(f"waited {gate.own.waiting.waited_s:.0f} s for GPUs")
     return lines

@@ -316,6 +316,10 @@ def test_native_toml(suite: Any) -> None:
             "--vlm-fake-gpus: --vlm-machine names a machine too; give one of them.",
         ),
         (
+            {"vlm_lease": "run", "vlm_lease_dir": "/mnt/leases"},
+            "--vlm-lease-dir: --vlm-lease=run uses no folder; leave out one of them.",
+        ),
+        (
             {"vlm_fake_gpus": "2xL4", "vlm_strict": "gpu", "vlm_min_tests": "3"},
             "--vlm-fake-gpus: no GPU that is made up can satisfy --vlm-strict, --vlm-min-tests; leave out one of them, or "
             "set VLMGPU_TESTING=1 to try the wiring itself.",
@@ -357,7 +361,9 @@ def test_slots_and_lease_folder() -> None:
     assert settle({"vlm_slots": "FIT"}).keeps_models is settle({"vlm_slots": "2"}).keeps_models is True
     assert (settle().slots, settle({"vlm_slots": "FIT"}).slots, settle({"vlm_slots": "2"}).slots) == (1, None, 2)
     assert settle().lease_dir is None
-    assert settle({"vlm_lease_dir": "OFF"}).lease_dir == "off"
+    assert settle().lease == "machine"
+    assert settle({"vlm_lease": "RUN"}).lease == "run"
+    assert settle(env={"VLMGPU_LEASE": "off"}).given == ("VLMGPU_LEASE=off",)
     assert settle({"vlm_lease_dir": "/mnt/leases"}).lease_dir == "/mnt/leases"
     assert settle(env={"VLMGPU_LEASE_DIR": "/mnt/leases"}).given == ()
 
@@ -373,6 +379,8 @@ def test_slots_and_lease_folder() -> None:
             "/tmp/\0",
             "--vlm-lease-dir: '/tmp/\\x00' is no absolute path; other runs must find the same folder.",
         ),
+        ("lease_dir", "off", "--vlm-lease-dir: 'off' is no folder; to lease no GPUs, write --vlm-lease=off."),
+        ("lease", "none", "--vlm-lease: 'none' is no reach of leases; write machine, run or off."),
     ],
 )
 def test_a_wrong_slot_or_folder_is_refused(setting: str, text: str, message: str) -> None:
