@@ -63,6 +63,10 @@ def judge(
     unmet = _short_of_count(requirements, choice, gpus) + _short_of_strength(requirements, machine, gpus)
     if not unmet and requirements.p2p:
         unmet = _short_of_peers(requirements, machine, gpus)
+        unknown = peers.unknown([gpu for gpu in gpus if _is_able(gpu, requirements, machine)], machine) if unmet else ""
+        if unknown:
+            # What a made-up machine leaves open is for whoever made it up to say: nothing is broken.
+            return Verdict("error", verdicts.WRONG if machine.origin == "synthetic" else verdicts.FAULT, unknown)
     if unmet:
         wanted = "; ".join(item.text for item in unmet)
         broken = fault(machine)
@@ -170,7 +174,7 @@ def _unknown(requirements: Requirements, machine: Machine, gpus: Sequence[Gpu]) 
         if missing:
             gap = machine.gap(f"gpus[{machine.gpus.index(gpu)}].{missing}")
             return f"{gpu.label}: {missing} could not be read{f' ({gap.reason})' if gap else ''}."
-    return peers.unknown(gpus, machine) if requirements.p2p and requirements.gpus > 1 else ""
+    return ""
 
 
 def _short_of_count(requirements: Requirements, choice: GpuChoice, gpus: Sequence[Gpu]) -> list[_Unmet]:
