@@ -33,7 +33,7 @@ SETTINGS = (
     Setting(
         "gpus",
         "GPUs for tests that use vlm markers or fixtures: auto (all visible ones, default), none (run models on the "
-        "CPU), a count (2), positions among the visible GPUs (0,2 or 2,), or UUIDs (GPU-…)",
+        "CPU), a count (2), positions among the visible GPUs (0,2 or 2,), or UUIDs (GPU-…, or MIG-… for slices)",
         "SPEC",
     ),
     Setting("model", "model (folder or hub id) for tests that use the fixture vlm and name none", "ID"),

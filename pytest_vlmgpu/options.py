@@ -41,7 +41,8 @@ _REFUSED = re.compile(r"""(?:with base 10|got (?:int|float|str)): (-?[0-9][0-9.e
 """How pytest and Python name a value that is not of the type of an ini key, as Python would write it."""
 _NEAR_NAME = 0.8
 """Likeness (difflib) from which a variable counts as one of ours misspelt."""
-_UUID = r"GPU-[0-9A-Fa-f-]{1,36}"
+_UUID_PREFIXES = ("GPU-", "MIG-")
+_UUID = r"(?:GPU|MIG)-[0-9A-Fa-f-]{1,36}"
 
 
 class GpuChoice(NamedTuple):
@@ -432,7 +433,7 @@ def parse_gpus(text: str, origin: str) -> GpuChoice:
     """Read a GPU choice.
 
     Args:
-        text: ``auto``, ``none``, a count, positions with a comma (``0,2`` or ``2,``), or UUIDs.
+        text: ``auto``, ``none``, a count, positions with a comma (``0,2`` or ``2,``), or UUIDs of GPUs or of MIG slices.
         origin: Where it was given, for the message.
 
     Raises:
@@ -450,22 +451,24 @@ def parse_gpus(text: str, origin: str) -> GpuChoice:
     problem = _list_problem(entries)
     if problem is None and re.fullmatch(_POSITION, entries[0]) and "," in text:
         return GpuChoice(kind="positions", positions=tuple(map(int, entries)), text=said)
-    if problem is None and entries[0].startswith("GPU-"):
+    if problem is None and entries[0].startswith(_UUID_PREFIXES):
         return GpuChoice(kind="uuids", uuids=tuple(entries), text=said)
     instead = {"all": "auto", "-1": "auto", "cpu": "none", "off": "none", "0": "none for the CPU, or 0, for the first GPU"}
-    hint = instead.get(word, "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…)")
+    hint = instead.get(word, "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…, MIG-…)")
     raise pytest.UsageError(f"{WRONG}: {origin}: {problem or f'{text!r} names no GPUs'}; write {hint}.")
 
 
 def _list_problem(entries: list[str]) -> str | None:
     """Why a list of GPUs cannot be read, or ``None``."""
-    if entries[0].startswith("MIG-"):
-        return "a MIG slice is chosen with CUDA_VISIBLE_DEVICES"
-    if len(entries) == 1 and not entries[0].startswith("GPU-"):
+    is_named = entries[0].startswith(_UUID_PREFIXES)
+    if len(entries) == 1 and not is_named:
         return None
-    pattern = _UUID if entries[0].startswith("GPU-") else _POSITION
     for entry in entries:
-        if not re.fullmatch(pattern, entry):
+        if entry.startswith("MIG-GPU-"):
+            return (
+                f"{entry!r} is how drivers before 470 named a MIG slice; name it by its own UUID (MIG-…, see nvidia-smi -L)"
+            )
+        if not re.fullmatch(_UUID if is_named else _POSITION, entry) or (is_named and entry[:4] != entries[0][:4]):
             return f"{entry!r} is neither a position nor a UUID like the others"
     if len(set(entries)) < len(entries):
         return "a GPU is named twice"

@@ -22,6 +22,7 @@ from ..verdicts import Verdict
 from .fitting import Fitting
 from .machine_reader import MachineReader, ordinals_by_uuid
 from .selection import judge_without_gpus, keep_from_acting
+from .slices import is_slice, unfold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,6 +140,7 @@ class Gate:
 
     def usable_gpus(self, machine: Machine, request: pytest.FixtureRequest) -> tuple[Gpu, ...]:
         """GPUs that tests may use, in CUDA order; without any, the test that asks is skipped or fails."""
+        machine = unfold(machine)
         if self.uses_gpus:
             verdict = self.fitting.judge(Requirements(), machine, loads=False, at_load=False)
             refuse(verdict)
@@ -148,7 +150,8 @@ class Gate:
             verdict = judge_without_gpus(self.settings.gpus, wants_gpus=True)
         refuse(verdict)
         by_index = {gpu.index: gpu for gpu in machine.gpus}
-        return tuple(by_index[index] for index in verdict.gpus)
+        usable = tuple(by_index[index] for index in verdict.gpus)
+        return usable[:1] if any(map(is_slice, usable)) else usable
 
     def decide(self, request: pytest.FixtureRequest) -> None:
         """Decide about the test that is set up, let the project have its say, and end the setup unless it is to run."""
@@ -264,7 +267,7 @@ class Gate:
             return "cpu"
         machine: Machine = request.getfixturevalue("vlm_machine")
         first = self.usable_gpus(machine, request)[0]
-        return f"cuda:{ordinals_by_uuid(machine).get(first.uuid, 0)}"
+        return f"cuda:{0 if is_slice(first) else ordinals_by_uuid(machine).get(first.uuid, 0)}"
 
     def _judge_model(
         self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest

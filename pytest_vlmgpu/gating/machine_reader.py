@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .faults import Losses
+from .slices import unfold
 
 if TYPE_CHECKING:
     import pytest
@@ -23,7 +24,7 @@ class MachineReader:
 
     def __init__(self, config: pytest.Config, recorded: Machine | None) -> None:
         self._config = config
-        self._first = self._latest = recorded
+        self._first = self._latest = unfold(recorded) if recorded is not None else None
         self._read_at = 0.0
         self.used: Machine | None = None
         """As last read; ``None`` until a gated test was decided about."""
@@ -42,7 +43,7 @@ class MachineReader:
             if time.monotonic() - self._read_at > max_age_s:
                 self._latest = self._read()
             machine = self._latest or machine
-        self.used = machine
+        self.used = machine = unfold(machine)
         return machine
 
     def now(self) -> Machine | None:
@@ -60,7 +61,7 @@ class MachineReader:
         return self.used is not None and self.used is self._latest and self.used.origin == "live"
 
     def _read(self) -> Machine:
-        self._latest = self._config.hook.pytest_vlmgpu_inventory(config=self._config) or _collect()
+        self._latest = unfold(self._config.hook.pytest_vlmgpu_inventory(config=self._config) or _collect())
         self._read_at = time.monotonic()
         self.losses.see(self._latest)
         return self._latest

@@ -173,7 +173,7 @@ class OwnShare:
 def _show_only(share: Share, config: pytest.Config) -> None:
     """Show CUDA these GPUs alone. Where it has counted them already, only the plans keep to the share."""
     if not masks.is_cuda_started():
-        config.add_cleanup(masks.apply(masks.mask_for(share.names)))
+        config.add_cleanup(masks.apply(masks.mask_for(share.gpus)))
 
 
 def _why_so_few(share: Share) -> str:

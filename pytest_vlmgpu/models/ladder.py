@@ -57,16 +57,18 @@ def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = Fals
     profile_of = cache(load_profile)
 
     def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan:
+        from ..gating.slices import is_slice
         from .offloading import with_host_memory
 
         if spec.is_placed_by_transformers:
             _refuse_rules_for(spec, policy)
+        is_sliced = any(is_slice(gpu) for gpu in machine.gpus if gpu.index in gpus)
         allowed = gpus if policy.gpus is None else tuple(index for index in gpus if index in policy.gpus)
         rules = replace(
             policy,
             gpus=allowed,
             min_gpus=max(policy.min_gpus, spec.min_gpus),
-            max_gpus=1 if spec.device_map == "single" else policy.max_gpus,
+            max_gpus=1 if spec.device_map == "single" or is_sliced else policy.max_gpus,
             offload=policy.offload and not may_offload,
         )
         work = replace(workload, dtype=spec.dtype or workload.dtype)
@@ -94,8 +96,8 @@ def _refuse_rules_for(spec: VlmSpec, policy: Policy) -> None:
     if broken:
         raise UsageError(
             f'device_map="{spec.device_map}" lets transformers place {spec.name}, which keeps to no '
-            f"{' and no '.join(broken)} of vlm_policy: leave that out, choose GPUs with --vlm-gpus, or let the planner place "
-            'it (device_map="doctor").'
+            f"{' and no '.join(broken)} of vlm_policy: leave that out, choose GPUs with --vlm-gpus, or let the planner "
+            'place it (device_map="doctor").'
         )
 
 

@@ -21,7 +21,7 @@ from .worker import warn, write
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vlm_doctor.machine import Gpu, Machine
+    from vlm_doctor.machine import Machine
     from vlm_doctor.placement import Plan
 
 _LEFT_OPEN = ("load", "loadgroup", "worksteal")
@@ -86,7 +86,7 @@ class Controller:
 
             for spec in self._specs:
                 # All of the run's: which part, is known when the tests are collected.
-                spec.env.update(mask_for(self._share.names))
+                spec.env.update(mask_for(self._share.gpus))
 
     def configure(self, node: Any) -> None:
         """Tell a worker where files go, and which of the workers it is."""
@@ -126,13 +126,13 @@ class Controller:
         everything = [demand for wanted in by_group.values() for demand in wanted]
         if self._share is None:
             self._share = self._shares.take(machine, everything, self.workers)
-        elif gate.settings.gpus.kind == "auto":
+        elif gate.settings.gpus.kind == "auto" or self._share.is_of_slices:
             self._share = self._shares.shrink(self._share, everything, self.workers, machine)
         if self._share is None:
             return dict.fromkeys(tests, 0)
         sets = self._divide(self._share, demands)
-        indices = {name: gpu.index for name, gpu in zip(self._share.names, self._gpus_of(machine), strict=True)}
-        return owners_of(by_group, tests, [[indices[name] for name in names] for names in sets])
+        indices = {gpu.uuid: gpu.index for gpu in machine.gpus}
+        return owners_of(by_group, tests, [[indices[uuid] for uuid in uuids] for uuids in sets])
 
     def share_out_evenly(self) -> None:
         """Give each worker an equal part, where another scheduler decides who runs what."""
@@ -160,13 +160,10 @@ class Controller:
         self._config.add_cleanup(folder.cleanup)
         return Path(folder.name)
 
-    def _gpus_of(self, machine: Machine) -> list[Gpu]:
-        by_uuid = {gpu.uuid: gpu for gpu in machine.gpus}
-        return [by_uuid[uuid] for uuid in self._share.gpus] if self._share is not None else []
-
     def _divide(self, share: Share, demands: Sequence[Demand]) -> list[tuple[str, ...]]:
         """Write down each worker's part."""
-        self._sets = sets = divide(share.names, [demand.gpus for demand in demands], self.workers)
+        most = 1 if share.is_of_slices else None
+        self._sets = sets = divide(share.gpus, [demand.gpus for demand in demands], self.workers, most=most)
         try:
             self._write_parts(share, sets)
         except OSError as error:
@@ -179,11 +176,11 @@ class Controller:
     def _write_parts(self, share: Share, sets: Sequence[tuple[str, ...]]) -> None:
         from ..leasing.masks import mask_for
 
-        for slot, (names, spec) in enumerate(zip(sets, self._specs, strict=True)):
-            part = share.part(names, self.workers)
+        for slot, (gpus, spec) in enumerate(zip(sets, self._specs, strict=True)):
+            part = share.part(gpus, self.workers)
             write(self._folder / f"share-{slot}.json", part._asdict())
-            if names:  # for the worker's replacement, should it crash
-                spec.env.update(mask_for(names))
+            if gpus:  # for the worker's replacement, should it crash
+                spec.env.update(mask_for(gpus))
 
 
 def start_controller(config: pytest.Config, specs: Sequence[Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_vlmgpu.options import GpuChoice, Settings, parse_gpus, resolve
 
-GPU_FORMS = "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…)"
+GPU_FORMS = "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…, MIG-…)"
 
 
 class _Config:
@@ -207,6 +207,7 @@ def test_numbers_in_toml_may_be_written_with_quotes_or_without(suite: Any, table
         ("0,", GpuChoice(kind="positions", positions=(0,), text="--vlm-gpus=0,")),
         ("1, 0", GpuChoice(kind="positions", positions=(1, 0), text="--vlm-gpus=1, 0")),
         ("GPU-1a2b", GpuChoice(kind="uuids", uuids=("GPU-1a2b",), text="--vlm-gpus=GPU-1a2b")),
+        ("MIG-1a,MIG-2b", GpuChoice(kind="uuids", uuids=("MIG-1a", "MIG-2b"), text="--vlm-gpus=MIG-1a,MIG-2b")),
         ("GPU-1a,GPU-2b", GpuChoice(kind="uuids", uuids=("GPU-1a", "GPU-2b"), text="--vlm-gpus=GPU-1a,GPU-2b")),
     ],
 )
@@ -231,7 +232,13 @@ def test_forms_of_a_gpu_choice(text: str, choice: GpuChoice) -> None:
         ("GPU-1a,0", f"'0' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
         ("GPU-", f"'GPU-' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
         ("1,1", f"a GPU is named twice; write {GPU_FORMS}."),
-        ("MIG-1a", f"a MIG slice is chosen with CUDA_VISIBLE_DEVICES; write {GPU_FORMS}."),
+        ("MIG-xyz", f"'MIG-xyz' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
+        ("MIG-1a,GPU-2b", f"'GPU-2b' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
+        (
+            "MIG-GPU-1a/1/0",
+            "'MIG-GPU-1a/1/0' is how drivers before 470 named a MIG slice; name it by its own UUID (MIG-…, see nvidia-smi "
+            f"-L); write {GPU_FORMS}.",
+        ),
     ],
 )
 def test_what_is_no_gpu_choice(text: str, message: str) -> None:

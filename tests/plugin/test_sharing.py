@@ -339,7 +339,9 @@ def test_slices_of_one_gpu_are_leased_one_by_one(make: Callable[..., Project]) -
         assert counts == {"passed": 2}, beside
         same, counts = third.run(test_x=ONE_MODEL)
         assert counts == {"passed": 1, "error": 1}, same
-        assert "VLM730: 1 GPU is wanted, and other runs have leased those that may be used: GPU 0 (NVIDIA L4)" in same, same
+        assert "VLM730: 1 GPU is wanted, and other runs have leased those that may be used: GPU 0 (slice of NVI" in same, (
+            same
+        )
         assert f"by pid {holder.pid} (" in same, same
     finally:
         (first.folder / "go").touch()
