@@ -26,6 +26,8 @@ class MachineReader:
         self._config = config
         self._first = self._latest = unfold(recorded) if recorded is not None else None
         self._read_at = 0.0
+        self.is_read_by_doctor = False
+        """True where the doctor read this machine itself, and no project or plugin answered in its place."""
         self.used: Machine | None = None
         """As last read; ``None`` until a gated test was decided about."""
         self.losses = Losses()
@@ -61,7 +63,9 @@ class MachineReader:
         return self.used is not None and self.used is self._latest and self.used.origin == "live"
 
     def _read(self) -> Machine:
-        self._latest = unfold(self._config.hook.pytest_vlmgpu_inventory(config=self._config) or _collect())
+        told: Machine | None = self._config.hook.pytest_vlmgpu_inventory(config=self._config)
+        self.is_read_by_doctor = told is None
+        self._latest = unfold(_collect() if told is None else told)
         self._read_at = time.monotonic()
         self.losses.see(self._latest)
         return self._latest

@@ -83,7 +83,12 @@ class Lending:
             self._gate.refuse_unless_run(spec, verdict)
             load = describe(spec, plan, loaded, time.perf_counter() - started)
             self._gate.loads.append(load)
-            uuids = tuple(stage.uuid for stage in stages_used(plan, loaded))
+            stages = stages_used(plan, loaded)
+            if self._gate.reader.is_reread and self._gate.reader.is_read_by_doctor:
+                from . import load_times
+
+                load_times.keep(load, stages)
+            uuids = tuple(stage.uuid for stage in stages)
             before = {uuid: size for uuid, size in before.items() if uuid in uuids}
             resident = Resident(spec, plan, loaded, load, ExitStack(), meter, before, uuids)
             self._gate.residents.add(resident)
