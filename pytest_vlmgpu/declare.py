@@ -99,6 +99,12 @@ SETTINGS = (
         "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases",
         "FOLDER",
     ),
+    Setting(
+        "hide_gpu_from_cpu_tests",
+        "let tests without markers or fixtures of the plugin see no GPU, where CUDA is not started yet",
+        levels=("on", "off"),
+        ini_type="bool",
+    ),
     Setting("plan", "say what would run where and why not, and run nothing", levels=("on",), is_option_only=True),
     Setting(
         "fleet",

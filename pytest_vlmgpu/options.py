@@ -98,6 +98,8 @@ class Settings(NamedTuple):
     """Who is kept off this run's GPUs: every run on the machine, this run's own workers, nobody."""
     lease_dir: str | None = None
     """Folder of the leases; ``None`` is the usual one."""
+    hide_gpu_from_cpu_tests: bool = False
+    """Tests that are no concern of the plugin are to see no GPU."""
     origins: Mapping[str, str] = MappingProxyType({})
     """Name of each setting that was given to where, for messages: ``--vlm-gpus``, ``VLMGPU_MODEL``, ``vlm_strict``."""
     given: tuple[str, ...] = ()
@@ -493,6 +495,7 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "fleet": parse_path,
     "wait": parse_wait,
     "slots": _parse_slots,
+    "hide_gpu_from_cpu_tests": parse_switch,
     "lease": parse_lease,
     "lease_dir": _parse_lease_dir,
     "mutation": parse_level,

@@ -46,6 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
             from .workers.lifetime import end_with
 
             end_with(told["controller"])
+        if settings.hide_gpu_from_cpu_tests:
+            from .leasing import hiding
+
+            config.pluginmanager.register(hiding.Hider(), hiding.NAME)
         if settings.machine != "live" or settings.fake_gpus:
             gate_of(config)  # a machine that cannot be read ends the run here
         if settings.plan:

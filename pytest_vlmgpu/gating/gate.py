@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from .. import verdicts
+from ..leasing.hiding import hider_of
 from ..leasing.own_share import OwnShare
 from ..leasing.waiting import GRACE_S
 from ..models.lending import Lending
@@ -190,6 +191,15 @@ class Gate:
         return max((needs.vram_bytes or 0) * needs.gpus, needs.total_vram_bytes or 0) or None
 
     def _judge_on_gpus(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
+        hider = hider_of(self._config)
+        if hider is not None and hider.started_by:
+            return Verdict(
+                "error",
+                verdicts.FAULT,
+                f"{hider.started_by}, which has no marker of the plugin, started CUDA while GPUs were hidden from it "
+                "(vlm_hide_gpu_from_cpu_tests), so this process sees none any more: mark that test, or run with "
+                "pytest-xdist and one worker more than there are GPUs.",
+            )
         needs = test.requirements
         needs_memory = not test.loads and (needs.needs_memory or needs.exclusive or bool(test.specs))
         max_age_s = MEMORY_AGE_S if needs_memory else HEALTH_AGE_S

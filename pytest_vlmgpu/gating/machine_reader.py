@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from ..leasing.hiding import hider_of
 from .faults import Losses
 from .slices import unfold
 
@@ -63,9 +65,11 @@ class MachineReader:
         return self.used is not None and self.used is self._latest and self.used.origin == "live"
 
     def _read(self) -> Machine:
-        told: Machine | None = self._config.hook.pytest_vlmgpu_inventory(config=self._config)
-        self.is_read_by_doctor = told is None
-        self._latest = unfold(_collect() if told is None else told)
+        hider = hider_of(self._config)
+        with hider.lifted() if hider is not None else nullcontext():
+            told: Machine | None = self._config.hook.pytest_vlmgpu_inventory(config=self._config)
+            self.is_read_by_doctor = told is None
+            self._latest = unfold(_collect() if told is None else told)
         self._read_at = time.monotonic()
         self.losses.see(self._latest)
         return self._latest

@@ -104,6 +104,12 @@ class Controller:
             return Groups.from_json(json.loads(path.read_text(encoding="utf-8")))
         return None
 
+    @property
+    def hides_gpus(self) -> bool:
+        """True when tests that are no concern of the plugin are to run where no gated test does, as long as that can be."""
+        gate = gate_of(self._config)
+        return gate.settings.hide_gpu_from_cpu_tests and gate.uses_gpus
+
     def assign(self, groups: Groups) -> dict[int, int]:
         """Settle who has which GPUs, before any test runs; returns number of a group to the worker that owns it."""
         gate = gate_of(self._config)
