@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from vlm_doctor.machine import Gap, Gpu, Machine, TorchView
-from vlm_doctor.visibility import VARIABLE, visible_gpus
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from vlm_doctor.machine import Gap, Gpu, Machine, TorchView
 
 PREFIX = "MIG-"
 ONE_A_PROCESS = "a process sees one MIG slice, and no GPU beside it"
@@ -36,6 +35,8 @@ def unfold(machine: Machine) -> Machine:
     if not any(map(_is_sliced, machine.gpus)):
         return machine
     from msgspec.structs import replace
+
+    from vlm_doctor.visibility import VARIABLE, visible_gpus
 
     following = max(gpu.index for gpu in machine.gpus) + 1
     gpus: list[Gpu] = []
@@ -95,6 +96,8 @@ def _gaps(machine: Machine, gpus: Sequence[Gpu], units: Mapping[int, Sequence[Gp
     """What could not be read, at the places that the GPUs have now."""
     from msgspec.structs import replace
 
+    from vlm_doctor.machine import Gap
+
     place = {gpu.index: position for position, gpu in enumerate(gpus)}
     gaps = [Gap(path=f"gpus[{place[unit.index]}].processes", reason=_WHOSE) for own in units.values() for unit in own[1:]]
     gaps += [Gap(path=f"gpus[{place[own[0].index]}].processes", reason=_WHOSE) for own in units.values() if len(own) > 1]
@@ -109,6 +112,8 @@ def _gaps(machine: Machine, gpus: Sequence[Gpu], units: Mapping[int, Sequence[Gp
 
 def _without_count(torch: TorchView) -> TorchView:
     """Of several slices torch counts one: no reason to miss the others."""
+    from vlm_doctor.machine import TorchView
+
     return TorchView(state="not_asked", message=_COUNTED_ALONE) if torch.state == "ok" and torch.device_count else torch
 
 
@@ -122,6 +127,8 @@ def _only_slice(entry: str, machine: Machine, units: Mapping[int, Sequence[Gpu]]
 def _shown(value: str, machine: Machine, units: Mapping[int, Sequence[Gpu]]) -> list[int]:
     """Indices of what CUDA_VISIBLE_DEVICES names: slices, or all slices of GPUs."""
     if not value.startswith(PREFIX):
+        from vlm_doctor.visibility import visible_gpus
+
         return [unit.index for index in visible_gpus(machine).gpus for unit in units[index]]
     slices = [unit for own in units.values() for unit in own if is_slice(unit)]
     shown: list[int] = []

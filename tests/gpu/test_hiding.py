@@ -1,7 +1,7 @@
 """GPUs hidden from tests without markers, on a real GPU: what one process can do, and what workers can.
 
-Run by hand: ``pytest -m gpu tests/gpu/test_hiding.py -rA``. No model is loaded. It also measures what is not documented: whether
-CUDA that was started while no GPU was visible finds one later (look at the output of the second test).
+Run by hand: ``pytest -m gpu tests/gpu/test_hiding.py -rA``. No model is loaded. It also measures what is not documented:
+whether CUDA that was started while no GPU was visible finds one later (look at the output of the second test).
 """
 
 from __future__ import annotations
