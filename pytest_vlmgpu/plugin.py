@@ -133,7 +133,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if ASKED in config.stash:
         from .collection import ordering
 
-        ordering.arrange(config, items, ordering.requests_of(items))
+        ordering.arrange(config, items, ordering.requests_of(config, items))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -147,10 +147,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     from .collection import collecting, ordering
 
-    requests = ordering.requests_of(session.items)
+    requests = ordering.requests_of(config, session.items)
     if collecting.examine_again(session, requests):
-        requests = ordering.requests_of(session.items)
+        requests = ordering.requests_of(config, session.items)
     ordering.arrange(config, session.items, requests)
+    collecting.settle(config, requests)
     if not config.option.collectonly:
         _prepare(session, requests)
 
@@ -196,13 +197,15 @@ def _prepare(session: pytest.Session, requests: Sequence[Examined | None]) -> No
     """Register what gated and watched tests need while they run: nothing that only lists tests has to import it."""
     config = session.config
     asked = {id(examined): examined for examined in requests if examined is not None}.values()
+    from .collection import collecting, ordering
+
+    collecting.give_requests(session.items, requests)
     if any(examined.watched for examined in asked):
         from .watching import watch
 
         watch.register(config)
     if not any(examined.gated for examined in asked):
         return
-    from .collection import collecting, ordering
     from .results import reporting
 
     collecting.give_models(session.items, requests)
