@@ -13,6 +13,7 @@ from .findings import Diagnosis, Finding
 from .machine import Machine
 from .placement import Plan
 from .report import Report
+from .visibility import visible_gpus
 
 USABLE = 0
 PROBLEM = 1
@@ -36,8 +37,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 def could_not_look(machine: Machine, diagnosis: Diagnosis | None = None) -> bool:
     """Tell whether nothing that matters is known: there are GPUs, but NVML would not speak, and no check found out why.
 
-    A cause that a check found (the driver is not loaded, its versions differ, pynvml is shadowed) is an answer, and so is an
-    error of NVML whose cause is known.
+    A cause that a check found (the driver is not loaded, its versions differ, pynvml is shadowed) is an answer, and so is
+    an error of NVML whose cause is known.
     """
     is_expected = bool(machine.pci_devices or machine.driver.device_files)
     if machine.gpus or not is_expected or machine.driver.nvml_state not in _BLIND_STATES:
@@ -105,13 +106,11 @@ def verdict(report: Report) -> str:
         return f"Not ready: {counted}."
     if not machine.gpus:
         return "No NVIDIA GPU here: nothing to run on, nothing to repair."
-    working = sum(gpu.error is None for gpu in machine.gpus)
-    noun = "GPU" if working == 1 else "GPUs"
-    return (
-        f"Ready: {working} {noun}, {counted}."
-        if not diagnosis.count("warning")
-        else f"Usable: {working} {noun}, {counted}."
-    )
+    working = {gpu.index for gpu in machine.gpus if gpu.error is None}
+    visible = working.intersection(visible_gpus(machine).gpus)
+    noun = "GPU" if len(working) == 1 else "GPUs"
+    number = f"{len(working)} {noun}" if visible == working else f"{len(visible)} of {len(working)} {noun} visible"
+    return f"{'Usable' if diagnosis.count('warning') else 'Ready'}: {number}, {counted}."
 
 
 def next_step(report: Report) -> Step | None:

@@ -16,7 +16,9 @@ _NVML_CAUSES = {
 }
 """nvmlReturn_t of nvmlInit."""
 _UNKNOWN_ERROR = 999
-_TAKEN_AWAY = "The host took the GPUs from this container, as a reload of its service manager (systemctl daemon-reload) does."
+_TAKEN_AWAY = (
+    "The host took the GPUs from this container, as a reload of its service manager (systemctl daemon-reload) does."
+)
 """What NVML's error 999 means in a container. Source: NVIDIA/nvidia-container-toolkit issue 48."""
 
 

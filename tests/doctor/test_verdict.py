@@ -189,3 +189,10 @@ def test_next_step_may_need_the_administrator() -> None:
 
 def test_what_is_fine_or_has_no_fix_needs_no_step() -> None:
     assert next_step(report(HEALTHY, finding("VLM401", "info", fix=YOURS), ERROR)) is None
+
+
+def test_the_verdict_counts_hidden_gpus_apart() -> None:
+    hidden = msgspec.structs.replace(HEALTHY, environment={"CUDA_VISIBLE_DEVICES": "1"})
+    assert verdict(report(hidden)) == "Ready: 1 of 2 GPUs visible, no errors, no warnings."
+    assert verdict(report(hidden, WARNING)) == "Usable: 1 of 2 GPUs visible, 1 warning."
+    assert verdict(report(HEALTHY)) == "Ready: 2 GPUs, no errors, no warnings."
