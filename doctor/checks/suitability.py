@@ -126,7 +126,7 @@ def _known(facts: Facts, libraries: Libraries, defect: KnownDefect) -> Finding:
         defect.severity,
         f"{defect.package} {version} {defect.effect}.",
         evidence=facts.evidence(f"libraries.packages[{position}].version"),
-        fix=Fix(text="Install a version without it.", commands=(command,)),
+        fix=Fix(text=f"Install a {defect.package} without this defect.", commands=(command,)),
         links=(defect.thread,),
     )
 

@@ -37,6 +37,7 @@ def render(report: Report, look: Look) -> str:
 
         page = _page(look)
         write_error(page, report.error_text, report.machine, verbose=look.verbose)
+        _write_notes(page, report)
         return page.render()
     if report.gate is not None:
         from .gate_text import write_gate
@@ -98,13 +99,17 @@ def _write_closing(page: Page, report: Report, look: Look) -> None:
         for command in step.commands:
             page.verbatim(command, indent=4, style="bold")
         page.item("Then verify with:", (step.verify, "bold"))
-    for note in report.notes:
-        page.text(note)
+    _write_notes(page, report)
     if report.plan is not None:
         write_suggestion(page, report.plan, gpu_count=len(report.machine.gpus), machine_option=look.machine_option)
     elif not report.machine.gpus and report.exit_status == USABLE:
         _write_other_machine(page, EXAMPLE_MODEL)
     _write_time(page, report)
+
+
+def _write_notes(page: Page, report: Report) -> None:
+    for note in report.notes:
+        page.text(note)
 
 
 def _write_other_machine(page: Page, model: str) -> None:
@@ -129,8 +134,7 @@ def _plan(report: Report, look: Look) -> str:
         if not report.machine.gpus:
             _write_other_machine(page, plan.model)
     _write_machine_trouble(page, report, look)
-    for note in report.notes:
-        page.text(note)
+    _write_notes(page, report)
     _write_time(page, report)
     return page.render()
 
@@ -144,6 +148,7 @@ def _map_check(report: Report, look: Look) -> str:
 
         write_map_check(page, report.map_check, verbose=look.verbose)
     _write_machine_trouble(page, report, look)
+    _write_notes(page, report)
     _write_time(page, report)
     return page.render()
 

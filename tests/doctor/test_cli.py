@@ -68,6 +68,8 @@ def recorded(name: str) -> str:
     [
         ("2xl4-idle", (), 0),
         ("laptop-no-gpu", (), 0),
+        ("gpus-taken-from-container", (), 1),
+        ("pynvml-shadowed", (), 1),
         ("2xa10-half-taken", (), 0),
         ("2xa10-half-taken", ("--strict",), 1),
         ("2xa10-half-taken", ("--strict", "--ignore", "VLM501"), 0),
