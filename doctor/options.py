@@ -189,7 +189,7 @@ def _add_try(parser: Parser) -> None:
 def _add_check_map(parser: Parser) -> None:
     from .plan_options import add_workload
 
-    parser.add_argument("map", metavar="FILE|-", help="JSON, YAML lines, a Python dict or a plan; - is standard input")
+    parser.add_argument("map", metavar="FILE|-", help="JSON, YAML, a Python dict or script, or a plan; - is standard input")
     parser.add_argument("--model", metavar="MODEL", required=True, help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     _add_model_reading(parser)
