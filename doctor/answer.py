@@ -252,5 +252,7 @@ def refuse_missing_gpus(machine: Machine, gpus: Sequence[int] | None) -> None:
     there = [gpu.index for gpu in machine.gpus]
     for index in gpus or ():
         if index not in there:
-            have = f"its GPUs are {', '.join(map(str, there))}" if there else "it has none"
-            raise UsageError(f"--gpus: {machine.description} has no GPU {index}; {have}.")
+            if not there:
+                raise UsageError(f"--gpus: there is no GPU {index} ({machine.description}); leave the option out.")
+            have = ", ".join(map(str, there))
+            raise UsageError(f"--gpus: {machine.description} has no GPU {index}; its GPUs are {have}.")

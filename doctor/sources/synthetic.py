@@ -34,6 +34,7 @@ MAX_GPUS = 64
 _MAX_SPEC_CHARS = 2000
 _COUNTED = re.compile(r"(?:(?P<count>[0-9]+)\s*[xX×]\s*)?(?P<what>.+)")
 _SIZE = re.compile(r"[0-9.]+\s*[kKmMgGtT]?i?[bB]")
+_NO_UNIT = re.compile(r"[0-9]{1,5}(?:\.[0-9]{1,5})?\s*(?:[gG][iI]?)?")
 _SWITCH_ADDRESS = "ffff:ff:ff.0"
 """What NVML shows at the far end of a port that leads to NVSwitch (measured on H200)."""
 _BRIDGED_PORTS = 4
@@ -90,6 +91,8 @@ def parse_machine(spec: str) -> Machine:
 
 def _models(spec: str, cards: str) -> list[GpuModel]:
     models: list[GpuModel] = []
+    if cards.lower() == "live":
+        raise MachineError(f"{spec}: this machine is called live, in small letters and alone.")
     for card in re.split(r"[+,]", cards):
         match = _COUNTED.fullmatch(card.strip())
         if match is None:
@@ -112,6 +115,10 @@ def _model(spec: str, what: str) -> GpuModel:
         return GpuModel(f"GPU with {format_gib(size)}", size, 0, (0, 0), _BRIDGED_PORTS)
     names = [*GPUS, *ALIASES]
     by_lower = {name.lower(): name for name in names}
+    if _NO_UNIT.fullmatch(what):
+        raise MachineError(f"{spec}: {what!r} has no unit; write {what.rstrip('gGiI')}GiB.")
+    if "@" in what or "=" in what:
+        raise MachineError(f"{spec}: {what[:60]!r} is not a GPU; options stand behind a colon, such as 2xL4:free=12GiB.")
     near = [by_lower[key] for key in nearest(what.lower(), by_lower, most=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, and sizes such as 24GiB."
     raise MachineError(f"{spec}: {what!r} is not a GPU of the catalogue; {hint}")
