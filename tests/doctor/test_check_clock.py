@@ -79,23 +79,28 @@ def test_a_check_that_does_not_end_is_unknown_and_the_others_judge(
 ) -> None:
     before = diagnose(MACHINE)
     broken(run)
-    clock = CheckClock(deadline_s=0.2, slow_s=0.1)
+    # Far more than a check that ends is held up on a busy machine.
+    clock = CheckClock(deadline_s=2, slow_s=1)
     after = diagnose(MACHINE, by=clock)
 
     assert (after.outcomes[0].code, after.outcomes[0].state) == (BROKEN, "unknown")
-    assert after.outcomes[0].reason == "no verdict within 0.2 s; please report this"
+    assert after.outcomes[0].reason == "no verdict within 2 s; please report this"
     assert after.outcomes[1:] == before.outcomes[1:]
     (note,) = clock.notes()
-    assert re.fullmatch(r"Slow to judge: VLM101 0\.[0-9] s\. This is a defect of vlm-doctor, please report it\.", note)
+    assert re.fullmatch(r"Slow to judge: VLM101 [0-9.]+ s\. This is a defect of vlm-doctor, please report it\.", note)
 
 
 def test_what_was_stopped_once_is_not_waited_for_again(broken: Callable[..., None]) -> None:
-    broken(sleeps)
-    clock = CheckClock(deadline_s=0.2)
-    diagnose(MACHINE, by=clock)
-    started = time.perf_counter()
-    assert diagnose(MACHINE, by=clock).outcomes[0].state == "unknown"
-    assert time.perf_counter() - started < 0.2
+    begun = []
+
+    def counts(facts: Facts) -> tuple[Finding, ...]:
+        begun.append(facts)
+        return sleeps(facts)
+
+    broken(counts)
+    clock = CheckClock(deadline_s=2)
+    assert [diagnose(MACHINE, by=clock).outcomes[0].state for _ in range(2)] == ["unknown", "unknown"]
+    assert len(begun) == 1
 
 
 def test_quick_checks_leave_no_note_no_timer_and_no_handler() -> None:
@@ -118,7 +123,7 @@ def test_in_another_thread_a_check_is_only_measured(broken: Callable[..., None])
     thread.start()
     thread.join()
     assert states == ["passed"]
-    assert "VLM101 0.1 s" in clock.notes()[0]
+    assert "VLM101 0." in clock.notes()[0]
 
 
 def test_the_timer_of_somebody_else_is_left_alone(broken: Callable[..., None]) -> None:
@@ -136,11 +141,11 @@ from vlm_doctor import check_clock, checks, cli
 first, *others = checks.CHECKS
 assert first.code == "{BROKEN}"
 checks.CHECKS = (msgspec.structs.replace(first, run=lambda facts: time.sleep(60), needs=()), *others)
-check_clock.CheckClock.__init__.__kwdefaults__.update(deadline_s=0.3, slow_s=0.1)
+check_clock.CheckClock.__init__.__kwdefaults__.update(deadline_s=2, slow_s=1)
 cli.main(["--machine", {str(PATH)!r}, "--no-project", "--verbose"])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "no NVIDIA GPU (VLM101): no verdict within 0.3 s; please report this" in done.stdout
+    assert "no NVIDIA GPU (VLM101): no verdict within 2 s; please report this" in done.stdout
     assert "VLM503" in done.stdout
-    assert "Slow to judge: VLM101 0.3 s." in done.stdout
+    assert "Slow to judge: VLM101 " in done.stdout
