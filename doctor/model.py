@@ -102,6 +102,17 @@ class TextShape(msgspec.Struct, frozen=True, kw_only=True):
     """Width of the values of all heads in layers of linear attention; 0 where it is not known."""
     cached_layers: tuple[LayerCache, ...] = ()
     """What each layer keeps, in order; empty when all are ``full``, or, with a ``sliding_window``, all ``sliding``."""
+    full_head_dim: int = 0
+    """Of layers that are ``full``, where those beside them have another ``head_dim`` (Gemma 4); 0 where all have one."""
+    full_kv_heads: int = 0
+    """Likewise."""
+    layer_input: int = 0
+    """Width of the embedding that each layer has of its own (``hidden_size_per_layer_input`` of Gemma 3n and Gemma 4)."""
+
+    def heads_of(self, cache: LayerCache) -> tuple[int, int]:
+        """KV heads and ``head_dim`` of a layer that keeps so much."""
+        has_own = cache == "full" and self.full_head_dim
+        return (self.full_kv_heads, self.full_head_dim) if has_own else (self.kv_heads, self.head_dim)
 
 
 class VisionShape(msgspec.Struct, frozen=True, kw_only=True):

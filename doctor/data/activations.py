@@ -122,6 +122,7 @@ BODIES: dict[str, TextCoefficient] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4v_moe_text", "kimi_k2"), _EXPERTS_IN_FLOAT32),
     **dict.fromkeys(("ernie4_5_vl_moe_text", "qwen3_5_moe_text", "qwen3_next"), _EXPERTS_BESIDE_SHARED),
     "cohere2": TextCoefficient(3, 3.07, f"{_COUNTED}; it rotates in float32", attention_multiple=13.1),
+    "gemma3n_text": TextCoefficient(4, 21, f"{_COUNTED}; it carries four hidden states"),
     "gemma4_text": TextCoefficient(3, 3.8, _COUNTED),
     "llama4_text": TextCoefficient(
         3, 4.1, f"{_COUNTED}; every expert sees every token", experts_hidden_multiple=2, beside_experts=4.1,

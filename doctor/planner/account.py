@@ -90,8 +90,9 @@ def _cache_source(footprint: Footprint) -> str:
     """How a layer's cache is counted."""
     text = footprint.profile.text
     if text.kv_lora_rank is None:
-        return f"2 x layers x {text.kv_heads} KV heads x {text.head_dim} x bytes x tokens x batch"
-    keys, values = kept_elements(text, footprint.release)
+        own = f" (full attention: {text.full_kv_heads} x {text.full_head_dim})" if text.full_head_dim else ""
+        return f"2 x layers x {text.kv_heads} KV heads x {text.head_dim}{own} x bytes x tokens x batch"
+    keys, values = kept_elements("full", text, footprint.release)
     which = "4 keeps keys and values expanded" if is_before_5(footprint.release) else "5 keeps them compressed"
     if footprint.profile.is_remote_code:
         return f"layers x {keys + values} x bytes x tokens x batch (its own code keeps keys and values expanded)"

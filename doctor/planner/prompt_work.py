@@ -93,9 +93,17 @@ def prompt_work(
         head=max(_NORM_STATES * states, 2 * states + _logits(profile, workload, tokens, item)),
         answer=workload.batch * profile.text.vocabulary * (item + 4),
         pixels=pixels,
-        held=states + pixels + kept,
+        held=states + pixels + kept + _layer_inputs(profile, tokens, item),
         encode=encode,
     )
+
+
+def _layer_inputs(profile: ModelProfile, tokens: int, item_bytes: int) -> int:
+    """Embeddings that each layer has of its own: as looked up, and joined with their projection; with another copy of the
+    prompt's embedding. Counted for Gemma 3n and Gemma 4.
+    """
+    text = profile.text
+    return tokens * item_bytes * (2 * text.layers * text.layer_input + text.hidden) if text.layer_input else 0
 
 
 def _logits(profile: ModelProfile, workload: Workload, tokens: int, item_bytes: int) -> int:
