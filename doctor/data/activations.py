@@ -114,9 +114,11 @@ TEXT: dict[str, TextCoefficient] = {
 
 BODIES: dict[str, TextCoefficient] = {
     **dict.fromkeys(
-        ("granite", "lfm2", "llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "smollm3"),
+        ("granite", "llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "smollm3"),
         msgspec.structs.replace(_GATE_AND_UP_APART, linear_multiple=26.3),
     ),
+    # Layers without attention are short convolutions, which need less than their MLP.
+    **dict.fromkeys(("lfm2", "lfm3"), msgspec.structs.replace(_GATE_AND_UP_APART, linear_multiple=3)),
     **dict.fromkeys(("glm", "glm4", "phi", "phi3"), _MERGED),
     **dict.fromkeys(("mixtral", "qwen3_moe", "qwen3_vl_moe_text", "aria_text"), _EXPERTS),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4v_moe_text", "kimi_k2"), _EXPERTS_IN_FLOAT32),

@@ -52,6 +52,8 @@ DEEPSEEK_V2_LITE = family("deepseek_v2", 2048, 10944, 16, 16, head_dim=160, expe
         (family("granite", 4096, 11008, 32, 32), DENSE, 45_572.0),
         (family("mistral", 4096, 14336, 32, 8), DENSE, 55_556.1),
         (family("lfm2", 2560, 8192, 32, 8), DENSE, 32_420.0),
+        (family("lfm3", 2048, 7680, 16, 4), DENSE, 29_184.0),
+        (family("lfm3", 2048, 7680, 16, 4), LINEAR, 29_184.0),
         (family("olmo2", 4096, 11008, 32, 32), DENSE, 41_732.0),
         (family("phi", 2048, 8192, 32, 32), DENSE, 38_980.0),
         (family("phi3", 3072, 8192, 32, 32), DENSE, 42_180.0),
