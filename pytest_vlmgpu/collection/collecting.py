@@ -120,9 +120,14 @@ def _examine(concerned: Sequence[Any]) -> str | None:
             # Written for speed: this is done for each test.
             reading, fixturenames, examined = entry_of(item)
             of[id(item)] = examined or reading.examined(item)
-            if fixturenames is not None:
+            if fixturenames is None:
+                pass
+            elif "callspec" in item.__dict__:
                 # A list of its own: pytest shares one between all parameters of a function.
                 item.fixturenames = fixturenames.copy()
+            else:
+                # In its place: ten thousand lists more would have the garbage collector look at all objects once more.
+                item.fixturenames[:] = fixturenames
             if item.parent is not parent:
                 parent = item.parent
                 parent.stash[READ_MARKS] = _marks_above(parent, ours)
