@@ -92,6 +92,8 @@ class Settings(NamedTuple):
     report: Path | None = None
     wait: float | None = None
     """Seconds; ``None`` where it was not said."""
+    busy: Literal["error", "skip"] = "error"
+    """Of a test whose GPUs others have taken."""
     slots: int | None = 1
     """Models that may be loaded at once; ``None`` is as many as fit."""
     lease: Scope = "machine"
@@ -410,6 +412,19 @@ def _parse_slots(text: str, origin: str) -> int | None:
     raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither a number from 1 on nor fit.")
 
 
+def parse_busy(text: str, origin: str) -> Literal["error", "skip"]:
+    """Read what becomes of a test whose GPUs others have taken.
+
+    Raises:
+        pytest.UsageError: It is neither.
+    """
+    if text.lower() == "skip":
+        return "skip"
+    if text.lower() == "error":
+        return "error"
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither error nor skip.")
+
+
 def parse_lease(text: str, origin: str) -> Scope:
     """Read how far leases reach.
 
@@ -494,6 +509,7 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "plan": _switch,
     "fleet": parse_path,
     "wait": parse_wait,
+    "busy": parse_busy,
     "slots": _parse_slots,
     "hide_gpu_from_cpu_tests": parse_switch,
     "lease": parse_lease,

@@ -387,6 +387,7 @@ def test_slots_and_lease_folder() -> None:
             "--vlm-lease-dir: '/tmp/\\x00' is no absolute path; other runs must find the same folder.",
         ),
         ("lease_dir", "off", "--vlm-lease-dir: 'off' is no folder; to lease no GPUs, write --vlm-lease=off."),
+        ("busy", "wait", "--vlm-busy: 'wait' is neither error nor skip."),
         ("lease", "none", "--vlm-lease: 'none' is no reach of leases; write machine, run or off."),
     ],
 )
