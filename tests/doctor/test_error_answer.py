@@ -62,8 +62,8 @@ def test_every_known_text_is_recognized_by_its_example(known: KnownText) -> None
         ("OSError: libcuda.so.1: cannot open shared object file: No such file or directory", "no-driver"),
         ("RuntimeError: CUDA error: unknown error", "cuda-unknown-error"),
         (
-            "RuntimeError: cuDNN version incompatibility: PyTorch was compiled  against (9, 20, 0) but found runtime version "
-            "(8, 9, 2). PyTorch already comes bundled with cuDNN.",
+            "RuntimeError: cuDNN version incompatibility: PyTorch was compiled  against (9, 20, 0) but found runtime "
+            "version (8, 9, 2). PyTorch already comes bundled with cuDNN.",
             "torch-libraries-shadowed",
         ),
         ("RuntimeError: DataLoader worker (pid 1234) is killed by signal: Killed.", "host-out-of-memory"),
