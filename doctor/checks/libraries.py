@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _LOADERS = ("transformers", "accelerate")
 """What loading with a ``device_map`` takes besides torch."""
 _VITAL = ("torch", "accelerate")
-"""Optional to transformers, and not to a model on GPUs. Source: transformers, utils/import_utils.py (torch below its minimum
-counts as absent) and integrations/accelerate.py (check_and_set_device_map)."""
+"""Optional to transformers, and not to a model on GPUs. Source: transformers, utils/import_utils.py (below its minimum
+torch counts as absent) and integrations/accelerate.py (check_and_set_device_map)."""
 
 
 def torch_missing(facts: Facts) -> Result:
