@@ -304,6 +304,8 @@ def test_explain_as_data_follows_its_published_schema(run: Run) -> None:
 
 def test_version(run: Run) -> None:
     assert run("--version") == Ran(0, f"vlm-doctor {__version__}\n", "")
+    assert run("--version", "--json").json == {"version": __version__}
+    assert run("--version", "check", "--json").json["error"]["message"] == "--version stands alone, or with --json."
 
 
 class Screen(io.TextIOWrapper):
