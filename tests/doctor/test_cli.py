@@ -99,6 +99,11 @@ def test_check_suggests_a_placement_that_does_not_change_the_verdict(run: Run) -
     assert ran.status == 0
 
 
+def test_check_suggests_no_placement_where_every_gpu_is_hidden(run: Run) -> None:
+    assert run("--machine", recorded("masked"), "--json").json["plan"] is None
+    assert run("--machine", recorded("some-hidden"), "--json").json["plan"]["fits"]
+
+
 def test_check_suggests_the_model_that_is_named(run: Run) -> None:
     other = next(name for name in catalogue_names() if name != MODEL)
 
