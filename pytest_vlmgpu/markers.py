@@ -67,7 +67,7 @@ def vlm(
         raise _ArgumentError('names no model; write vlm("org/model")')
     texts = [_name(name) for name in names]
     if len(set(texts)) < len(texts):
-        raise _ArgumentError("names a model twice")
+        raise _ArgumentError("names a model twice; name it once")
     if revision is not None:
         texts = [_at_revision(texts, revision)]
     first = VlmSpec(
@@ -184,7 +184,7 @@ def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
     # Stacked decorators apply from the bottom up, as with parametrize; read them in the order written.
     named = [spec for mark in closest for spec in read(mark, where)]
     if len(set(named)) < len(named):
-        raise wrong(f"{where}: @pytest.mark.vlm names a model twice.")
+        raise wrong(f"{where}: @pytest.mark.vlm names a model twice; name it once.")
     return tuple(completed(spec, definition, where) for spec in named)
 
 
@@ -294,7 +294,7 @@ def _misuse(mark: pytest.Mark) -> str:
         elif near in parameters:
             instead = f"write {near}=…"
         else:
-            instead = f"write @pytest.mark.{owner}({near}=…)" if owner else f"it takes {', '.join(parameters)}"
+            instead = f"write @pytest.mark.{owner}({near}=…)" if owner else f"it takes {', '.join(parameters) or 'none'}"
         return f"has no keyword {keyword!r}; {instead}"
     if mark.name == "vlm_limit_vram":
         return 'takes one size, such as vlm_limit_vram("18GiB")'

@@ -258,7 +258,9 @@ def _ini(config: pytest.Config, key: str) -> object:
         if match is not None:
             with suppress(ValueError, SyntaxError):
                 return ast.literal_eval(match[1])
-        raise pytest.UsageError(f"{WRONG}: {key}: {error}.") from error
+        # pytest's words for a setting that is on or off.
+        hint = "; write true or false" if "truth value" in str(error) else ""
+        raise pytest.UsageError(f"{WRONG}: {key}: {error}{hint}.") from error
 
 
 def parse_strict(text: str, origin: str) -> Strict:
@@ -365,7 +367,7 @@ def parse_switch(text: str, origin: str) -> bool:
     """
     if text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
-    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither on nor off.")
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither on nor off; write one of these.")
 
 
 def parse_device_map(text: str, origin: str) -> str:

@@ -42,6 +42,8 @@ _DENSE_BYTES = 2
 """Of an element that is unpacked: in the type of its scales, 16 bit."""
 
 COMPRESSED = "compressed-tensors"
+COUNTED = frozenset({COMPRESSED, "gptq", "awq", "fp8", "mxfp4", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"})
+"""Methods whose tensors are understood; ``AUTO_QUANTIZATION_CONFIG_MAPPING`` of transformers 5.23 has more."""
 
 
 class _Weight(NamedTuple):

@@ -178,9 +178,17 @@ def test_no_byte_is_lost_however_odd_the_names(tensors: dict[str, StoredTensor],
 def test_a_section_that_is_no_object_is_refused(write_checkpoint: Write, section: Any) -> None:
     with pytest.raises(ModelFileError) as raised:
         load_profile(str(write_checkpoint({**LLAVA_CONFIG, "quantization_config": section})))
-    assert str(raised.value) == (
-        "config.json: quantization_config is not a JSON object; use the config.json that belongs to this checkpoint."
+    assert str(raised.value).endswith(
+        "/config.json: quantization_config is not a JSON object; use the config.json that belongs to this checkpoint."
     )
+
+
+@pytest.mark.parametrize(("method", "notes"), [("hqq", 1), ("\x1b[31m" * 20, 1), (5, 1), ("gptq", 0), ("bitsandbytes", 0)])
+def test_a_method_that_is_not_counted_is_told(write_checkpoint: Write, method: Any, notes: int) -> None:
+    profile = load_profile(str(write_checkpoint({**LLAVA_CONFIG, "quantization_config": {"quant_method": method}})))
+    told = [note for note in profile.notes if note.endswith("its weights are counted as the files hold them.")]
+    assert len(told) == notes
+    assert all(note.isprintable() for note in told)
 
 
 def test_the_section_may_stand_in_the_text_part() -> None:

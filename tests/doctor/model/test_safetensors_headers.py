@@ -143,7 +143,7 @@ def test_a_folder_or_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path: Path
 def test_a_file_that_cannot_be_opened_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert refusal(tmp_path / "loop") == (
-        f"{tmp_path / 'loop'}: cannot be read (Too many levels of symbolic links); correct its permissions."
+        f"{tmp_path / 'loop'}: cannot be read (Too many levels of symbolic links); download it again."
     )
 
 
