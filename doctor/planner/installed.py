@@ -9,15 +9,29 @@ import msgspec
 from ..data.families import NORM_OUTSIDE_BEFORE
 from ..data.joins import TOWER_WINDOWED
 from ..machine import Machine
-from ..model import ModelProfile, Unit
+from ..model import LinearWeights, ModelProfile, Unit
 from .quantized import unpacked
-from .release import Release, is_before_5, release_of
+from .release import Release, is_before_5, release_for, release_of
 
 
 def as_loaded(profile: ModelProfile, machine: Machine) -> ModelProfile:
     """The profile as this machine will hold it, if its transformers is known; as the newest would, if not."""
     release = release_of(machine)
-    return unpacked(_with_norm_outside(_with_whole_tower(profile, release), release), machine)
+    found = _with_norm_outside(_with_whole_tower(profile, release), release)
+    if is_before_5(release_for(profile, machine)):
+        found = _with_single_experts(found)
+    return unpacked(found, machine)
+
+
+def _with_single_experts(profile: ModelProfile) -> ModelProfile:
+    """Experts that are linear layers, which bitsandbytes quantizes."""
+    if not any(unit.expert_linear.tensors for unit in profile.units):
+        return profile
+    units = tuple(
+        msgspec.structs.replace(unit, linear=unit.linear + unit.expert_linear, expert_linear=LinearWeights())
+        for unit in profile.units
+    )
+    return msgspec.structs.replace(profile, units=units)
 
 
 def _with_whole_tower(profile: ModelProfile, release: Release) -> ModelProfile:

@@ -114,7 +114,7 @@ def test_only_linear_weights_are_quantizable() -> None:
             "lm_head.weight": StoredTensor("BF16", (5, 2), 20),
         }
     )
-    assert {unit.key: unit.quantizable_elements for unit in found.units} == {
+    assert {unit.key: unit.linear.elements for unit in found.units} == {
         "model.vision": 0,
         "model.embed_tokens": 0,
         "model.layers.0": 8,
