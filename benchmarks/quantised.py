@@ -9,9 +9,10 @@ On two GPUs, where the map parts the model, memory is read from torch, and answe
 
     python benchmarks/quantised.py --out quantised-gpu.json --devices cuda:0,cuda:1
 
-Each family gets a tiny checkpoint with random weights (``tiny_architectures.py``). ``load`` quantizes it while it is loaded;
-``read`` saves what was quantized so, reads that checkpoint's headers with the profile, and loads it again. Planned bytes are
-those of the plan's ledger; loaded bytes are the sum over all tensors of a module, scales and tables included. A line a case.
+Each family gets a tiny checkpoint with random weights (``tiny_architectures.py``). ``load`` quantizes it while it is
+loaded; ``read`` saves what was quantized so, reads that checkpoint's headers with the profile, and loads it again. Planned
+bytes are those of the plan's ledger; loaded bytes are the sum over all tensors of a module, scales and tables included. A
+line a case.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ FAMILIES = (
 PACKAGES = (
     "torch", "transformers", "accelerate", "bitsandbytes", "torchao", "optimum-quanto", "hqq", "compressed-tensors",
 )  # fmt: skip
+
+
+IMAGES_ALONE = frozenset({"blip-2"})
+"""Families that take no prompt without an image."""
 
 
 class Method(NamedTuple):
@@ -110,7 +115,7 @@ METHODS: dict[str, Method] = {
     "quanto-int8": Method("optimum-quanto", _of_transformers("QuantoConfig", weights="int8"), is_saved=False),
     "quanto-int4": Method("optimum-quanto", _of_transformers("QuantoConfig", weights="int4"), is_saved=False),
     "quanto-float8": Method("optimum-quanto", _of_transformers("QuantoConfig", weights="float8"), is_saved=False),
-    "hqq-int4": Method("hqq", _of_transformers("HqqConfig", nbits=4, group_size=64)),
+    "hqq-int4": Method("hqq", _of_transformers("HqqConfig", nbits=4, group_size=64), is_saved=False),
 }
 
 
@@ -125,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--devices", default="cpu", help="cpu, or GPUs such as cuda:0,cuda:1")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=[*METHODS, *COMPRESSED], choices=[*METHODS, *COMPRESSED])
     parser.add_argument("families", nargs="*", default=list(FAMILIES), help="model_type")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -137,7 +142,7 @@ def main() -> int:
             print(f"{family:16} {rows[-1]['failed']}", flush=True)
             continue
         for name in options.methods:
-            for row in tiny.cases(name):
+            for row in compressed(tiny, name) if name in COMPRESSED else tiny.cases(name):
                 rows.append(row)
                 print(line(row), flush=True)
         options.out.write_text(
@@ -168,12 +173,12 @@ def said(error: BaseException) -> str:
 def line(row: dict[str, Any]) -> str:
     """One case on one line."""
     head = f"{row['family']:14} {row['method']:15} {row['step']:4}"
-    if "failed" in row:
+    if "loaded_bytes" not in row:
         return f"{head} FAILED {row['failed']}"
     planned = f"{row['planned_bytes']:>9,}" if row["planned_bytes"] is not None else "        -"
     ratio = f"{row['ratio']:.4f}" if row["ratio"] is not None else "   -  "
     worst = f" worst {row['worst_unit']} {row['worst_part_per_thousand']:.1f} per thousand" if row.get("worst_unit") else ""
-    answers = f" answers {row['answers']}" if "answers" in row else ""
+    answers = f" answers {row['answers']}" if "answers" in row else f" FAILED {row.get('failed', '')}"
     return f"{head} planned {planned} loaded {row['loaded_bytes']:>9,} {ratio} map {row['map']}{answers}{worst}"
 
 
@@ -190,6 +195,8 @@ class Tiny:
         model = tiny_architectures.tiny_model(family)
         self.kind = type(model)
         self.inputs = tiny_inputs.text_inputs(model)
+        if family in IMAGES_ALONE:
+            self.inputs = tiny_inputs.image_inputs(model)
         model.to(torch.bfloat16).save_pretrained(self.folder.name)
 
     def cases(self, name: str) -> Iterator[dict[str, Any]]:
@@ -205,7 +212,8 @@ class Tiny:
         try:
             case = Case(self, self.folder.name, method.workload, method.package)
             model = case.load(method.make())
-            row.update(case.compare(model, is_planned=method.workload is not None), **case.run(model, method.make))
+            row.update(case.compare(model, is_planned=method.workload is not None))
+            row.update(case.run(model, method.make))
         except Exception as error:  # noqa: BLE001 - the library's own failure is the result
             row["failed"] = said(error)
         yield {**row, "seconds": round(time.monotonic() - started, 2)}
@@ -223,7 +231,8 @@ class Tiny:
                 row["stored_bytes"] = case.profile.stored_bytes
                 row["elements"] = case.profile.elements
                 again = case.load(None)
-                row.update(case.compare(again, is_planned=True), **case.run(again, lambda: None))
+                row.update(case.compare(again, is_planned=True))
+                row.update(case.run(again, lambda: None))
             except Exception as error:  # noqa: BLE001 - the library's own failure is the result
                 row["failed"] = said(error)
         return {**row, "seconds": round(time.monotonic() - started, 2)}
@@ -267,7 +276,7 @@ class Case:
 
     @property
     def takes_map(self) -> bool:
-        """quanto and hqq refuse a map with a CPU in it, and torchao then looks for a GPU."""
+        """Quanto and hqq refuse a map with a CPU in it, and torchao then looks for a GPU."""
         return not self.is_on_cpu or self.package not in ("torchao", "optimum-quanto", "hqq")
 
     def placed(self) -> dict[str, int]:
@@ -305,16 +314,75 @@ class Case:
             found["worst_bytes"] = [planned.get(worst, 0), loaded[worst]]
         return found
 
+    def inputs(self) -> dict[str, Any]:
+        """Pixels in the model's type."""
+        import torch
+
+        given = self.tiny.inputs.items()
+        return {name: value.to(torch.bfloat16) if value.is_floating_point() else value for name, value in given}
+
     def run(self, model: Any, make: Callable[[], Any]) -> dict[str, Any]:
         """Whether the answer of the parted model is that of one device."""
         import torch
 
         if self.is_on_cpu:
-            return {"answers": on_stand_ins(model, self.placed(), self.tiny.inputs)}
-        parted = logits(model, self.tiny.inputs, self.tiny.devices[0])
-        alone = logits(self.load(make(), is_split=False), self.tiny.inputs, self.tiny.devices[0])
+            return {"answers": on_stand_ins(model, self.placed(), self.inputs())}
+        parted = logits(model, self.inputs(), self.tiny.devices[0])
+        alone = logits(self.load(make(), is_split=False), self.inputs(), self.tiny.devices[0])
         memory = {name: torch.cuda.memory_allocated(name) for name in self.tiny.devices}
         return {"answers": "equal" if torch.allclose(parted, alone, atol=2e-2) else "differ", "allocated_bytes": memory}
+
+
+COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ct-pack-int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}),
+    "ct-int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "ct-float8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+}
+"""Checkpoints of compressed-tensors: its name for the format, its arguments for the weights."""
+
+
+def compressed(tiny: Tiny, name: str) -> Iterator[dict[str, Any]]:
+    """A checkpoint written with compressed-tensors itself, rounded to the nearest; its bytes count after the first pass."""
+    try:
+        import compressed_tensors.quantization as kinds
+        from compressed_tensors.compressors import ModelCompressor
+    except ImportError:
+        return
+    import torch
+
+    started = time.monotonic()
+    row: dict[str, Any] = {"family": tiny.family, "method": name, "step": "read"}
+    try:
+        word, fields = COMPRESSED[name]
+        weights = kinds.QuantizationArgs(symmetric=True, **fields)
+        made = kinds.QuantizationConfig(
+            config_groups={"group_0": kinds.QuantizationScheme(targets=["Linear"], weights=weights)},
+            ignore=["lm_head"], format=word, quantization_status=kinds.QuantizationStatus.COMPRESSED,
+        )  # fmt: skip
+        model = tiny.kind.from_pretrained(tiny.folder.name, dtype=torch.bfloat16)
+        kinds.apply_quantization_config(model, made)
+        top = 448.0 if fields["type"] == "float" else 2.0 ** (fields["num_bits"] - 1) - 1
+        for module in model.modules():
+            if hasattr(module, "weight_scale"):
+                rows, groups = module.weight_scale.shape
+                scale = module.weight.data.float().view(rows, groups, -1).abs().amax(-1) / top
+                module.weight_scale.data = scale.to(module.weight_scale.dtype)
+        ModelCompressor(quantization_config=made).compress_model(model)
+        with tempfile.TemporaryDirectory(prefix="tiny-") as folder:
+            model.save_pretrained(folder)
+            path = Path(folder, "config.json")
+            section = {**made.model_dump(exclude_none=True, mode="json"), "quant_method": "compressed-tensors"}
+            path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": section}))
+            case = Case(tiny, folder, None, "compressed-tensors")
+            row.update(stored_bytes=case.profile.stored_bytes, elements=case.profile.elements)
+            again = case.load(None)
+            row["loaded_before_a_pass_bytes"] = sum(size_bytes for _, size_bytes in tensor_bytes(again))
+            logits(again, case.inputs(), tiny.devices[0])
+            row.update(case.compare(again, is_planned=True))
+            row.update(case.run(again, lambda: None))
+    except Exception as error:  # noqa: BLE001 - the library's own failure is the result
+        row["failed"] = said(error)
+    yield {**row, "seconds": round(time.monotonic() - started, 2)}
 
 
 def tensor_bytes(model: Any) -> Iterator[tuple[str, int]]:
@@ -396,6 +464,8 @@ def on_stand_ins(model: Any, device_map: dict[str, int], inputs: dict[str, Any])
 
     if len(set(device_map.values())) < 2:
         return "not parted"
+    if any(hasattr(tensor, "__tensor_flatten__") for tensor in model.parameters()):
+        return "not on stand-ins (the weights are a tensor class of their own)"
     expected = logits(model, inputs, "cpu")
     first = torch.device("cuda", int(main_device(device_map.values()) or 0))
     try:

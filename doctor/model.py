@@ -53,6 +53,9 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     kept_bytes: int | None = None
     """Bytes on the GPU of what loading converts to no other type: quantized weights with their scales, integers. ``None``
     where only ``stored_bytes`` are known."""
+    packed_bytes: int = 0
+    """Of packed words that stay beside what is unpacked from them with libraries of the time of transformers 4
+    (compressed-tensors; ``planner/installed.py`` counts them then)."""
     largest_tensor_elements: int = 0
     small_elements: int = 0
     """Elements of tensors of at most 1 MiB in a 16-bit type, which torch keeps apart from larger ones."""

@@ -13,6 +13,7 @@ from .map_devices import OFF_GPU, shown, spelled
 from .map_joins import path
 from .map_layout import Layout
 from .map_question import Question, finding, listed
+from .quantized_rules import method_of, refusal, why_on_one_gpu
 
 _MOST_PERMUTED = 6
 """720 orders are compared; with more GPUs the planner's own map is the better answer."""
@@ -23,6 +24,24 @@ def about_devices(question: Question, layout: Layout, given: Mapping[str, int | 
     yield from unusable_devices(question, layout, given)
     yield from misleading_spelling(question, given)
     yield from off_gpu(question, layout)
+    yield from parted_in_vain(question, layout)
+
+
+def parted_in_vain(question: Question, layout: Layout) -> Iterator[Finding]:
+    """A checkpoint on several GPUs whose quantizer takes one alone."""
+    why = why_on_one_gpu(question.profile)
+    gpus = sorted({device for device in layout.device_map.values() if isinstance(device, int)})
+    if why is None or len(gpus) < 2:
+        return
+    yield finding(
+        question,
+        "VLM617",
+        "error",
+        f"The map parts the model over {listed([shown(gpu) for gpu in gpus])}: {why}.",
+        cause="transformers refuses the map before it loads anything (RuntimeError).",
+        fix="Put the whole model on one GPU.",
+        devices=gpus,
+    )
 
 
 def unusable_devices(question: Question, layout: Layout, given: Mapping[str, int | str]) -> Iterator[Finding]:
@@ -107,14 +126,16 @@ def off_gpu(question: Question, layout: Layout) -> Iterator[Finding]:
             continue
         is_alone = not any(isinstance(device, int) for device in layout.device_map.values())
         seen = [(key, place) for key in keys[:3]]
-        if question.workload.quantization and not is_alone:
+        refused = refusal(question.profile, question.workload, place, is_alone=is_alone)
+        if refused is not None:
+            method = method_of(question.profile, question.workload)
             yield finding(
                 question,
                 "VLM619",
                 "error",
-                f"{listed([repr(key) for key in keys])} on the {place}: with bitsandbytes transformers refuses such a map.",
-                cause='"Some modules are dispatched on the CPU or the disk" (ValueError).',
-                fix="Keep every module on a GPU.",
+                f"{listed([repr(key) for key in keys])} on the {place}: with {method} transformers refuses such a map.",
+                cause=refused.error,
+                fix=f"Keep every module on a GPU. {refused.way_out}".rstrip(),
                 seen=seen,
             )
             continue

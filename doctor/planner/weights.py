@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..data.quantization_rules import KEPT_IN_FLOAT32
 from ..model import LinearWeights, ModelProfile, Unit
 from ..workload import Quantization, Workload
 from .release import Release, is_before_5
@@ -46,7 +47,7 @@ def unit_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
     """
     if profile.quantization and unit.kept_bytes is None:
         return unit.stored_bytes
-    size = item_bytes(loaded_dtype(profile, workload))
+    size = item_bytes("float32" if stays_float32(unit, profile, workload) else loaded_dtype(profile, workload))
     converted = sum(count for stored, count in unit.parameters.items() if stored in _CONVERTED)
     if profile.quantization:
         return (unit.kept_bytes or 0) + converted * size
@@ -58,6 +59,11 @@ def unit_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
         return converted * size + kept_bytes
     plain = max(0, converted - unit.linear.elements)
     return plain * size + quantized_bytes(unit.linear, workload.quantization) + kept_bytes
+
+
+def stays_float32(unit: Unit, profile: ModelProfile, workload: Workload) -> bool:
+    """Whether transformers loads the unit in float32 though float16 is asked for."""
+    return loaded_dtype(profile, workload) == "float16" and unit.key in KEPT_IN_FLOAT32.get(profile.model_type, ())
 
 
 def quantized_bytes(linear: LinearWeights, quantization: Quantization) -> int:

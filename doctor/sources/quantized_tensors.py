@@ -123,11 +123,13 @@ def join_quantized(tensors: Mapping[str, StoredTensor], section: Mapping[str, An
         if weight is None:
             joined[name] = tensor
             continue
-        moved = tensor.stored_bytes + _sum(tensors, weight.beside)
-        loaded = moved + _unpacked_bytes(name, tensor, weight) if unpacks else moved
+        beside = _sum(tensors, weight.beside)
+        stored = tensor.stored_bytes + beside + _sum(tensors, weight.on_host)
+        loaded = beside + (_dense_bytes(weight) if unpacks else tensor.stored_bytes)
         if f"{name}.nested_absmax" in weight.beside:
             loaded += _OFFSET_BYTES
-        joined[weight.name] = StoredTensor(weight.dtype, weight.shape, moved + _sum(tensors, weight.on_host), loaded)
+        packed = tensor.stored_bytes if unpacks and name != weight.name else 0
+        joined[weight.name] = StoredTensor(weight.dtype, weight.shape, stored, loaded, packed)
     return joined
 
 
@@ -148,14 +150,13 @@ def _weights(tensors: Mapping[str, StoredTensor], bits: int) -> tuple[dict[str, 
     return weights, taken
 
 
-def _unpacked_bytes(name: str, tensor: StoredTensor, weight: _Weight) -> int:
-    """What the first forward pass adds: compressed-tensors unpacks each weight and keeps the result.
+def _dense_bytes(weight: _Weight) -> int:
+    """What is there after the first forward pass: compressed-tensors unpacks all weights and keeps the results.
 
-    (``CompressedLinear.forward``, compressed_tensors/linear/compressed_linear.py). What has the weight's own name is
-    replaced by it; packed words stay.
+    From 0.15 on (which transformers 5 asks for) they replace the packed words (``ModelCompressor.decompress_model``);
+    before, words that had a name of their own stayed (``CompressedLinear.forward``).
     """
-    dense = _DENSE_BYTES * StoredTensor(weight.dtype, weight.shape, 0).elements
-    return dense - tensor.stored_bytes if name == weight.name else dense
+    return _DENSE_BYTES * StoredTensor(weight.dtype, weight.shape, 0).elements
 
 
 def _sum(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> int:

@@ -53,5 +53,6 @@ def unit_of(
         linear=linear,
         expert_linear=of_experts,
         kept_bytes=kept,
+        packed_bytes=sum(tensor.packed_bytes for _, tensor in contents),
         parts=parts,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,10 +107,10 @@ METHODS = [
         CT_PACKED,
         {"quant_method": CT, "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
         "INT4",
-        2 * WEIGHTS + WEIGHTS // 2 + 2 * 4 * OUT + 16,
-        2 * WEIGHTS,
+        2 * WEIGHTS + 2 * 4 * OUT + 16,
+        2 * WEIGHTS - WEIGHTS // 2,
     ),
-    (NVFP4, {"quant_method": CT}, "FP4", 2 * WEIGHTS + WEIGHTS // 2 + OUT * 8 + 4, 2 * WEIGHTS),
+    (NVFP4, {"quant_method": CT}, "FP4", 2 * WEIGHTS + OUT * 8 + 4, 2 * WEIGHTS - WEIGHTS // 2),
     (BNB_4BIT, {"load_in_4bit": True}, "NF4", WEIGHTS // 2 + 4 * WEIGHTS // 64 + 64, -80),
     (BNB_DOUBLE, {"quant_method": "bitsandbytes"}, "NF4", WEIGHTS // 2 + WEIGHTS // 64 + 64 + 4 + 1024 + 4, -76),
     (TORCHAO_INT8, {"quant_method": "torchao", "quant_type": {"default": {}}}, "INT8", WEIGHTS + 5 * OUT, 0),
@@ -146,6 +147,19 @@ def test_a_quantized_weight_counts_what_it_stands_for_and_what_it_takes(
     assert any("unpacks the weights" in note for note in found.notes) == (section.get("quant_method") == CT)
     sizes = sum(math.prod(shape) for _, shape in linear.values())
     assert sizes != WEIGHTS or word == "FP8"
+
+
+def test_packed_words_stay_with_the_libraries_of_transformers_4(write_checkpoint: Write) -> None:
+    section = {"quant_method": CT, "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+    found = load_profile(str(write_checkpoint(config_of(**section), tensors_of(CT_PACKED))))
+    old = Libraries(python="3", executable="python", packages=(Package(name="transformers", version="4.57.6"),))
+    new = Libraries(python="3", executable="python", packages=(Package(name="transformers", version="5.23.0"),))
+
+    def kept(libraries: Libraries) -> int:
+        where = msgspec.structs.replace(machine((9, 0)), libraries=libraries)
+        return sum(unit.kept_bytes or 0 for unit in as_loaded(found, where).units)
+
+    assert kept(old) - kept(new) == 12 * WEIGHTS // 2
 
 
 def test_joined_experts_in_mxfp4_count_two_a_byte() -> None:
