@@ -272,7 +272,9 @@ class Case:
         model = self.tiny.kind.from_pretrained(
             self.folder, device_map=names, dtype=torch.bfloat16, attn_implementation="eager", **options
         )
-        return model.eval()
+        from architecture_trial import _plain
+
+        return _plain(model)
 
     @property
     def takes_map(self) -> bool:
@@ -435,12 +437,11 @@ def unquantized(model: Any) -> list[str]:
     """Patterns of the linear layers that stay as they are."""
     import torch
 
-    plain = {
-        re.sub(r"\.\d+(?=\.|$)", ".*", name)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and type(module.weight.data) is torch.Tensor and not inner(module.weight)
-        and module.weight.is_floating_point() and not hasattr(module.weight, "quant_state")
-    }  # fmt: skip
+    plain = set()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None) if isinstance(module, torch.nn.Linear) else None
+        if weight is not None and weight.is_floating_point() and weight.element_size() > 1 and not inner(weight):
+            plain.add(re.sub(r"\.\d+(?=\.|$)", ".*", name))
     return sorted(plain)
 
 

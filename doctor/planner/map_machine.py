@@ -13,7 +13,7 @@ from .map_devices import OFF_GPU, shown, spelled
 from .map_joins import path
 from .map_layout import Layout
 from .map_question import Question, finding, listed
-from .quantized_rules import method_of, refusal, why_on_one_gpu
+from .quantized_rules import UNPACK_WHILE_LOADING, loses_hooks, method_of, refusal, why_on_one_gpu
 
 _MOST_PERMUTED = 6
 """720 orders are compared; with more GPUs the planner's own map is the better answer."""
@@ -28,20 +28,33 @@ def about_devices(question: Question, layout: Layout, given: Mapping[str, int | 
 
 
 def parted_in_vain(question: Question, layout: Layout) -> Iterator[Finding]:
-    """A checkpoint on several GPUs whose quantizer takes one alone."""
-    why = why_on_one_gpu(question.profile)
+    """A quantized checkpoint on several GPUs that cannot be loaded so, or cannot run so."""
     gpus = sorted({device for device in layout.device_map.values() if isinstance(device, int)})
-    if why is None or len(gpus) < 2:
+    if len(gpus) < 2:
         return
-    yield finding(
-        question,
-        "VLM617",
-        "error",
-        f"The map parts the model over {listed([shown(gpu) for gpu in gpus])}: {why}.",
-        cause="transformers refuses the map before it loads anything (RuntimeError).",
-        fix="Put the whole model on one GPU.",
-        devices=gpus,
-    )
+    parted = f"The map parts the model over {listed([shown(gpu) for gpu in gpus])}"
+    why = why_on_one_gpu(question.profile)
+    if why is not None:
+        yield finding(
+            question,
+            "VLM617",
+            "error",
+            f"{parted}: {why}.",
+            cause="transformers refuses the map before it loads anything (RuntimeError).",
+            fix="Put the whole model on one GPU.",
+            devices=gpus,
+        )
+    lost = loses_hooks(question.profile, question.machine)
+    if lost is not None:
+        yield finding(
+            question,
+            "VLM626",
+            "warning",
+            f"{parted}, and {lost}.",
+            cause="\"'...' object has no attribute '_hf_hook'\" (AttributeError).",
+            fix=UNPACK_WHILE_LOADING,
+            devices=gpus,
+        )
 
 
 def unusable_devices(question: Question, layout: Layout, given: Mapping[str, int | str]) -> Iterator[Finding]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from ..data.quantization_rules import OFF_GPU_REFUSED, ONE_DEVICE, OffGpu
+from ..machine import Machine
 from ..model import ModelProfile
 from ..units import format_gib
 from ..workload import Workload
+from .release import is_before_5, release_of
 from .weights import loaded_dtype, quantized_bytes, stays_float32, unit_bytes
 
 _MOST_NAMES = 4
@@ -32,6 +34,27 @@ def method_of(profile: ModelProfile, workload: Workload) -> str | None:
 def why_on_one_gpu(profile: ModelProfile) -> str | None:
     """Why a quantized model cannot be parted; ``None`` where it can."""
     return ONE_DEVICE.get(profile.quantization or "")
+
+
+def loses_hooks(profile: ModelProfile, machine: Machine) -> str | None:
+    """What makes a parted model fail at its first pass; ``None`` where nothing does.
+
+    compressed-tensors from 0.15 on, which transformers 5 asks for, unpacks all weights in a hook before the first pass, and
+    takes accelerate's hooks away for that, the one that is running included (``decompress_model`` and ``remove_accelerate``
+    of 0.20). Seen on stand-ins for GPUs.
+    """
+    if profile.quantization != "compressed-tensors" or is_before_5(release_of(machine)):
+        return None
+    return (
+        "compressed-tensors unpacks the weights at the first pass and takes accelerate's hooks away, which a model on "
+        "several GPUs needs"
+    )
+
+
+UNPACK_WHILE_LOADING = (
+    "Load with quantization_config=CompressedTensorsConfig(dequantize=True): it unpacks while loading, and takes no more "
+    "memory than after a first pass."
+)
 
 
 def about_quantization(profile: ModelProfile, workload: Workload) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from vlm_doctor.machine import Libraries, Package
+from vlm_doctor.machine import Libraries, Machine, Package
 from vlm_doctor.model import LinearWeights, ModelProfile
 from vlm_doctor.planner import plan
 from vlm_doctor.planner.installed import as_loaded
@@ -132,3 +132,30 @@ def test_what_a_class_keeps_in_float32_is_named_and_counted() -> None:
     assert about_quantization(profile, Workload(dtype="bfloat16")) == []
     assert unit_bytes(former, profile, Workload(dtype="float16")) == 4 * former.elements
     assert unit_bytes(former, profile, Workload(dtype="bfloat16")) == 2 * former.elements
+
+
+def with_transformers(version: str) -> Machine:
+    libraries = Libraries(python="3.11", executable="python", packages=(Package(name="transformers", version=version),))
+    return msgspec.structs.replace(machine([80, 80]), libraries=libraries)
+
+
+def test_hooks_that_compressed_tensors_takes_away_are_missed_where_the_model_is_parted() -> None:
+    profile = glm41v_9b(quantization="compressed-tensors")
+    where, old = with_transformers("5.23.0"), with_transformers("4.57.6")
+    parted = {unit.key: int(unit.role in ("norm", "head")) for unit in profile.units}
+
+    found = [finding for finding in check_map(parted, profile, where).findings if finding.code == "VLM626"]
+
+    assert [(finding.severity, finding.message) for finding in found] == [
+        (
+            "warning",
+            "The map parts the model over cuda:0 and cuda:1, and compressed-tensors unpacks the weights at the first pass "
+            "and takes accelerate's hooks away, which a model on several GPUs needs.",
+        )
+    ]
+    assert "CompressedTensorsConfig(dequantize=True)" in (found[0].fix.text if found[0].fix else "")
+    assert "VLM626" not in {finding.code for finding in check_map(parted, profile, old).findings}
+    assert "VLM626" not in {finding.code for finding in check_map({"": 0}, profile, where).findings}
+    noted = [note for note in plan(profile, where, policy=Policy(min_gpus=2)).notes if "dequantize=True" in note]
+    assert noted[0].startswith("Compressed-tensors unpacks the weights at the first pass and takes")
+    assert not [note for note in plan(profile, where).notes if "dequantize=True" in note]
