@@ -19,6 +19,25 @@ LayerCache = Literal["full", "sliding", "chunked", "linear", "cross", "none"]
 tokens (cross-attention); or nothing (it reads what another layer keeps, or has no attention)."""
 
 
+class LinearWeights(msgspec.Struct, frozen=True):
+    """Weights of ``nn.Linear``, counted together: what bitsandbytes replaces, and what it keeps beside them."""
+
+    elements: int = 0
+    rows: int = 0
+    """Outputs of the layers; in 8 bit each has a scale."""
+    tensors: int = 0
+    largest: int = 0
+    """Elements of the largest."""
+
+    def __add__(self, other: LinearWeights) -> LinearWeights:
+        return LinearWeights(
+            self.elements + other.elements,
+            self.rows + other.rows,
+            self.tensors + other.tensors,
+            max(self.largest, other.largest),
+        )
+
+
 class Unit(msgspec.Struct, frozen=True, kw_only=True):
     """The smallest thing that is placed: one key of the ``device_map``."""
 
@@ -34,11 +53,17 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     kept_bytes: int | None = None
     """Bytes on the GPU of what loading converts to no other type: quantized weights with their scales, integers. ``None``
     where only ``stored_bytes`` are known."""
+    packed_bytes: int = 0
+    """Of packed words that stay beside what is unpacked from them with libraries of the time of transformers 4
+    (compressed-tensors; ``planner/installed.py`` counts them then)."""
     largest_tensor_elements: int = 0
     small_elements: int = 0
     """Elements of tensors of at most 1 MiB in a 16-bit type, which torch keeps apart from larger ones."""
-    quantizable_elements: int = 0
-    """Elements of the linear weights that bitsandbytes would quantize."""
+    linear: LinearWeights = LinearWeights()
+    """What bitsandbytes quantizes as the model is loaded."""
+    expert_linear: LinearWeights = LinearWeights()
+    """Linear layers of single experts. transformers 5 joins them into one bare parameter, which bitsandbytes leaves alone;
+    before, and in a checkpoint's own code, they are layers like others (``planner/installed.py`` counts them then)."""
     layer: int | None = None
     """Number of the text layer; in a part of a tower, of its block."""
     parts: tuple[Unit, ...] = ()
