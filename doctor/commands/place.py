@@ -22,6 +22,7 @@ def plan(options: Namespace) -> int:
     look = look_for(options)
     profile, machine = model_and_machine(options)
     from ..answer import plan_report
+    from ..check_clock import CheckClock
 
     wanted = workload(options)
     traces = untraced = None
@@ -30,11 +31,19 @@ def plan(options: Namespace) -> int:
 
         tracing = trace_model(options.model, profile, machine, wanted, allow_network=not options.offline)
         traces, untraced = tracing.traces, tracing.reason
-    chosen = policy(options)
+    clock = CheckClock()
     report = plan_report(
-        profile, machine, wanted, chosen, suggest_gpus=options.suggest_gpus, traces=traces, untraced=untraced
+        profile,
+        machine,
+        wanted,
+        policy(options),
+        suggest_gpus=options.suggest_gpus,
+        traces=traces,
+        untraced=untraced,
+        by=clock,
     )
-    return finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+    report = msgspec.structs.replace(report, notes=clock.notes(), seconds=time.perf_counter() - started)
+    return finish(report, options, look)
 
 
 def check_map(options: Namespace) -> int:
@@ -46,10 +55,13 @@ def check_map(options: Namespace) -> int:
     read = read_map(options.map)
     profile, machine = model_and_machine(options)
     from ..answer import map_report
+    from ..check_clock import CheckClock
 
     careful = with_headroom(Policy(gpus=options.gpus or read.gpus or _selected(read.visible, machine)), options.headroom)
-    report = map_report(read.device_map, profile, machine, workload(options), careful)
-    return finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+    clock = CheckClock()
+    report = map_report(read.device_map, profile, machine, workload(options), careful, by=clock)
+    report = msgspec.structs.replace(report, notes=clock.notes(), seconds=time.perf_counter() - started)
+    return finish(report, options, look)
 
 
 def _selected(visible: str | None, machine: Machine) -> tuple[int, ...] | None:

@@ -54,6 +54,15 @@ class Examined(NamedTuple):
         return test is not None and not test.loads and bool(test.requirements.needs_memory or test.specs)
 
 
+class Examinations(NamedTuple):
+    """What was found of all tests that were examined."""
+
+    items: list[Any]
+    """Kept, so that no other object gets an identity of theirs."""
+    of: dict[int, Examined]
+    """Identity of an item to what it asks for: a look into its stash takes ten times as long."""
+
+
 class Reading:
     """What markers and fixtures say, without the parameters of a test."""
 
@@ -153,6 +162,8 @@ class Readings:
         # Identities in the keys live as long as the collector's tests, and these longer than this object.
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._readings: dict[tuple[Any, ...], Reading] = {}
+        self._last: dict[Any, tuple[Any, list[Any], list[str], tuple[str, ...], Entry]] = {}
+        """What a first marker says, in short, to the last test with such a one: parent, markers, fixtures, arguments."""
 
     def of(self, item: Any) -> Entry:
         """Read what a test asks for, or remember.
@@ -160,25 +171,61 @@ class Readings:
         Raises:
             pytest.Collector.CollectError: A marker is wrong.
         """
-        # Written for speed: this is done for each test.
+        # Written for speed: this is done for each test, and most say what the one before says.
+        marks = item.own_markers
+        if not marks or hasattr(item, "callspec"):  # its __dict__ would be a new object for whoever asks for it
+            return self._known(item)
+        first = marks[0]
+        hint = id(first.args[0]) if first.args else first.name
+        last = self._last.get(hint)
+        if last is not None:
+            parent, others, fixturenames, argnames, entry = last
+            is_same = parent is item.parent and fixturenames == item.fixturenames and argnames == item._fixtureinfo.argnames
+            if is_same and _say_the_same(marks, others):
+                return entry
+        entry = self._known(item)
+        if not any(mark.name == "usefixtures" for mark in marks):
+            self._last[hint] = (item.parent, marks, item.fixturenames.copy(), item._fixtureinfo.argnames, entry)
+        return entry
+
+    def _known(self, item: Any) -> Entry:
+        """Look it up by all that a test says. Equal values would not do, as True equals 1: identities stand for them."""
+        ours = self._ours
         key: list[Any] = [id(item.parent)]
-        has_own_setup = "callspec" in item.__dict__
+        has_own_setup = hasattr(item, "callspec")
+        for mark in item.own_markers:
+            name = mark.name
+            if ours[name]:
+                args, kwargs = mark.args, mark.kwargs
+                key += name, len(args), *map(id, args)
+                if kwargs:
+                    key += kwargs
+                    key += map(id, kwargs.values())
+            elif name == "usefixtures":
+                has_own_setup = True
+        info = item._fixtureinfo
+        if has_own_setup:
+            key.append(id(info))
+        else:
+            key += info.argnames
+            key.append(None)
+            key += item.fixturenames
+        whole = tuple(key)
+        entry = self._entries.get(whole)
+        if entry is None:
+            entry = self._entries[whole] = self._read(item, self._said(item))
+        return entry
+
+    def _said(self, item: Any) -> tuple[Any, ...]:
+        """What our markers of a test say, equal for all tests of which they say the same."""
+        key: list[Any] = [id(item.parent)]
         try:
             for mark in item.own_markers:
-                name = mark.name
-                if self._ours[name]:
-                    key += name, repr(mark.args) if mark.args else "", repr(mark.kwargs) if mark.kwargs else ""
-                elif name == "usefixtures":
-                    has_own_setup = True
+                if self._ours[mark.name]:
+                    key += mark.name, repr(mark.args), repr(mark.kwargs)
         except Exception:  # noqa: BLE001 - an argument of the project's that cannot be shown is wrong in each of our markers
-            return self._read(item, (id(item),))
-        said = tuple(key)
-        info = item._fixtureinfo
-        fixtures: Any = id(info) if has_own_setup else (info.argnames, *item.fixturenames)
-        entry = self._entries.get((said, fixtures))
-        if entry is None:
-            entry = self._entries[said, fixtures] = self._read(item, said)
-        return entry
+            return (id(item),)
+        return tuple(key)
 
     @property
     def examined(self) -> list[Examined]:
@@ -199,6 +246,26 @@ class Readings:
             _with_ours(item, reading) if own else None,
             None if reading.loads and hasattr(item, "callspec") else reading.examined(item),
         )
+
+
+def _say_the_same(marks: Sequence[Any], others: Sequence[Any]) -> bool:
+    """True for the same markers with the same objects as arguments: of one file, equal constants are the same."""
+    if len(marks) != len(others):
+        return False
+    for position, mark in enumerate(marks):
+        other = others[position]
+        if mark is other:
+            continue
+        kwargs, known = mark.kwargs, other.kwargs
+        if mark.name != other.name or len(mark.args) != len(other.args) or len(kwargs) != len(known):
+            return False
+        for name, value in kwargs.items():
+            if known.get(name, mark) is not value:
+                return False
+        for number, value in enumerate(mark.args):
+            if other.args[number] is not value:
+                return False
+    return True
 
 
 def uses(definition: Any, fixturenames: Sequence[str], name: str) -> bool:

@@ -6,11 +6,13 @@ Every decision is :mod:`selection`'s. Nothing is read and nothing heavy is impor
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
 from .. import verdicts
+from ..leasing.hiding import hider_of
 from ..leasing.own_share import OwnShare
 from ..leasing.waiting import GRACE_S
 from ..models.lending import Lending
@@ -22,6 +24,7 @@ from ..verdicts import Verdict
 from .fitting import Fitting
 from .machine_reader import MachineReader, ordinals_by_uuid
 from .selection import judge_without_gpus, keep_from_acting
+from .slices import is_slice, unfold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,16 +142,18 @@ class Gate:
 
     def usable_gpus(self, machine: Machine, request: pytest.FixtureRequest) -> tuple[Gpu, ...]:
         """GPUs that tests may use, in CUDA order; without any, the test that asks is skipped or fails."""
+        machine = unfold(machine)
         if self.uses_gpus:
             verdict = self.fitting.judge(Requirements(), machine, loads=False, at_load=False)
-            refuse(verdict)
-            refuse(self.settle(machine, request))
+            refuse(self._as_wanted(verdict))
+            refuse(self._as_wanted(self.settle(machine, request)))
             verdict = self.fitting.judge(Requirements(), machine, loads=False, at_load=False)
         else:
             verdict = judge_without_gpus(self.settings.gpus, wants_gpus=True)
-        refuse(verdict)
+        refuse(self._as_wanted(verdict))
         by_index = {gpu.index: gpu for gpu in machine.gpus}
-        return tuple(by_index[index] for index in verdict.gpus)
+        usable = tuple(by_index[index] for index in verdict.gpus)
+        return usable[:1] if any(map(is_slice, usable)) else usable
 
     def decide(self, request: pytest.FixtureRequest) -> None:
         """Decide about the test that is set up, let the project have its say, and end the setup unless it is to run."""
@@ -158,7 +163,7 @@ class Gate:
         self.residents.now = item.stash.get(POSITION, -1)
         verdict = self.judge_test(item.stash[GATED_TEST], request)
         verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
-        item.stash[VERDICT] = self._as_strict_as_wanted(verdict)
+        item.stash[VERDICT] = self._as_wanted(verdict)
         if self.settings.plan:
             pytest.skip("it was only asked what would become of the test")
         refuse(item.stash[VERDICT])
@@ -187,6 +192,15 @@ class Gate:
         return max((needs.vram_bytes or 0) * needs.gpus, needs.total_vram_bytes or 0) or None
 
     def _judge_on_gpus(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
+        hider = hider_of(self._config)
+        if hider is not None and hider.started_by:
+            return Verdict(
+                "error",
+                verdicts.FAULT,
+                f"{hider.started_by}, which has no marker of the plugin, started CUDA while GPUs were hidden from it "
+                "(vlm_hide_gpu_from_cpu_tests), so this process sees none any more: mark that test, or run with "
+                "pytest-xdist and one worker more than there are GPUs.",
+            )
         needs = test.requirements
         needs_memory = not test.loads and (needs.needs_memory or needs.exclusive or bool(test.specs))
         max_age_s = MEMORY_AGE_S if needs_memory else HEALTH_AGE_S
@@ -264,7 +278,7 @@ class Gate:
             return "cpu"
         machine: Machine = request.getfixturevalue("vlm_machine")
         first = self.usable_gpus(machine, request)[0]
-        return f"cuda:{ordinals_by_uuid(machine).get(first.uuid, 0)}"
+        return f"cuda:{0 if is_slice(first) else ordinals_by_uuid(machine).get(first.uuid, 0)}"
 
     def _judge_model(
         self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest
@@ -290,10 +304,13 @@ class Gate:
         """Remember that a model cannot be loaded, and end the setup of the test that asked for it."""
         if verdict.action == "run":
             return
-        self.refusals[spec] = self._as_strict_as_wanted(verdict)
+        self.refusals[spec] = self._as_wanted(verdict)
         refuse(self.refusals[spec])
 
-    def _as_strict_as_wanted(self, verdict: Verdict) -> Verdict:
+    def _as_wanted(self, verdict: Verdict) -> Verdict:
+        """As ``--vlm-busy`` and ``--vlm-strict`` want it; the latter has the last word."""
+        if self.settings.busy == "skip" and verdict.code in (verdicts.BUSY, verdicts.LEASED) and verdict.action == "error":
+            verdict = replace(verdict, action="skip")
         return verdict.made_strict() if self.is_strict else verdict
 
 

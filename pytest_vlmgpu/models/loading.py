@@ -141,8 +141,11 @@ def torch_ordinals(fallback: Mapping[str, int] | None = None) -> dict[str, int]:
         )
     properties = [torch.cuda.get_device_properties(ordinal) for ordinal in range(torch.cuda.device_count())]
     if all(hasattr(device, "uuid") for device in properties):
-        # torch prints the bare UUID; NVML puts "GPU-" before it.
-        return {f"GPU-{device.uuid}": ordinal for ordinal, device in enumerate(properties)}
+        # torch prints the bare UUID; NVML puts "GPU-" before it, and "MIG-" before that of a slice.
+        return {
+            f"{'MIG' if ' MIG ' in str(device.name) else 'GPU'}-{device.uuid}": ordinal
+            for ordinal, device in enumerate(properties)
+        }
     return dict(fallback or {})
 
 
@@ -220,7 +223,8 @@ def _load_model(
         options["max_memory"] = orders.max_memory
     if plan is not None:
         work = plan.workload
-        options.update(workload_options(transformers, attention=work.attention, quantization=work.quantization))
+        kinds = {"attention": work.attention, "quantization": work.quantization, "dtype": options["dtype"]}
+        options.update(workload_options(transformers, **kinds))
     model, problems = loader.from_pretrained(
         source.name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )

@@ -68,6 +68,8 @@ def recorded(name: str) -> str:
     [
         ("2xl4-idle", (), 0),
         ("laptop-no-gpu", (), 0),
+        ("gpus-taken-from-container", (), 1),
+        ("pynvml-shadowed", (), 1),
         ("2xa10-half-taken", (), 0),
         ("2xa10-half-taken", ("--strict",), 1),
         ("2xa10-half-taken", ("--strict", "--ignore", "VLM501"), 0),
@@ -95,6 +97,11 @@ def test_check_suggests_a_placement_that_does_not_change_the_verdict(run: Run) -
 
     assert ran.json["plan"]["fits"] is False
     assert ran.status == 0
+
+
+def test_check_suggests_no_placement_where_every_gpu_is_hidden(run: Run) -> None:
+    assert run("--machine", recorded("masked"), "--json").json["plan"] is None
+    assert run("--machine", recorded("some-hidden"), "--json").json["plan"]["fits"]
 
 
 def test_check_suggests_the_model_that_is_named(run: Run) -> None:
@@ -302,6 +309,8 @@ def test_explain_as_data_follows_its_published_schema(run: Run) -> None:
 
 def test_version(run: Run) -> None:
     assert run("--version") == Ran(0, f"vlm-doctor {__version__}\n", "")
+    assert run("--version", "--json").json == {"version": __version__}
+    assert run("--version", "check", "--json").json["error"]["message"] == "--version stands alone, or with --json."
 
 
 class Screen(io.TextIOWrapper):

@@ -77,7 +77,7 @@ def test_a_spec_says_what_differs_from_the_default() -> None:
         ({"count": 2}, "has no keyword 'count'; write gpus=…"),
         ({"nvlink": True}, "has no keyword 'nvlink'; write p2p=…"),
         ({"p2p": 1}, "has p2p=1; write True or False"),
-        ({"exclusive": None}, "has exclusive=None; write True or False"),
+        ({"exclusive": "yes"}, "has exclusive='yes'; write True or False"),
         ({"reason": " "}, "has reason=' '; write a text"),
         ({"reason": 3}, "has reason=3; write a text"),
         ({"gpuss": 2}, "has no keyword 'gpuss'; write gpus=…"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vlm_doctor.errors import ModelFileError
@@ -174,6 +174,7 @@ ENTRIES: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
 
 
 @given(ENTRIES)
+@example({"a": {"dtype": "U8", "shape": [0]}})
 def test_the_quick_way_says_what_the_slow_one_does_or_nothing(entries: dict[str, Any]) -> None:
     header = json.dumps(entries).encode()
     quick = safetensors_headers._quick(header)
