@@ -15,7 +15,6 @@ bytes that it really takes, in the checkpoint and on a GPU. Recognized by the la
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,9 +43,8 @@ _BESIDE_QDATA = ("scale", "zero_point", "scale_and_zero", "per_tensor_scale", "a
 """Source: ``serialized_names`` of quantizer_torchao.py, transformers 5.23."""
 _EIGHT_BITS = frozenset({"F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "I8"})
 
-_TORCHAO_INT4 = '"Int4'
-"""Beginning of the names of torchao's configs that pack two weights a byte, as config.json has them."""
-_LONGEST_TYPE = 100_000
+_TORCHAO_INT4 = "Int4"
+"""Beginning of the names of torchao's configs that pack two weights a byte (``quant_type.default._type``)."""
 
 _DENSE_BYTES = 2
 """Of an element that is unpacked: in the type of its scales, 16 bit."""
@@ -232,7 +230,10 @@ def _of_groups(stem: str, tensors: Mapping[str, StoredTensor]) -> tuple[int, ...
 def _bits(section: Mapping[str, Any]) -> int:
     """Bits of a packed weight; the fewest where groups differ, which counts too many elements rather than too few."""
     if quantization_method(section) == "torchao":
-        return 4 if _TORCHAO_INT4 in json.dumps(section.get("quant_type"), default=str)[:_LONGEST_TYPE] else 8
+        kind: Any = section.get("quant_type")
+        kind = kind.get("default") if isinstance(kind, dict) else None
+        name = kind.get("_type") if isinstance(kind, dict) else None
+        return 4 if isinstance(name, str) and name.startswith(_TORCHAO_INT4) else 8
     groups = section.get("config_groups")
     parts = [section, *(groups.values() if isinstance(groups, dict) else ())]
     named = [part.get(key) for part in parts if isinstance(part, dict) for key in ("bits", "w_bit", "wbits")]

@@ -36,6 +36,7 @@ PURE = (
     "shapes_from_tensors",
     "tensor_pickle",
     "tower_parts",
+    "linear_layers",
     "unit_contents",
     "weightless_units",
 )
@@ -85,6 +86,7 @@ def test_the_description_of_a_model_is_made_without_touching_the_world(module: s
         "__future__",
         "collections",
         "functools",
+        "itertools",
         "math",
         "pickletools",
         "re",
