@@ -206,9 +206,17 @@ class TestReplay:
         trace = small_trace(100_000)
         held = Held(kinds=("full", "sliding", "full"), weights_bytes=3 * MIB, is_first=True, has_head=True)
         allocated, reserved = self.program.peaks(held, 100_000)
-        # Tensors up to 1 MiB that go again are left out; a block may be up to 1 MiB larger than its tensor.
+        # Tensors up to 1 MiB that are brief are left out; a block may be up to 1 MiB larger than its tensor.
         assert allocated == pytest.approx(trace.peak().size_bytes, abs=10 * MIB)
         assert reserved >= allocated + 3 * MIB
+
+    def test_small_keys_and_values_are_not_left_out(self) -> None:
+        """Each less than 1 MiB, all of them a third of what lives at once."""
+        tokens, layers = 8_000, 40
+        many = Regimes(traces_of([small_trace(length, layers=layers) for length in lengths(0, None, 2)]), None)
+        held = Held(kinds=("full",) * layers, weights_bytes=3 * MIB, is_first=True, has_head=True)
+        allocated, _ = TracedProgram(many, (), new_tokens=2).peaks(held, tokens)
+        assert allocated == pytest.approx(small_trace(tokens, layers=layers).peak().size_bytes, rel=0.01)
 
     @pytest.mark.parametrize(
         ("held", "places"),
