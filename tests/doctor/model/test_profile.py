@@ -172,6 +172,8 @@ def test_heads_of_full_attention_may_be_others() -> None:
     assert full() == (0, 0)
     assert full({norm: (4,), keys: (8, 8)}) == (0, 0)
     assert full({norm: (8,), keys: (8, 8)}) == (1, 8)
+    assert full({norm: (8,), norm.replace("1", "0"): (8,), keys: (8, 8)}) == (0, 0), "over both heads, as OLMo's"
+    assert full({norm: (8,), norm.replace("1", "0"): (4,), keys: (8, 8)}) == (1, 8)
     assert full({norm: (8,)}) == (2, 8)
     assert full(global_head_dim=8) == (2, 8)
     assert full(global_head_dim=8, num_global_key_value_heads=1) == (2, 8)
