@@ -54,7 +54,12 @@ _OFFSET_BYTES = 4
 Source: ``QuantState.from_dict``, bitsandbytes 0.50, functional.py."""
 
 COMPRESSED = "compressed-tensors"
-COUNTED = frozenset({COMPRESSED, "gptq", "awq", "fp8", "mxfp4", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"})
+COUNTED = frozenset(
+    {
+        *(COMPRESSED, "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4", "torchao"),
+        *("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
+    }
+)
 """Methods whose tensors are understood; ``AUTO_QUANTIZATION_CONFIG_MAPPING`` of transformers 5.23 has more."""
 
 

@@ -227,7 +227,10 @@ def test_a_section_that_is_no_object_is_refused(write_checkpoint: Write, section
     )
 
 
-@pytest.mark.parametrize(("method", "notes"), [("hqq", 1), ("\x1b[31m" * 20, 1), (5, 1), ("gptq", 0), ("bitsandbytes", 0)])
+@pytest.mark.parametrize(
+    ("method", "notes"),
+    [("hqq", 1), ("\x1b[31m" * 20, 1), (5, 1), *((name, 0) for name in ("gptq", "bitsandbytes", "torchao", "fbgemm_fp8"))],
+)
 def test_a_method_that_is_not_counted_is_told(write_checkpoint: Write, method: Any, notes: int) -> None:
     profile = load_profile(str(write_checkpoint({**LLAVA_CONFIG, "quantization_config": {"quant_method": method}})))
     told = [note for note in profile.notes if note.endswith("its weights are counted as the files hold them.")]
