@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ..device_map import DeviceUse
 from ..findings import Finding
@@ -15,6 +15,7 @@ from .map_layout import Device, Layout
 from .map_question import Question, finding
 from .memory import Holding
 from .problem import Problem
+from .weights import loading_bytes
 
 _WORDS: dict[Role, str] = {
     "vision": "vision tower",
@@ -34,22 +35,27 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
     weights.pop("missing", None)
     budgets = {budget.gpu.index: budget for budget in question.budgets.usable}
     units = question.profile.units
-    holders: Counter[Device | None] = Counter(
-        layout.runs(layout.unit_device[unit.key])
-        for unit in units
-        if unit.role == "layer" and unit.key in layout.unit_device
-    )
+    executed: dict[Device | None, list[str]] = {}
+    for unit in units:
+        if unit.role == "layer" and unit.key in layout.unit_device:
+            executed.setdefault(layout.runs(layout.unit_device[unit.key]), []).append(unit.key)
+    held = _held(layout)
     uses = []
     for device in weights:
         roles = [unit.role for unit in units if layout.unit_device.get(unit.key) == device]
         gpu = question.gpu_of(device)
         budget = None if gpu is None else budgets.get(gpu)
+        keys = tuple(executed.get(device, ()))
+        here = held.get(device, Counter())
+        loaded = [unit for unit in units if here[unit.key]]
         holding = Holding(
             weights_bytes=weights[device],
-            layers=holders[device],
+            layers=len(keys),
             has_tower=any(unit.role == "vision" and device in layout.runs_on(unit.key) for unit in units),
             has_embedding=layout.role_device("embedding") == device,
             has_head=layout.role_device("head") == device,
+            layer_keys=keys,
+            loading_bytes=loading_bytes(loaded, question.profile, question.workload, problem.footprint.release),
         )
         uses.append(
             DeviceUse(
@@ -57,7 +63,7 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
                 gpu=gpu,
                 name=budget.gpu.name if budget else "",
                 layers=roles.count("layer"),
-                parts=_parts(layout, device),
+                parts=_parts(layout, here),
                 weights_bytes=weights[device],
                 need_bytes=_need(problem, layout, device, holding, budget) if budget else None,
                 available_bytes=budget.available_bytes if budget else None,
@@ -66,14 +72,23 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
     return tuple(uses)
 
 
-def _parts(layout: Layout, device: Device) -> tuple[str, ...]:
+def _held(layout: Layout) -> dict[Device, Counter[str]]:
+    """For each device, how many tensors of each unit it holds."""
+    held: dict[Device, Counter[str]] = {}
+    for unit, names in layout.anatomy.tensors_of.items():
+        for name in names:
+            if name in layout.device_of:
+                held.setdefault(layout.device_of[name], Counter())[unit] += 1
+    return held
+
+
+def _parts(layout: Layout, here: Mapping[str, int]) -> tuple[str, ...]:
     """What a device holds beside layers, in words."""
     found: dict[str, None] = {}
     for unit in layout.anatomy.profile.units:
-        names = layout.anatomy.tensors_of[unit.key]
-        here = [name for name in names if layout.device_of.get(name) == device]
-        if here and unit.role in _WORDS:
-            found[_WORDS[unit.role] if len(here) == len(names) else f"part of the {_WORDS[unit.role]}"] = None
+        if here.get(unit.key) and unit.role in _WORDS:
+            is_whole = here[unit.key] == len(layout.anatomy.tensors_of[unit.key])
+            found[_WORDS[unit.role] if is_whole else f"part of the {_WORDS[unit.role]}"] = None
     return tuple(found)
 
 
@@ -89,7 +104,9 @@ def _need(problem: Problem, layout: Layout, device: Device, holding: Holding, bu
         if problem.replay is None:
             return footprint.detail(*stage, text_tokens).total_bytes
         position = problem.budgets.index(budget)
-        return problem.replay.need(stage, position, budget.available_bytes).total_bytes
+        # What is replayed begins with the prompt.
+        running = problem.replay.need(stage, position, budget.available_bytes).total_bytes
+        return max(running, holding.weights_bytes + holding.loading_bytes)
     atoms = len(footprint.atoms)
     if holding.has_embedding or holding.has_tower:
         run = (0, min(atoms, 1 + holding.layers))

@@ -583,6 +583,14 @@ def test_a_workload_can_be_what_does_not_fit() -> None:
     assert "at this workload" in said(judged(split(LLAVA, 16), where=machine([16, 16]), workload=long), "VLM620")
 
 
+def test_what_loading_takes_is_counted_of_any_map() -> None:
+    workload = Workload(images=0, text_tokens=1, new_tokens=1, quantization="int8")
+    for device_map in (split(LLAVA, 16), {key: number % 2 for number, key in enumerate(split(LLAVA, 16))}):
+        for use in check_map(device_map, LLAVA, ROOM, workload).devices:
+            assert use.need_bytes is not None
+            assert use.need_bytes >= use.weights_bytes + 4 * 4096 * 11008, "a weight in bfloat16, a copy in float16"
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_training_step_is_judged_as_the_plan_prices_it(method: Literal["full", "lora"]) -> None:
     workload, where = Workload(training=Training(method=method)), machine([24, 24])
