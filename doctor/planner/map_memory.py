@@ -10,12 +10,12 @@ from ..findings import Finding
 from ..model import Role
 from ..units import format_gib
 from .budget import Budget
-from .map_devices import shown
+from .map_devices import OFF_GPU, shown
 from .map_layout import Device, Layout
 from .map_question import Question, finding
 from .memory import Holding
 from .problem import Problem
-from .weights import loading_bytes
+from .weights import copied_bytes, loading_bytes
 
 _WORDS: dict[Role, str] = {
     "vision": "vision tower",
@@ -40,6 +40,9 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
         if unit.role == "layer" and unit.key in layout.unit_device:
             executed.setdefault(layout.runs(layout.unit_device[unit.key]), []).append(unit.key)
     held = _held(layout)
+    guests = {key for place in OFF_GPU for key in held.get(place, ())}
+    copies = (copied_bytes(unit, question.profile, question.workload) for unit in units if unit.key in guests)
+    copy_bytes = max(copies, default=0)
     uses = []
     for device in weights:
         roles = [unit.role for unit in units if layout.unit_device.get(unit.key) == device]
@@ -57,6 +60,9 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
             layer_keys=keys,
             loading_bytes=loading_bytes(loaded, question.profile, question.workload, problem.footprint.release),
         )
+        need_bytes = _need(problem, layout, device, holding, budget) if budget else None
+        if need_bytes is not None and device == layout.main:
+            need_bytes += copy_bytes
         uses.append(
             DeviceUse(
                 device=shown(device),
@@ -65,7 +71,7 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
                 layers=roles.count("layer"),
                 parts=_parts(layout, here),
                 weights_bytes=weights[device],
-                need_bytes=_need(problem, layout, device, holding, budget) if budget else None,
+                need_bytes=need_bytes,
                 available_bytes=budget.available_bytes if budget else None,
             )
         )
@@ -119,7 +125,10 @@ def _need(problem: Problem, layout: Layout, device: Device, holding: Holding, bu
 
 
 def _stage(problem: Problem, layout: Layout, device: Device) -> tuple[int, int] | None:
-    """The run of atoms that is all that a device holds, or ``None`` when that is no run of whole atoms."""
+    """The run of atoms that is all that a device holds and executes, or ``None`` when that is no run of whole atoms."""
+    if device == layout.main and any(place in OFF_GPU for place in layout.device_of.values()):
+        # It executes what is off the GPUs, too.
+        return None
     holders = [
         {layout.device_of.get(name) for unit in atom.units for name in layout.anatomy.tensors_of[unit.key]}
         for atom in problem.atoms
