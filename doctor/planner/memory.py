@@ -275,8 +275,7 @@ class Footprint:
         if self.workload.training is not None:
             held = self.weights_of(first, end) + (0 if first else self.copy_bytes)
             works = self.work(text_tokens), self._step_work(text_tokens)
-            fixed, activations, moment = self._run_peak(first, end, works)
-            peak = StageNeed(held, 0, activations, 0, moment, fixed)
+            peak = _of_step(held, self._run_peak(first, end, works), max(self._loading[first:end]))
             return msgspec.structs.replace(peak, fragmentation_bytes=total - peak.total_bytes)
         executes_guests = not first
         units = [unit for atom in self.atoms[first:end] for unit in atom.units]
@@ -357,7 +356,8 @@ class Footprint:
             if (first, end) not in known:
                 fixed, activations, _ = self._run_peak(first, end, works)
                 held = weights[end] - weights[first] + (0 if first else copy_bytes)
-                known[first, end] = held + fixed + math.ceil((1 + share) * activations) + constant
+                most = fixed + math.ceil((1 + share) * activations) + constant
+                known[first, end] = held + max(most, *self._loading[first:end])
             return known[first, end]
 
         return need
@@ -374,8 +374,8 @@ class Footprint:
         forward = self.work(text_tokens)
         kinds = self._held_kinds(holding, forward)
         fixed = own._replace(step=own.step + max(self._largest_step))
-        kept, activations, moment = self._step_peak(holding, kinds, fixed, (forward, self._step_work(text_tokens)))
-        return StageNeed(holding.weights_bytes, 0, activations, 0, moment, kept)
+        peak = self._step_peak(holding, kinds, fixed, (forward, self._step_work(text_tokens)))
+        return _of_step(holding.weights_bytes, peak, holding.loading_bytes)
 
     def _run_peak(self, first: int, end: int, works: tuple[Work, step.StepWork]) -> tuple[int, int, str]:
         """:meth:`_step_peak` of a run of atoms."""
@@ -425,6 +425,14 @@ class Footprint:
     def _step_share(self) -> float:
         """Of the activations of a training step, what the allocator wastes."""
         return 0 if self.is_bare or self.workload.allocator == "expandable" else FRAGMENTATION_OF_TRAINING
+
+
+def _of_step(weights_bytes: int, peak: tuple[int, int, str], loading_bytes: int) -> StageNeed:
+    """What a training step needs, or what loading does, before anything of the step is there."""
+    kept, activations, moment = peak
+    if loading_bytes > kept + activations:
+        return StageNeed(weights_bytes, 0, loading_bytes, 0, "the weights are loaded")
+    return StageNeed(weights_bytes, 0, activations, 0, moment, kept)
 
 
 def _following(has: Sequence[bool]) -> list[int]:
