@@ -176,6 +176,16 @@ class TestFootprint:
         need = self.prices().need_of(last, 1000)
         assert need.total_bytes - 1 == trace.peak(trace.held(layers - 2)).size_bytes
 
+    def test_no_trace_tells_what_loading_takes(self) -> None:
+        dense = glm41v_9b().text
+        self.profile = glm41v_9b(text=msgspec.structs.replace(dense, experts=64, active_experts=8, expert_width=512))
+        prices = self.prices(is_bare=True)
+        layer = prices.weights_of(3, 4)
+        need = prices.detail(3, 4, 1)
+        assert (need.moment, need.total_bytes) == ("the weights are loaded", 2 * layer)
+        assert prices.needs(1)(3, 4) == 2 * layer
+        assert prices.detail(3, 4, 1_000_000).moment != "the weights are loaded"
+
     def test_a_long_answer_is_the_peak_of_a_short_prompt(self) -> None:
         prices = self.prices(msgspec.structs.replace(TEXT, text_tokens=1, new_tokens=100_000))
         assert prices.detail(1, 20, 1).moment == "the next token is made"
