@@ -221,9 +221,13 @@ class Gate:
         if self.settings.plan:
             return judge_now(max_age_s)
         # What no machine of this kind could run takes nothing from others: GPUs are leased from here on.
+        waited_s = self.own.waiting.waited_s
         refusal = self.settle(machine, request)
         if refusal.action != "run":
             return refusal
+        if self.own.waiting.waited_s > waited_s:
+            # What was read before shows the memory of whoever had the GPUs until now.
+            return self.when_free(judge_now, judge_now(0), lambda verdict: verdict)
         return self.when_free(judge_now, judge_now(max_age_s), lambda verdict: verdict, grace_s=0)
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
