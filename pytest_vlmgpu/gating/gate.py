@@ -21,6 +21,7 @@ from ..models.residents import Residents
 from ..requirements import GatedTest, Requirements, VlmSpec
 from ..state import GATED_TEST, POSITION, VERDICT
 from ..verdicts import Verdict
+from .faults import fault
 from .fitting import Fitting
 from .machine_reader import MachineReader, ordinals_by_uuid
 from .selection import judge_without_gpus, keep_from_acting
@@ -314,8 +315,16 @@ class Gate:
     def _as_wanted(self, verdict: Verdict) -> Verdict:
         """As ``--vlm-busy`` and ``--vlm-strict`` want it; the latter has the last word."""
         if self.settings.busy == "skip" and verdict.code in (verdicts.BUSY, verdicts.LEASED) and verdict.action == "error":
-            verdict = replace(verdict, action="skip")
+            verdict = self._skipped(verdict)
         return verdict.made_strict() if self.is_strict else verdict
+
+    def _skipped(self, verdict: Verdict) -> Verdict:
+        """A skip, unless a GPU is broken or lost on which the test might have run instead."""
+        machine = self.machine_used or self.machine()
+        broken = fault(machine)
+        if broken:
+            return Verdict("error", verdicts.FAULT, f"{verdict.reason} {broken}")
+        return self.reader.losses.explain(replace(verdict, action="skip"), machine)
 
 
 def _planner_of(request: pytest.FixtureRequest) -> Planner:
