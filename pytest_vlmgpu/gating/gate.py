@@ -283,7 +283,7 @@ class Gate:
             return "cpu"
         machine: Machine = request.getfixturevalue("vlm_machine")
         first = self.usable_gpus(machine, request)[0]
-        return f"cuda:{0 if is_slice(first) else ordinals_by_uuid(machine).get(first.uuid, 0)}"
+        return f"cuda:{0 if is_slice(first) else ordinals_by_uuid(self.own.as_shown(machine)).get(first.uuid, 0)}"
 
     def _judge_model(
         self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest

@@ -79,6 +79,8 @@ def lease_folder(config: pytest.Config, settings: Settings) -> Path | None:
 
     With ``--vlm-lease=run`` the workers of one run meet in the folder of that run, as long as they are on its computer.
     """
+    if settings.lease == "off":
+        return None
     if settings.lease == "run":
         if not hasattr(config, "workerinput"):
             return None

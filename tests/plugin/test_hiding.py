@@ -103,6 +103,24 @@ def test_gated(): pass
     result.assert_outcomes(passed=2)
 
 
+def test_gpus_that_are_taken_while_they_are_hidden_are_shown_to_the_gated_tests_after(suite: Any) -> None:
+    shown = "GPU-00000001-0000-0000-0000-000000000000"
+
+    result = suite.run(
+        OPTION,
+        "--vlm-gpus=1,",
+        test_x=SEES
+        + f"""
+def test_asks(request): assert len(request.getfixturevalue("vlm_gpus")) == 1 and sees() == "-1"
+@pytest.mark.vlm_requires
+def test_gated(): assert sees() == {shown!r}
+""",
+    )
+
+    result.assert_outcomes(passed=2)
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
 def test_once_cuda_is_started_tests_see_gpus_and_a_warning_says_so_once(suite: Any) -> None:
     suite.configure(CUDA)
 
