@@ -271,6 +271,17 @@ def test_a_run_takes_a_slice_that_no_other_run_has(make: Callable[..., Project])
     assert [load["sees"] for load in first.loads()] == [A, B]
 
 
+@pytest.mark.parametrize("options", [["--vlm-gpus=2"], ["--vlm-gpus=0,1"], [f"--vlm-gpus={A},{B}"]])
+def test_one_process_takes_one_slice_however_many_it_may_use(make: Callable[..., Project], options: list[str]) -> None:
+    (project,) = sliced_project(make, "p")
+
+    text, counts = project.run(*options, test_x=ONE_MODEL)
+
+    assert counts == {"passed": 2}, text
+    assert "1 GPU leased" in text
+    assert [load["sees"] for load in project.loads()] == [A]
+
+
 @pytest.mark.parametrize("lease", ["machine", "run", "off"])
 def test_a_process_sees_the_slice_it_may_use_leased_or_not(make: Callable[..., Project], lease: str) -> None:
     (project,) = sliced_project(make, "p")
