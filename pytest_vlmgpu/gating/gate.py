@@ -226,10 +226,9 @@ class Gate:
         refusal = self.settle(machine, request)
         if refusal.action != "run":
             return refusal
-        if self.own.waiting.waited_s > waited_s:
-            # What was read before shows the memory of whoever had the GPUs until now.
-            return self.when_free(judge_now, judge_now(0), lambda verdict: verdict)
-        return self.when_free(judge_now, judge_now(max_age_s), lambda verdict: verdict, grace_s=0)
+        # What was read before a lease was waited for shows the memory of whoever had the GPUs until then.
+        first = judge_now(0 if self.own.waiting.waited_s > waited_s else max_age_s)
+        return self.when_free(judge_now, first, lambda verdict: verdict, grace_s=self.own.grace_s)
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
         """Take this process' GPUs, if that was not done; the refusal where there are none for it."""

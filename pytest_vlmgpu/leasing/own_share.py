@@ -6,7 +6,9 @@ needs a GPU is about to run. What the whole machine cannot do is a skip; what on
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ from . import masks
 from .hiding import lifted
 from .sets import demands_of
 from .shares import Share, Shares, lease_folder, teller
-from .waiting import Waiting
+from .waiting import GRACE_S, Waiting
 
 if TYPE_CHECKING:
     import pytest
@@ -47,6 +49,7 @@ class OwnShare:
         self._given = settings.gpus
         self._share: Share | None = None
         self._is_settled = False
+        self._settled_at = -math.inf
         self._mask: str | None = None
         """CUDA_VISIBLE_DEVICES as this process set it for itself."""
         self.needs: list[Need] = []
@@ -62,6 +65,11 @@ class OwnShare:
         """``None`` before the first test that needs a GPU, and where there is nothing to lease."""
         return self._share
 
+    @property
+    def grace_s(self) -> float:
+        """Seconds in which memory may still be that of a run that had these GPUs before, and gave the lease back first."""
+        return max(0.0, self._settled_at + GRACE_S - time.monotonic())
+
     def settle(self, machine: Machine, plan_of: PlanOf) -> Verdict | None:
         """Take this process' GPUs, once; returns why there are none, if there should be some.
 
@@ -74,6 +82,7 @@ class OwnShare:
             from ..workers.worker import share_of_worker
 
             self._share = share_of_worker(self._config) or self._lease(machine, plan_of)
+            self._settled_at = time.monotonic()
         if self._share is not None and self._share.is_of_slices:
             self._share = self._of_seen_slice(self._share, machine)
         share = self._share
@@ -85,7 +94,7 @@ class OwnShare:
 
     def accept(self, share: Share) -> None:
         """Take the share that the controller gave, before any test of this worker runs."""
-        self._share, self._is_settled = share, True
+        self._share, self._is_settled, self._settled_at = share, True, time.monotonic()
         if share.gpus:
             self._show_only(share)
 

@@ -9,10 +9,12 @@ import pytest
 
 from pytest_vlmgpu.leasing.leases import Leases
 
-from .projects import UUIDS
+from .projects import UUIDS, with_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from .projects import Project
 
 SEEN = """
 import time
@@ -50,3 +52,26 @@ def test_memory_of_who_had_the_gpu_before_is_not_held_against_a_test(
         others.release()
 
     result.assert_outcomes(passed=1)
+
+
+@with_workers
+@pytest.mark.parametrize("workers", [[], ["-n1"]], ids=["alone", "worker"])
+def test_a_run_that_ended_just_before_has_time_to_give_its_memory_back(
+    make: Callable[..., Project], workers: list[str]
+) -> None:
+    project = make(gpus=1)
+    project.conftest = """
+_all_of_it = pytest_vlmgpu_inventory
+READ = []
+def pytest_vlmgpu_inventory(config):
+    READ.append(time.monotonic())
+    machine = _all_of_it(config)
+    free_bytes = (20 if time.monotonic() - READ[0] > 0.3 else 1) * 2**30
+    return replace(machine, gpus=tuple(replace(gpu, memory_free_bytes=free_bytes) for gpu in machine.gpus))
+"""
+
+    text, counts = project.run(
+        *workers, test_x="import pytest\n@pytest.mark.vlm_requires(vram_gib=10)\ndef test_x(): pass\n"
+    )
+
+    assert counts == {"passed": 1}, text
