@@ -207,8 +207,8 @@ class OwnShare:
             return share
         problem = (
             f"CUDA was started in this process before its MIG slice was chosen ({share.gpus[0]}), so it sees another one: "
-            "start no CUDA while modules are imported (torch.cuda.is_available() does, unless PYTORCH_NVML_BASED_CUDA_CHECK=1 "
-            "is set), or set CUDA_VISIBLE_DEVICES to one slice before the run."
+            "start no CUDA while modules are imported (torch.cuda.is_available() does, unless "
+            "PYTORCH_NVML_BASED_CUDA_CHECK=1 is set), or set CUDA_VISIBLE_DEVICES to one slice before the run."
         )
         return share._replace(gpus=(), code=verdicts.FAULT, problem=problem)
 
