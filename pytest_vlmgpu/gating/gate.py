@@ -21,6 +21,7 @@ from ..models.residents import Residents
 from ..requirements import GatedTest, Requirements, VlmSpec
 from ..state import GATED_TEST, POSITION, VERDICT
 from ..verdicts import Verdict
+from .faults import fault
 from .fitting import Fitting
 from .machine_reader import MachineReader, ordinals_by_uuid
 from .selection import judge_without_gpus, keep_from_acting
@@ -221,10 +222,13 @@ class Gate:
         if self.settings.plan:
             return judge_now(max_age_s)
         # What no machine of this kind could run takes nothing from others: GPUs are leased from here on.
+        waited_s = self.own.waiting.waited_s
         refusal = self.settle(machine, request)
         if refusal.action != "run":
             return refusal
-        return self.when_free(judge_now, judge_now(max_age_s), lambda verdict: verdict, grace_s=0)
+        # What was read before a lease was waited for shows the memory of whoever had the GPUs until then.
+        first = judge_now(0 if self.own.waiting.waited_s > waited_s else max_age_s)
+        return self.when_free(judge_now, first, lambda verdict: verdict, grace_s=self.own.grace_s)
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
         """Take this process' GPUs, if that was not done; the refusal where there are none for it."""
@@ -278,7 +282,7 @@ class Gate:
             return "cpu"
         machine: Machine = request.getfixturevalue("vlm_machine")
         first = self.usable_gpus(machine, request)[0]
-        return f"cuda:{0 if is_slice(first) else ordinals_by_uuid(machine).get(first.uuid, 0)}"
+        return f"cuda:{0 if is_slice(first) else ordinals_by_uuid(self.own.as_shown(machine)).get(first.uuid, 0)}"
 
     def _judge_model(
         self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest
@@ -310,8 +314,16 @@ class Gate:
     def _as_wanted(self, verdict: Verdict) -> Verdict:
         """As ``--vlm-busy`` and ``--vlm-strict`` want it; the latter has the last word."""
         if self.settings.busy == "skip" and verdict.code in (verdicts.BUSY, verdicts.LEASED) and verdict.action == "error":
-            verdict = replace(verdict, action="skip")
+            verdict = self._skipped(verdict)
         return verdict.made_strict() if self.is_strict else verdict
+
+    def _skipped(self, verdict: Verdict) -> Verdict:
+        """A skip, unless a GPU is broken or lost on which the test might have run instead."""
+        machine = self.machine_used or self.machine()
+        broken = fault(machine)
+        if broken:
+            return Verdict("error", verdicts.FAULT, f"{verdict.reason} {broken}")
+        return self.reader.losses.explain(replace(verdict, action="skip"), machine)
 
 
 def _planner_of(request: pytest.FixtureRequest) -> Planner:
