@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .. import verdicts
 from ..gating.selection import judge
-from ..gating.slices import is_slice
+from ..gating.slices import has_slices
 from ..options import GpuChoice
 from ..output import open_line
 from ..requirements import Requirements
@@ -169,7 +169,7 @@ class OwnShare:
 
     def _lease(self, machine: Machine, plan_of: PlanOf) -> Share | None:
         # Of slices CUDA shows a process one, leased or not: it must be one that it may use.
-        if self._settings.lease == "off" and not self._has_slices(machine):
+        if self._settings.lease == "off" and not has_slices(machine, judge(Requirements(), machine, self._given).gpus):
             return None
         shares = Shares(self._settings, self.waiting, teller(self._config), lease_folder(self._config, self._settings))
         self._config.add_cleanup(shares.close)
@@ -181,10 +181,6 @@ class OwnShare:
         if share is not None and share.gpus and share.gpus != tuple(uuids[index] for index in visible_gpus(machine).gpus):
             self._show_only(share)
         return share
-
-    def _has_slices(self, machine: Machine) -> bool:
-        usable = judge(Requirements(), machine, self._given, is_busy_decided_later=True).gpus
-        return any(is_slice(gpu) for gpu in machine.gpus if gpu.index in usable)
 
     def _show_only(self, share: Share) -> None:
         """Show CUDA these GPUs alone. Where it has counted them already, only the plans keep to the share."""
