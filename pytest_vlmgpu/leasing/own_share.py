@@ -50,6 +50,8 @@ class OwnShare:
         self._share: Share | None = None
         self._is_settled = False
         self._settled_at = -math.inf
+        self._leases: Shares | None = None
+        """What this process has leased itself; ``None`` in a worker with a share."""
         self._mask: str | None = None
         """CUDA_VISIBLE_DEVICES as this process set it for itself."""
         self.needs: list[Need] = []
@@ -171,7 +173,8 @@ class OwnShare:
         # Of slices CUDA shows a process one, leased or not: it must be one that it may use.
         if self._settings.lease == "off" and not has_slices(machine, judge(Requirements(), machine, self._given).gpus):
             return None
-        shares = Shares(self._settings, self.waiting, teller(self._config), lease_folder(self._config, self._settings))
+        folder = lease_folder(self._config, self._settings)
+        self._leases = shares = Shares(self._settings, self.waiting, teller(self._config), folder)
         self._config.add_cleanup(shares.close)
         demands = [each for need in self.needs for each in demands_of(need, machine, self._given, plan_of)]
         share = shares.take(machine, demands or None, workers=1)
@@ -206,7 +209,9 @@ class OwnShare:
             "start no CUDA while modules are imported (torch.cuda.is_available() does, unless "
             "PYTORCH_NVML_BASED_CUDA_CHECK=1 is set), or set CUDA_VISIBLE_DEVICES to one slice before the run."
         )
-        return share._replace(gpus=(), code=verdicts.FAULT, problem=problem)
+        if self._leases is not None:
+            self._leases.close()
+        return share._replace(gpus=(), run_gpus=(), code=verdicts.FAULT, problem=problem)
 
 
 def _masked(machine: Machine, value: str | None) -> Machine:
