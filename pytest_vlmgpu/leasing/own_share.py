@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .. import verdicts
 from ..gating.selection import judge
-from ..gating.slices import is_slice
+from ..gating.slices import has_slices
 from ..options import GpuChoice
 from ..output import open_line
 from ..requirements import Requirements
@@ -50,6 +50,8 @@ class OwnShare:
         self._share: Share | None = None
         self._is_settled = False
         self._settled_at = -math.inf
+        self._leases: Shares | None = None
+        """What this process has leased itself; ``None`` in a worker with a share."""
         self._mask: str | None = None
         """CUDA_VISIBLE_DEVICES as this process set it for itself."""
         self.needs: list[Need] = []
@@ -169,9 +171,10 @@ class OwnShare:
 
     def _lease(self, machine: Machine, plan_of: PlanOf) -> Share | None:
         # Of slices CUDA shows a process one, leased or not: it must be one that it may use.
-        if self._settings.lease == "off" and not self._has_slices(machine):
+        if self._settings.lease == "off" and not has_slices(machine, judge(Requirements(), machine, self._given).gpus):
             return None
-        shares = Shares(self._settings, self.waiting, teller(self._config), lease_folder(self._config, self._settings))
+        folder = lease_folder(self._config, self._settings)
+        self._leases = shares = Shares(self._settings, self.waiting, teller(self._config), folder)
         self._config.add_cleanup(shares.close)
         demands = [each for need in self.needs for each in demands_of(need, machine, self._given, plan_of)]
         share = shares.take(machine, demands or None, workers=1)
@@ -181,10 +184,6 @@ class OwnShare:
         if share is not None and share.gpus and share.gpus != tuple(uuids[index] for index in visible_gpus(machine).gpus):
             self._show_only(share)
         return share
-
-    def _has_slices(self, machine: Machine) -> bool:
-        usable = judge(Requirements(), machine, self._given, is_busy_decided_later=True).gpus
-        return any(is_slice(gpu) for gpu in machine.gpus if gpu.index in usable)
 
     def _show_only(self, share: Share) -> None:
         """Show CUDA these GPUs alone. Where it has counted them already, only the plans keep to the share."""
@@ -210,7 +209,9 @@ class OwnShare:
             "start no CUDA while modules are imported (torch.cuda.is_available() does, unless "
             "PYTORCH_NVML_BASED_CUDA_CHECK=1 is set), or set CUDA_VISIBLE_DEVICES to one slice before the run."
         )
-        return share._replace(gpus=(), code=verdicts.FAULT, problem=problem)
+        if self._leases is not None:
+            self._leases.close()
+        return share._replace(gpus=(), run_gpus=(), code=verdicts.FAULT, problem=problem)
 
 
 def _masked(machine: Machine, value: str | None) -> Machine:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import verdicts
 from ..gating.selection import judge
-from ..gating.slices import PREFIX, is_slice
+from ..gating.slices import PREFIX, has_slices
 from ..options import GpuChoice
 from ..requirements import Requirements
 from ..state import WORKER_INPUT
@@ -134,7 +134,7 @@ class Shares:
         uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
         choice = self._settings.gpus
         # Of slices a run takes as many as its processes can use, which is one each.
-        is_open = choice.kind == "auto" or any(is_slice(gpu) for gpu in machine.gpus if gpu.index in usable)
+        is_open = choice.kind == "auto" or has_slices(machine, usable)
         wish = Wish(choice.number if choice.kind == "count" else len(usable), is_open, demands, workers)
         ranked = by_preference(usable, demands or (), machine) if choice.kind == "auto" else usable
         chosen: list[int] = []

@@ -303,4 +303,5 @@ def test_a_process_that_has_started_cuda_uses_the_slice_it_sees_and_no_other(
     text, counts = project.run(f"--vlm-gpus={slice_}", test_x="def test_x(vlm_device): assert vlm_device == 'cuda:0'")
 
     assert counts == {outcome: 1}, text
+    assert ("1 GPU leased" in text) == (outcome == "passed"), text
     assert outcome == "passed" or f"VLM712: CUDA was started in this process before its MIG slice was chosen ({B})" in text
