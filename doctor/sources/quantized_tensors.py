@@ -16,7 +16,7 @@ bytes that it really takes, in the checkpoint and on a GPU. Recognized by the la
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..errors import ModelFileError
 from .checkpoint import StoredTensor
@@ -105,6 +105,19 @@ def quantization_method(section: Mapping[str, Any] | None) -> str | None:
     if isinstance(method, str) and method:
         return method[:60]
     return "bitsandbytes" if section.get("load_in_4bit") or section.get("load_in_8bit") else "unknown"
+
+
+def computes_in(section: Mapping[str, Any] | None) -> Literal["int8", "float32"] | None:
+    """What linear layers of bitsandbytes compute in where it is not the type that they are given.
+
+    Source: ``BitsAndBytesConfig`` of transformers 5.23 (``bnb_4bit_compute_dtype`` is float32 by default, and handed to
+    each layer) and ``Linear4bit`` of bitsandbytes 0.50, which keeps to it.
+    """
+    if section is None or not (quantization_method(section) or "").startswith("bitsandbytes"):
+        return None
+    if section.get("load_in_8bit"):
+        return "int8"
+    return "float32" if section.get("bnb_4bit_compute_dtype") in (None, "float32", "torch.float32") else None
 
 
 def join_quantized(tensors: Mapping[str, StoredTensor], section: Mapping[str, Any]) -> dict[str, StoredTensor]:
