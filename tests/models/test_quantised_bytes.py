@@ -16,7 +16,12 @@ from vlm_doctor.planner.installed import as_loaded
 from vlm_doctor.planner.weights import unit_bytes
 from vlm_doctor.workload import Quantization
 
-pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.models,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # Rotary tables of Llama 4, which are no weights; torch says so once a process.
+    pytest.mark.filterwarnings("ignore:Casting complex values"),
+]
 pytest.importorskip("transformers", minversion="5.0", reason="the tiny models are of transformers 5")
 
 ROOT = Path(__file__).parents[2]
