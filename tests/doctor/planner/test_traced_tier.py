@@ -220,6 +220,12 @@ class TestReplay:
         assert allocated == pytest.approx(trace.peak().size_bytes, abs=10 * MIB)
         assert reserved >= allocated + 3 * MIB
 
+    def test_small_tensors_that_are_brief_share_a_segment(self) -> None:
+        held = Held(kinds=("full", "sliding", "full"), weights_bytes=3 * MIB, is_first=True, has_head=True)
+        allocated, _ = self.program.peaks(held, 64)
+        # All but the temporary of a layer, which has 4,096 bytes a token and one for each pair.
+        assert allocated == pytest.approx(small_trace(64).peak().size_bytes - 4096 * 64 - 64**2, rel=0.05)
+
     def test_small_keys_and_values_are_not_left_out(self) -> None:
         """Each less than 1 MiB, all of them a third of what lives at once."""
         tokens, layers = 8_000, 40
