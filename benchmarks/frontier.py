@@ -472,6 +472,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true")
     parser.add_argument("scenarios", nargs="*")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     if options.child:
         scenario(options.scenarios[0], Out(options.out), time.monotonic() + options.each)
         return
