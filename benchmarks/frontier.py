@@ -128,8 +128,14 @@ class Subject:
         self.tied = {key for key in self.shapes if key not in tensors}
         self.buffers = {key: value.clone() for key, value in self.model.named_buffers()}
 
-    def place(self, device_map: dict[str, int]) -> None:
-        """Put weights of zeros where a map wants them, cut out of one segment a GPU, and dispatch."""
+    def place(self, device_map: dict[str, int], *, is_renumbered: bool = True) -> None:
+        """Put weights of zeros where a map wants them, cut out of one segment a GPU, and dispatch.
+
+        Args:
+            device_map: Module and GPU.
+            is_renumbered: The GPU that the model begins on is the first for torch, as in a plan's snippet; otherwise
+                accelerate takes all inputs to GPU 0 first.
+        """
         self.remove()
         owner = {key: _device(device_map, key) for key in [*self.shapes, *self.buffers]}
         sizes = [0] * torch.cuda.device_count()
@@ -147,7 +153,9 @@ class Subject:
             self.model.get_submodule(module)._buffers[leaf] = value.to(owner[key])
         if self.tied:
             self.model.tie_weights()
-        dispatch_model(self.model, device_map, skip_keys=self.model._skip_keys_device_placement, force_hooks=True)
+        first = next(iter(device_map.values())) if is_renumbered else None
+        skipped = self.model._skip_keys_device_placement
+        dispatch_model(self.model, device_map, main_device=first, skip_keys=skipped, force_hooks=True)
 
     def _set(self, key: str, value: torch.Tensor) -> None:
         module, _, leaf = key.rpartition(".")
@@ -313,8 +321,9 @@ def images(subject: Subject, machine: Any, name: str, out: Out, deadline: float)
     cell = rule.patch * rule.merge
     promised = planned.limits.image_edge or 0
     most = (math.isqrt(rule.max_pixels) if rule.max_pixels else MAX_EDGE) // cell * cell
-    subject.place(map_for(planned))
+    subject.place(map_for(planned), is_renumbered=False)
     is_kept = subject.ask(64, promised)
+    subject.place(map_for(planned))
     edge, reached = promised, promised if is_kept else 0
     while is_kept and edge < most and time.monotonic() < deadline:
         edge = min(most, edge + max(cell, int(edge * 0.02) // cell * cell))
