@@ -18,7 +18,7 @@ _PIXEL_ELEMENTS = 3 * 2
 
 def tower_coefficient(profile: ModelProfile) -> VisionCoefficient:
     """The coefficient of a model's vision tower."""
-    known = vision_coefficient(profile.model_type)
+    known = vision_coefficient(profile.model_type, profile.architecture)
     if profile.vision_multiples is None:
         return known
     of_mlp, of_hidden = profile.vision_multiples
