@@ -93,6 +93,13 @@ SETTINGS = (
         "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases; off: no leases",
         "FOLDER",
     ),
+    Setting(
+        "warm",
+        "keep each model, in a process of its own, for the next run, until it was not used for so long (15m for the option "
+        "alone; any time in a file or the environment); default: off",
+        levels=("15m", "5m", "30m", "1h", "2h", "4h", "8h", "off"),
+    ),
+    Setting("cold", "load the models of this run anew, whatever is kept", levels=("on",), is_option_only=True),
     Setting("plan", "say what would run where and why not, and run nothing", levels=("on",), is_option_only=True),
     Setting(
         "fleet",

@@ -6,6 +6,7 @@ Every decision is :mod:`selection`'s. Nothing is read and nothing heavy is impor
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..models.residents import Resident
     from ..options import Settings
+    from ..warm.run import Warmth
 
     Planner = Callable[[VlmSpec, Machine, tuple[int, ...]], Plan | None]
     Loader = Callable[[VlmSpec, Plan | None], AbstractContextManager[Any]]
@@ -67,6 +69,15 @@ class Gate:
         self.residents = Residents()
         self._lending = Lending(self)
         self._fits: dict[VlmSpec, Verdict] = {}
+
+    @cached_property
+    def warmth(self) -> Warmth | None:
+        """Models that outlive runs; ``None`` where nobody asked for any."""
+        if not (self.settings.keeps_warm or self.settings.cold):
+            return None
+        from ..warm.run import Warmth
+
+        return Warmth(self.settings, self._config, lambda: self.own.share.gpus if self.own.share is not None else ())
 
     def on(self, machine: Machine) -> Gate:
         """The same tests on another machine."""
@@ -210,7 +221,12 @@ class Gate:
         refusal = self.settle(machine, request)
         if refusal.action != "run":
             return refusal
-        return self.when_free(judge_now, judge_now(max_age_s), lambda verdict: verdict, grace_s=0)
+        found = judge_now(max_age_s)
+        share, grace_s = self.own.share, 0.0
+        if found.code == verdicts.BUSY and self.warmth is not None and share is not None:
+            # Unlike a model, this test cannot do with what a warm one leaves.
+            grace_s = GRACE_S if self.warmth.end_idle(share.gpus) else 0.0
+        return self.when_free(judge_now, found, lambda verdict: verdict, grace_s=grace_s)
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
         """Take this process' GPUs, if that was not done; the refusal where there are none for it."""

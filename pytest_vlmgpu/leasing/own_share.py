@@ -159,7 +159,8 @@ class OwnShare:
         shares = Shares(self._settings, self.waiting, teller(self._config))
         self._config.add_cleanup(shares.close)
         demands = [each for need in self.needs for each in demands_of(need, machine, self._given, plan_of)]
-        share = shares.take(machine, demands or None, workers=1)
+        models = {spec.label for need in self.needs for spec in need.specs}
+        share = shares.take(machine, demands or None, workers=1, models=models)
         from vlm_doctor.visibility import visible_gpus
 
         uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}

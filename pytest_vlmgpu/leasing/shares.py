@@ -15,13 +15,14 @@ from .sets import by_preference, cover, total_demand
 from .waiting import GRACE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     import pytest
 
     from vlm_doctor.machine import Machine
 
     from ..options import Settings
+    from ..warm.hosts import Borrowed
     from .sets import Demand
     from .waiting import Waiting
 
@@ -85,11 +86,18 @@ class Shares:
         self._tell = tell
         self._told: tuple[str, ...] = ()
         """GPUs that were told to be taken, and not yet to be given back."""
+        self._borrowed: Borrowed | None = None
         folder = settings.lease_dir or DEFAULT_FOLDER
         self._leases = None if folder == OFF else Leases(Path(folder))
 
     def take(
-        self, machine: Machine, demands: Sequence[Demand] | None, workers: int, *, may_wait: bool = True
+        self,
+        machine: Machine,
+        demands: Sequence[Demand] | None,
+        workers: int,
+        *,
+        may_wait: bool = True,
+        models: Collection[str] = (),
     ) -> Share | None:
         """Lease GPUs, all at once or none, so that two runs never wait for each other.
 
@@ -98,6 +106,7 @@ class Shares:
             demands: Of all groups of tests; ``None`` when they are not known yet: then all that ``--vlm-gpus`` allows.
             workers: Processes that will use the GPUs.
             may_wait: False asks only as long as another run may need to make up its mind.
+            models: Labels of the models that will be loaded: where one is warm, its GPUs are taken first.
 
         Returns:
             ``None`` where there is nothing to lease: no GPU may be used, or, without waiting, none was to be had.
@@ -109,6 +118,8 @@ class Shares:
         choice = self._settings.gpus
         wish = Wish(choice.number if choice.kind == "count" else len(usable), choice.kind == "auto", demands, workers)
         ranked = by_preference(usable, demands or (), machine) if choice.kind == "auto" else usable
+        warm = self._warm_gpus(models)
+        ranked = sorted(ranked, key=lambda index: warm.get(names[index], 1))
         chosen: list[int] = []
         holders: dict[str, str] = {}
 
@@ -116,6 +127,8 @@ class Shares:
             chosen[:], taken = self._attempt([names[index] for index in ranked], ranked, wish, is_last=is_last)
             holders.clear()
             holders.update(taken)
+            if not chosen and self._leases is not None:
+                self._leases.ask_for(taken, max(1, wish.least - len(ranked) + len(taken)))
             return bool(chosen)
 
         def reason() -> str:
@@ -136,6 +149,8 @@ class Shares:
         uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
         gpus = tuple(uuids[index] for index in kept)
         outer = machine.environment.get(VARIABLE)
+        if self._borrowed is not None:
+            self._borrowed.keep(gpus)
         if gpus:
             self._told = gpus
             self._tell("taken", gpus, "")
@@ -152,6 +167,8 @@ class Shares:
         gpus, names = tuple(uuid for uuid, _ in pairs), tuple(name for _, name in pairs)
         if self._leases is not None:
             self._leases.release([name for name in self._leases.held if name not in names])
+        if self._borrowed is not None:
+            self._borrowed.keep(gpus)
         self._tell_given_back(gpus)
         return share._replace(gpus=gpus, names=names, run_gpus=gpus)
 
@@ -159,7 +176,23 @@ class Shares:
         """Give all leases back."""
         if self._leases is not None:
             self._leases.release()
+        if self._borrowed is not None:
+            self._borrowed.keep()
         self._tell_given_back(())
+
+    def _warm_gpus(self, models: Collection[str]) -> dict[str, int]:
+        """GPU UUID to 0 where one of these models is warm, to 2 where another one is; their hosts let go of the leases."""
+        if not self._settings.keeps_warm or self._leases is None:
+            return {}
+        from ..warm.hosts import Borrowed
+        from ..warm.places import PlaceError, folder_for
+
+        try:
+            self._borrowed = self._borrowed or Borrowed(folder_for(self._settings.lease_dir or DEFAULT_FOLDER))
+        except PlaceError:
+            return {}  # said where a model is loaded
+        hosts = self._borrowed.ask()
+        return {uuid: 0 if record.label in models else 2 for record in hosts for uuid in record.gpus}
 
     def _tell_given_back(self, kept: tuple[str, ...]) -> None:
         gone = tuple(uuid for uuid in self._told if uuid not in kept)

@@ -66,6 +66,7 @@ class Lending:
         self._gate.refuse_unless_run(spec, self._gate.keep_from_acting(Verdict("run"), request))
         self._make_room()
         plan = self._plan_now(spec, request) if self._gate.uses_gpus else None
+        self._prepare_warmth(spec, plan, request, loader)
         before = free_before(plan, self._gate.machine_used, is_open=spec.is_placed_by_transformers)
         meter = Meter()
         meter.start()
@@ -82,6 +83,8 @@ class Lending:
             # Not inside the handler: the report is one sentence, without the chain of errors behind it.
             self._gate.refuse_unless_run(spec, verdict)
             load = describe(spec, plan, loaded, time.perf_counter() - started)
+            if self._gate.settings.keeps_warm and not load.warm:
+                load.warm = "not kept: it is loaded by a loader of the project's own"
             self._gate.loads.append(load)
             uuids = tuple(stage.uuid for stage in stages_used(plan, loaded))
             before = {uuid: size for uuid, size in before.items() if uuid in uuids}
@@ -123,6 +126,21 @@ class Lending:
             finally:
                 config.hook.pytest_vlmgpu_unload(config=config, spec=spec, loaded=loaded)
 
+    def _prepare_warmth(self, spec: VlmSpec, plan: Plan | None, request: pytest.FixtureRequest, loader: Loader) -> None:
+        """Settle whether a model is attached to, kept, or loaded as ever (``--vlm-warm``)."""
+        warmth, hook = self._gate.warmth, request.config.hook.pytest_vlmgpu_load
+        if warmth is None:
+            return
+        share = self._gate.own.share
+        planned = tuple(stage.uuid for stage in plan.stages) if plan is not None else ()
+        warmth.prepare(
+            spec,
+            plan,
+            is_ours=loader.__module__ == f"{__package__}.ladder" and not hook.get_hookimpls(),
+            gpus=planned or (share.gpus if share is not None else ()),
+            look=lambda: self._gate.reader.current(request, max_age_s=0),
+        )
+
     def _make_room(self) -> None:
         """Unload models until there is a slot for one more (``--vlm-slots``)."""
         slots = self._gate.settings.slots
@@ -134,9 +152,9 @@ class Lending:
         """Plan with the memory of this moment: beside models that stay, or in the place of those that go."""
 
         def place_now(max_age_s: float) -> tuple[Verdict, Plan | None]:
-            return self._gate.fitting.place_shared(
-                spec, self._gate.reader.current(request, max_age_s=max_age_s), request, at_load=True
-            )
+            machine, warmth = self._gate.reader.current(request, max_age_s=max_age_s), self._gate.warmth
+            seen = warmth.as_free(machine) if warmth is not None else machine
+            return self._gate.fitting.place_shared(spec, seen, request, at_load=True)
 
         refusal = self._gate.settle(self._gate.reader.current(request, max_age_s=math.inf), request)
         self._gate.refuse_unless_run(spec, refusal)

@@ -122,7 +122,8 @@ class Controller:
             return dict.fromkeys(tests, 0)
         everything = [demand for wanted in by_group.values() for demand in wanted]
         if self._share is None:
-            self._share = self._shares.take(machine, everything, self.workers)
+            models = {spec.label for need in groups.needs for spec in need.specs}
+            self._share = self._shares.take(machine, everything, self.workers, models=models)
         elif gate.settings.gpus.kind == "auto":
             self._share = self._shares.shrink(self._share, everything, self.workers, machine)
         if self._share is None:

@@ -1,0 +1,312 @@
+"""What one run does with warm models: attach to them, have them kept, end them, and say what came of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..leasing.leases import DEFAULT_FOLDER, OFF
+from ..models.residents import CONTEXT_BYTES
+from . import facts, wire
+from .attaching import Loan, NotAttached, assembled, borrow, import_libraries
+from .facts import NotKept
+from .hosts import Hosts
+from .places import Place, PlaceError, folder_for
+from .records import Attach, Order, Progress
+from .starting import start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import pytest
+
+    from vlm_doctor.machine import Machine
+    from vlm_doctor.placement import Plan
+
+    from ..models.loaded import LoadedVlm
+    from ..options import Settings
+    from ..requirements import VlmSpec
+
+_ROOM_S = 10.0
+"""For the driver to take back the memory of a host that has ended: 2 s were enough after SIGKILL of 140 GiB."""
+_EXPANDABLE = "expandable_segments:true"
+
+
+@dataclass(frozen=True)
+class Warm:
+    """What became of one load, for the summary; and the loan, where there is one."""
+
+    text: str
+    """``attached to a model loaded 12 min ago``, or why not."""
+    age_s: float | None = None
+    """Of the model that was attached; ``None`` where it was loaded."""
+    saved_s: float = 0.0
+    """What loading it took, less what attaching took."""
+    loan: Loan | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """True where the memory of the model was on GPUs, and its host has ended."""
+        return self.loan is not None and self.loan.is_on_gpus and not self.loan.is_alive
+
+    def close(self) -> None:
+        """Give a borrowed model back."""
+        if self.loan is not None:
+            self.loan.close()
+
+
+class Key:
+    """A model as its host is asked for."""
+
+    def __init__(self, place: Place, name: str, found: dict[str, str]) -> None:
+        self.place = place
+        self.name = name
+        self.facts = found
+
+
+class Warmth:
+    """The warm models of one process.
+
+    Args:
+        settings: Resolved; ``--vlm-warm`` or ``--vlm-cold`` is given.
+        config: Of the run.
+        gpus: Gives the UUIDs that this process has leased.
+    """
+
+    def __init__(self, settings: Settings, config: pytest.Config, gpus: Callable[[], tuple[str, ...]]) -> None:
+        self._settings = settings
+        self._config = config
+        self._gpus = gpus
+        self._lease_dir = settings.lease_dir or DEFAULT_FOLDER
+        self._keys: dict[VlmSpec, Key | str] = {}
+        """Of models that are about to be loaded; a text says why one is not kept."""
+        self._cooled: set[str] = set()
+        """Models whose hosts ``--vlm-cold`` has ended."""
+        self._problem = ""
+        try:
+            self._folder: Path | None = folder_for(self._lease_dir)
+        except PlaceError as error:
+            self._folder, self._problem = None, str(error).rstrip(".")
+        self._hosts = Hosts(self._folder)
+
+    def as_free(self, machine: Machine) -> Machine:
+        """The machine with what warm hosts hold of our GPUs counted as free: they are attached to, or end.
+
+        Their CUDA contexts are not: whoever attaches has them beside his own.
+        """
+        return self._hosts.as_free(machine, self._gpus())
+
+    def prepare(
+        self, spec: VlmSpec, plan: Plan | None, *, is_ours: bool, gpus: tuple[str, ...], look: Callable[[], Machine]
+    ) -> None:
+        """Before a model is loaded: settle whether it can be kept, and end the hosts that are in its way.
+
+        Args:
+            spec: The model.
+            plan: Where it goes; ``None`` on the CPU, and where an engine places it.
+            is_ours: False where the project loads it itself.
+            gpus: UUIDs of the GPUs that it may use.
+            look: Reads the machine now.
+        """
+        key = self._keys[spec] = (
+            self._key(spec, plan, is_on_cpu=not gpus) if is_ours else ("it is loaded by a loader of the project's own")
+        )
+        mine = key.place.digest if isinstance(key, Key) else ""
+        ended = []
+        for record in self._hosts.alive():
+            is_same = is_ours and isinstance(key, Key) and record.name == key.name
+            is_stale = is_same and not {*facts.difference(record.facts, key.facts)}.isdisjoint(facts.STALE)  # type: ignore[union-attr]
+            is_cold = is_same and self._settings.cold and record.name not in self._cooled
+            is_in_the_way = record.digest != mine and bool(set(record.gpus).intersection(gpus))
+            if is_cold or is_stale or (is_in_the_way and not _has_room(plan, look(), CONTEXT_BYTES)):
+                why = self._hosts.end(record)
+                if record.digest == mine and why:
+                    self._keys[spec] = f"its warm host cannot be ended: {why}"
+                ended.append(record)
+        if isinstance(key, Key):
+            self._cooled.add(key.name)
+        if ended and plan is not None:
+            until = time.monotonic() + _ROOM_S
+            while not _has_room(plan, look(), 0) and time.monotonic() < until:
+                time.sleep(0.2)
+
+    def load(
+        self,
+        spec: VlmSpec,
+        plan: Plan | None,
+        *,
+        ordinals: Mapping[str, int] | None,
+        plain: Callable[[], LoadedVlm],
+        told: Callable[[Progress], None],
+    ) -> LoadedVlm:
+        """Attach to a warm model, or have one loaded and attach to that; load as always where neither is possible.
+
+        Args:
+            spec: The model, which was prepared.
+            plan: ``None`` on the CPU.
+            ordinals: GPU UUID to CUDA ordinal.
+            plain: Loads it.
+            told: Called while a host loads it.
+
+        Raises:
+            LoadFailure: It cannot be loaded.
+        """
+        from ..models.failures import LoadFailure
+
+        key = self._keys.pop(spec, "it was not prepared")
+        if isinstance(key, str):
+            return _with(plain(), Warm(f"not kept: {key}"))
+        if not self._settings.keeps_warm:
+            return plain()
+        started = time.perf_counter()
+        try:
+            reason = self._why_cold(key)
+            loan = None if reason else self._borrow(key, told)
+        except NotAttached as error:
+            reason, loan = str(error), None
+        try:
+            if loan is None:
+                self._start(key, spec, plan, ordinals)
+                loan = self._borrow(key, told)
+            return self._attached(loan, spec, plan, ordinals=ordinals, started=started, reason=reason)
+        except (NotKept, NotAttached, LoadFailure) as error:
+            if loan is not None:
+                loan.close()
+            self._hosts.end_digest(key.place.digest)
+            refusal = str(error)
+        # Outside of the handler: its frames would keep half a model.
+        return _with(plain(), Warm(f"not kept: {refusal}"))
+
+    def end_idle(self, gpus: tuple[str, ...]) -> bool:
+        """End the hosts on these GPUs, for a test that loads nothing and needs their memory; False if there are none."""
+        found = [record for record in self._hosts.alive() if set(record.gpus).intersection(gpus)]
+        # All of them: any() would stop at the first.
+        ended = [record for record in found if not self._hosts.end(record)]
+        return bool(ended)
+
+    def _attached(
+        self,
+        loan: Loan,
+        spec: VlmSpec,
+        plan: Plan | None,
+        *,
+        ordinals: Mapping[str, int] | None,
+        started: float,
+        reason: str,
+    ) -> LoadedVlm:
+        from ..models.source import find_source
+
+        source = find_source(spec.name)
+        loaded = assembled(loan, spec.name, source, plan, ordinals=ordinals, started=started)
+        if reason:
+            kept = f"kept for {duration(self._settings.warm or 0)} from its last use; cold this time: {reason}"
+            return _with(loaded, Warm(kept, loan=loan))
+        lent = loan.lent
+        saved = max(0.0, lent.load_seconds - loaded.load_seconds)
+        return _with(loaded, Warm("attached", lent.age_s, saved, loan))
+
+    def _borrow(self, key: Key, told: Callable[[Progress], None]) -> Loan:
+        request = Attach(
+            key.place.digest, wire.pid_namespace(), self._settings.warm or 0.0, runs=(os.getpid(), os.getppid())
+        )
+        return borrow(key.place, request, told, import_libraries)
+
+    def _start(self, key: Key, spec: VlmSpec, plan: Plan | None, ordinals: Mapping[str, int] | None) -> None:
+        from vlm_doctor.codec import to_json
+
+        order = Order(
+            digest=key.place.digest,
+            facts=key.facts,
+            label=spec.label,
+            name=key.name,
+            dtype=spec.dtype,
+            plan=None if plan is None else to_json(plan, indent=0).encode(),
+            ordinals=dict(ordinals or {}),
+            gpus=() if plan is None else tuple(stage.uuid for stage in plan.stages),
+            lease_dir=self._lease_dir,
+            ttl_s=self._settings.warm or 0.0,
+            runs=(os.getpid(), os.getppid()),
+        )
+        start(order, key.place)
+
+    def _why_cold(self, key: Key) -> str:
+        """Why there is no use in asking a host; empty where there is one."""
+        if key.place.socket.exists():
+            return ""
+        if self._settings.cold:
+            return "--vlm-cold"
+        alive = [record for record in self._hosts.alive() if record.name == key.name]
+        if alive:
+            differing = min((facts.difference(record.facts, key.facts) for record in alive), key=len)
+            return f"{' and '.join(differing[:3])} changed"
+        ended = key.place.why_ended()
+        return f"its warm host had ended ({ended})" if ended else "there was no warm model"
+
+    def _key(self, spec: VlmSpec, plan: Plan | None, *, is_on_cpu: bool) -> Key | str:
+        """The model as its host is asked for, or why it is not kept."""
+        import_libraries()
+        refusal = self._problem or _refusal(spec, plan, self._lease_dir, is_on_cpu=is_on_cpu)
+        if refusal or self._folder is None:
+            return refusal
+        from ..models.failures import LoadFailure
+        from ..models.source import find_source
+
+        with suppress(LoadFailure, OSError):  # the load that follows says it better
+            try:
+                source = find_source(spec.name)
+                is_folder = Path(source.name).is_dir()
+                name = str(Path(source.name).resolve()) if is_folder else f"{source.name}@{source.revision}"
+                resolved = name if is_folder else source.name
+                found = facts.facts_of(resolved, None if is_folder else source.revision, plan, spec.dtype)
+            except NotKept as reason:
+                return str(reason)
+            place = Place(self._folder, facts.digest_of(found))
+            return place.why_refused() or Key(place, name, found)
+        return "its checkpoint cannot be read"
+
+
+def duration(seconds: float) -> str:
+    """``12 min``, as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _with(loaded: LoadedVlm, warm: Warm) -> LoadedVlm:
+    return replace(loaded, warm=warm)
+
+
+def _refusal(spec: VlmSpec, plan: Plan | None, lease_dir: str, *, is_on_cpu: bool) -> str:
+    """Why a model like this is not kept; empty where it may be."""
+    if spec.trust_remote_code:
+        return "it runs code of its checkpoint"
+    if spec.is_placed_by_transformers:
+        return f'device_map="{spec.device_map}" places it anew by what is free'
+    if is_on_cpu:
+        return ""
+    if plan is None:
+        return "it has no plan"
+    if plan.offloaded is not None:
+        return "part of it is in host memory"
+    if plan.workload.quantization is not None:
+        return "it is quantized"
+    if lease_dir == OFF:
+        return "GPUs are not leased (--vlm-lease-dir=off), so nobody could be told who has them"
+    if any(not stage.uuid.startswith("GPU-") for stage in plan.stages):
+        return "its GPU is a MIG slice"
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        if _EXPANDABLE in os.environ.get(variable, "").lower().replace(" ", ""):
+            return f"{variable} has expandable_segments on, and such memory cannot be given to another process everywhere"
+    return ""
+
+
+def _has_room(plan: Plan | None, machine: Machine, more_bytes: int) -> bool:
+    """True when what is really free on the GPUs of a plan is enough for it."""
+    if plan is None:
+        return False
+    free = {gpu.uuid: gpu.memory_free_bytes or 0 for gpu in machine.gpus}
+    return all(free.get(stage.uuid, 0) >= stage.peak_bytes + more_bytes for stage in plan.stages)
