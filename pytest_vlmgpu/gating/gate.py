@@ -217,15 +217,18 @@ class Gate:
             return verdict
         if self.settings.plan:
             return judge_now(max_age_s)
+        waited_s = self.own.waiting.waited_s
         # What no machine of this kind could run takes nothing from others: GPUs are leased from here on.
         refusal = self.settle(machine, request)
         if refusal.action != "run":
             return refusal
-        found = judge_now(max_age_s)
-        share, grace_s = self.own.share, 0.0
+        # Whoever had the GPUs until now had their memory, too.
+        has_waited = self.own.waiting.waited_s > waited_s
+        found = judge_now(0 if has_waited else max_age_s)
+        share, grace_s = self.own.share, GRACE_S if has_waited else 0.0
         if found.code == verdicts.BUSY and self.warmth is not None and share is not None:
             # Unlike a model, this test cannot do with what a warm one leaves.
-            grace_s = GRACE_S if self.warmth.end_idle(share.gpus) else 0.0
+            grace_s = GRACE_S if self.warmth.end_idle(share.gpus) else grace_s
         return self.when_free(judge_now, found, lambda verdict: verdict, grace_s=grace_s)
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:

@@ -23,7 +23,7 @@ _START_TIME = 19
 """Field ``starttime`` of /proc/PID/stat, counted behind the command's closing parenthesis. Source: proc_pid_stat(5)."""
 
 
-def describe_self(about: Mapping[str, str] | None = None) -> bytes:
+def describe_self(about: Mapping[str, object] | None = None) -> bytes:
     """This process as a record: pid, user, command, since, and what tells it from a later process with its pid.
 
     Args:
@@ -67,10 +67,24 @@ def describe(raw: bytes) -> str:
     return who if _start_ticks(pid) == record.get("started") else _UNKNOWN
 
 
+def is_here(raw: bytes) -> bool:
+    """True where the process of a record runs on this computer, and its pid counts here."""
+    record, pid = _read(raw), pid_of(raw)
+    places = record.get("boot"), record.get("pid_namespace")
+    return pid is not None and places == (_boot(), _pid_namespace()) and _start_ticks(pid) == record.get("started")
+
+
 def gives_way(raw: bytes) -> bool:
     """True of the record of a warm host, which ends when it is asked for its GPUs while it is idle."""
     record = _read(raw)
     return bool(record.get("warm"))
+
+
+def warm_bytes(raw: bytes, name: str) -> int:
+    """What a warm host says that it will give back of a GPU; 0 of anybody else."""
+    held = _read(raw).get("warm_bytes")
+    size = held.get(name) if isinstance(held, dict) else None
+    return size if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**46 else 0
 
 
 def pid_of(raw: bytes) -> int | None:

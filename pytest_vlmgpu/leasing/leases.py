@@ -40,10 +40,11 @@ class Leases:
 
     Args:
         folder: Where the files are; made when it is first used.
-        about: Written beside this process' own name: ``{"warm": model}`` of one that gives way to whoever asks.
+        about: Written beside this process' own name; of one that gives way to whoever asks ``warm`` (a model) and
+            ``warm_bytes`` (name to size).
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, object] | None = None) -> None:
         self.folder = folder
         self._about = about or {}
         self._files: dict[str, int] = {}
@@ -95,6 +96,16 @@ class Leases:
         for name in [name for name in names if holders.gives_way(self._record(name))][:most]:
             with suppress(OSError):
                 os.utime(self.folder / f"{name}.lock", follow_symlinks=False)
+
+    def warm_bytes(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """Of leases that idle warm hosts hold: the host's pid, and bytes of the GPU that it gives back when it is asked."""
+        found = {}
+        for name in names:
+            record = self._record(name)
+            pid, size = holders.pid_of(record), holders.warm_bytes(record, name)
+            if pid is not None and size and holders.is_here(record):
+                found[name] = pid, size
+        return found
 
     def are_asked_for(self) -> bool:
         """True when somebody has touched one of ours (:meth:`ask_for`), or it is no longer the file that others look at."""

@@ -158,7 +158,8 @@ class OwnShare:
     def _lease(self, machine: Machine, plan_of: PlanOf) -> Share | None:
         shares = Shares(self._settings, self.waiting, teller(self._config))
         self._config.add_cleanup(shares.close)
-        demands = [each for need in self.needs for each in demands_of(need, machine, self._given, plan_of)]
+        seen = shares.when_given_way(machine)
+        demands = [each for need in self.needs for each in demands_of(need, seen, self._given, plan_of)]
         models = {spec.label for need in self.needs for spec in need.specs}
         share = shares.take(machine, demands or None, workers=1, models=models)
         from vlm_doctor.visibility import visible_gpus

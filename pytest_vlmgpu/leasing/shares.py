@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from vlm_doctor.machine import Machine
+    from vlm_doctor.machine import Gpu, Machine
 
     from ..options import Settings
     from ..warm.hosts import Borrowed
@@ -157,6 +157,22 @@ class Shares:
         if problem:
             self._tell("refused", (), f"{code}: {problem}")
         return Share(gpus, tuple(names[index] for index in kept), gpus, outer, code, problem)
+
+    def when_given_way(self, machine: Machine) -> Machine:
+        """The machine without the idle warm hosts on it, for whoever needs to know how many GPUs will do."""
+        names = {gpu.uuid: cuda_name(gpu, machine) for gpu in machine.gpus}
+        held = self._leases.warm_bytes(names.values()) if self._leases is not None and machine.gpus else {}
+        if not held:
+            return machine
+        from msgspec.structs import replace
+
+        def seen(gpu: Gpu) -> Gpu:
+            pid, size = held.get(names[gpu.uuid], (0, 0))
+            free = gpu.memory_free_bytes
+            others = tuple(process for process in gpu.processes if process.pid != pid)
+            return replace(gpu, memory_free_bytes=None if free is None else free + size, processes=others)
+
+        return replace(machine, gpus=tuple(map(seen, machine.gpus)))
 
     def shrink(self, share: Share, demands: Sequence[Demand], workers: int, machine: Machine) -> Share:
         """Give back the GPUs that turn out not to be needed."""

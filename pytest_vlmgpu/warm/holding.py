@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..leasing.leases import OFF, LeaseError, Leases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from .records import Order
 
@@ -32,9 +32,11 @@ class Holding:
         self._gpus = order.gpus
         self._runs = set(order.runs)
         self._leases: Leases | None = None
+        self._about: dict[str, object] = {}
         self._strange_since: float | None = None
         if order.gpus and order.lease_dir != OFF:
-            self._leases = Leases(Path(order.lease_dir), {"warm": order.label})
+            self._about = {"warm": order.label}
+            self._leases = Leases(Path(order.lease_dir), self._about)
 
     @property
     def is_held(self) -> bool:
@@ -50,10 +52,11 @@ class Holding:
         if self._leases is not None:
             self._leases.release()
 
-    def check(self, *, is_idle: bool) -> None:
+    def check(self, weights: Mapping[str, int], *, is_idle: bool) -> None:
         """Take the leases if no run has them; called again and again.
 
         Args:
+            weights: GPU UUID to bytes that are given back when the host ends.
             is_idle: No run has the model, nor is about to.
 
         Raises:
@@ -67,6 +70,7 @@ class Holding:
             return
         if not is_idle:
             return
+        self._about["warm_bytes"] = dict(weights)
         try:
             taken = self._leases.take(self._gpus)
         except LeaseError as error:

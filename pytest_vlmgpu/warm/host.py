@@ -229,7 +229,8 @@ class Host:
             self._end = self._end or "its socket is gone"
         is_borrowed = any(client.has_leases for client in self._clients)
         try:
-            self._holding.check(is_idle=not (self._users() or waiting or is_loading or is_borrowed))
+            weights = self._stock.weights if self._stock is not None else {}
+            self._holding.check(weights, is_idle=not (self._users() or waiting or is_loading or is_borrowed))
         except Evicted as reason:
             self._end = self._end or str(reason)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import mmap
 import os
 from pathlib import Path
@@ -205,6 +206,17 @@ def test_a_model_that_is_constructed_otherwise_is_refused(
 
     with pytest.raises(ValueError, match="constructed of other modules here"):
         filled(model, kept.taken.skeleton, kept.records, mapped(kept.memory, kept.size, kept.blocks))
+
+
+def test_torch_takes_the_arguments_that_are_told_for_gpus() -> None:
+    """What :func:`pytest_vlmgpu.warm.cuda_sharing.exported` counts on, in the order of torch's own function."""
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    assert list(inspect.signature(rebuild_cuda_tensor).parameters) == [
+        *("tensor_cls", "tensor_size", "tensor_stride", "tensor_offset", "storage_cls", "dtype", "storage_device"),
+        *("storage_handle", "storage_size_bytes", "storage_offset_bytes", "requires_grad"),
+        *("ref_counter_handle", "ref_counter_offset", "event_handle", "event_sync_required"),
+    ]
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 4096, 2**19 + 24, 2**19 * 3, 2**26 + 2**19 + 5])

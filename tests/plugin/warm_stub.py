@@ -24,13 +24,13 @@ class Stub:
     def __init__(self, order: Order) -> None:
         self.is_for_one = bool(order.gpus)
         self.age_s = 720.0
-        self.weights = dict.fromkeys(order.gpus, 15 * 2**30)
+        self.weights = dict.fromkeys(order.gpus, 20 * 2**30)
         self._memory = os.memfd_create("stub")
         os.write(self._memory, b"weights")
         shared = os.environ.get("SHARED_PROJECT")
         for uuid in order.gpus if shared else ():
             (Path(shared or "") / "memory").mkdir(exist_ok=True)
-            (Path(shared or "") / "memory" / f"{uuid}.{os.getpid()}").write_text(str(15 * 2**30))
+            (Path(shared or "") / "memory" / f"{uuid}.{os.getpid()}").write_text(str(20 * 2**30))
 
     def is_intact(self) -> bool:
         return not (FOLDER / "changed").exists()
