@@ -73,11 +73,12 @@ class Gate:
     @cached_property
     def warmth(self) -> Warmth | None:
         """Models that outlive runs; ``None`` where nobody asked for any."""
-        if not (self.settings.keeps_warm or self.settings.cold):
+        is_asked_for = self.settings.keeps_warm or self.settings.cold
+        if not is_asked_for or self.settings.fake_gpus or self.settings.machine != "live":
             return None
         from ..warm.run import Warmth
 
-        return Warmth(self.settings, self._config, lambda: self.own.share.gpus if self.own.share is not None else ())
+        return Warmth(self.settings, lambda: self.own.share.gpus if self.own.share is not None else ())
 
     def on(self, machine: Machine) -> Gate:
         """The same tests on another machine."""
@@ -205,6 +206,8 @@ class Gate:
 
         def judge_now(max_age_s: float) -> Verdict:
             machine = self.reader.current(request, max_age_s=max_age_s)
+            if self.settings.plan and self.warmth is not None:
+                machine = self.warmth.as_free(machine)
             verdict = self.fitting.judge(test.requirements, machine, loads=test.loads, at_load=at_load)
             for spec in test.specs:
                 if verdict.action == "run":

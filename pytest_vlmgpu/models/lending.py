@@ -164,6 +164,10 @@ class Lending:
         placed = place_now(math.inf)
         while _lacks_memory(placed) and self._gate.residents.remove_least_useful(self._in_use):
             placed = place_now(0)
+        share = self._gate.own.share
+        if _lacks_memory(placed) and self._gate.warmth is not None and share is not None:
+            # A warm host has a CUDA context, too, which only its end gives back.
+            self._gate.warmth.end_idle(share.gpus)
         verdict, plan = self._gate.when_free(place_now, placed, lambda placed: placed[0])
         self._gate.refuse_unless_run(spec, verdict)
         return plan

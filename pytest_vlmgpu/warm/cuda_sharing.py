@@ -5,6 +5,7 @@ A process that has it can write to it, and CUDA knows no other way: so all of it
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from .records import Block, CudaBlock
@@ -38,10 +39,7 @@ def checksum(storage: Any) -> int:
         return total % 2**64
     # The beginning of a block is aligned, so that its bytes can be read as words.
     words = storage[:whole].view(torch.int64)
-    chance = torch.Generator().manual_seed(_PRIME)
-    weights = (
-        torch.randint(-(2**62), 2**62, (_ROW,), generator=chance, dtype=torch.int64).mul_(2).add_(1).to(storage.device)
-    )
+    weights = _weights(storage.device)
     for start in range(0, words.numel(), _ROW * _ROWS):
         part = words[start : start + _ROW * _ROWS]
         rows = part.numel() // _ROW
@@ -53,6 +51,15 @@ def checksum(storage: Any) -> int:
             total = total * _PRIME + one
         total %= 2**64
     return total
+
+
+@cache
+def _weights(device: Any) -> Any:
+    """Odd numbers, the same in each process."""
+    import torch
+
+    chance = torch.Generator().manual_seed(_PRIME)
+    return torch.randint(-(2**62), 2**62, (_ROW,), generator=chance, dtype=torch.int64).mul_(2).add_(1).to(device)
 
 
 def exported(storages: Sequence[Any], uuids: Mapping[int, str]) -> tuple[Block, ...]:

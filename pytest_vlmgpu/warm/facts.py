@@ -24,7 +24,7 @@ _OTHERWISE_KNOWN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTORCH_NVML_B
 """GPUs are told apart by UUID."""
 _CODE = ("models/loading.py", "models/placing.py", "models/source.py", "warm")
 """Of this package: what loads and shares. A changed line makes another model of it."""
-STALE = ("checkpoint", "loader code", "python", *_LIBRARIES)
+STALE = frozenset(("checkpoint", "loader code", "python", *_LIBRARIES))
 """Where one of these differs, nobody will ask for the old model again."""
 
 

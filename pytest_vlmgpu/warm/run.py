@@ -22,17 +22,17 @@ from .starting import start
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import pytest
-
     from vlm_doctor.machine import Machine
     from vlm_doctor.placement import Plan
 
     from ..models.loaded import LoadedVlm
     from ..options import Settings
     from ..requirements import VlmSpec
+    from .records import HostRecord
 
 _ROOM_S = 10.0
 """For the driver to take back the memory of a host that has ended: 2 s were enough after SIGKILL of 140 GiB."""
+_PAUSE_S = 0.2
 _EXPANDABLE = "expandable_segments:true"
 
 
@@ -66,6 +66,8 @@ class Key:
         self.place = place
         self.name = name
         self.facts = found
+        self.has_room = True
+        """Beside what a run needs of the GPUs, another process can have its CUDA context there."""
 
 
 class Warmth:
@@ -73,13 +75,11 @@ class Warmth:
 
     Args:
         settings: Resolved; ``--vlm-warm`` or ``--vlm-cold`` is given.
-        config: Of the run.
         gpus: Gives the UUIDs that this process has leased.
     """
 
-    def __init__(self, settings: Settings, config: pytest.Config, gpus: Callable[[], tuple[str, ...]]) -> None:
+    def __init__(self, settings: Settings, gpus: Callable[[], tuple[str, ...]]) -> None:
         self._settings = settings
-        self._config = config
         self._gpus = gpus
         self._lease_dir = settings.lease_dir or DEFAULT_FOLDER
         self._keys: dict[VlmSpec, Key | str] = {}
@@ -98,7 +98,8 @@ class Warmth:
 
         Their CUDA contexts are not: whoever attaches has them beside his own.
         """
-        return self._hosts.as_free(machine, self._gpus())
+        gpus = tuple(gpu.uuid for gpu in machine.gpus) if self._settings.plan else self._gpus()
+        return self._hosts.as_free(machine, gpus)
 
     def prepare(
         self, spec: VlmSpec, plan: Plan | None, *, is_ours: bool, gpus: tuple[str, ...], look: Callable[[], Machine]
@@ -112,27 +113,35 @@ class Warmth:
             gpus: UUIDs of the GPUs that it may use.
             look: Reads the machine now.
         """
-        key = self._keys[spec] = (
-            self._key(spec, plan, is_on_cpu=not gpus) if is_ours else ("it is loaded by a loader of the project's own")
-        )
-        mine = key.place.digest if isinstance(key, Key) else ""
-        ended = []
+        key: Key | str = "it is loaded by a loader of the project's own"
+        if is_ours:
+            key = self._key(spec, plan, is_on_cpu=not gpus)
+        self._keys[spec] = key
+        ended = False
         for record in self._hosts.alive():
-            is_same = is_ours and isinstance(key, Key) and record.name == key.name
-            is_stale = is_same and not {*facts.difference(record.facts, key.facts)}.isdisjoint(facts.STALE)  # type: ignore[union-attr]
-            is_cold = is_same and self._settings.cold and record.name not in self._cooled
-            is_in_the_way = record.digest != mine and bool(set(record.gpus).intersection(gpus))
-            if is_cold or is_stale or (is_in_the_way and not _has_room(plan, look(), CONTEXT_BYTES)):
+            is_mine = isinstance(key, Key) and record.digest == key.place.digest
+            is_in_the_way = not is_mine and bool(set(record.gpus).intersection(gpus))
+            if self._is_past(record, key) or (is_in_the_way and not _has_room(plan, look(), CONTEXT_BYTES)):
                 why = self._hosts.end(record)
-                if record.digest == mine and why:
+                if is_mine and why:
                     self._keys[spec] = f"its warm host cannot be ended: {why}"
-                ended.append(record)
+                ended = True
         if isinstance(key, Key):
             self._cooled.add(key.name)
-        if ended and plan is not None:
-            until = time.monotonic() + _ROOM_S
-            while not _has_room(plan, look(), 0) and time.monotonic() < until:
-                time.sleep(0.2)
+        if plan is None:
+            return
+        until = time.monotonic() + _ROOM_S
+        while ended and not _has_room(plan, look(), 0) and time.monotonic() < until:
+            time.sleep(_PAUSE_S)
+        if isinstance(key, Key):
+            key.has_room = _has_room(plan, look(), CONTEXT_BYTES)
+
+    def _is_past(self, record: HostRecord, key: Key | str) -> bool:
+        """True of a host of this model that nobody is to use any more."""
+        if not isinstance(key, Key) or record.name != key.name:
+            return False
+        is_stale = not facts.STALE.isdisjoint(facts.difference(record.facts, key.facts))
+        return is_stale or (self._settings.cold and key.name not in self._cooled)
 
     def load(
         self,
@@ -170,6 +179,8 @@ class Warmth:
             reason, loan = str(error), None
         try:
             if loan is None:
+                if not key.has_room:
+                    raise NotKept("beside it there is no room on its GPUs for the CUDA context of another process")
                 self._start(key, spec, plan, ordinals)
                 loan = self._borrow(key, told)
             return self._attached(loan, spec, plan, ordinals=ordinals, started=started, reason=reason)

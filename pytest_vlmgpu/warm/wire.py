@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -74,6 +75,7 @@ def connect(path: Any, timeout_s: float) -> socket.socket | None:
         except OSError:
             connection.close()
             return None
+    _OPEN.add(connection)
     if peer_of(connection).uid != os.getuid():
         connection.close()
         raise WireError("the process that listens there is another user's")
@@ -154,3 +156,13 @@ def _decode(data: bytes, kind: Any) -> Any:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise WireError(f"what came is no frame of ours ({error})") from None
+
+
+def _close_in_child() -> None:
+    """A child that a test forks, and forgets, must not keep a model lent."""
+    for connection in list(_OPEN):
+        connection.close()
+
+
+_OPEN: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_close_in_child)

@@ -351,6 +351,22 @@ def test_a_run_that_is_killed_gives_the_model_back(warm: Warm) -> None:
     warm.attach().close()
 
 
+def test_a_child_that_a_run_has_forgotten_keeps_nothing_lent(warm: Warm) -> None:
+    warm.start(gpus=(GPU,))
+    until(lambda: warm.status().is_loaded)
+    loan = warm.attach()
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+
+    loan.close()
+
+    until(lambda: not warm.status().users)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 def test_a_model_without_gpus_is_for_many(warm: Warm) -> None:
     warm.start()
     loans = [warm.attach() for _ in range(3)]
