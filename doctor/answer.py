@@ -12,7 +12,7 @@ import msgspec
 
 from . import __version__
 from .answers import ErrorAnswer
-from .checks import diagnose, plain
+from .checks import Examine, diagnose, examine, plain
 from .errors import UsageError
 from .machine import Machine
 from .model import ModelProfile
@@ -31,7 +31,12 @@ SLOW_SOURCE_S = 2.0
 
 
 def check_report(
-    machine: Machine, *, ignore: Sequence[str] = (), gpus: tuple[int, ...] | None = None, strict: bool = False
+    machine: Machine,
+    *,
+    ignore: Sequence[str] = (),
+    gpus: tuple[int, ...] | None = None,
+    strict: bool = False,
+    by: Examine = examine,
 ) -> Report:
     """Judge a machine.
 
@@ -40,12 +45,13 @@ def check_report(
         ignore: Codes, or beginnings of codes, whose findings decide nothing.
         gpus: GPU indices that matter; findings about others decide nothing. ``None`` is all.
         strict: Count warnings like errors.
+        by: Runs each check.
 
     Raises:
         UsageError: The machine has no such GPU.
     """
     refuse_missing_gpus(machine, gpus)
-    diagnosis = diagnose(machine, ignore=ignore)
+    diagnosis = diagnose(machine, ignore=ignore, by=by)
     if gpus is not None:
         diagnosis = focus(diagnosis, gpus)
     return Report(
@@ -80,6 +86,7 @@ def plan_report(
     suggest_gpus: bool = False,
     traces: Traces | None = None,
     untraced: str | None = None,
+    by: Examine = examine,
 ) -> Report:
     """Place a model on a machine. Of the machine's faults, those of the GPUs that the plan uses count.
 
@@ -91,6 +98,7 @@ def plan_report(
         suggest_gpus: Name cards on which the workload would fit, also when it fits here.
         traces: Allocations of the model's real code for this workload; ``None`` plans by formulas.
         untraced: Why there are none although they were asked for.
+        by: Runs each check.
 
     Raises:
         UsageError: Workload or policy make no sense for this model and machine.
@@ -101,7 +109,7 @@ def plan_report(
     answer = planner.plan(profile, machine, workload, policy, traces=traces, untraced=untraced)
     if suggest_gpus and answer.fits:
         answer = msgspec.structs.replace(answer, gpu_sets=planner.suggest_gpus(profile, workload, policy))
-    diagnosis = focus(diagnose(machine, plan=answer), _gpus_of(answer))
+    diagnosis = focus(diagnose(machine, plan=answer, by=by), _gpus_of(answer))
     return Report(
         version=__version__,
         command="plan",
@@ -113,7 +121,13 @@ def plan_report(
 
 
 def map_report(
-    device_map: Mapping[str, int | str], profile: ModelProfile, machine: Machine, workload: Workload, policy: Policy
+    device_map: Mapping[str, int | str],
+    profile: ModelProfile,
+    machine: Machine,
+    workload: Workload,
+    policy: Policy,
+    *,
+    by: Examine = examine,
 ) -> Report:
     """Judge a ``device_map``. Of the machine's faults, those of the GPUs that the map uses count.
 
@@ -126,7 +140,7 @@ def map_report(
 
     checked = check_map(device_map, profile, machine, workload, policy)
     used = frozenset(use.gpu for use in checked.devices if use.gpu is not None)
-    diagnosis = focus(diagnose(machine), used)
+    diagnosis = focus(diagnose(machine, by=by), used)
     status = exit_status(machine, diagnosis)
     return Report(
         version=__version__,
@@ -145,6 +159,7 @@ def gate_report(
     *,
     ignore: Sequence[str] = (),
     strict: bool = False,
+    by: Examine = examine,
 ) -> Report:
     """Say whether a machine is what a job expects.
 
@@ -154,6 +169,7 @@ def gate_report(
         profile: The model that has to fit, if there is one.
         ignore: Codes, or beginnings of codes, whose findings decide nothing.
         strict: Warnings about the machine, or about the GPUs that would be used, stand against it.
+        by: Runs each check.
 
     Raises:
         UsageError: The model cannot be planned for this machine as asked.
@@ -161,7 +177,7 @@ def gate_report(
     """
     from .gate import answer_gate, choose, refused
 
-    diagnosis = diagnose(machine, ignore=ignore)
+    diagnosis = diagnose(machine, ignore=ignore, by=by)
     choice = choose(wanted, machine, diagnosis)
     plan = None
     if profile is not None and choice.gpus:
@@ -181,11 +197,11 @@ def gate_report(
     )
 
 
-def error_report(answer: ErrorAnswer, machine: Machine) -> Report:
+def error_report(answer: ErrorAnswer, machine: Machine, *, by: Examine = examine) -> Report:
     """Compare what a log says with a machine."""
     from .error_answer import confirm
 
-    diagnosis = diagnose(machine)
+    diagnosis = diagnose(machine, by=by)
     return Report(
         version=__version__,
         command="explain-error",
@@ -236,5 +252,7 @@ def refuse_missing_gpus(machine: Machine, gpus: Sequence[int] | None) -> None:
     there = [gpu.index for gpu in machine.gpus]
     for index in gpus or ():
         if index not in there:
-            have = f"its GPUs are {', '.join(map(str, there))}" if there else "it has none"
-            raise UsageError(f"--gpus: {machine.description} has no GPU {index}; {have}.")
+            if not there:
+                raise UsageError(f"--gpus: there is no GPU {index} ({machine.description}); leave the option out.")
+            have = ", ".join(map(str, there))
+            raise UsageError(f"--gpus: {machine.description} has no GPU {index}; its GPUs are {have}.")

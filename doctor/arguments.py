@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 
 from .errors import UsageError
@@ -11,7 +11,8 @@ from .expectations import capability, gpu_count
 from .likeness import nearest
 from .units import parse_bytes
 
-_SIZE = re.compile(r"(\d{1,6})(?:[xX](\d{1,6}))?", re.ASCII)
+_SIZE = re.compile(r"(\d{1,9})(?:[xX×](\d{1,9}))?", re.ASCII)
+_NUMBER = re.compile(r"[+-]?\d{1,20}", re.ASCII)
 _INDEX = re.compile(r"\d{1,4}", re.ASCII)
 _SECONDS = re.compile(r"\d{1,7}(?:\.\d{1,3})?", re.ASCII)
 _CODE_START = re.compile(r"VLM\d{1,3}", re.ASCII)
@@ -33,6 +34,22 @@ def _asks_for(words: Sequence[str], format: str) -> bool:  # noqa: A002 - the wo
     return f"--format={format}" in words or ("--format", format) in pairwise(words)
 
 
+def whole_number(option: str, example: int) -> Callable[[str], int]:
+    """A reader of whole numbers; whether one makes sense is for others to say.
+
+    Args:
+        option: Its name, for the message of an error.
+        example: A number that does make sense.
+    """
+
+    def read(text: str) -> int:
+        if not _NUMBER.fullmatch(text.strip()):
+            raise UsageError(f"{option}: {text!r} is not a whole number; write digits, such as {example}.")
+        return int(text)
+
+    return read
+
+
 def gpu_indices(text: str, *, option: str = "--gpus") -> tuple[int, ...]:
     """Read ``0,1`` as GPU indices.
 
@@ -44,7 +61,7 @@ def gpu_indices(text: str, *, option: str = "--gpus") -> tuple[int, ...]:
         raise UsageError(f"{option}: {text!r} is not a list of GPU indices; write them with commas, such as 0,1.")
     indices = tuple(int(entry) for entry in entries)
     if len(set(indices)) != len(indices):
-        raise UsageError(f"{option}: {text!r} names a GPU twice.")
+        raise UsageError(f"{option}: {text!r} names a GPU twice; name each once.")
     return indices
 
 

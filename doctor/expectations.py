@@ -55,6 +55,18 @@ class ProjectSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     strict: bool = False
 
 
+_KINDS = {
+    "gpus": ("a whole number", "2"),
+    "vram": ("a text with a size", '"20GiB"'),
+    "nvlink": ("true or false", "true"),
+    "capability": ("a number or a text", '"8.0"'),
+    "model": ("a text", '"org/name"'),
+    "ignore": ("a list of texts", '["VLM503"]'),
+    "strict": ("true or false", "true"),
+}
+"""What each key of the table has to be, and an example, as TOML writes it."""
+
+
 def read_settings(table: Mapping[str, Any], *, where: str) -> ProjectSettings:
     """Read the table.
 
@@ -71,10 +83,15 @@ def read_settings(table: Mapping[str, Any], *, where: str) -> ProjectSettings:
             near = nearest(key, known, most=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}."
             raise UsageError(f"{where}: [tool.vlm-doctor] has no key {key[:40]!r}; {hint}")
-    try:
-        return msgspec.convert(table, ProjectSettings)
-    except msgspec.ValidationError as error:
-        raise UsageError(f"{where}: [tool.vlm-doctor]: {str(error).replace('$.', '')}.") from error
+    for key, value in table.items():
+        try:
+            msgspec.convert({key: value}, ProjectSettings)
+        except msgspec.ValidationError as error:
+            kind, example = _KINDS[key]
+            raise UsageError(
+                f"{where}: [tool.vlm-doctor] {key}: {str(value)[:40]!r} is not {kind}; write {key} = {example}."
+            ) from error
+    return msgspec.convert(table, ProjectSettings)
 
 
 def gpu_count(number: int | str, *, where: str) -> int:

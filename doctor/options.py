@@ -52,6 +52,15 @@ class Parser(argparse.ArgumentParser):
         """Raise what is wrong with the command line."""
         raise UsageError(f"{message.rstrip('.')}. Try '{self.prog} --help'.")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that is not among the choices of an option; argparse's own sentence differs from one Python to
+        the next, and knows no word that is meant.
+        """
+        if action.choices is not None and value not in action.choices:
+            near = arguments.suggestion(str(value), list(action.choices))
+            name = action.option_strings[0] if action.option_strings else action.dest
+            raise UsageError(f"{name}: {value!r} is none of {', '.join(map(str, action.choices))}{near}")
+
     def print_help(self, file: Any = None) -> None:  # noqa: ARG002 - argparse's signature
         """Print the help, also into a pipe whose reader has gone."""
         write_stdout(self.format_help())
@@ -189,7 +198,7 @@ def _add_try(parser: Parser) -> None:
 def _add_check_map(parser: Parser) -> None:
     from .plan_options import add_workload
 
-    parser.add_argument("map", metavar="FILE|-", help="JSON, YAML lines, a Python dict or a plan; - is standard input")
+    parser.add_argument("map", metavar="FILE|-", help="JSON, YAML, a Python dict or script, or a plan; - is standard input")
     parser.add_argument("--model", metavar="MODEL", required=True, help="hub id, or folder of a checkpoint")
     _add_machine(parser)
     _add_model_reading(parser)

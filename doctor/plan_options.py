@@ -25,8 +25,16 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
         default=careful.prefer,
         help="fewest GPUs, then longest prompt (balanced) or fastest links (speed); or longest prompt first (context)",
     )
-    policy.add_argument("--max-gpus", metavar="N", type=int, help="use at most so many GPUs")
-    policy.add_argument("--min-gpus", metavar="N", type=int, default=careful.min_gpus, help="spread over at least so many")
+    policy.add_argument(
+        "--max-gpus", metavar="N", type=arguments.whole_number("--max-gpus", 2), help="use at most so many GPUs"
+    )
+    policy.add_argument(
+        "--min-gpus",
+        metavar="N",
+        type=arguments.whole_number("--min-gpus", 2),
+        default=careful.min_gpus,
+        help="spread over at least so many",
+    )
     policy.add_argument(
         "--exclude", metavar="0,1", type=arguments.excluded_gpus, default=(), help="GPUs that must not be used"
     )
@@ -61,7 +69,12 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training: one optimizer step instead of a call")
     group.add_argument("--training", choices=("lora", "full"), help="adapters on the text body, or all weights")
     group.add_argument("--optimizer", choices=get_args(Optimizer), help=f"default: {usual.optimizer}")
-    group.add_argument("--lora-rank", metavar="N", type=int, help=f"rank of the adapters (default: {usual.lora_rank})")
+    group.add_argument(
+        "--lora-rank",
+        metavar="N",
+        type=arguments.whole_number("--lora-rank", usual.lora_rank),
+        help=f"rank of the adapters (default: {usual.lora_rank})",
+    )
     group.add_argument(
         "--no-gradient-checkpointing", action="store_true", help="keep all activations for the backward pass"
     )
@@ -76,7 +89,13 @@ def _add_call(parser: argparse.ArgumentParser, default: Workload) -> argparse._A
         ("--new-tokens", default.new_tokens, "tokens to generate"),
         ("--batch", default.batch, "prompts at once"),
     ):
-        work.add_argument(name, metavar="N", type=int, default=value, help=f"{text} (default: {value})")
+        work.add_argument(
+            name,
+            metavar="N",
+            type=arguments.whole_number(name, value),
+            default=value,
+            help=f"{text} (default: {value})",
+        )
     work.add_argument(
         "--image-size",
         metavar="WxH",

@@ -13,13 +13,15 @@ from .findings import Diagnosis, Finding
 from .machine import Machine
 from .placement import Plan
 from .report import Report
+from .visibility import visible_gpus
 
 USABLE = 0
 PROBLEM = 1
 COULD_NOT_LOOK = 3
 
 NVML_PROBLEM = "VLM105"
-_CAUSES = ("VLM1", "VLM2")
+_CAUSES = ("VLM1", "VLM2", "VLM310")
+"""Beginnings of codes that say why NVML does not answer: driver, visibility, and a package that shadows its binding."""
 _BLIND_STATES = ("no_binding", "error", "crashed", "timed_out")
 
 
@@ -35,14 +37,15 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 def could_not_look(machine: Machine, diagnosis: Diagnosis | None = None) -> bool:
     """Tell whether nothing that matters is known: there are GPUs, but NVML would not speak, and no check found out why.
 
-    A cause that a check of the driver or of visibility found (codes 1xx and 2xx: not loaded, a mismatch) is an answer.
+    A cause that a check found (the driver is not loaded, its versions differ, pynvml is shadowed) is an answer, and so is
+    an error of NVML whose cause is known.
     """
     is_expected = bool(machine.pci_devices or machine.driver.device_files)
     if machine.gpus or not is_expected or machine.driver.nvml_state not in _BLIND_STATES:
         return False
     findings = diagnosis.findings if diagnosis else ()
-    causes = (finding.code for finding in findings if finding.severity == "error" and finding.code.startswith(_CAUSES))
-    return all(code == NVML_PROBLEM for code in causes)
+    causes = (finding for finding in findings if finding.severity == "error" and finding.code.startswith(_CAUSES))
+    return all(finding.code == NVML_PROBLEM and finding.cause is None for finding in causes)
 
 
 def exit_status(machine: Machine, diagnosis: Diagnosis | None, plan: Plan | None = None, *, strict: bool = False) -> int:
@@ -103,13 +106,11 @@ def verdict(report: Report) -> str:
         return f"Not ready: {counted}."
     if not machine.gpus:
         return "No NVIDIA GPU here: nothing to run on, nothing to repair."
-    working = sum(gpu.error is None for gpu in machine.gpus)
-    noun = "GPU" if working == 1 else "GPUs"
-    return (
-        f"Ready: {working} {noun}, {counted}."
-        if not diagnosis.count("warning")
-        else f"Usable: {working} {noun}, {counted}."
-    )
+    working = {gpu.index for gpu in machine.gpus if gpu.error is None}
+    visible = working.intersection(visible_gpus(machine).gpus)
+    noun = "GPU" if len(working) == 1 else "GPUs"
+    number = f"{len(working)} {noun}" if visible == working else f"{len(visible)} of {len(working)} {noun} visible"
+    return f"{'Usable' if diagnosis.count('warning') else 'Ready'}: {number}, {counted}."
 
 
 def next_step(report: Report) -> Step | None:

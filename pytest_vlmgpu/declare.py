@@ -33,7 +33,7 @@ SETTINGS = (
     Setting(
         "gpus",
         "GPUs for tests that use vlm markers or fixtures: auto (all visible ones, default), none (run models on the "
-        "CPU), a count (2), positions among the visible GPUs (0,2 or 2,), or UUIDs (GPU-…)",
+        "CPU), a count (2), positions among the visible GPUs (0,2 or 2,), or UUIDs (GPU-…, or MIG-… for slices)",
         "SPEC",
     ),
     Setting("model", "model (folder or hub id) for tests that use the fixture vlm and name none", "ID"),
@@ -89,8 +89,14 @@ SETTINGS = (
     ),
     Setting("slots", "models that stay loaded together: 1 (default), a number, or fit: as many as fit", "N|fit"),
     Setting(
+        "lease",
+        "who is kept off the GPUs of this run: machine (other runs on this machine, default), run (only its own workers, "
+        "among which they are shared out), off (nobody)",
+        "SCOPE",
+    ),
+    Setting(
         "lease_dir",
-        "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases; off: no leases",
+        "folder in which runs on this machine lease GPUs; default: /tmp/pytest-vlmgpu-leases",
         "FOLDER",
     ),
     Setting(
@@ -100,6 +106,12 @@ SETTINGS = (
         levels=("15m", "5m", "30m", "1h", "2h", "4h", "8h", "off"),
     ),
     Setting("cold", "load the models of this run anew, whatever is kept", levels=("on",), is_option_only=True),
+    Setting(
+        "hide_gpu_from_cpu_tests",
+        "let tests without markers or fixtures of the plugin see no GPU, where CUDA is not started yet",
+        levels=("on", "off"),
+        ini_type="bool",
+    ),
     Setting("plan", "say what would run where and why not, and run nothing", levels=("on",), is_option_only=True),
     Setting(
         "fleet",

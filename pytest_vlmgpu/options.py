@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Strict = Literal["off", "gpu", "all", "auto"]
 Level = Literal["off", "warn", "error"]
+Scope = Literal["machine", "run", "off"]
 MAX_BYTES = 2**46
 """64 TiB, as for the markers: more is a size in another unit."""
 TESTING = "VLMGPU_TESTING"
@@ -40,7 +41,8 @@ _REFUSED = re.compile(r"""(?:with base 10|got (?:int|float|str)): (-?[0-9][0-9.e
 """How pytest and Python name a value that is not of the type of an ini key, as Python would write it."""
 _NEAR_NAME = 0.8
 """Likeness (difflib) from which a variable counts as one of ours misspelt."""
-_UUID = r"GPU-[0-9A-Fa-f-]{1,36}"
+_UUID_PREFIXES = ("GPU-", "MIG-")
+_UUID = r"(?:GPU|MIG)-[0-9A-Fa-f-]{1,36}"
 
 
 class GpuChoice(NamedTuple):
@@ -92,8 +94,12 @@ class Settings(NamedTuple):
     """Seconds; ``None`` where it was not said."""
     slots: int | None = 1
     """Models that may be loaded at once; ``None`` is as many as fit."""
+    lease: Scope = "machine"
+    """Who is kept off this run's GPUs: every run on the machine, this run's own workers, nobody."""
     lease_dir: str | None = None
-    """Folder of the leases; ``None`` is the usual one, ``off`` none at all."""
+    """Folder of the leases; ``None`` is the usual one."""
+    hide_gpu_from_cpu_tests: bool = False
+    """Tests that are no concern of the plugin are to see no GPU."""
     warm: float | None = None
     """Seconds that a model is kept for the next run after its last use; ``None``: it is not kept."""
     cold: bool = False
@@ -181,7 +187,9 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
 
 def _refuse_contradictions(settings: Settings, environment: Mapping[str, str]) -> None:
     problem = ""
-    if settings.update_baseline and settings.baseline is None:
+    if settings.lease != "machine" and settings.origins.get("lease_dir", "").startswith("--"):
+        problem = f"--vlm-lease-dir: {settings.origins['lease']}={settings.lease} uses no folder; leave out one of them."
+    elif settings.update_baseline and settings.baseline is None:
         problem = "--vlm-update-baseline: there is no file to write; name it with --vlm-baseline=FILE."
     elif settings.gpus.kind == "none" and (settings.expect_gpus or settings.expect_vram):
         asked = [settings.origins[name] for name in ("expect_gpus", "expect_vram") if name in settings.origins]
@@ -422,9 +430,22 @@ def _parse_slots(text: str, origin: str) -> int | None:
     raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither a number from 1 on nor fit.")
 
 
+def parse_lease(text: str, origin: str) -> Scope:
+    """Read how far leases reach.
+
+    Raises:
+        pytest.UsageError: It is none of the three.
+    """
+    word = text.lower()
+    for scope in ("machine", "run", "off"):
+        if word == scope:
+            return scope
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no reach of leases; write machine, run or off.")
+
+
 def _parse_lease_dir(text: str, origin: str) -> str:
     if text.lower() == "off":
-        return "off"
+        raise pytest.UsageError(f"{WRONG}: {origin}: 'off' is no folder; to lease no GPUs, write --vlm-lease=off.")
     if "\0" in text or not os.path.isabs(text):  # noqa: PTH117 - relative to what would differ from run to run
         raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no absolute path; other runs must find the same folder.")
     return text
@@ -434,7 +455,7 @@ def parse_gpus(text: str, origin: str) -> GpuChoice:
     """Read a GPU choice.
 
     Args:
-        text: ``auto``, ``none``, a count, positions with a comma (``0,2`` or ``2,``), or UUIDs.
+        text: ``auto``, ``none``, a count, positions with a comma (``0,2`` or ``2,``), or UUIDs of GPUs or of MIG slices.
         origin: Where it was given, for the message.
 
     Raises:
@@ -452,22 +473,24 @@ def parse_gpus(text: str, origin: str) -> GpuChoice:
     problem = _list_problem(entries)
     if problem is None and re.fullmatch(_POSITION, entries[0]) and "," in text:
         return GpuChoice(kind="positions", positions=tuple(map(int, entries)), text=said)
-    if problem is None and entries[0].startswith("GPU-"):
+    if problem is None and entries[0].startswith(_UUID_PREFIXES):
         return GpuChoice(kind="uuids", uuids=tuple(entries), text=said)
     instead = {"all": "auto", "-1": "auto", "cpu": "none", "off": "none", "0": "none for the CPU, or 0, for the first GPU"}
-    hint = instead.get(word, "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…)")
+    hint = instead.get(word, "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…, MIG-…)")
     raise pytest.UsageError(f"{WRONG}: {origin}: {problem or f'{text!r} names no GPUs'}; write {hint}.")
 
 
 def _list_problem(entries: list[str]) -> str | None:
     """Why a list of GPUs cannot be read, or ``None``."""
-    if entries[0].startswith("MIG-"):
-        return "a MIG slice is chosen with CUDA_VISIBLE_DEVICES"
-    if len(entries) == 1 and not entries[0].startswith("GPU-"):
+    is_named = entries[0].startswith(_UUID_PREFIXES)
+    if len(entries) == 1 and not is_named:
         return None
-    pattern = _UUID if entries[0].startswith("GPU-") else _POSITION
     for entry in entries:
-        if not re.fullmatch(pattern, entry):
+        if entry.startswith("MIG-GPU-"):
+            return (
+                f"{entry!r} is how drivers before 470 named a MIG slice; name it by its own UUID (MIG-…, see nvidia-smi -L)"
+            )
+        if not re.fullmatch(_UUID if is_named else _POSITION, entry) or (is_named and entry[:4] != entries[0][:4]):
             return f"{entry!r} is neither a position nor a UUID like the others"
     if len(set(entries)) < len(entries):
         return "a GPU is named twice"
@@ -494,6 +517,8 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "warm": parse_warm,
     "cold": _switch,
     "slots": _parse_slots,
+    "hide_gpu_from_cpu_tests": parse_switch,
+    "lease": parse_lease,
     "lease_dir": _parse_lease_dir,
     "mutation": parse_level,
     "leak_check": parse_level,

@@ -46,6 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
             from .workers.lifetime import end_with
 
             end_with(told["controller"])
+        if settings.hide_gpu_from_cpu_tests:
+            from .leasing import hiding
+
+            config.pluginmanager.register(hiding.Hider(), hiding.NAME)
         if settings.machine != "live" or settings.fake_gpus:
             gate_of(config)  # a machine that cannot be read ends the run here
         if settings.plan:
@@ -129,7 +133,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if ASKED in config.stash:
         from .collection import ordering
 
-        ordering.arrange(config, items, ordering.requests_of(items))
+        ordering.arrange(config, items, ordering.requests_of(config, items))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -143,10 +147,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     from .collection import collecting, ordering
 
-    requests = ordering.requests_of(session.items)
+    requests = ordering.requests_of(config, session.items)
     if collecting.examine_again(session, requests):
-        requests = ordering.requests_of(session.items)
+        requests = ordering.requests_of(config, session.items)
     ordering.arrange(config, session.items, requests)
+    collecting.settle(config, requests)
     if not config.option.collectonly:
         _prepare(session, requests)
 
@@ -156,10 +161,9 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     given = config.stash[SETTINGS].given if SETTINGS in config.stash else ()
     if not given:
         return None
-    from .workers.controller import remark
+    from .workers.controller import remarks
 
-    aside = remark(config)
-    return f"vlmgpu: {', '.join(given)}{f'; {aside}' if aside else ''}"
+    return f"vlmgpu: {'; '.join([', '.join(given), *remarks(config)])}"
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
@@ -193,13 +197,15 @@ def _prepare(session: pytest.Session, requests: Sequence[Examined | None]) -> No
     """Register what gated and watched tests need while they run: nothing that only lists tests has to import it."""
     config = session.config
     asked = {id(examined): examined for examined in requests if examined is not None}.values()
+    from .collection import collecting, ordering
+
+    collecting.give_requests(session.items, requests)
     if any(examined.watched for examined in asked):
         from .watching import watch
 
         watch.register(config)
     if not any(examined.gated for examined in asked):
         return
-    from .collection import collecting, ordering
     from .results import reporting
 
     collecting.give_models(session.items, requests)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .collection.aliases import Alias
-    from .collection.reading import Examined
+    from .collection.reading import Examinations, Examined
     from .concern import Ours
     from .gating.gate import Gate
     from .options import Settings
@@ -31,8 +33,10 @@ ASKED: pytest.StashKey[list[Examined]] = pytest.StashKey()
 """Of the config: what tests ask for, each once a module; there when a test was collected that may be gated or watched."""
 READ_MARKS: pytest.StashKey[int] = pytest.StashKey()
 """Of a module or class with tests that were examined: markers of ours that it and what it is in had then."""
-EXAMINED: pytest.StashKey[Examined] = pytest.StashKey()
-"""Of an item that was examined: what was found."""
+EXAMINED: pytest.StashKey[Examinations] = pytest.StashKey()
+"""Of the config, until the collection is finished: what was found of each item that was examined."""
+REQUESTS: pytest.StashKey[Sequence[Examined | None]] = pytest.StashKey()
+"""Of the config, once the collection is finished: what each test asks for, in the order in which tests run."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()
 """Of an item that asks for a model or GPUs."""
 WATCHED_TEST: pytest.StashKey[WatchedTest] = pytest.StashKey()

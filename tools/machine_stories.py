@@ -384,8 +384,12 @@ def t4_beside_a10() -> Machine:
 
 @machine
 def gpus_taken_from_container() -> Machine:
-    """After ``systemctl daemon-reload`` on the host. Source: nvidia-container-toolkit issue 48."""
+    """After ``systemctl daemon-reload`` on the host. Source: nvidia-container-toolkit issue 48.
+
+    The control group then refuses the device files, and access(2) asks it: Linux, fs/namei.c, devcgroup_inode_permission.
+    """
     lost = driver(2, nvml_state="error", nvml_error_code=999, nvml_message="Unknown Error", driver_version=None)
+    lost = replace(lost, forbidden_device_files=lost.device_files)
     return unseen(2, "container lost its GPUs", "nvidia", driver=lost, host=DOCKER)
 
 

@@ -247,7 +247,12 @@ def _exclusive_process() -> Machine:
 def _a100_mig() -> Machine:
     base = healthy("A100-40", "A100 in two MIG slices")
     slices = tuple(
-        MigDevice(uuid=uuid(f"slice {n}", "MIG"), name="NVIDIA A100-SXM4-40GB MIG 3g.20gb", memory_total_bytes=19968 * MIB)
+        MigDevice(
+            uuid=uuid(f"slice {n}", "MIG"),
+            name="NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+            memory_total_bytes=19968 * MIB,
+            memory_free_bytes=19968 * MIB,
+        )
         for n in range(2)
     )
     return with_gpu(base, 0, mig_enabled=True, mig_devices=slices)

@@ -613,9 +613,13 @@ ROOT = -1
 
 
 def edges_of(config: Any, features: int) -> list[tuple[int, Fraction, str]]:
-    """Lengths of an edge of a square of patches or features; two of them are a multiple of the features."""
+    """Lengths of an edge of a square of patches or features; two of them are a multiple of the features.
+
+    A tower that takes images of every shape has no such square: the edge of its table of positions stays a number.
+    """
     vision = config.vision_config
-    if not isinstance(getattr(vision, "image_size", None), (int, list, tuple)):
+    has_own_grid = hasattr(vision, "spatial_merge_size")
+    if has_own_grid or not isinstance(getattr(vision, "image_size", None), (int, list, tuple)):
         return []
     edge = edge_of(vision)
     ratio = Fraction(edge, math.isqrt(features))

@@ -214,14 +214,16 @@ def _lacking(facts: Facts, path: str) -> NotRun | None:
         return None
     gap = None if value else machine.gap(path)
     if gap is not None:
-        return unknown(plain(f"{path}: {gap.reason}"))
+        return unknown(plain(f"{gap.path}: {gap.reason}"))
     if path == "torch":
         value = None
     if value is not None and not (value == () and machine.origin == "synthetic"):
         return None
     if machine.origin == "synthetic":
         return skipped(_MADE_UP)
-    return unknown(plain(machine.torch.message or "torch was not asked") if path == "torch" else f"{path} is not known")
+    return unknown(
+        plain(f"torch: {machine.torch.message or 'was not asked'}" if path == "torch" else f"{path} is not known")
+    )
 
 
 def shown(value: Any, path: str) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 
-from packaging.version import InvalidVersion, Version
-
 from ..findings import Finding, Fix
 from ..likeness import nearest
 from ..visibility import quote
 from ._check import Check, Facts, Result, found, skipped
 
 _OLD_NAME, _NEW_NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
-_READS_NEW_NAME = Version("2.10")
+_READS_NEW_NAME = "2.10"
 """torch 2.9.1 ignores the new name for CUDA, older ones do not know it. Source: pytorch issue 183387."""
 _OPTIONS = frozenset(
     {
@@ -74,9 +72,8 @@ def allocator_settings(facts: Facts) -> Result:
 
 def _allocator(facts: Facts, given: dict[str, str]) -> Finding | None:
     """One finding for both variables: two pieces of advice would contradict each other."""
-    version = _torch_version(facts)
-    is_old_torch = version is not None and version < _READS_NEW_NAME
-    kept = _NEW_NAME if _NEW_NAME in given and not is_old_torch else _OLD_NAME
+    old_torch = _torch_before(facts, _READS_NEW_NAME)
+    kept = _NEW_NAME if _NEW_NAME in given and old_torch is None else _OLD_NAME
     others = [name for name in given if name != kept]
     differ = len(given) > 1 and len({*map(_normal, given.values())}) > 1
     wrong = next(((name, option) for name, value in given.items() if (option := _unknown_option(value)) is not None), None)
@@ -90,7 +87,7 @@ def _allocator(facts: Facts, given: dict[str, str]) -> Finding | None:
     elif differ:
         message, text = f"{both} have different values", "Keep one of them."
     elif kept not in given:
-        message = f"torch {version} does not use {_NEW_NAME}, only {_OLD_NAME}"
+        message = f"torch {old_torch} does not use {_NEW_NAME}, only {_OLD_NAME}"
         text = "Set the name that this torch reads."
     else:
         return None
@@ -101,13 +98,17 @@ def _allocator(facts: Facts, given: dict[str, str]) -> Finding | None:
     return found("warning", f"{message}.", evidence=evidence, fix=Fix(text=text, commands=tuple(commands)))
 
 
-def _torch_version(facts: Facts) -> Version | None:
+def _torch_before(facts: Facts, release: str) -> str | None:
+    """Version of the installed torch where it is older than a release; a build of that counts as the release."""
+    from packaging.version import InvalidVersion, Version
+
     libraries = facts.machine.libraries
     build = libraries.torch_build if libraries is not None else None
     try:
-        return Version(Version(build.version).public) if build is not None else None
+        version = Version(Version(build.version).public) if build is not None else None
     except InvalidVersion:
         return None
+    return str(version) if version is not None and version < Version(release) else None
 
 
 def _unknown_option(value: str) -> str | None:

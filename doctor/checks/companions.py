@@ -63,7 +63,7 @@ def _flash_attention(facts: Facts, libraries: Libraries, build: TorchBuild) -> F
         cause="Its library is bound to the C++ interface of one torch.",
         evidence=facts.evidence("libraries.torch_build.version") | {"libraries.packages": f"flash-attn {plain(version)}"},
         fix=Fix(
-            text='Remove it (transformers then uses attn_implementation="sdpa"), or build it anew.',
+            text='Remove flash-attn (transformers then uses attn_implementation="sdpa"), or build it anew.',
             commands=(pip(facts, "uninstall", "flash-attn"),),
         ),
     )
@@ -90,7 +90,7 @@ def _companion(facts: Facts, libraries: Libraries, build: TorchBuild, name: str)
         # A release for another torch is VLM309's to say: the same package, and one repair.
         evidence=facts.evidence(*_broken_rules(libraries, name), "libraries.torch_build.cuda")
         | {"libraries.packages": f"{name} {plain(version)}"},
-        fix=Fix(text="Reinstall it from the index of torch.", commands=(command,)),
+        fix=Fix(text=f"Reinstall {name} from the index of torch.", commands=(command,)),
     )
 
 
@@ -137,7 +137,7 @@ def bitsandbytes_without_cuda(facts: Facts) -> Result:
             "warning",
             f"bitsandbytes {version} has no library for CUDA {plain(build.cuda)} ({has}).",
             evidence=facts.evidence("libraries.bitsandbytes_cuda", "libraries.torch_build.cuda"),
-            fix=Fix(text="Install a newer one.", commands=(pip(facts, "install", "--upgrade", "bitsandbytes"),)),
+            fix=Fix(text="Install a newer bitsandbytes.", commands=(pip(facts, "install", "--upgrade", "bitsandbytes"),)),
         ),
     )
 

@@ -9,7 +9,7 @@ from ..machine import Gpu
 from ..units import format_gib
 from ._check import Check, Facts, Result, alike, found, ids, label, labels, names
 
-_LANES = "nvidia-smi --query-gpu=index,pcie.link.width.current,pcie.link.width.max --format=csv"
+_LANES = "nvidia-smi -q -i {gpus} | grep -A 2 'Link Width'"
 _RISER_LANES = 4
 """At most this many lanes have the risers and extension cards that mining rigs use."""
 _BFLOAT16 = (8, 0)
@@ -71,7 +71,7 @@ def _narrow(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
         evidence=facts.evidence(*(facts.path(gpu, name) for gpu in gpus for name in ("pcie_width", "pcie_width_max"))),
         fix=Fix(
             text="Reseat the card, and look at risers and at the board's lane sharing.",
-            commands=(_LANES,),
+            commands=(_LANES.format(gpus=ids(gpus)),),
             who="administrator",
         ),
         gpus=gpus,

@@ -108,7 +108,7 @@ def _failing(facts: Facts, gpu: Gpu) -> Finding:
     text = plain(gpu.error or "")
     if "reset" in text.lower():
         fix = Fix(
-            text="Stop what uses it and reset it.",
+            text="Stop what uses the GPU and reset it.",
             commands=(f"sudo nvidia-smi --gpu-reset -i {gpu.index}",),
             who="administrator",
         )

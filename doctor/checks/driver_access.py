@@ -13,9 +13,13 @@ _NVML_CAUSES = {
     9: "NVML does not reach the kernel driver.",
     15: "A GPU has fallen off the bus.",
     17: "The operating system refused NVML access to the device files.",
-    999: "Inside a container this is what happens when the host reloads its service manager: the GPUs are taken away.",
 }
-"""nvmlReturn_t of nvmlInit. 999 in containers: NVIDIA/nvidia-container-toolkit issue 48."""
+"""nvmlReturn_t of nvmlInit."""
+_UNKNOWN_ERROR = 999
+_TAKEN_AWAY = (
+    "The host took the GPUs from this container, as a reload of its service manager (systemctl daemon-reload) does."
+)
+"""What NVML's error 999 means in a container. Source: NVIDIA/nvidia-container-toolkit issue 48."""
 
 
 def nvml_unusable(facts: Facts) -> Result:
@@ -32,14 +36,17 @@ def nvml_unusable(facts: Facts) -> Result:
 
     ## What to do
     By state: `no_binding`: reinstall nvidia-ml-py. `no_library`: install the driver's user-space libraries. `error`:
-    see the message; in a container, start it anew. `crashed`, `timed_out`: look for `NVRM` and `Xid` in the kernel
-    log, then reboot.
+    see the message. `crashed`, `timed_out`: look for `NVRM` and `Xid` in the kernel log, then reboot.
+
+    "Unknown Error" (999) in a container that had its GPUs before: `systemctl daemon-reload` on the host takes them away.
+    Restart the container. To keep it from happening again, let the host make the links that systemd looks for
+    (`sudo nvidia-ctk system create-dev-char-symlinks --create-all`), or give GPUs to containers by CDI.
 
     ## When it is fine
     Where torch can use the GPUs all the same, or NVML failed only half-way, it is a warning.
 
     ## Sources
-    nvmlInit and its `nvmlReturn_t`, asked in a child process with a deadline.
+    nvmlInit and its `nvmlReturn_t`, asked in a child process with a deadline; NVIDIA/nvidia-container-toolkit issue 48.
     """
     driver = facts.machine.driver
     if not facts.has_hardware or driver.nvml_state == "ok":
@@ -56,11 +63,16 @@ def nvml_unusable(facts: Facts) -> Result:
         found(
             "warning" if facts.machine.torch.is_available or facts.machine.gpus else "error",
             message,
-            cause=_NVML_CAUSES.get(driver.nvml_error_code or 0),
+            cause=_TAKEN_AWAY if _are_taken_away(facts) else _NVML_CAUSES.get(driver.nvml_error_code or 0),
             evidence=facts.evidence("driver.nvml_state", "driver.nvml_error_code", "driver.kernel_module_version"),
             fix=_nvml_fix(facts),
         ),
     )
+
+
+def _are_taken_away(facts: Facts) -> bool:
+    """Whether this is a container that has lost its GPUs: access(2) then refuses the device files as well."""
+    return facts.container is not None and facts.machine.driver.nvml_error_code == _UNKNOWN_ERROR
 
 
 def _nvml_fix(facts: Facts) -> Fix:
@@ -119,6 +131,8 @@ def device_files(facts: Facts) -> Result:
     machine, driver = facts.machine, facts.machine.driver
     if driver.kernel_module_version is None:
         return skipped("the NVIDIA driver is not loaded")
+    if _are_taken_away(facts):
+        return skipped("NVML's own error says more (VLM105)")
     is_refused = machine.torch.cuda is not None and machine.torch.is_available is False and bool(facts.visible)
     if machine.gpus and not is_refused:
         return ()

@@ -27,7 +27,7 @@ def more_than_granted(facts: Facts) -> Result:
     Without device isolation a job can take the GPUs of somebody else, and both run out of memory.
 
     ## Example
-    `warning VLM207 Slurm gave this job 1 GPU (2), but CUDA shows 4.`
+    `warning VLM207 Slurm gave this job GPU 2, but CUDA shows 4 GPUs.`
 
     ## What to do
     Set the value that the finding gives, and do not unset CUDA_VISIBLE_DEVICES in the job.
@@ -51,11 +51,10 @@ def more_than_granted(facts: Facts) -> Result:
     return (
         found(
             "warning",
-            f"Slurm gave this job {len(granted)} GPU{plural} ({', '.join(granted[:16])}), "
-            f"but CUDA shows {len(facts.visible)}.",
+            f"Slurm gave this job GPU{plural} {', '.join(granted[:16])}, but CUDA shows {len(facts.visible)} GPUs.",
             cause="CUDA_VISIBLE_DEVICES was changed in the job, and the node does not isolate devices.",
             evidence=facts.evidence(f"environment.{name}", f"environment.{VARIABLE}"),
-            fix=Fix(text="Use what was granted.", commands=(f"export {VARIABLE}={value}",)),
+            fix=Fix(text="Use the GPUs that were granted, no others.", commands=(f"export {VARIABLE}={value}",)),
         ),
     )
 

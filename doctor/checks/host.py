@@ -59,7 +59,7 @@ def small_shm(facts: Facts) -> Result:
             "--shm-size=8g",
         )
     else:
-        fix = Fix(text="Make it larger.", commands=("sudo mount -o remount,size=8G /dev/shm",), who="administrator")
+        fix = Fix(text="Make /dev/shm larger.", commands=("sudo mount -o remount,size=8G /dev/shm",), who="administrator")
     return (
         found(
             "warning" if len(facts.visible) > 1 else "info",

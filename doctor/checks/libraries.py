@@ -227,7 +227,7 @@ def _violation(facts: Facts, rule: VersionRule, requirement: Requirement, positi
         fix = _with_torch(facts, rule.requirer, installed or "")
     else:
         command = torch_command(facts, wanted) if name == "torch" else pip(facts, "install", wanted)
-        fix = Fix(text="Install a version that suits.", commands=(command,))
+        fix = Fix(text=f"Install a {name} that suits.", commands=(command,))
     return found(
         "warning" if rule.is_optional else "error",
         f"{requirement.name} {plain(installed or '')} does not suit {plain(rule.requirer)} {plain(version or '')}, "

@@ -144,7 +144,7 @@ def little_tmp(facts: Facts) -> Result:
             f"{where} has {format_gib(free)} of free disk space.",
             evidence=facts.evidence("host.tmp_free_bytes", "host.tmp"),
             fix=Fix(
-                text=f"Clean it (largest last), or use another folder ({ROOMY} stands for yours).",
+                text=f"Clean {where} (largest last), or use another folder ({ROOMY} stands for yours).",
                 commands=(largest_last(where), f"export TMPDIR={ROOMY}"),
             ),
         ),
@@ -183,7 +183,7 @@ def cache_not_writable(facts: Facts) -> Result:
             f"This user may not write into the checkpoint cache {where}.",
             evidence=facts.evidence("host.hf_cache_is_writable", "host.hf_cache"),
             fix=Fix(
-                text=f"Make it yours, or use another folder ({ROOMY} stands for it).",
+                text=f"Make the cache yours, or use another folder ({ROOMY} stands for it).",
                 commands=(f'sudo chown -R "$(id -un)" {shell_path(where)}', f"export HF_HUB_CACHE={ROOMY}")
                 if where.startswith("~/")
                 else (f"ls -ld {shell_path(where)}", f"export HF_HUB_CACHE={ROOMY}"),

@@ -77,14 +77,15 @@ def _held(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
     held = _amounts(map(_held_bytes, gpus))
     amount = f"{held} of {format_gib(total)}" if total else held
     pids = ",".join(str(process.pid) for process in ordered[:20] if process.pid > 0)
+    whom, which = (f"process {ordered[0].pid}", "it if it is") if len(ordered) == 1 else ("the processes", "those that are")
     if pids and any(process.user or process.command for process in ordered):
         fix = Fix(
-            text="Wait for it, take another GPU, or stop it if it is yours.",
+            text=f"Wait for {whom}, take another GPU, or stop {which} yours.",
             commands=(f"ps -o pid,user,etime,args -p {pids}",),
         )
     else:
         fix = Fix(
-            text="Wait for it, or take another GPU; who it is can be seen outside this container or machine.",
+            text="Wait for it, or take another GPU; who uses the GPU can be seen outside this container or machine.",
             commands=("nvidia-smi",),
             place="host" if facts.container is not None else "here",
         )
@@ -192,7 +193,7 @@ def _orphaned(facts: Facts, gpus: Sequence[Gpu]) -> Finding:
         evidence=facts.evidence(
             *(facts.path(gpu, name) for gpu in gpus for name in ("memory_used_bytes", "memory_free_bytes"))
         ),
-        fix=Fix(text="Ask on the host who uses the GPU.", commands=("nvidia-smi",), who="administrator")
+        fix=Fix(text="Find out who uses the GPU.", commands=("nvidia-smi",), who="administrator")
         if is_inside
         else Fix(
             text="Find who has the GPU open, and stop it.", commands=("sudo fuser -v /dev/nvidia*",), who="administrator"

@@ -8,6 +8,9 @@ from ..findings import Finding, Fix
 from ..machine import Gpu
 from ._check import Check, Facts, Result, alike, found, labels, names, skipped
 
+_DEAD = "The MPS control daemon has died and left its files behind."
+_ELSEWHERE = "The files of an MPS control daemon are here, but not the daemon: it may run on the host."
+
 
 def virtual_gpu(facts: Facts) -> Result:
     """A GPU is a virtual one (vGPU).
@@ -130,10 +133,12 @@ def dead_mps(facts: Facts) -> Result:
     return (
         found(
             "info" if host.container is not None else "error",
-            "The MPS control daemon has died and left its files behind.",
+            _DEAD if host.container is None else _ELSEWHERE,
             evidence=facts.evidence("host.mps", "environment.CUDA_MPS_PIPE_DIRECTORY"),
             fix=Fix(
-                text="Start it again, or remove its folder.", commands=("nvidia-cuda-mps-control -d",), who="administrator"
+                text="Start the MPS daemon again, or remove its folder.",
+                commands=("nvidia-cuda-mps-control -d",),
+                who="administrator",
             ),
         ),
     )
@@ -169,7 +174,7 @@ def no_persistence(facts: Facts) -> Result:
             f"{names(idle)} {'are' if len(idle) > 1 else 'is'} unloaded when idle: persistence mode is off.",
             evidence=facts.evidence(*(facts.path(gpu, "persistence_mode") for gpu in idle[:4])),
             fix=Fix(
-                text="Let the persistence daemon keep them up.",
+                text="Let the persistence daemon keep the GPUs up.",
                 commands=("sudo systemctl enable --now nvidia-persistenced",),
                 who="administrator",
             ),

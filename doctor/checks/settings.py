@@ -66,7 +66,7 @@ def left_on(facts: Facts) -> Result:
 
 
 def _switch(facts: Facts, name: str, severity: Severity, message: str) -> Finding:
-    fix = Fix(text="Unset it.", commands=(f"unset {name}",))
+    fix = Fix(text=f"Unset {name}.", commands=(f"unset {name}",))
     return found(severity, message, evidence=facts.evidence(f"environment.{name}"), fix=fix)
 
 
@@ -110,7 +110,10 @@ def foreign_libraries(facts: Facts) -> Result:
             message,
             cause=cause,
             evidence=facts.evidence("environment.LD_LIBRARY_PATH", "libraries.foreign_cuda_libraries", "torch.state"),
-            fix=Fix(text="Take these folders out: torch's wheels need none.", commands=(_without_foreign(facts, others),)),
+            fix=Fix(
+                text="Take their folders out of LD_LIBRARY_PATH: torch's wheels need none.",
+                commands=(_without_foreign(facts, others),),
+            ),
         ),
     )
 
@@ -164,7 +167,7 @@ def hub_variables(facts: Facts) -> Result:
     if old and not is_replaced and _major(version) >= 5:
         where = facts.evidence("host.hf_cache")["host.hf_cache"]
         message = f"transformers {plain(version)} does not read TRANSFORMERS_CACHE: checkpoints go to {where}."
-        fix = Fix(text="Set its successor.", commands=(f"export HF_HUB_CACHE={shlex.quote(old[:400])}",))
+        fix = Fix(text="Set HF_HUB_CACHE in its place.", commands=(f"export HF_HUB_CACHE={shlex.quote(old[:400])}",))
         evidence = facts.evidence("environment.TRANSFORMERS_CACHE", "host.hf_cache")
         findings.append(found("warning", message, evidence=evidence, fix=fix))
     hub = libraries.version("huggingface-hub") if libraries is not None else None
@@ -173,7 +176,7 @@ def hub_variables(facts: Facts) -> Result:
             f"huggingface_hub {plain(hub)} does not use HF_HUB_ENABLE_HF_TRANSFER any more: downloads go through hf_xet."
         )
         evidence = facts.evidence("environment.HF_HUB_ENABLE_HF_TRANSFER")
-        fix = Fix(text="Unset it.", commands=("unset HF_HUB_ENABLE_HF_TRANSFER",))
+        fix = Fix(text="Unset HF_HUB_ENABLE_HF_TRANSFER.", commands=("unset HF_HUB_ENABLE_HF_TRANSFER",))
         findings.append(found("info", message, evidence=evidence, fix=fix))
     offline = [n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if environment.get(n, "").lower() in _TRUE]
     if offline:

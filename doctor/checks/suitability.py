@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
-
 from ..data.known_defects import KNOWN_DEFECTS, KnownDefect
 from ..findings import Finding, Fix
 from ..machine import Libraries
@@ -94,6 +91,9 @@ def known_defects(facts: Facts) -> Result:
     libraries = facts.machine.libraries
     if libraries is None or not any(libraries.version(defect.package) for defect in KNOWN_DEFECTS):
         return skipped("neither torch nor transformers is installed")
+    # Late, here and below: what reads specifiers takes as long to import as ten checks.
+    from packaging.version import InvalidVersion
+
     findings, unread = [], []
     for defect in KNOWN_DEFECTS:
         if defect.needs_several_gpus and len(facts.visible) < 2:
@@ -107,6 +107,9 @@ def known_defects(facts: Facts) -> Result:
 
 
 def _has(libraries: Libraries, defect: KnownDefect) -> bool:
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
     version = libraries.version(defect.package)
     if version is None or not SpecifierSet(defect.versions).contains(Version(version), prereleases=True):
         return False
@@ -123,7 +126,7 @@ def _known(facts: Facts, libraries: Libraries, defect: KnownDefect) -> Finding:
         defect.severity,
         f"{defect.package} {version} {defect.effect}.",
         evidence=facts.evidence(f"libraries.packages[{position}].version"),
-        fix=Fix(text="Install a version without it.", commands=(command,)),
+        fix=Fix(text=f"Install a {defect.package} without this defect.", commands=(command,)),
         links=(defect.thread,),
     )
 

@@ -249,7 +249,7 @@ def architecture_missing(facts: Facts) -> Result:
             f"torch {plain(build.version)} has no code for {names(gpus)} ({plain(name)}): sm_{major}{minor} is not in it.",
             cause="The wheel was built without this GPU generation.",
             evidence=facts.evidence(facts.path(gpus[0], "compute_capability"), "libraries.torch_build.archs"),
-            fix=Fix(text="Install a torch that has it.", commands=(torch_command(facts),)),
+            fix=Fix(text=f"Install a torch that has sm_{major}{minor}.", commands=(torch_command(facts),)),
             gpus=gpus,
         )
         for (name, (major, minor)), gpus in groups.items()

@@ -180,7 +180,7 @@ def _setting(facts: Facts, settings: Mapping[str, tuple[str, str]], name: str, e
         "warning" if is_bad else "info",
         f"{name}={quote(value)} (from {plain(where)}) {effect}.",
         evidence=facts.evidence(path),
-        fix=_take_out(name, where) if is_file else Fix(text="Unset it.", commands=(f"unset {name}",)),
+        fix=_take_out(name, where) if is_file else Fix(text=f"Unset {name}.", commands=(f"unset {name}",)),
     )
 
 
@@ -188,7 +188,7 @@ def _take_out(name: str, file: str) -> Fix:
     rights, who = ("sudo ", "administrator") if file.startswith("/etc/") else ("", "you")
     line = shlex.quote(rf"/^[[:space:]]*{name}[[:space:]]*=/d")
     return Fix(
-        text="Take the line out of the file.",
+        text=f"Take {name} out of {plain(file)}.",
         commands=(f"{rights}sed -i {line} {shell_path(file)}",),
         who=cast(Literal["you", "administrator"], who),
     )
@@ -204,7 +204,7 @@ def wrong_numa_node(facts: Facts) -> Result:
     Copies from host to GPU then cross the link between the sockets: loading and data loaders are slower.
 
     ## Example
-    `warning VLM408 GPUs 0, 1 hang on NUMA node 0, and this process may only run on node 1.`
+    `warning VLM408 GPUs 0, 1 belong to NUMA node 0, and this process may only run on node 1.`
 
     ## What to do
     `numactl --cpunodebind=0 --membind=0 python …`, or ask the scheduler for processors next to the GPUs.
@@ -228,16 +228,16 @@ def wrong_numa_node(facts: Facts) -> Result:
         return ()
     theirs = sorted({gpu.numa_node for gpu in far if gpu.numa_node is not None})
     node = theirs[0]
-    verb = "hang" if len(far) > 1 else "hangs"
+    verb = "belong" if len(far) > 1 else "belongs"
     return (
         found(
             "warning" if len(far) == len(placed) else "info",
-            f"{names(far)} {verb} on NUMA node {', '.join(map(str, theirs))}, and this process may only run on node "
+            f"{names(far)} {verb} to NUMA node {', '.join(map(str, theirs))}, and this process may only run on node "
             f"{', '.join(map(str, sorted(mine))) or 'none of them'}.",
-            cause="A processor set or numactl binds it to the other socket.",
+            cause="A processor set or numactl binds this process to the other socket.",
             evidence=facts.evidence(*(facts.path(gpu, "numa_node") for gpu in far[:4])),
             fix=Fix(
-                text=f"Run it next to its GPUs, as here pytest; a container or job must get processors of node {node}.",
+                text=f"Start programs on processors of node {node}, as here pytest; a container or job must be given some.",
                 commands=(f"numactl --cpunodebind={node} --membind={node} {python(facts)} -m pytest",),
             ),
             gpus=far,

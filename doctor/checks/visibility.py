@@ -152,7 +152,7 @@ def order_differs(facts: Facts) -> Result:
     planned for the large card lands on the small one.
 
     ## Example
-    `warning VLM204 CUDA may number these GPUs otherwise than nvidia-smi: they are of 2 models.`
+    `warning VLM204 CUDA may number these GPUs in another order than nvidia-smi: they are of 2 models.`
 
     ## What to do
     `export CUDA_DEVICE_ORDER=PCI_BUS_ID` in the launcher, before Python starts, or name GPUs by UUID.
@@ -176,9 +176,9 @@ def order_differs(facts: Facts) -> Result:
         if seen.gpus == visible_gpus(msgspec.structs.replace(machine, environment=by_bus, torch=unasked)).gpus:
             return ()
         mapping = ", ".join(f"cuda:{ordinal} is GPU {index}" for ordinal, index in enumerate(seen.gpus))
-        message = f"CUDA numbers these GPUs otherwise than nvidia-smi: {mapping}."
+        message = f"CUDA numbers these GPUs in another order than nvidia-smi: {mapping}."
     else:
-        message = f"CUDA may number these GPUs otherwise than nvidia-smi: they are of {models} models."
+        message = f"CUDA may number these GPUs in another order than nvidia-smi: they are of {models} models."
     return (
         found(
             "warning",

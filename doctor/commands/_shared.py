@@ -52,23 +52,27 @@ def write(text: str, output: Path | None) -> None:
 
 def read_machine(options: Namespace, *, wants_torch: bool = True) -> Machine:
     """The machine of ``--machine``; this one is looked at, torch where it is wanted and ``--no-torch`` is not given."""
-    from ..sources import collect as collect_machine
-    from ..sources import load_machine
-
     if options.machine != "live":
+        from ..sources import load_machine
+
         return load_machine(options.machine)
+    from ..sources import collect as collect_machine
+
     return collect_machine(with_torch=wants_torch and not options.no_torch, fresh_torch=options.fresh_torch)
 
 
 def model_and_machine(options: Namespace) -> tuple[ModelProfile, Machine]:
     """Read the model while the machine is looked at."""
-    from ..sources import Collection, load_machine
     from ..sources.model_files import load_profile
 
     if options.machine == "live":
+        from ..sources import Collection
+
         with Collection(with_torch=False) as collection:
             profile = load_profile(options.model, allow_network=not options.offline, families=options.families)
             return profile, collection.without_torch()
+    from ..sources import load_machine
+
     machine = load_machine(options.machine)
     return load_profile(options.model, allow_network=not options.offline, families=options.families), machine
 

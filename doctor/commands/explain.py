@@ -52,9 +52,12 @@ def explain_error(options: Namespace) -> int:
     where = "standard input" if options.file == "-" else options.file
     answer = answer_error(log.text, where=where, skipped_bytes=log.skipped_bytes)
     from ..answer import error_report
+    from ..check_clock import CheckClock
 
-    report = error_report(answer, _machine_for(answer, options))
-    return finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+    clock = CheckClock()
+    report = error_report(answer, _machine_for(answer, options), by=clock)
+    report = msgspec.structs.replace(report, notes=clock.notes(), seconds=time.perf_counter() - started)
+    return finish(report, options, look)
 
 
 def _machine_for(answer: ErrorAnswer, options: Namespace) -> Machine:

@@ -24,8 +24,9 @@ def check(options: Namespace) -> int:
     """Judge a machine. On a terminal, what does not depend on torch is printed while torch is still being asked."""
     started = time.perf_counter()
     look = look_for(options)
-    from ..sources import Collection, load_machine
+    from ..check_clock import CheckClock
 
+    clock = CheckClock()
     demoted, notes = with_project(options)
     saved = None
     if options.since is not None:
@@ -36,12 +37,12 @@ def check(options: Namespace) -> int:
             # A bare snapshot: what is judged the same way can be compared.
             from ..checks import diagnose
 
-            saved = saved._replace(diagnosis=diagnose(saved.machine))
+            saved = saved._replace(diagnosis=diagnose(saved.machine, by=clock))
 
     def judge(machine: Machine) -> Report:
         from ..answer import check_report
 
-        report = check_report(machine, ignore=demoted, gpus=options.gpus, strict=options.strict)
+        report = check_report(machine, ignore=demoted, gpus=options.gpus, strict=options.strict, by=clock)
         if saved is None:
             return report
         from ..changes import with_changes
@@ -50,7 +51,8 @@ def check(options: Namespace) -> int:
 
     def complete(report: Report) -> Report:
         done = _suggest(report, options)
-        done = msgspec.structs.replace(done, notes=(*notes, *done.notes), seconds=time.perf_counter() - started)
+        said = (*notes, *done.notes, *clock.notes())
+        done = msgspec.structs.replace(done, notes=said, seconds=time.perf_counter() - started)
         if options.save is not None:
             from .. import codec
 
@@ -58,7 +60,9 @@ def check(options: Namespace) -> int:
         return done
 
     if options.machine != "live":
-        return finish(complete(judge(load_machine(options.machine))), options, look)
+        return finish(complete(judge(read_machine(options))), options, look)
+    from ..sources import Collection
+
     with Collection(with_torch=not options.no_torch, fresh_torch=options.fresh_torch) as collection:
 
         def waiting() -> Progress:
@@ -107,9 +111,11 @@ def gate(options: Namespace) -> int:
         profile = load_profile(wanted.model, allow_network=not options.offline)
     machine = read_machine(options)
     from ..answer import gate_report
+    from ..check_clock import CheckClock
 
-    report = gate_report(wanted, machine, profile, ignore=demoted, strict=options.strict)
-    report = msgspec.structs.replace(report, notes=notes, seconds=time.perf_counter() - started)
+    clock = CheckClock()
+    report = gate_report(wanted, machine, profile, ignore=demoted, strict=options.strict, by=clock)
+    report = msgspec.structs.replace(report, notes=(*notes, *clock.notes()), seconds=time.perf_counter() - started)
     if options.github_output and report.gate is not None:
         from ..formats.gate_text import step_outputs
         from ..sources.github_output import write_outputs

@@ -9,6 +9,7 @@ from argparse import Namespace
 import msgspec
 
 from ..errors import UsageError
+from ..machine import Machine
 from ..plan_options import policy, with_headroom, workload
 from ..progress import Progress
 from ..workload import Policy
@@ -21,6 +22,7 @@ def plan(options: Namespace) -> int:
     look = look_for(options)
     profile, machine = model_and_machine(options)
     from ..answer import plan_report
+    from ..check_clock import CheckClock
 
     wanted = workload(options)
     traces = untraced = None
@@ -29,11 +31,19 @@ def plan(options: Namespace) -> int:
 
         tracing = trace_model(options.model, profile, machine, wanted, allow_network=not options.offline)
         traces, untraced = tracing.traces, tracing.reason
-    chosen = policy(options)
+    clock = CheckClock()
     report = plan_report(
-        profile, machine, wanted, chosen, suggest_gpus=options.suggest_gpus, traces=traces, untraced=untraced
+        profile,
+        machine,
+        wanted,
+        policy(options),
+        suggest_gpus=options.suggest_gpus,
+        traces=traces,
+        untraced=untraced,
+        by=clock,
     )
-    return finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+    report = msgspec.structs.replace(report, notes=clock.notes(), seconds=time.perf_counter() - started)
+    return finish(report, options, look)
 
 
 def check_map(options: Namespace) -> int:
@@ -45,10 +55,29 @@ def check_map(options: Namespace) -> int:
     read = read_map(options.map)
     profile, machine = model_and_machine(options)
     from ..answer import map_report
+    from ..check_clock import CheckClock
 
-    careful = with_headroom(Policy(gpus=options.gpus or read.gpus), options.headroom)
-    report = map_report(read.device_map, profile, machine, workload(options), careful)
-    return finish(msgspec.structs.replace(report, seconds=time.perf_counter() - started), options, look)
+    careful = with_headroom(Policy(gpus=options.gpus or read.gpus or _selected(read.visible, machine)), options.headroom)
+    clock = CheckClock()
+    report = map_report(read.device_map, profile, machine, workload(options), careful, by=clock)
+    report = msgspec.structs.replace(report, notes=clock.notes(), seconds=time.perf_counter() - started)
+    return finish(report, options, look)
+
+
+def _selected(visible: str | None, machine: Machine) -> tuple[int, ...] | None:
+    """GPUs behind the numbers of a map whose file sets CUDA_VISIBLE_DEVICES; ``None`` where it does not."""
+    if visible is None:
+        return None
+    from ..visibility import VARIABLE, quote, visible_gpus
+
+    environment = {**machine.environment, VARIABLE: visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    seen = visible_gpus(msgspec.structs.replace(machine, environment=environment))
+    if seen.problem is not None:
+        raise UsageError(
+            f"The file of the map is for other GPUs than those of {machine.description} "
+            f"({VARIABLE}={quote(visible)}); name with --gpus those that its numbers mean."
+        )
+    return seen.gpus or None
 
 
 def try_model(options: Namespace) -> int:

@@ -36,9 +36,10 @@ def calibrate(options: Namespace) -> int:
     machine = collect_machine(with_torch=False)
     refuse_missing_gpus(machine, options.gpus)
     readings = measure(machine, gpus=options.gpus)
+    status = 0 if any(reading.calibration for reading in readings) else COULD_NOT_MEASURE
     if options.json:
-        text = msgspec.json.encode(readings).decode() + "\n"
+        text = msgspec.json.encode({"readings": readings, "exit_status": status}).decode() + "\n"
     else:
         text = calibration_text((one.gpu, one.name, one.calibration, one.reason) for one in readings)
     write(text, options.output)
-    return 0 if any(reading.calibration for reading in readings) else COULD_NOT_MEASURE
+    return status

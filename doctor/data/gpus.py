@@ -6,7 +6,8 @@ some tens of MiB from driver to driver; the figures are those of recent ones (55
 
 Sources: H200 measured (driver 580.159); totals of H100, A100, A10, L40S, L4 and T4 from modal-labs/modal-client #2797;
 the others from ``nvidia-smi`` listings in public threads. CUDA's totals are those that torch prints in out-of-memory
-texts and device properties. NVLink ports are those of NVIDIA's data sheets.
+texts and device properties. NVLink ports are those of NVIDIA's data sheets. GeForce cards from the 40 series on are granted
+no peer access over PCIe: accelerate's ``check_cuda_p2p_ib_support``, huggingface/accelerate #2195.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ class GpuModel(NamedTuple):
     compute_capability: tuple[int, int]
     nvlinks: int
     """NVLink ports; 0 where the card has none."""
+    lacks_pcie_peers: bool = False
+    """The driver grants it no access to the memory of other cards over PCIe, whatever the board can do."""
 
 
 def _model(name: str, total_mib: int, reserved_mib: int, capability: tuple[int, int], nvlinks: int = 0) -> GpuModel:
-    return GpuModel(name, total_mib * MIB, reserved_mib * MIB, capability, nvlinks)
+    lacks_pcie_peers = name.startswith(("NVIDIA GeForce RTX 40", "NVIDIA GeForce RTX 50"))
+    return GpuModel(name, total_mib * MIB, reserved_mib * MIB, capability, nvlinks, lacks_pcie_peers)
 
 
 GPUS: dict[str, GpuModel] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple, get_args
 
 from ..placement import LedgerKind, LedgerLine, Stage
@@ -91,8 +92,9 @@ def write_bars(page: Page, stages: Sequence[Stage]) -> None:
         cells = bar(stage, page.width - 4)
         shown.update(cells)
         edge = len(cells) if left >= 0 else len(cells) * stage.total_bytes // (stage.total_bytes - left)
-        beyond: list[Piece] = [("!", "bold red"), *((cell.letter, "red") for cell in cells[edge:])]
-        page.text(*((cell.letter, cell.style) for cell in cells[:edge]), *(beyond if edge < len(cells) else ()), indent=2)
+        beyond: list[Piece] = [("!", "bold red"), ("".join(cell.letter for cell in cells[edge:]), "red")]
+        inside = [("".join(cell.letter for cell in run), segment.style) for segment, run in groupby(cells[:edge])]
+        page.text(*inside, *(beyond if edge < len(cells) else ()), indent=2)
     legend = [f"{segment.letter} {segment.meaning}" for segment in _SEGMENTS if segment in shown]
     if any(stage.left_bytes < 0 for stage in stages):
         legend.append("! end of the memory")

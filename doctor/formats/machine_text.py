@@ -14,6 +14,14 @@ from .page import Column, Page, Piece, inert
 MAX_NAME_CHARS = 26
 _LABEL_COLUMNS = 9
 _SHOWN_PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes")
+_NVML_STATES = {
+    "no_binding": "nvidia-ml-py is missing",
+    "no_library": "library not found",
+    "error": "answers with an error",
+    "crashed": "crashed",
+    "timed_out": "did not answer in time",
+}
+"""What stands for NVML's own words where it had none."""
 
 
 def write_machine(page: Page, machine: Machine, diagnosis: Diagnosis | None) -> None:
@@ -123,7 +131,7 @@ def _driver_line(machine: Machine) -> str | None:
     if version is None:
         return None
     cuda = f", up to CUDA {driver.cuda_version[0]}.{driver.cuda_version[1]}" if driver.cuda_version else ""
-    trouble = "" if driver.nvml_state == "ok" else f", NVML: {driver.nvml_message or driver.nvml_state}"
+    trouble = "" if driver.nvml_state == "ok" else f", NVML: {driver.nvml_message or _NVML_STATES[driver.nvml_state]}"
     return f"{version}{cuda}{trouble}"
 
 

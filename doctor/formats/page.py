@@ -68,15 +68,13 @@ class Page:
 
     def text(self, *pieces: Piece, indent: int = 0) -> None:
         """Write a paragraph, wrapped between words."""
-        self._console.print(Padding(self._text(pieces), (0, 0, 0, indent)))
+        self._paragraph(Text(" " * indent), self._text(pieces))
 
     def item(self, marker: Piece, *pieces: Piece, indent: int = 0, marker_width: int | None = None) -> None:
         """Write a paragraph beside a marker, such as a bullet or a heading of ``marker_width`` columns."""
-        grid = Table.grid(padding=(0, 1, 0, 0))
-        grid.add_column(no_wrap=True, width=marker_width)
-        grid.add_column(overflow="fold")
-        grid.add_row(self._text((marker,)), self._text(pieces))
-        self._console.print(Padding(grid, (0, 0, 0, indent)))
+        start = Text(" " * indent).append_text(self._text((marker,)))
+        start.pad_right(max(indent + (marker_width or 0) - start.cell_len, 0) + 1)
+        self._paragraph(start, self._text(pieces))
 
     def ends(self, left: Sequence[Piece], right: Piece) -> None:
         """Write a line with ``right`` at its end; where there is no room, ``left`` wraps."""
@@ -91,7 +89,7 @@ class Page:
         text = Text(", ", style="dim").join(
             Text(inert(entry, is_unicode=self.is_unicode).replace(" ", _GLUE)) for entry in entries
         )
-        self._console.print(Padding(text, (0, 0, 0, indent)))
+        self._paragraph(Text(" " * indent), text)
 
     def verbatim(self, text: str, *, indent: int = 4, style: str = "") -> None:
         """Write a line to copy, such as a command: never wrapped, since a wrapped command cannot be pasted."""
@@ -117,6 +115,12 @@ class Page:
         """Return the text, without spaces at the ends of lines."""
         lines = (line.rstrip() for line in self._file.getvalue().strip("\n").replace(_GLUE, " ").split("\n"))
         return "\n".join(lines) + "\n"
+
+    def _paragraph(self, start: Text, text: Text) -> None:
+        """Write a text behind the start of its first line. Rich's grids do the same in three times the time."""
+        lines = text.wrap(self._console, max(self.width - start.cell_len, 1))
+        margin = Text("\n" + " " * start.cell_len)
+        self._console.print(start + margin.join(lines), soft_wrap=True)
 
     def _text(self, pieces: Iterable[Piece]) -> Text:
         text = Text(overflow="fold")

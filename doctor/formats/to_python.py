@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from itertools import groupby
 
-from packaging.version import InvalidVersion, Version
-
 from ..errors import UsageError
 from ..machine import Libraries
 from ..placement import Plan
@@ -18,7 +16,7 @@ from ..workload import Attention
 from .key_runs import KeyRun, runs
 from .look import Look
 
-DTYPE_SINCE = Version("4.56")
+DTYPE_SINCE = "4.56"
 """First transformers whose ``from_pretrained`` takes ``dtype``; before, ``torch_dtype``. Source: its release notes."""
 
 ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
@@ -73,8 +71,12 @@ def snippet(plan: Plan, libraries: Libraries | None = None, *, is_live: bool = F
 def dtype_argument(libraries: Libraries | None) -> str:
     """Name of the argument that sets the dtype in the installed transformers: ``dtype``, or ``torch_dtype`` before 4.56."""
     installed = libraries.version("transformers") if libraries else None
+    if installed is None:
+        return "dtype"
+    from packaging.version import InvalidVersion, Version
+
     try:
-        return "torch_dtype" if installed is not None and Version(installed) < DTYPE_SINCE else "dtype"
+        return "torch_dtype" if Version(installed) < Version(DTYPE_SINCE) else "dtype"
     except InvalidVersion:
         return "dtype"
 

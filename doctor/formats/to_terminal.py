@@ -13,15 +13,11 @@ from ..report import Report
 from ..trial import Trial
 from ..verdict import COULD_NOT_LOOK, USABLE, next_step, verdict
 from .changes_text import write_changes
-from .error_text import write_error
 from .finding_text import write_findings, write_tally, write_unknowns
-from .gate_text import write_gate
 from .look import Look
 from .machine_text import write_machine, write_torch
-from .map_text import write_map_check
 from .page import Page
 from .plan_text import write_gpu_sets, write_levers, write_plan, write_snippet, write_suggestion
-from .trial_text import write_trial
 
 EXAMPLE_MODEL = "zai-org/GLM-4.1V-9B-Thinking"
 MISFITS = ("VLM601", "VLM602")
@@ -37,10 +33,15 @@ def render(report: Report, look: Look) -> str:
     if report.trial is not None:
         return _trial(report, report.trial, look)
     if report.error_text is not None:
+        from .error_text import write_error
+
         page = _page(look)
         write_error(page, report.error_text, report.machine, verbose=look.verbose)
+        _write_notes(page, report)
         return page.render()
     if report.gate is not None:
+        from .gate_text import write_gate
+
         page = _page(look)
         write_gate(page, report, report.gate, verbose=look.verbose)
         return page.render()
@@ -98,13 +99,17 @@ def _write_closing(page: Page, report: Report, look: Look) -> None:
         for command in step.commands:
             page.verbatim(command, indent=4, style="bold")
         page.item("Then verify with:", (step.verify, "bold"))
-    for note in report.notes:
-        page.text(note)
+    _write_notes(page, report)
     if report.plan is not None:
         write_suggestion(page, report.plan, gpu_count=len(report.machine.gpus), machine_option=look.machine_option)
     elif not report.machine.gpus and report.exit_status == USABLE:
         _write_other_machine(page, EXAMPLE_MODEL)
     _write_time(page, report)
+
+
+def _write_notes(page: Page, report: Report) -> None:
+    for note in report.notes:
+        page.text(note)
 
 
 def _write_other_machine(page: Page, model: str) -> None:
@@ -129,8 +134,7 @@ def _plan(report: Report, look: Look) -> str:
         if not report.machine.gpus:
             _write_other_machine(page, plan.model)
     _write_machine_trouble(page, report, look)
-    for note in report.notes:
-        page.text(note)
+    _write_notes(page, report)
     _write_time(page, report)
     return page.render()
 
@@ -140,13 +144,18 @@ def _map_check(report: Report, look: Look) -> str:
     if report.exit_status == COULD_NOT_LOOK:
         page.text((verdict(report), "bold yellow"))
     elif report.map_check is not None:
+        from .map_text import write_map_check
+
         write_map_check(page, report.map_check, verbose=look.verbose)
     _write_machine_trouble(page, report, look)
+    _write_notes(page, report)
     _write_time(page, report)
     return page.render()
 
 
 def _trial(report: Report, trial: Trial, look: Look) -> str:
+    from .trial_text import write_trial
+
     page = _page(look)
     write_trial(page, trial, report.plan, report.machine, verbose=look.verbose)
     if not trial.is_good:

@@ -85,7 +85,9 @@ def _need(problem: Problem, layout: Layout, device: Device, holding: Holding, bu
     """
     footprint, text_tokens = problem.footprint, problem.workload.text_tokens
     stage = _stage(problem, layout, device)
-    if stage is not None and problem.replay is not None:
+    if stage is not None:
+        if problem.replay is None:
+            return footprint.detail(*stage, text_tokens).total_bytes
         position = problem.budgets.index(budget)
         return problem.replay.need(stage, position, budget.available_bytes).total_bytes
     atoms = len(footprint.atoms)

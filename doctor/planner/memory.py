@@ -274,7 +274,7 @@ class Footprint:
         total = self.needs(text_tokens)(first, end)
         if self.workload.training is not None:
             held = self.weights_of(first, end) + (0 if first else self.copy_bytes)
-            fixed, activations, moment = self._step_peak(first, end, self._step_work(text_tokens), text_tokens)
+            fixed, activations, moment = self._run_peak(first, end, self._step_work(text_tokens), text_tokens)
             peak = StageNeed(held, 0, activations, 0, moment, fixed)
             return msgspec.structs.replace(peak, fragmentation_bytes=total - peak.total_bytes)
         executes_guests = not first
@@ -299,8 +299,10 @@ class Footprint:
     def need_of(self, holding: Holding, text_tokens: int) -> StageNeed:
         """What a device needs for its part of a model, item by item, without fragmentation.
 
-        A training step is priced by what the device holds of the layers; of anything else as if none of it were trained.
+        Of a training step, what the optimizer keeps is shared out by the weights, adapters by the layers.
         """
+        if self.workload.training is not None:
+            return self._step_need_of(holding, text_tokens)
         work = self.work(text_tokens)
         kinds = self._held_kinds(holding, work)
         prefilled, finished = (
@@ -352,34 +354,60 @@ class Footprint:
 
         def need(first: int, end: int) -> int:
             if (first, end) not in known:
-                fixed, activations, _ = self._step_peak(first, end, work, text_tokens)
+                fixed, activations, _ = self._run_peak(first, end, work, text_tokens)
                 held = weights[end] - weights[first] + (0 if first else copy_bytes)
                 known[first, end] = held + fixed + math.ceil((1 + share) * activations) + constant
             return known[first, end]
 
         return need
 
-    def _step_peak(self, first: int, end: int, work: step.StepWork, text_tokens: int) -> tuple[int, int, str]:
+    def _step_need_of(self, holding: Holding, text_tokens: int) -> StageNeed:
+        """What a device needs for its part of a training step."""
+        training = self.workload.training
+        assert training is not None
+        if training.method == "lora":
+            part, whole = holding.layers, self._layers[-1]
+        else:
+            part, whole = holding.weights_bytes, self._weights[-1]
+        own = step.Trained(*(-(-size * part // max(1, whole)) for size in self._trained[-1]))
+        kinds = self._held_kinds(holding, self.work(text_tokens))
+        fixed = own._replace(step=own.step + max(self._largest_step))
+        kept, activations, moment = self._step_peak(holding, kinds, fixed, self._step_work(text_tokens), text_tokens)
+        return StageNeed(holding.weights_bytes, 0, activations, 0, moment, kept)
+
+    def _run_peak(self, first: int, end: int, work: step.StepWork, text_tokens: int) -> tuple[int, int, str]:
+        """:meth:`_step_peak` of a run of atoms."""
+        kinds = sum(self._kinds_of_atom[first:end], Counter[LayerKind]() if first else self._guest_kinds)
+        holding = Holding(
+            weights_bytes=self.weights_of(first, end),
+            layers=sum(kinds.values()),
+            has_tower=self._towers[end] > self._towers[first],
+            has_embedding=first <= self._embedding < end,
+            has_head=self._heads[end] > self._heads[first] or (not first and self._has_guest_head),
+        )
+        own = self._trained[end] - self._trained[first]
+        fixed = own._replace(step=own.step + max(self._largest_step[first:end]))
+        return self._step_peak(holding, kinds, fixed, work, text_tokens)
+
+    def _step_peak(
+        self, holding: Holding, kinds: Counter[LayerKind], fixed: step.Trained, work: step.StepWork, text_tokens: int
+    ) -> tuple[int, int, str]:
         """What is kept for training, what is worked with at the worst moment of a step, and what happens then."""
         training = self.workload.training
         assert training is not None
-        kinds = sum(self._kinds_of_atom[first:end], Counter[LayerKind]() if first else self._guest_kinds)
-        has_tower, embeds = self._towers[end] > self._towers[first], first <= self._embedding < end
-        has_head = self._heads[end] > self._heads[first] or (not first and self._has_guest_head)
         layer = max((work.layer[kind] for kind in kinds), default=0)
         again = work.flowing + (layer if training.gradient_checkpointing else 0) if kinds else 0
-        fixed = self._trained[end] - self._trained[first]
         forward = self.work(text_tokens)
-        tower = work.tower_saved if has_tower else 0
+        tower = work.tower_saved if holding.has_tower else 0
         return step.peak(
-            fixed=fixed._replace(step=fixed.step + max(self._largest_step[first:end])),
+            fixed=fixed,
             saved=sum(count * work.saved[kind] for kind, count in kinds.items()) + tower,
             again=again,
             last=layer,
-            loss=work.loss if has_head else 0,
-            held=forward.held if embeds else 0,
-            encode=forward.encode if has_tower else 0,
-            tower=work.tower_backward if has_tower else 0,
+            loss=work.loss if holding.has_head else 0,
+            held=forward.held if holding.has_embedding else 0,
+            encode=forward.encode if holding.has_tower else 0,
+            tower=work.tower_backward if holding.has_tower else 0,
         )
 
 

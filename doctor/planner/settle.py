@@ -67,6 +67,7 @@ class Replay:
         self._known: dict[tuple[object, ...], bool] = {}
         self._enough: dict[tuple[Held, int, int], int] = {}
         """Bytes with which nothing is given back to the driver: with more, all goes on in the same way."""
+        self._peaks: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def runs(self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int) -> bool:
         """Whether a run of atoms on a GPU takes a prompt with so much text, in so much memory.
@@ -105,14 +106,14 @@ class Replay:
         rough = self._footprint.detail(*run, text_tokens)
         kernel, held = self._kernels[position], self._hold(run)
         tokens = text_tokens + self._footprint.images.tokens
-        peak, reserved = self._programs[kernel].peaks(held, tokens)
+        peak, reserved = self._peaks_of(held, kernel, tokens)
         self._enough[held, kernel, tokens] = reserved
         low = held.weights_bytes + peak
         high = max(reserved, low) + SLACK_BYTES
         if self.runs_anyway(run, position, text_tokens, min(capacity_bytes, high)):
             high = min(capacity_bytes, high)
             if high - SLACK_BYTES < reserved:
-                reserved = self._programs[kernel].peaks(held, tokens, high - SLACK_BYTES)[1]
+                _, reserved = self._peaks_of(held, kernel, tokens, high - SLACK_BYTES)
         while high - low > _NEED_STEP:
             middle = (low + high) // 2
             if self.runs_anyway(run, position, text_tokens, middle):
@@ -125,6 +126,12 @@ class Replay:
             fragmentation_bytes=max(0, high - held.weights_bytes - peak),
             reserved_bytes=reserved,
         )
+
+    def _peaks_of(self, held: Held, kernel: int, tokens: int, capacity_bytes: int | None = None) -> tuple[int, int]:
+        question = held, kernel, tokens, capacity_bytes
+        if question not in self._peaks:
+            self._peaks[question] = self._programs[kernel].peaks(held, tokens, capacity_bytes)
+        return self._peaks[question]
 
     def _hold(self, run: tuple[int, int]) -> Held:
         if run not in self._held:

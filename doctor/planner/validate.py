@@ -57,6 +57,8 @@ def validate_policy(policy: Policy, machine: Machine) -> None:
             raise UsageError(f"{name} must not be negative, not {size}.")
     if policy.min_gpus < 1:
         raise UsageError(f"min_gpus must be at least 1, not {policy.min_gpus}.")
+    if policy.max_gpus is not None and policy.max_gpus < 1:
+        raise UsageError(f"max_gpus must be at least 1, not {policy.max_gpus}.")
     if policy.max_gpus is not None and policy.max_gpus < policy.min_gpus:
         raise UsageError(f"max_gpus ({policy.max_gpus}) must not be below min_gpus ({policy.min_gpus}).")
     indices = [gpu.index for gpu in machine.gpus]

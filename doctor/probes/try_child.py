@@ -146,14 +146,15 @@ class _Trial:
         astray = []
         on: dict[str, set[str]] = {}
         known = set(blocks)
-        for key, tensor in self._tensors():
+        for key, tensor, is_buffer in self._tensors():
             device = str(tensor.device)
             sizes[device] = sizes.get(device, 0) + tensor.nbytes
             wanted = _planned(key, planned)
-            if wanted is not None and device not in wanted:
+            # Buffers of what is kept on the CPU are where it is computed: accelerate, AlignDevicesHook.
+            if wanted is not None and device not in wanted and not (is_buffer and "meta" in wanted):
                 astray.append(f"{key} is on {device}, planned {wanted[0]}")
             block = next((path for path in _holders(key) if path in known), None)
-            if block is not None:
+            if block is not None and not is_buffer:
                 on.setdefault(block, set()).add(device)
         cut = [[block, sorted(devices)] for block, devices in on.items() if len(devices) > 1]
         self._answer |= {
@@ -232,9 +233,10 @@ class _Trial:
         self._answer["reached"] = step
         self._say(step, self._answer)
 
-    def _tensors(self) -> Iterator[tuple[str, Any]]:
-        yield from self._model.named_parameters()
-        yield from self._model.named_buffers()
+    def _tensors(self) -> Iterator[tuple[str, Any, bool]]:
+        """Name, tensor, and whether it is a buffer."""
+        yield from ((name, tensor, False) for name, tensor in self._model.named_parameters())
+        yield from ((name, tensor, True) for name, tensor in self._model.named_buffers())
 
     def _wait(self) -> None:
         cuda = self._torch.cuda

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .collection import Collection, collect, load_machine
+    from .collection import Collection, collect
+    from .named_machine import load_machine
 
 __all__ = ["Collection", "collect", "load_machine"]
 
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
     # Late, so that importing one source (model files, say) does not import all.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "load_machine":
+        from .named_machine import load_machine
+
+        return load_machine
     from . import collection
 
     return getattr(collection, name)

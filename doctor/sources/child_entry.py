@@ -31,8 +31,9 @@ def talk_through(descriptor: int) -> Say:
     """Make the function with which a program answers, one JSON line a time, on a pipe that no library prints to."""
 
     def say(stage: str, answer: dict[str, Any], *, is_final: bool = False, error: str | None = None) -> None:
-        line = json.dumps({"stage": stage, "answer": answer, "is_final": is_final, "error": error}, default=_plain)
-        data = f"{line}\n".encode("ascii", "replace")
+        whole = {"stage": stage, "answer": answer, "is_final": is_final, "error": error}
+        # Half a character, as in the name of a file that is not UTF-8, is no JSON: it becomes a question mark.
+        data = f"{json.dumps(whole, default=_plain, ensure_ascii=False)}\n".encode("utf-8", "replace")
         while data:
             data = data[os.write(descriptor, data) :]
 
@@ -46,7 +47,10 @@ def _plain(value: Any) -> str:
 
 def describe(error: BaseException) -> str:
     """``ImportError: libcudart.so.12: cannot open shared object file``, at most 1,000 characters."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - border: the error of a broken library may be broken, too
+        text = "its message cannot be read"
     return f"{type(error).__name__}: {text}"[:1000].rstrip(": ")
 
 

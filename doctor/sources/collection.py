@@ -15,7 +15,6 @@ import msgspec
 
 from .. import __version__
 from ..calibration import Calibration
-from ..errors import MachineError
 from ..machine import Checkpoint, Driver, FileSetting, Gap, Gpu, KernelEvent, Machine, PciDevice, TorchView
 from .checkpoints import read_checkpoints
 from .child import Child
@@ -244,33 +243,6 @@ def collect(
         cache_folder=cache_folder,
     ) as collection:
         return collection.complete()
-
-
-def load_machine(spec: str) -> Machine:
-    """A machine by name.
-
-    Args:
-        spec: ``live``, the path of a snapshot (a text with ``/`` or ending in ``.json``), or a made-up machine such as
-            ``2xL4``, ``8xH100:nvswitch``, ``4x3090:nvlink=0-1,2-3``, ``L4+A10`` or ``24GiB,12GiB``.
-
-    Raises:
-        MachineError: It is none of these, or the file cannot be read.
-    """
-    from .snapshot import read_snapshot
-    from .synthetic import parse_machine
-
-    if spec == "live":
-        return collect()
-    if not spec.strip():
-        raise MachineError("--machine is empty; write live, the file of a snapshot, or a description such as 2xL4.")
-    if "/" in spec or spec.endswith(".json"):
-        return read_snapshot(Path(spec))
-    try:
-        return parse_machine(spec)
-    except MachineError:
-        if len(spec) < 256 and Path(spec.replace("\0", "")).exists():
-            return read_snapshot(Path(spec))
-        raise
 
 
 def describe(gpus: Sequence[Gpu], devices: Sequence[PciDevice]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,9 +88,9 @@ def _memory_info(root: Path) -> dict[str, int]:
     sizes = {}
     for line in (_text(root / "proc/meminfo") or "").splitlines():
         name, _, rest = line.partition(":")
-        words = rest.split()
-        if words and words[0].isdecimal():
-            sizes[name] = int(words[0]) * 1024
+        number = _decimal(rest.partition("kB")[0])
+        if number is not None:
+            sizes[name] = number * 1024
     return sizes
 
 
@@ -132,8 +133,8 @@ def _cgroup_folders(root: Path) -> list[tuple[Path, str, str, str]]:
 def _statistic(path: Path, name: str) -> int:
     for line in (_text(path) or "").splitlines():
         key, _, value = line.partition(" ")
-        if key == name and value.isdecimal():
-            return int(value)
+        if key == name:
+            return _decimal(value) or 0
     return 0
 
 
@@ -207,8 +208,13 @@ def _os_name(root: Path) -> str:
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path)
-    return int(text) if text is not None and text.isdecimal() and len(text) < 25 else None
+    return _decimal(_text(path) or "")
+
+
+def _decimal(text: str) -> int | None:
+    """A number as the kernel writes it; ``None`` for what is none, or is larger than the kernel has."""
+    text = text.strip()
+    return int(text) if re.fullmatch("[0-9]{1,19}", text, re.ASCII) else None
 
 
 def _text(path: Path) -> str | None:

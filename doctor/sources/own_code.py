@@ -12,13 +12,15 @@ from .regular_file import read_text
 _MOST_FILES = 500
 _CODE_BYTES = 512 * 1024
 """More than the code of any model: modeling_chatglm.py has 50 kB."""
-_OWN_CLASS = re.compile(r"^class \w+\([^)]*PreTrainedModel\b", re.MULTILINE)
-"""Of which nothing but the code itself calls ``post_init``; heirs of whole models are seen to by those."""
+_ALL_CODE_BYTES = 4 * _CODE_BYTES
+_OWN_CLASS = re.compile(r"^class \w{1,200}\([^)]{0,500}PreTrainedModel\b", re.MULTILINE)
+"""A class of which nothing but the code itself calls ``post_init``; heirs of whole models are seen to by those. Bounded:
+the code is somebody else's, and no search of it may hold up the verdict."""
 
 
 def broken_calls(folder: Path) -> tuple[str, ...] | None:
     """Names of :data:`BREAKS` that concern the code of a folder; ``None`` where there is no code."""
-    texts = {name: read_text(folder / name, _CODE_BYTES) or "" for name in _names(folder) if name.endswith(".py")}
+    texts = _texts(folder)
     if not any(name.startswith("modeling_") for name in texts):
         return None
     return tuple(sorted(name for name, found in BREAKS.items() if _concerns(name, texts, is_missing=found.is_missing)))
@@ -39,6 +41,17 @@ def _names(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir())[:_MOST_FILES]
     except OSError:
         return []
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    """Text of the Python files of a folder, those of models first, up to a bound for all of them."""
+    texts: dict[str, str] = {}
+    left = _ALL_CODE_BYTES
+    for name in sorted(_names(folder), key=lambda name: (not name.startswith("modeling_"), name)):
+        if name.endswith(".py"):
+            texts[name] = read_text(folder / name, min(left, _CODE_BYTES)) or ""
+            left -= len(texts[name])
+    return texts
 
 
 def _concerns(name: str, texts: dict[str, str], *, is_missing: bool) -> bool:

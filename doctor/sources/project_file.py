@@ -62,7 +62,9 @@ def _table(data: bytes, where: str) -> dict[str, Any] | None:
     try:
         whole = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not TOML: {error}.") from error
+        raise UsageError(
+            f"{where} is not TOML ({str(error).rstrip('.')[:200]}); correct it, or leave it aside with --no-project."
+        ) from error
     tool = whole.get("tool")
     table = tool.get("vlm-doctor") if isinstance(tool, dict) else None
     if table is not None and not isinstance(table, dict):

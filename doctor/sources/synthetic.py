@@ -8,6 +8,7 @@
     option  = "nvswitch"                             every GPU to every other, through switches
             | "nvlink"                               every GPU to every other, directly
             | "nvlink=" a "-" b ("," a "-" b)...     bridges between these pairs of GPU indices
+            | "p2p" ["=" pairs | "=off"]             which pairs reach each other's memory over PCIe: all, these, none
             | "pcie=" PIX | PXB | PHB | NODE | SYS   how all pairs are joined over PCIe (PHB)
             | "free=" size ("," size)...             free memory now: of all GPUs, or of each
 """
@@ -25,7 +26,7 @@ import msgspec
 from ..data.gpus import ALIASES, GPUS, GpuModel, find_gpu
 from ..errors import MachineError, UsageError
 from ..likeness import nearest
-from ..machine import Driver, Fabric, Gpu, LinkPath, Machine, NvLink, TorchView
+from ..machine import Driver, Fabric, Gpu, Link, LinkPath, Machine, NvLink, TorchView
 from ..units import format_gib, parse_bytes
 from .links import Pair, join
 
@@ -33,6 +34,7 @@ MAX_GPUS = 64
 _MAX_SPEC_CHARS = 2000
 _COUNTED = re.compile(r"(?:(?P<count>[0-9]+)\s*[xX×]\s*)?(?P<what>.+)")
 _SIZE = re.compile(r"[0-9.]+\s*[kKmMgGtT]?i?[bB]")
+_NO_UNIT = re.compile(r"[0-9]{1,5}(?:\.[0-9]{1,5})?\s*(?:[gG][iI]?)?")
 _SWITCH_ADDRESS = "ffff:ff:ff.0"
 """What NVML shows at the far end of a port that leads to NVSwitch (measured on H200)."""
 _BRIDGED_PORTS = 4
@@ -54,6 +56,7 @@ def parse_machine(spec: str) -> Machine:
     models = _models(spec, cards)
     gpus = [_gpu(index, model) for index, model in enumerate(models)]
     path: LinkPath = "PHB"
+    peers: Sequence[tuple[int, int]] | None = None
     seen: set[str] = set()
     for option in options:
         name, _, value = (part.strip() for part in option.partition("="))
@@ -66,14 +69,16 @@ def parse_machine(spec: str) -> Machine:
             gpus = _switched(spec, gpus, models)
         elif name == "nvlink":
             gpus = _bridged(spec, gpus, models, _pairs(spec, value, len(gpus)))
+        elif name == "p2p":
+            peers = () if value.lower() == "off" else _pairs(spec, value, len(gpus))
         elif name == "pcie":
             path = _path(spec, value)
         elif name == "free":
             gpus = _with_free(spec, gpus, value)
         else:
-            raise MachineError(f"{spec}: {option!r} is not an option; there are nvswitch, nvlink, pcie and free.")
+            raise MachineError(f"{spec}: {option!r} is not an option; there are nvswitch, nvlink, p2p, pcie and free.")
     pairs = [Pair(a=a, b=b, path=path) for a, b in combinations(range(len(gpus)), 2)]
-    links = tuple(msgspec.structs.replace(link, **_peer_access(link.nvlinks)) for link in join(gpus, pairs))
+    links = tuple(msgspec.structs.replace(link, **_peer_access(link, models, peers)) for link in join(gpus, pairs))
     return Machine(
         origin="synthetic",
         description=description,
@@ -86,6 +91,8 @@ def parse_machine(spec: str) -> Machine:
 
 def _models(spec: str, cards: str) -> list[GpuModel]:
     models: list[GpuModel] = []
+    if cards.lower() == "live":
+        raise MachineError(f"{spec}: this machine is called live, in small letters and alone.")
     for card in re.split(r"[+,]", cards):
         match = _COUNTED.fullmatch(card.strip())
         if match is None:
@@ -108,6 +115,10 @@ def _model(spec: str, what: str) -> GpuModel:
         return GpuModel(f"GPU with {format_gib(size)}", size, 0, (0, 0), _BRIDGED_PORTS)
     names = [*GPUS, *ALIASES]
     by_lower = {name.lower(): name for name in names}
+    if _NO_UNIT.fullmatch(what):
+        raise MachineError(f"{spec}: {what!r} has no unit; write {what.rstrip('gGiI')}GiB.")
+    if "@" in what or "=" in what:
+        raise MachineError(f"{spec}: {what[:60]!r} is not a GPU; options stand behind a colon, such as 2xL4:free=12GiB.")
     near = [by_lower[key] for key in nearest(what.lower(), by_lower, most=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}, and sizes such as 24GiB."
     raise MachineError(f"{spec}: {what!r} is not a GPU of the catalogue; {hint}")
@@ -185,9 +196,22 @@ def _port(link: int, remote: str, address: str | None) -> NvLink:
     return NvLink(link=link, is_active=True, remote="switch" if remote == "switch" else "gpu", remote_bus_id=address)
 
 
-def _peer_access(nvlinks: int | None) -> dict[str, str | None]:
-    """Drivers grant peer access over NVLink; over PCIe it depends on card, driver and board, and stays unknown."""
-    state = "ok" if nvlinks else None
+def _peer_access(link: Link, models: Sequence[GpuModel], peers: Sequence[tuple[int, int]] | None) -> dict[str, str | None]:
+    """Drivers grant peer access over NVLink; over PCIe it depends on card, driver and board.
+
+    Args:
+        link: Between two GPUs.
+        models: Of all GPUs.
+        peers: Pairs that were said to have it over PCIe; ``None`` where nothing was said: then only cards that never have
+            it are known.
+    """
+    state: str | None = None
+    if link.nvlinks or (peers is not None and (link.a, link.b) in peers):
+        state = "ok"
+    elif peers is not None:
+        state = "topology_not_supported"
+    elif models[link.a].lacks_pcie_peers or models[link.b].lacks_pcie_peers:
+        state = "gpu_not_supported"
     return {"p2p_read": state, "p2p_write": state}
 
 

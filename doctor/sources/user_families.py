@@ -113,7 +113,8 @@ def family_of_package(*names: str) -> dict[str, FamilyChanges]:
 def _read(path: Path) -> str:
     try:
         if not path.is_file():
-            raise UsageError(f"{path}: there is no such file of families; correct --families or {VARIABLE}.")
+            wrong = "is not a regular file" if path.exists() else "there is no such file of families"
+            raise UsageError(f"{path}: {wrong}; correct --families or {VARIABLE}.")
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:

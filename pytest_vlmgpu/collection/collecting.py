@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .. import markers
-from ..state import ASKED, EXAMINED, GATED_TEST, OURS, READ_MARKS, WATCHED_TEST
-from .reading import GATE_FIXTURE, WATCH_FIXTURE, Readings, is_parametrized_by_user, scope_of_vlm, uses
+from ..state import ASKED, EXAMINED, GATED_TEST, OURS, READ_MARKS, REQUESTS, WATCHED_TEST
+from .reading import GATE_FIXTURE, WATCH_FIXTURE, Examinations, Readings, is_parametrized_by_user, scope_of_vlm, uses
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,15 +55,35 @@ def examine_again(session: pytest.Session, requests: Requests) -> bool:
     changed: dict[Any, list[Any]] = {}
     for item in _changed(session.items, requests, ours):
         changed.setdefault(item.parent, []).append(item)
+    known = session.config.stash[EXAMINED].of if EXAMINED in session.config.stash else {}
     for collector, items in changed.items():
         for item in items:
-            _forget(item)
+            known.pop(id(item), None)
+            item.fixturenames = [name for name in item.fixturenames if name not in (GATE_FIXTURE, WATCH_FIXTURE)]
         error = _examine(items)
         if error is not None:
             report = pytest.CollectReport(collector.nodeid, "failed", error, [])
             session.config.hook.pytest_collectreport(report=report)
             session.items[:] = [item for item in session.items if item.parent is not collector]
     return bool(changed)
+
+
+def settle(config: pytest.Config, requests: Requests) -> None:
+    """Note what was found at the end of the collection; tests that will not run are let go."""
+    config.stash[REQUESTS] = requests
+    if EXAMINED in config.stash:
+        del config.stash[EXAMINED]
+
+
+def give_requests(items: Sequence[pytest.Item], requests: Requests) -> None:
+    """Tell each test that will run what it asks for."""
+    for item, examined in zip(items, requests, strict=True):
+        if examined is None:
+            continue
+        if examined.gated is not None:
+            item.stash[GATED_TEST] = examined.gated
+        if examined.watched is not None:
+            item.stash[WATCHED_TEST] = examined.watched
 
 
 def give_models(items: Sequence[pytest.Item], requests: Requests) -> None:
@@ -89,20 +109,20 @@ def _examine(concerned: Sequence[Any]) -> str | None:
     config = concerned[0].config
     ours = config.stash[OURS]
     readings = Readings(ours)
+    if EXAMINED not in config.stash:
+        config.stash[EXAMINED] = Examinations([], {})
+    known = config.stash[EXAMINED]
+    known.items.extend(concerned)
+    of, entry_of = known.of, readings.of
     parent = None
     try:
         for item in concerned:
-            entry = readings.of(item)
-            examined = entry.examined or entry.reading.examined(item)
-            stash = item.stash
-            stash[EXAMINED] = examined
-            if entry.fixturenames is not None:
+            # Written for speed: this is done for each test.
+            reading, fixturenames, examined = entry_of(item)
+            of[id(item)] = examined or reading.examined(item)
+            if fixturenames is not None:
                 # A list of its own: pytest shares one between all parameters of a function.
-                item.fixturenames = entry.fixturenames.copy()
-                if examined.gated is not None:
-                    stash[GATED_TEST] = examined.gated
-                if examined.watched is not None:
-                    stash[WATCHED_TEST] = examined.watched
+                item.fixturenames = fixturenames.copy()
             if item.parent is not parent:
                 parent = item.parent
                 parent.stash[READ_MARKS] = _marks_above(parent, ours)
@@ -135,11 +155,3 @@ def _changed(items: Sequence[pytest.Item], requests: Requests, ours: Ours) -> li
 
 def _marks_above(parent: Node, ours: Ours) -> int:
     return sum(ours[mark.name] for mark in parent.iter_markers())
-
-
-def _forget(item: Any) -> None:
-    """Undo an examination."""
-    for key in (EXAMINED, GATED_TEST, WATCHED_TEST):
-        if key in item.stash:
-            del item.stash[key]
-    item.fixturenames = [name for name in item.fixturenames if name not in (GATE_FIXTURE, WATCH_FIXTURE)]

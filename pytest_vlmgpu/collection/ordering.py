@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     Requests = Sequence[Examined | None]
 
 
-def requests_of(items: Sequence[pytest.Item]) -> list[Examined | None]:
+def requests_of(config: pytest.Config, items: Sequence[pytest.Item]) -> list[Examined | None]:
     """What each test asks for; ``None`` where it is no concern of ours.
 
     This list goes beside that of the tests: pairs would be ten thousand objects more for the garbage collector.
     """
-    return [item.stash.get(EXAMINED, None) for item in items]
+    examinations = config.stash.get(EXAMINED, None)
+    return list(map(examinations.of.get, map(id, items))) if examinations is not None else [None] * len(items)
 
 
 def arrange(config: pytest.Config, items: list[pytest.Item], requests: list[Examined | None]) -> None:

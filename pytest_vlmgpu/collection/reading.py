@@ -54,6 +54,15 @@ class Examined(NamedTuple):
         return test is not None and not test.loads and bool(test.requirements.needs_memory or test.specs)
 
 
+class Examinations(NamedTuple):
+    """What was found of all tests that were examined."""
+
+    items: list[Any]
+    """Kept, so that no other object gets an identity of theirs."""
+    of: dict[int, Examined]
+    """Identity of an item to what it asks for: a look into its stash takes ten times as long."""
+
+
 class Reading:
     """What markers and fixtures say, without the parameters of a test."""
 
@@ -160,25 +169,44 @@ class Readings:
         Raises:
             pytest.Collector.CollectError: A marker is wrong.
         """
-        # Written for speed: this is done for each test.
+        # Written for speed: this is done for each test. Values of one file are the same objects, so that nothing needs to
+        # be compared or shown; equal ones would not do, as True equals 1.
+        ours = self._ours
         key: list[Any] = [id(item.parent)]
         has_own_setup = "callspec" in item.__dict__
+        for mark in item.own_markers:
+            name = mark.name
+            if ours[name]:
+                args, kwargs = mark.args, mark.kwargs
+                key += name, len(args), *map(id, args)
+                if kwargs:
+                    key += kwargs
+                    key += map(id, kwargs.values())
+            elif name == "usefixtures":
+                has_own_setup = True
+        info = item._fixtureinfo
+        if has_own_setup:
+            key.append(id(info))
+        else:
+            key += info.argnames
+            key.append(None)
+            key += item.fixturenames
+        whole = tuple(key)
+        entry = self._entries.get(whole)
+        if entry is None:
+            entry = self._entries[whole] = self._read(item, self._said(item))
+        return entry
+
+    def _said(self, item: Any) -> tuple[Any, ...]:
+        """What our markers of a test say, equal for all tests of which they say the same."""
+        key: list[Any] = [id(item.parent)]
         try:
             for mark in item.own_markers:
-                name = mark.name
-                if self._ours[name]:
-                    key += name, repr(mark.args) if mark.args else "", repr(mark.kwargs) if mark.kwargs else ""
-                elif name == "usefixtures":
-                    has_own_setup = True
+                if self._ours[mark.name]:
+                    key += mark.name, repr(mark.args), repr(mark.kwargs)
         except Exception:  # noqa: BLE001 - an argument of the project's that cannot be shown is wrong in each of our markers
-            return self._read(item, (id(item),))
-        said = tuple(key)
-        info = item._fixtureinfo
-        fixtures: Any = id(info) if has_own_setup else (info.argnames, *item.fixturenames)
-        entry = self._entries.get((said, fixtures))
-        if entry is None:
-            entry = self._entries[said, fixtures] = self._read(item, said)
-        return entry
+            return (id(item),)
+        return tuple(key)
 
     @property
     def examined(self) -> list[Examined]:

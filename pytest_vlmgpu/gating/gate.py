@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from .. import verdicts
+from ..leasing.hiding import hider_of
 from ..leasing.own_share import OwnShare
 from ..leasing.waiting import GRACE_S
 from ..models.lending import Lending
@@ -23,6 +24,7 @@ from ..verdicts import Verdict
 from .fitting import Fitting
 from .machine_reader import MachineReader, ordinals_by_uuid
 from .selection import judge_without_gpus, keep_from_acting
+from .slices import is_slice, unfold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -151,6 +153,7 @@ class Gate:
 
     def usable_gpus(self, machine: Machine, request: pytest.FixtureRequest) -> tuple[Gpu, ...]:
         """GPUs that tests may use, in CUDA order; without any, the test that asks is skipped or fails."""
+        machine = unfold(machine)
         if self.uses_gpus:
             verdict = self.fitting.judge(Requirements(), machine, loads=False, at_load=False)
             refuse(verdict)
@@ -160,7 +163,8 @@ class Gate:
             verdict = judge_without_gpus(self.settings.gpus, wants_gpus=True)
         refuse(verdict)
         by_index = {gpu.index: gpu for gpu in machine.gpus}
-        return tuple(by_index[index] for index in verdict.gpus)
+        usable = tuple(by_index[index] for index in verdict.gpus)
+        return usable[:1] if any(map(is_slice, usable)) else usable
 
     def decide(self, request: pytest.FixtureRequest) -> None:
         """Decide about the test that is set up, let the project have its say, and end the setup unless it is to run."""
@@ -199,6 +203,15 @@ class Gate:
         return max((needs.vram_bytes or 0) * needs.gpus, needs.total_vram_bytes or 0) or None
 
     def _judge_on_gpus(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
+        hider = hider_of(self._config)
+        if hider is not None and hider.started_by:
+            return Verdict(
+                "error",
+                verdicts.FAULT,
+                f"{hider.started_by}, which has no marker of the plugin, started CUDA while GPUs were hidden from it "
+                "(vlm_hide_gpu_from_cpu_tests), so this process sees none any more: mark that test, or run with "
+                "pytest-xdist and one worker more than there are GPUs.",
+            )
         needs = test.requirements
         needs_memory = not test.loads and (needs.needs_memory or needs.exclusive or bool(test.specs))
         max_age_s = MEMORY_AGE_S if needs_memory else HEALTH_AGE_S
@@ -286,7 +299,7 @@ class Gate:
             return "cpu"
         machine: Machine = request.getfixturevalue("vlm_machine")
         first = self.usable_gpus(machine, request)[0]
-        return f"cuda:{ordinals_by_uuid(machine).get(first.uuid, 0)}"
+        return f"cuda:{0 if is_slice(first) else ordinals_by_uuid(machine).get(first.uuid, 0)}"
 
     def _judge_model(
         self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from ..leasing.hiding import hider_of
 from .faults import Losses
+from .slices import unfold
 
 if TYPE_CHECKING:
     import pytest
@@ -23,8 +26,10 @@ class MachineReader:
 
     def __init__(self, config: pytest.Config, recorded: Machine | None) -> None:
         self._config = config
-        self._first = self._latest = recorded
+        self._first = self._latest = unfold(recorded) if recorded is not None else None
         self._read_at = 0.0
+        self.is_read_by_doctor = False
+        """True where the doctor read this machine itself, and no project or plugin answered in its place."""
         self.used: Machine | None = None
         """As last read; ``None`` until a gated test was decided about."""
         self.losses = Losses()
@@ -42,7 +47,7 @@ class MachineReader:
             if time.monotonic() - self._read_at > max_age_s:
                 self._latest = self._read()
             machine = self._latest or machine
-        self.used = machine
+        self.used = machine = unfold(machine)
         return machine
 
     def now(self) -> Machine | None:
@@ -60,7 +65,11 @@ class MachineReader:
         return self.used is not None and self.used is self._latest and self.used.origin == "live"
 
     def _read(self) -> Machine:
-        self._latest = self._config.hook.pytest_vlmgpu_inventory(config=self._config) or _collect()
+        hider = hider_of(self._config)
+        with hider.lifted() if hider is not None else nullcontext():
+            told: Machine | None = self._config.hook.pytest_vlmgpu_inventory(config=self._config)
+            self.is_read_by_doctor = told is None
+            self._latest = unfold(_collect() if told is None else told)
         self._read_at = time.monotonic()
         self.losses.see(self._latest)
         return self._latest

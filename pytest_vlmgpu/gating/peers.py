@@ -38,16 +38,23 @@ def reaches(a: Gpu, b: Gpu, machine: Machine) -> bool | None:
     if link.nvlinks:
         # Over NVLink it is there, unless the driver says otherwise.
         return link.p2p_read in (None, "ok") and link.p2p_write in (None, "ok")
-    if link.p2p_read is None or link.p2p_write is None:
+    if None in (link.p2p_read, link.p2p_write) or "unknown" in (link.p2p_read, link.p2p_write):
         return None
     return link.p2p_read == link.p2p_write == "ok"
 
 
 def unknown(gpus: Sequence[Gpu], machine: Machine) -> str:
-    """The first pair about which it is not known; empty when all are."""
+    """The first pair about which it is not known, and what to do; empty when all are."""
     for a, b in combinations(gpus, 2):
-        if reaches(a, b, machine) is None:
-            return f"whether {a.label} and {b.label} reach each other's memory (p2p) could not be read."
+        if reaches(a, b, machine) is not None:
+            continue
+        what = f"whether {a.label} and {b.label} reach each other's memory (p2p)"
+        if machine.origin == "synthetic":
+            spec = machine.description
+            return f"{what} is not said of the made-up machine {spec}: write {spec}:p2p, or {spec}:p2p=off."
+        pair = f"links[{min(a.index, b.index)}-{max(a.index, b.index)}]"
+        gap = machine.gap(f"{pair}.p2p_read") or machine.gap(pair)
+        return f"{what} could not be read{f' ({gap.reason})' if gap else ''}; look at nvidia-smi topo -p2p r."
     return ""
 
 

@@ -12,6 +12,7 @@ from .. import verdicts
 from ..verdicts import Verdict
 from . import peers
 from .faults import fault, is_ill, judge_absence, torch_fault
+from .slices import ONE_A_PROCESS, PREFIX, is_slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,19 +58,14 @@ def judge(
     gpus = _allowed(choice, machine)
     if isinstance(gpus, Verdict):
         return gpus
+    if any(map(is_slice, gpus)):
+        requirements = _within_one_gpu(requirements)
     unknown = _unknown(requirements, machine, gpus)
     if unknown:
         return Verdict("error", verdicts.FAULT, unknown)
-    unmet = _short_of_count(requirements, choice, gpus) + _short_of_strength(requirements, machine, gpus)
-    if not unmet and requirements.p2p:
-        unmet = _short_of_peers(requirements, machine, gpus)
-    if unmet:
-        wanted = "; ".join(item.text for item in unmet)
-        broken = fault(machine)
-        if broken:
-            return Verdict("error", verdicts.FAULT, f"{wanted}. {broken}")
-        why = f" ({requirements.reason})" if requirements.reason else ""
-        return Verdict("skip", min(item.code for item in unmet), f"{wanted}{why}.")
+    unmet = _unmet(requirements, machine, choice, gpus)
+    if unmet is not None:
+        return unmet
     problem = torch_fault(machine, gpus) if needs_torch else ""
     if problem:
         return Verdict("error", verdicts.FAULT, problem)
@@ -87,6 +83,25 @@ def judge(
     if refusal is not None and not (is_busy_decided_later and refusal.code == verdicts.BUSY):
         return refusal
     return Verdict("run", gpus=tuple(gpu.index for gpu in ready))
+
+
+def _unmet(requirements: Requirements, machine: Machine, choice: GpuChoice, gpus: Sequence[Gpu]) -> Verdict | None:
+    """Why these GPUs can never meet the requirements, whoever uses them; ``None`` where they can."""
+    unmet = _short_of_count(requirements, choice, gpus) + _short_of_strength(requirements, machine, gpus)
+    if not unmet and requirements.p2p:
+        unmet = _short_of_peers(requirements, machine, gpus)
+        unknown = peers.unknown([gpu for gpu in gpus if _is_able(gpu, requirements, machine)], machine) if unmet else ""
+        if unknown:
+            # What a made-up machine leaves open is for whoever made it up to say: nothing is broken.
+            return Verdict("error", verdicts.WRONG if machine.origin == "synthetic" else verdicts.FAULT, unknown)
+    if not unmet:
+        return None
+    wanted = "; ".join(item.text for item in unmet)
+    broken = fault(machine)
+    if broken:
+        return Verdict("error", verdicts.FAULT, f"{wanted}. {broken}")
+    why = f" ({requirements.reason})" if requirements.reason else ""
+    return Verdict("skip", min(item.code for item in unmet), f"{wanted}{why}.")
 
 
 def judge_without_gpus(choice: GpuChoice, *, wants_gpus: bool) -> Verdict:
@@ -123,6 +138,8 @@ def _allowed(choice: GpuChoice, machine: Machine) -> list[Gpu] | Verdict:
         return _by_position(choice, machine, visible)
     if choice.kind == "uuids":
         return _by_uuid(choice, machine, visible)
+    # Where there are both, a slice is used only where it is named.
+    healthy = [gpu for gpu in healthy if not is_slice(gpu)] or healthy
     return healthy[: choice.number] if choice.kind == "count" else healthy
 
 
@@ -140,7 +157,7 @@ def _by_uuid(choice: GpuChoice, machine: Machine, visible: Sequence[Gpu]) -> lis
         found = [gpu for gpu in machine.gpus if gpu.uuid.lower().startswith(uuid.lower())]
         problem = ""
         if len(found) != 1:
-            problem = f"{uuid} is the beginning of {len(found)} UUIDs" if found else f"no GPU has the UUID {uuid}"
+            problem = f"{uuid} is the beginning of {len(found)} UUIDs" if found else _no_uuid(uuid, machine)
         elif found[0] in chosen:
             problem = f"{found[0].label} is named twice"
         elif found[0] not in visible and not found[0].error:
@@ -151,9 +168,26 @@ def _by_uuid(choice: GpuChoice, machine: Machine, visible: Sequence[Gpu]) -> lis
     return _usable(chosen, choice, machine)
 
 
+def _no_uuid(uuid: str, machine: Machine) -> str:
+    if not uuid.startswith(PREFIX):
+        return f"no GPU has the UUID {uuid}"
+    has_slices = any(map(is_slice, machine.gpus))
+    return f"no MIG slice has the UUID {uuid}" if has_slices else f"there is no MIG slice {uuid}: no GPU here is divided"
+
+
+def _within_one_gpu(requirements: Requirements) -> Requirements:
+    """What a process that sees one slice can add up: the memory of one."""
+    from dataclasses import replace
+
+    vram = max(requirements.vram_bytes or 0, requirements.total_vram_bytes or 0)
+    return replace(requirements, vram_bytes=vram or None, total_vram_bytes=None)
+
+
 def _usable(chosen: list[Gpu], choice: GpuChoice, machine: Machine) -> list[Gpu] | Verdict:
     if any(map(is_ill, chosen)):
         return Verdict("error", verdicts.FAULT, f"{choice.text}: {fault(machine)}")
+    if len({is_slice(gpu) for gpu in chosen}) > 1:
+        return Verdict("error", verdicts.WRONG, f"{choice.text} names a MIG slice beside a GPU: {ONE_A_PROCESS}.")
     return chosen
 
 
@@ -167,14 +201,18 @@ def _unknown(requirements: Requirements, machine: Machine, gpus: Sequence[Gpu]) 
             missing = "memory_total_bytes"
         elif requirements.needs_memory and _free(gpu, machine) is None:
             missing = "memory_free_bytes"
+        elif requirements.exclusive and machine.gap(f"gpus[{machine.gpus.index(gpu)}].processes"):
+            missing = "processes"
         if missing:
             gap = machine.gap(f"gpus[{machine.gpus.index(gpu)}].{missing}")
             return f"{gpu.label}: {missing} could not be read{f' ({gap.reason})' if gap else ''}."
-    return peers.unknown(gpus, machine) if requirements.p2p and requirements.gpus > 1 else ""
+    return ""
 
 
 def _short_of_count(requirements: Requirements, choice: GpuChoice, gpus: Sequence[Gpu]) -> list[_Unmet]:
     wanted = max(requirements.gpus, choice.number)
+    if requirements.gpus > 1 and any(map(is_slice, gpus)):
+        return [_Unmet(verdicts.TOO_FEW, f"{requirements.gpus} GPUs are wanted, and {ONE_A_PROCESS}")]
     if len(gpus) >= wanted:
         return []
     by = f" ({choice.text})" if choice.kind != "auto" else ""

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 DEFAULT_FOLDER = "/tmp/pytest-vlmgpu-leases"  # not tempfile's: TMPDIR often differs from user to user
-OFF = "off"
-"""Instead of a folder: no leases at all."""
 _SHARED = 0o1777
 _FOR_ALL = 0o666
 _ATTEMPTS = 20

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vlm_doctor.machine import Gpu, Machine
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 _NOT_INITIALIZED = 3
@@ -22,15 +21,6 @@ def mask_for(names: Sequence[str]) -> dict[str, str]:
     torch's ``is_available`` then asks NVML, so that a ``skipif`` of a test module starts no CUDA.
     """
     return {VARIABLE: ",".join(names), "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-
-
-def cuda_name(gpu: Gpu, machine: Machine) -> str:
-    """What names a GPU in CUDA_VISIBLE_DEVICES and among leases: its UUID, or that of the one slice that CUDA would use."""
-    if not gpu.mig_enabled or not gpu.mig_devices:
-        return gpu.uuid
-    wanted = machine.environment.get(VARIABLE, "").split(",")[0].strip()
-    named = [slice_.uuid for slice_ in gpu.mig_devices if wanted.startswith("MIG-") and slice_.uuid.startswith(wanted)]
-    return named[0] if named else gpu.mig_devices[0].uuid
 
 
 def is_cuda_started() -> bool:

@@ -17,7 +17,7 @@ from ..output import open_line
 from ..verdicts import Verdict
 from . import masks
 from .sets import demands_of
-from .shares import Share, Shares, teller
+from .shares import Share, Shares, lease_folder, teller
 from .waiting import Waiting
 
 if TYPE_CHECKING:
@@ -156,7 +156,9 @@ class OwnShare:
         return Verdict("error", verdicts.NOT_SHARED, f"{verdict.reason} {_why_so_few(share)}")
 
     def _lease(self, machine: Machine, plan_of: PlanOf) -> Share | None:
-        shares = Shares(self._settings, self.waiting, teller(self._config))
+        if self._settings.lease == "off":
+            return None
+        shares = Shares(self._settings, self.waiting, teller(self._config), lease_folder(self._config, self._settings))
         self._config.add_cleanup(shares.close)
         seen = shares.when_given_way(machine)
         demands = [each for need in self.needs for each in demands_of(need, seen, self._given, plan_of)]
@@ -173,7 +175,7 @@ class OwnShare:
 def _show_only(share: Share, config: pytest.Config) -> None:
     """Show CUDA these GPUs alone. Where it has counted them already, only the plans keep to the share."""
     if not masks.is_cuda_started():
-        config.add_cleanup(masks.apply(masks.mask_for(share.names)))
+        config.add_cleanup(masks.apply(masks.mask_for(share.gpus)))
 
 
 def _why_so_few(share: Share) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..gating.selection import judge
+from ..gating.slices import is_slice
 from ..requirements import Requirements, VlmSpec
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def _demand(need: Need, requirements: Requirements, machine: Machine, choice: Gp
             chosen = tuple(stage.gpu for stage in plan.stages)
             count, preferred = max(count, len(chosen)), (*preferred, *chosen)
     count = len(verdict.gpus) if need.takes_all else min(count, len(verdict.gpus))
+    if any(is_slice(gpu) for gpu in machine.gpus if gpu.index in verdict.gpus):
+        count = 1
     return Demand(count, verdict.gpus, tuple(dict.fromkeys(preferred)))
 
 
@@ -115,7 +118,7 @@ def by_preference(gpus: Sequence[int], demands: Iterable[Demand], machine: Machi
     return sorted(gpus, key=lambda index: (index not in preferred, -free_gib[index], gpus.index(index)))
 
 
-def divide(gpus: Sequence[str], sizes: Iterable[int], workers: int) -> list[tuple[str, ...]]:
+def divide(gpus: Sequence[str], sizes: Iterable[int], workers: int, *, most: int | None = None) -> list[tuple[str, ...]]:
     """Make disjoint sets, one a worker.
 
     The first set is as large as the largest need, so that every group of tests has a worker that can run it. What is left
@@ -125,6 +128,7 @@ def divide(gpus: Sequence[str], sizes: Iterable[int], workers: int) -> list[tupl
         gpus: Names, in the order in which they are given out.
         sizes: GPUs of each need.
         workers: How many there are.
+        most: GPUs that any worker can use; ``None`` is any number.
 
     Returns:
         One set a worker, empty ones last.
@@ -141,6 +145,8 @@ def divide(gpus: Sequence[str], sizes: Iterable[int], workers: int) -> list[tupl
     elif owners > 1 and max(counts) > counts[0]:
         # Needs are small beside what there is: nobody is to have more than one GPU more than another.
         counts = [len(gpus) // owners + (position < len(gpus) % owners) for position in range(owners)]
+    if most is not None:
+        counts = [min(count, most) for count in counts]
     sets, start = [], 0
     for count in counts:
         sets.append(tuple(gpus[start : start + count]))

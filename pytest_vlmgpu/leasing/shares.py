@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import verdicts
 from ..gating.selection import judge
+from ..gating.slices import PREFIX, is_slice
 from ..options import GpuChoice
 from ..requirements import Requirements
-from .leases import DEFAULT_FOLDER, OFF, LeaseError, Leases
-from .masks import VARIABLE, cuda_name
+from ..state import WORKER_INPUT
+from .leases import DEFAULT_FOLDER, LeaseError, Leases
+from .masks import VARIABLE
 from .sets import by_preference, cover, total_demand
 from .waiting import GRACE_S
 
@@ -31,9 +33,7 @@ class Share(NamedTuple):
     """GPUs of one process of this run. Travels as JSON."""
 
     gpus: tuple[str, ...]
-    """UUIDs, in the order in which CUDA counts them."""
-    names: tuple[str, ...]
-    """What stands for them in CUDA_VISIBLE_DEVICES; differs for MIG."""
+    """UUIDs, in the order in which CUDA counts them; of MIG slices their own."""
     run_gpus: tuple[str, ...]
     """UUIDs of all GPUs that this run has leased."""
     outer: str | None
@@ -48,10 +48,14 @@ class Share(NamedTuple):
         """``--vlm-gpus`` for this process."""
         return GpuChoice(kind="uuids", uuids=self.gpus, text=given.text)
 
-    def part(self, names: Sequence[str], workers: int) -> Share:
+    @property
+    def is_of_slices(self) -> bool:
+        """True when these are MIG slices, of which a process can use one."""
+        return any(uuid.startswith(PREFIX) for uuid in self.run_gpus)
+
+    def part(self, gpus: Sequence[str], workers: int) -> Share:
         """The share of one of so many workers."""
-        uuids = dict(zip(self.names, self.gpus, strict=True))
-        return self._replace(gpus=tuple(uuids[name] for name in names), names=tuple(names), workers=workers)
+        return self._replace(gpus=tuple(gpus), workers=workers)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Share:
@@ -71,6 +75,20 @@ def teller(config: pytest.Config) -> Callable[[str, tuple[str, ...], str], None]
     return tell
 
 
+def lease_folder(config: pytest.Config, settings: Settings) -> Path | None:
+    """Where a process leases GPUs, which says whom it keeps off them; ``None`` where nobody else is to be kept off.
+
+    With ``--vlm-lease=run`` the workers of one run meet in the folder of that run, as long as they are on its computer.
+    """
+    if settings.lease == "run":
+        if not hasattr(config, "workerinput"):
+            return None
+        told = config.workerinput.get(WORKER_INPUT)
+        if told is not None:
+            return Path(told["folder"]) / "leases"
+    return Path(settings.lease_dir or DEFAULT_FOLDER)
+
+
 class Shares:
     """Takes and keeps the leases of one run.
 
@@ -78,17 +96,23 @@ class Shares:
         settings: Resolved.
         waiting: The time that may be spent.
         tell: Calls the hook ``pytest_vlmgpu_lease``: event, UUIDs of GPUs, reason.
+        folder: Of the leases, from :func:`lease_folder`; ``None`` chooses GPUs and locks nothing.
     """
 
-    def __init__(self, settings: Settings, waiting: Waiting, tell: Callable[[str, tuple[str, ...], str], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        waiting: Waiting,
+        tell: Callable[[str, tuple[str, ...], str], None],
+        folder: Path | None,
+    ) -> None:
         self._settings = settings
         self._waiting = waiting
         self._tell = tell
         self._told: tuple[str, ...] = ()
         """GPUs that were told to be taken, and not yet to be given back."""
         self._borrowed: Borrowed | None = None
-        folder = settings.lease_dir or DEFAULT_FOLDER
-        self._leases = None if folder == OFF else Leases(Path(folder))
+        self._leases = Leases(folder) if folder is not None else None
 
     def take(
         self,
@@ -114,17 +138,19 @@ class Shares:
         usable = self._usable(machine)
         if not usable:
             return None
-        names = {gpu.index: cuda_name(gpu, machine) for gpu in machine.gpus}
+        uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
         choice = self._settings.gpus
-        wish = Wish(choice.number if choice.kind == "count" else len(usable), choice.kind == "auto", demands, workers)
+        # Of slices that are named a run takes as many as its processes can use: one each.
+        is_open = choice.kind == "auto" or (choice.kind == "uuids" and _has_slices(usable, machine))
+        wish = Wish(choice.number if choice.kind == "count" else len(usable), is_open, demands, workers)
         ranked = by_preference(usable, demands or (), machine) if choice.kind == "auto" else usable
         warm = self._warm_gpus(models)
-        ranked = sorted(ranked, key=lambda index: warm.get(names[index], 1))
+        ranked = sorted(ranked, key=lambda index: warm.get(uuids[index], 1))
         chosen: list[int] = []
         holders: dict[str, str] = {}
 
         def attempt(*, is_last: bool = False) -> bool:
-            chosen[:], taken = self._attempt([names[index] for index in ranked], ranked, wish, is_last=is_last)
+            chosen[:], taken = self._attempt([uuids[index] for index in ranked], ranked, wish, is_last=is_last)
             holders.clear()
             holders.update(taken)
             if not chosen and self._leases is not None:
@@ -132,7 +158,7 @@ class Shares:
             return bool(chosen)
 
         def reason() -> str:
-            labels = {names[gpu.index]: gpu.label for gpu in machine.gpus}
+            labels = {gpu.uuid: gpu.label for gpu in machine.gpus}
             return "; ".join(f"{labels[name]} is leased by {holder}" for name, holder in holders.items())
 
         code, problem = "", ""
@@ -146,7 +172,6 @@ class Shares:
         if not chosen and not may_wait:
             return None
         kept = [index for index in usable if index in chosen]
-        uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
         gpus = tuple(uuids[index] for index in kept)
         outer = machine.environment.get(VARIABLE)
         if self._borrowed is not None:
@@ -156,18 +181,17 @@ class Shares:
             self._tell("taken", gpus, "")
         if problem:
             self._tell("refused", (), f"{code}: {problem}")
-        return Share(gpus, tuple(names[index] for index in kept), gpus, outer, code, problem)
+        return Share(gpus, gpus, outer, code, problem)
 
     def when_given_way(self, machine: Machine) -> Machine:
         """The machine without the idle warm hosts on it, for whoever needs to know how many GPUs will do."""
-        names = {gpu.uuid: cuda_name(gpu, machine) for gpu in machine.gpus}
-        held = self._leases.warm_bytes(names.values()) if self._leases is not None and machine.gpus else {}
+        held = self._leases.warm_bytes(gpu.uuid for gpu in machine.gpus) if self._leases is not None else {}
         if not held:
             return machine
         from msgspec.structs import replace
 
         def seen(gpu: Gpu) -> Gpu:
-            pid, size = held.get(names[gpu.uuid], (0, 0))
+            pid, size = held.get(gpu.uuid, (0, 0))
             free = gpu.memory_free_bytes
             others = tuple(process for process in gpu.processes if process.pid != pid)
             return replace(gpu, memory_free_bytes=None if free is None else free + size, processes=others)
@@ -179,14 +203,13 @@ class Shares:
         indices = {gpu.uuid: gpu.index for gpu in machine.gpus}
         ranked = by_preference([indices[uuid] for uuid in share.gpus], demands, machine)
         wanted = Wish(len(ranked), True, demands, workers).pick(ranked, is_last=True)
-        pairs = [pair for pair in zip(share.gpus, share.names, strict=True) if indices[pair[0]] in wanted]
-        gpus, names = tuple(uuid for uuid, _ in pairs), tuple(name for _, name in pairs)
+        gpus = tuple(uuid for uuid in share.gpus if indices[uuid] in wanted)
         if self._leases is not None:
-            self._leases.release([name for name in self._leases.held if name not in names])
+            self._leases.release([name for name in self._leases.held if name not in gpus])
         if self._borrowed is not None:
             self._borrowed.keep(gpus)
         self._tell_given_back(gpus)
-        return share._replace(gpus=gpus, names=names, run_gpus=gpus)
+        return share._replace(gpus=gpus, run_gpus=gpus)
 
     def close(self) -> None:
         """Give all leases back."""
@@ -198,7 +221,7 @@ class Shares:
 
     def _warm_gpus(self, models: Collection[str]) -> dict[str, int]:
         """GPU UUID to 0 where one of these models is warm, to 2 where another one is; their hosts let go of the leases."""
-        if not self._settings.keeps_warm or self._leases is None:
+        if not self._settings.keeps_warm or self._leases is None or self._settings.lease != "machine":
             return {}
         from ..warm.hosts import Borrowed
         from ..warm.places import PlaceError, folder_for
@@ -245,6 +268,10 @@ class Shares:
             f"{count}, and other runs have leased those that may be used{waited}: {reason}. Wait (--vlm-wait=10m), "
             "choose other GPUs with --vlm-gpus, or end those runs if they are yours."
         )
+
+
+def _has_slices(gpus: Sequence[int], machine: Machine) -> bool:
+    return any(is_slice(gpu) for gpu in machine.gpus if gpu.index in gpus)
 
 
 class Wish(NamedTuple):

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .loaded import LoadedVlm
 
 
+_PLACING_RULES = ("gpus", "exclude", "pins", "max_memory", "min_gpus", "max_gpus")
+"""Fields of a policy that say what may be where."""
+
+
 class VlmFactory(Protocol):
     """Value of the fixture ``vlm_factory``."""
 
@@ -54,14 +58,18 @@ def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = Fals
     profile_of = cache(load_profile)
 
     def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan:
+        from ..gating.slices import is_slice
         from .offloading import with_host_memory
 
+        if spec.is_placed_by_transformers:
+            _refuse_rules_for(spec, policy)
+        is_sliced = any(is_slice(gpu) for gpu in machine.gpus if gpu.index in gpus)
         allowed = gpus if policy.gpus is None else tuple(index for index in gpus if index in policy.gpus)
         rules = replace(
             policy,
             gpus=allowed,
             min_gpus=max(policy.min_gpus, spec.min_gpus),
-            max_gpus=1 if spec.device_map == "single" else policy.max_gpus,
+            max_gpus=1 if spec.device_map == "single" or is_sliced else policy.max_gpus,
             offload=policy.offload and not may_offload,
         )
         work = replace(workload, dtype=spec.dtype or workload.dtype)
@@ -74,6 +82,24 @@ def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = Fals
         return with_host_memory(found, machine, ask) if may_offload and is_hopeless else found
 
     return place
+
+
+def _refuse_rules_for(spec: VlmSpec, policy: Policy) -> None:
+    """Refuse rules of a policy that transformers would not keep to where it places a model itself.
+
+    What is left of a policy (headroom, context, preference) counts for whether the model fits.
+    """
+    from vlm_doctor.errors import UsageError
+    from vlm_doctor.workload import Policy as Default
+
+    usual = Default()
+    broken = [name for name in _PLACING_RULES if getattr(policy, name) != getattr(usual, name)]
+    if broken:
+        raise UsageError(
+            f'device_map="{spec.device_map}" lets transformers place {spec.name}, which keeps to no '
+            f"{' and no '.join(broken)} of vlm_policy: leave that out, choose GPUs with --vlm-gpus, or let the planner "
+            'place it (device_map="doctor").'
+        )
 
 
 def make_loader(gate: Gate, config: pytest.Config) -> Loader:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .. import verdicts
+from ..leasing.hiding import hider_of
 from ..verdicts import Verdict
 from ..watching.meter import empty_cache
 from .loads import check_landing, describe, stages_used
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..gating.gate import Gate, Loader
     from ..requirements import VlmSpec
+    from .failures import LoadFailure
 
 
 class Lending:
@@ -79,14 +81,20 @@ class Lending:
                     machine = self._gate.reader.current(request, max_age_s=math.inf)
                     check_landing(spec, plan, loaded, machine, may_offload=not self._gate.why_no_offload())
             except LoadFailure as failure:
-                verdict = Verdict("error", failure.code, failure.message, details=failure.details)
+                verdict = Verdict("error", failure.code, self._explained(failure, request), details=failure.details)
             # Not inside the handler: the report is one sentence, without the chain of errors behind it.
             self._gate.refuse_unless_run(spec, verdict)
             load = describe(spec, plan, loaded, time.perf_counter() - started)
             if self._gate.settings.keeps_warm and not load.warm:
                 load.warm = "not kept: it is loaded by a loader of the project's own"
             self._gate.loads.append(load)
-            uuids = tuple(stage.uuid for stage in stages_used(plan, loaded))
+            stages = stages_used(plan, loaded)
+            is_timed = load.attached_age_s is None and self._gate.reader.is_reread
+            if is_timed and self._gate.reader.is_read_by_doctor:
+                from . import load_times
+
+                load_times.keep(load, stages)
+            uuids = tuple(stage.uuid for stage in stages)
             before = {uuid: size for uuid, size in before.items() if uuid in uuids}
             resident = Resident(spec, plan, loaded, load, ExitStack(), meter, before, uuids)
             self._gate.residents.add(resident)
@@ -97,6 +105,17 @@ class Lending:
                 raise
             resident.stack.push(stack.pop_all())
         return resident
+
+    @staticmethod
+    def _explained(failure: LoadFailure, request: pytest.FixtureRequest) -> str:
+        """A failure's sentence, and why torch may see no GPU."""
+        hider = hider_of(request.config)
+        if hider is None or not hider.has_hidden or failure.code != verdicts.FAULT:
+            return failure.message
+        return (
+            f"{failure.message} GPUs were hidden from tests before this one (vlm_hide_gpu_from_cpu_tests): one of them may "
+            "have started CUDA then."
+        )
 
     def _unload(self, resident: Resident) -> None:
         # Peaks of models that are loaded side by side cannot be told apart.

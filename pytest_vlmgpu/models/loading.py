@@ -141,8 +141,11 @@ def torch_ordinals(fallback: Mapping[str, int] | None = None) -> dict[str, int]:
         )
     properties = [torch.cuda.get_device_properties(ordinal) for ordinal in range(torch.cuda.device_count())]
     if all(hasattr(device, "uuid") for device in properties):
-        # torch prints the bare UUID; NVML puts "GPU-" before it.
-        return {f"GPU-{device.uuid}": ordinal for ordinal, device in enumerate(properties)}
+        # torch prints the bare UUID; NVML puts "GPU-" before it, and "MIG-" before that of a slice.
+        return {
+            f"{'MIG' if ' MIG ' in str(device.name) else 'GPU'}-{device.uuid}": ordinal
+            for ordinal, device in enumerate(properties)
+        }
     return dict(fallback or {})
 
 

@@ -108,10 +108,12 @@ def _machine(spec: str, folder: Path) -> Machine:
     from vlm_doctor.machine import Driver, Machine
     from vlm_doctor.sources import load_machine
 
+    from ..gating.slices import unfold
+
     if spec == NONE:
         return Machine(origin="synthetic", description="no GPU", driver=Driver(nvml_state="no_library"), gpus=())
     is_file = "/" in spec or spec.endswith(".json")
-    return load_machine(str(folder / spec) if is_file else spec)
+    return unfold(load_machine(str(folder / spec) if is_file else spec))
 
 
 def _wrong(path: Path, what: str) -> pytest.UsageError:

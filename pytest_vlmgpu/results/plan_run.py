@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     import pytest
 
+    from vlm_doctor.machine import Machine
     from vlm_doctor.placement import Plan
 
     from ..gating.gate import Gate
@@ -53,8 +54,17 @@ def decide(session: pytest.Session) -> Iterator[tuple[pytest.TestReport, Planned
         yield setup, _planned(item, gate, setup)
 
 
-def lines(planned: Sequence[Planned], others: int) -> list[str]:
-    """The plan as text: models in the order of their loads, then tests without one, then what would not run."""
+def lines(planned: Sequence[Planned], others: int, machine: Machine | None = None) -> list[str]:
+    """The plan as text: models in the order of their loads, then tests without one, then what would not run.
+
+    Args:
+        planned: What would become of each test.
+        others: Tests that are no concern of the plugin.
+        machine: For which it was planned; how long loads take is known of this one alone.
+    """
+    from ..models import load_times
+
+    timed = load_times.known(machine) if machine is not None else []
     running = [test for test in planned if _runs(test)]
     loads = [(label, list(tests)) for label, tests in groupby((t for t in running if t.model), key=lambda test: test.model)]
     plain = [test for test in running if not test.model]
@@ -64,13 +74,19 @@ def lines(planned: Sequence[Planned], others: int) -> list[str]:
     head += f"{plural(len(refused) - len(skipped), 'error')}; {plural(len(loads), 'load')}"
     text = [head]
     for number, (label, tests) in enumerate(loads, start=1):
-        text += [f"{number}. load {label} on {_where(tests[0])}", *(f"     {test.nodeid}" for test in tests)]
+        plan = tests[0].plan
+        takes = load_times.expected(label, plan, timed) if plan is not None else ""
+        text.append(f"{number}. load {label} on {_where(tests[0])}{f': {takes}' if takes else ''}")
+        text += [f"     {test.nodeid}" for test in tests]
     text += [f"without a load: {test.nodeid} on {_where(test)}" for test in plain]
     for test in refused:
         word = test.verdict.action if test.verdict is not None else "skip"
         text.append(f"{word}: {test.nodeid}: {test.reason}")
     if others:
         text.append(f"{plural(others, 'other test')} not concerned")
+    is_here = machine is not None and machine.origin == "live"
+    if is_here and not timed and any(tests[0].plan is not None for _, tests in loads):
+        text.append("how long loads take is not known yet: none has ended on these GPUs")
     return text
 
 

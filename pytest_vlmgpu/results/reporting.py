@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ..output import keep_output
-from ..state import GATE, GATED_TEST, VERDICT, gate_of
+from ..state import GATE, GATED_TEST, REQUESTS, VERDICT, gate_of
 from ..verdicts import OWN_SKIP
 
 if TYPE_CHECKING:
@@ -34,12 +34,19 @@ _NAME = "vlmgpu-reports"
 
 def collected(config: pytest.Config, items: list[pytest.Item]) -> str | None:
     """Count gated tests, and tests of each model; nothing when there are none."""
-    tests = [item.stash[GATED_TEST] for item in items if GATED_TEST in item.stash]
-    if not tests or config.get_verbosity() < 0:
+    requests = config.stash.get(REQUESTS, ())
+    if not requests or config.get_verbosity() < 0:
         return None
-    models = Counter(spec.label for test in tests for spec in test.specs)
+    counts = Counter(map(id, requests))
+    gated = [(one.gated, counts[key]) for key, one in {id(one): one for one in requests}.items() if one and one.gated]
+    if not gated:
+        return None
+    models: Counter[str] = Counter()
+    for test, count in gated:
+        for spec in test.specs:
+            models[spec.label] += count
     named = f"; {', '.join(f'{label} ({count})' for label, count in models.items())}" if models else ""
-    return f"vlmgpu: {len(tests)} of {plural(len(items), 'test')} gated{named}"
+    return f"vlmgpu: {sum(count for _, count in gated)} of {plural(len(items), 'test')} gated{named}"
 
 
 class Reports:

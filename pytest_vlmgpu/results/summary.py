@@ -202,7 +202,8 @@ class Summary:
         terminalreporter.section("vlmgpu plan")
         for line in [line for _, said in self._said for line in said["machines"]]:
             terminalreporter.line(line)
-        text = plan_run.lines(self._planned, self._others)
+        gate = self._config.stash.get(GATE, None)
+        text = plan_run.lines(self._planned, self._others, gate.machine_used if gate is not None else None)
         if self._fleet:
             from . import fleet
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..leasing.leases import OFF, LeaseError, Leases
+from ..leasing.leases import LeaseError, Leases
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,7 +34,7 @@ class Holding:
         self._leases: Leases | None = None
         self._about: dict[str, object] = {}
         self._strange_since: float | None = None
-        if order.gpus and order.lease_dir != OFF:
+        if order.gpus:
             self._about = {"warm": order.label}
             self._leases = Leases(Path(order.lease_dir), self._about)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..leasing.leases import DEFAULT_FOLDER, OFF
+from ..leasing.leases import DEFAULT_FOLDER
 from ..models.residents import CONTEXT_BYTES
 from . import facts, wire
 from .attaching import Loan, NotAttached, assembled, borrow, import_libraries
@@ -260,7 +260,7 @@ class Warmth:
     def _key(self, spec: VlmSpec, plan: Plan | None, *, is_on_cpu: bool) -> Key | str:
         """The model as its host is asked for, or why it is not kept."""
         import_libraries()
-        refusal = self._problem or _refusal(spec, plan, self._lease_dir, is_on_cpu=is_on_cpu)
+        refusal = self._problem or _refusal(spec, plan, self._settings.lease, is_on_cpu=is_on_cpu)
         if refusal or self._folder is None:
             return refusal
         from ..models.failures import LoadFailure
@@ -291,7 +291,7 @@ def _with(loaded: LoadedVlm, warm: Warm) -> LoadedVlm:
     return replace(loaded, warm=warm)
 
 
-def _refusal(spec: VlmSpec, plan: Plan | None, lease_dir: str, *, is_on_cpu: bool) -> str:
+def _refusal(spec: VlmSpec, plan: Plan | None, lease: str, *, is_on_cpu: bool) -> str:
     """Why a model like this is not kept; empty where it may be."""
     if spec.trust_remote_code:
         return "it runs code of its checkpoint"
@@ -305,8 +305,8 @@ def _refusal(spec: VlmSpec, plan: Plan | None, lease_dir: str, *, is_on_cpu: boo
         return "part of it is in host memory"
     if plan.workload.quantization is not None:
         return "it is quantized"
-    if lease_dir == OFF:
-        return "GPUs are not leased (--vlm-lease-dir=off), so nobody could be told who has them"
+    if lease != "machine":
+        return f"other runs do not learn who has the GPUs (--vlm-lease={lease})"
     if any(not stage.uuid.startswith("GPU-") for stage in plan.stages):
         return "its GPU is a MIG slice"
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):

@@ -12,7 +12,7 @@ import pytest
 
 from ..collection.groups import Groups
 from ..leasing.sets import Demand, demands_of, divide, owners_of
-from ..leasing.shares import Share, Shares, teller
+from ..leasing.shares import Share, Shares, lease_folder, teller
 from ..leasing.waiting import GRACE_S
 from ..requirements import Requirements, VlmSpec
 from ..state import CONTROLLER, SETTINGS, WORKER_INPUT, gate_of
@@ -21,7 +21,7 @@ from .worker import warn, write
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vlm_doctor.machine import Gpu, Machine
+    from vlm_doctor.machine import Machine
     from vlm_doctor.placement import Plan
 
 _LEFT_OPEN = ("load", "loadgroup", "worksteal")
@@ -75,6 +75,8 @@ class Controller:
         settings = self._config.stash.get(SETTINGS, None)
         if settings is None or settings.gpus.kind == "none" or not settings.is_gpus_given or not self.is_local:
             return
+        if settings.lease == "off":
+            return
         machine = gate_of(self._config).machine()
         if machine.origin != "live":
             return
@@ -84,7 +86,7 @@ class Controller:
 
             for spec in self._specs:
                 # All of the run's: which part, is known when the tests are collected.
-                spec.env.update(mask_for(self._share.names))
+                spec.env.update(mask_for(self._share.gpus))
 
     def configure(self, node: Any) -> None:
         """Tell a worker where files go, and which of the workers it is."""
@@ -102,11 +104,18 @@ class Controller:
             return Groups.from_json(json.loads(path.read_text(encoding="utf-8")))
         return None
 
+    @property
+    def hides_gpus(self) -> bool:
+        """True when tests that are no concern of the plugin are to run where no gated test does, as long as that can be."""
+        gate = gate_of(self._config)
+        return gate.settings.hide_gpu_from_cpu_tests and gate.uses_gpus
+
     def assign(self, groups: Groups) -> dict[int, int]:
         """Settle who has which GPUs, before any test runs; returns number of a group to the worker that owns it."""
         gate = gate_of(self._config)
         tests = {number: need.tests for number, need in enumerate(groups.needs)}
-        if not gate.uses_gpus:
+        if not gate.uses_gpus or gate.settings.lease == "off":
+            # Each worker may use every GPU: only loads are kept apart.
             return owners_of(dict.fromkeys(tests, ()), tests, [()] * self.workers)
         machine = gate.machine()
         if machine.origin != "live":
@@ -125,13 +134,13 @@ class Controller:
         if self._share is None:
             models = {spec.label for need in groups.needs for spec in need.specs}
             self._share = self._shares.take(machine, everything, self.workers, models=models)
-        elif gate.settings.gpus.kind == "auto":
+        elif gate.settings.gpus.kind == "auto" or self._share.is_of_slices:
             self._share = self._shares.shrink(self._share, everything, self.workers, machine)
         if self._share is None:
             return dict.fromkeys(tests, 0)
         sets = self._divide(self._share, demands)
-        indices = {name: gpu.index for name, gpu in zip(self._share.names, self._gpus_of(machine), strict=True)}
-        return owners_of(by_group, tests, [[indices[name] for name in names] for names in sets])
+        indices = {gpu.uuid: gpu.index for gpu in machine.gpus}
+        return owners_of(by_group, tests, [[indices[uuid] for uuid in uuids] for uuids in sets])
 
     def share_out_evenly(self) -> None:
         """Give each worker an equal part, where another scheduler decides who runs what."""
@@ -146,7 +155,7 @@ class Controller:
     @cached_property
     def _shares(self) -> Shares:
         gate = gate_of(self._config)
-        return Shares(gate.settings, gate.own.waiting, teller(self._config))
+        return Shares(gate.settings, gate.own.waiting, teller(self._config), lease_folder(self._config, gate.settings))
 
     @cached_property
     def _folder(self) -> Path:
@@ -159,13 +168,10 @@ class Controller:
         self._config.add_cleanup(folder.cleanup)
         return Path(folder.name)
 
-    def _gpus_of(self, machine: Machine) -> list[Gpu]:
-        by_uuid = {gpu.uuid: gpu for gpu in machine.gpus}
-        return [by_uuid[uuid] for uuid in self._share.gpus] if self._share is not None else []
-
     def _divide(self, share: Share, demands: Sequence[Demand]) -> list[tuple[str, ...]]:
         """Write down each worker's part."""
-        self._sets = sets = divide(share.names, [demand.gpus for demand in demands], self.workers)
+        most = 1 if share.is_of_slices else None
+        self._sets = sets = divide(share.gpus, [demand.gpus for demand in demands], self.workers, most=most)
         try:
             self._write_parts(share, sets)
         except OSError as error:
@@ -178,11 +184,11 @@ class Controller:
     def _write_parts(self, share: Share, sets: Sequence[tuple[str, ...]]) -> None:
         from ..leasing.masks import mask_for
 
-        for slot, (names, spec) in enumerate(zip(sets, self._specs, strict=True)):
-            part = share.part(names, self.workers)
+        for slot, (gpus, spec) in enumerate(zip(sets, self._specs, strict=True)):
+            part = share.part(gpus, self.workers)
             write(self._folder / f"share-{slot}.json", part._asdict())
-            if names:  # for the worker's replacement, should it crash
-                spec.env.update(mask_for(names))
+            if gpus:  # for the worker's replacement, should it crash
+                spec.env.update(mask_for(gpus))
 
 
 def start_controller(config: pytest.Config, specs: Sequence[Any]) -> None:
@@ -217,12 +223,21 @@ def takes_over(config: pytest.Config) -> bool:
     return config.getoption("dist", "no") in _LEFT_OPEN
 
 
-def remark(config: pytest.Config) -> str:
-    """What to know about this run's workers, where ``--dist`` keeps the plugin from choosing them."""
+_REACH = {
+    "run": "GPUs are shared out among the processes of this run and not leased: other runs may use them too",
+    "off": "GPUs are not leased: whatever else runs may use them too",
+}
+"""What a run says of leases that do not hold for the whole machine."""
+
+
+def remarks(config: pytest.Config) -> list[str]:
+    """What to know about a run: leases that keep nobody off, and ``--dist`` where it, not the plugin, chooses workers."""
+    settings = config.stash.get(SETTINGS, None)
+    found = [_REACH[settings.lease]] if settings is not None and settings.lease in _REACH else []
     dist = config.getoption("dist", "no")
-    if dist in ("no", *_LEFT_OPEN) or not config.getoption("tx", None) or hasattr(config, "workerinput"):
-        return ""
-    return f"--dist={dist} decides which worker runs a test, so several workers may load one model"
+    if dist not in ("no", *_LEFT_OPEN) and config.getoption("tx", None) and not hasattr(config, "workerinput"):
+        found.append(f"--dist={dist} decides which worker runs a test, so several workers may load one model")
+    return found
 
 
 def account(config: pytest.Config) -> list[str]:
@@ -230,12 +245,13 @@ def account(config: pytest.Config) -> list[str]:
     gate = gate_of(config)
     controller = config.stash.get(CONTROLLER, None)
     share = controller.share if controller is not None else gate.own.share
-    lines = [text for text in (remark(config),) if text]
+    lines = remarks(config)
     if share is not None and share.run_gpus:
         count = len(share.run_gpus)
         owners = controller.owners() if controller is not None else []
         whose = f": {'; '.join(owners)}" if owners else ""
-        lines.append(f"{count} GPU{'s' if count > 1 else ''} leased{whose}")
+        word = "leased" if gate.settings.lease == "machine" else "for this run"
+        lines.append(f"{count} GPU{'s' if count > 1 else ''} {word}{whose}")
     if gate.own.waiting.waited_s > GRACE_S + 1:
         lines.append(f"waited {gate.own.waiting.waited_s:.0f} s for GPUs")
     return lines

@@ -65,6 +65,8 @@ class VlmScheduling:
         """Tests that any worker may run; those of one ``xdist_group`` together."""
         self._group_of: dict[int, int] = {}
         self._owners: dict[int, int] = {}
+        self._with_gpus: set[int] = set()
+        """Workers that leave the tests of nobody to the others (``vlm_hide_gpu_from_cpu_tests``)."""
 
     @property
     def nodes(self) -> list[Any]:
@@ -165,6 +167,7 @@ class VlmScheduling:
     def _start(self, groups: Groups) -> None:
         self._group_of = groups.group_of
         self._owners = self._controller.assign(groups)
+        self._with_gpus = set(self._owners.values()) if self._controller.hides_gpus else set()
         self._bound = [deque() for _ in range(self._controller.workers)]
         together: dict[str, list[int]] = {}
         for position in range(len(self._collection)):
@@ -193,13 +196,21 @@ class VlmScheduling:
         pending, bound = self._pending[node], self._bound[self._controller.slot_of(node)]
         chosen = list(bound)
         bound.clear()
-        if len(pending) + len(chosen) <= _LOW_WATER:
+        leaves_free = self._leaves_free(node)
+        if not leaves_free and len(pending) + len(chosen) <= _LOW_WATER:
             wanted = max(_LOW_WATER, len(self._free) // (_CHUNKS * len(self._pending)))
             while self._free and len(chosen) < wanted:
                 chosen += self._free.popleft()
         if chosen:
             pending += chosen
             node.send_runtest_some(chosen)
-        if not self._free:
+        if leaves_free or not self._free:
             # It begins its last test only when it knows that this is the last one.
             node.shutdown()
+
+    def _leaves_free(self, node: Any) -> bool:
+        """True for a worker with gated tests, as long as there is one without."""
+        slots = {other: self._controller.slot_of(other) for other in self.nodes}
+        return slots[node] in self._with_gpus and any(
+            slot not in self._with_gpus and not other.shutting_down for other, slot in slots.items()
+        )

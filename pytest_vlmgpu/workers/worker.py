@@ -20,7 +20,7 @@ from ..state import WORKER_INPUT, gate_of
 from .lifetime import end_with
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
 
 class Worker:
@@ -30,14 +30,15 @@ class Worker:
         self._config = config
         self._is_done = False
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self) -> None:
-        """Show CUDA this worker's GPUs alone, before any test, gated or not, can start it."""
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
+        """Show CUDA this worker's GPUs alone, before any test, gated or not, can start it, and before they are hidden."""
         if not self._is_done:
             self._is_done = True
             share = share_of_worker(self._config)
             if share is not None:
                 gate_of(self._config).own.accept(share)
+        return (yield)
 
 
 def hand_in(config: pytest.Config, items: Sequence[pytest.Item]) -> None:

@@ -43,10 +43,11 @@ def test_a_gpu_twice_is_refused() -> None:
 
 def test_image_size() -> None:
     assert arguments.image_size("1280x720") == (1280, 720)
+    assert arguments.image_size("1280×720") == (1280, 720)
     assert arguments.image_size(" 448 ") == (448, 448)
 
 
-@pytest.mark.parametrize("text", ["", "x", "10x", "1280*720", "-3x4", "1e3", "9999999"])
+@pytest.mark.parametrize("text", ["", "x", "10x", "1280*720", "-3x4", "1e3", "9999999999"])
 def test_other_image_sizes_are_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         arguments.image_size(text)
@@ -84,7 +85,7 @@ def test_excluded_gpus_are_a_list_of_their_own_option() -> None:
         UsageError, match=r"^--exclude: 'x' is not a list of GPU indices; write them with commas, such as 0,1.$"
     ):
         arguments.excluded_gpus("x")
-    with pytest.raises(UsageError, match=r"^--exclude: '1,1' names a GPU twice.$"):
+    with pytest.raises(UsageError, match=r"^--exclude: '1,1' names a GPU twice; name each once.$"):
         arguments.excluded_gpus("1,1")
 
 

@@ -73,19 +73,33 @@ def test_nothing_can_be_said_where_nothing_can_be_seen(run: Run, tmp_path: Path)
     assert out.startswith("Could not look")
 
 
+@pytest.mark.parametrize("style", ["json", "yaml", "python"])
 def test_a_plan_is_judged_on_its_own_gpus(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, style: str
 ) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["plan", MODEL, "--machine", "4GiB,24GiB", "--json"])
+        cli.main(["plan", MODEL, "--machine", "4GiB,12GiB,12GiB", "--format", style])
     planned = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(planned.encode())))
 
-    status, out, _ = run("-", "--model", MODEL, "--machine", "4GiB,24GiB", "--json")
+    status, out, _ = run("-", "--model", MODEL, "--machine", "4GiB,12GiB,12GiB", "--json")
 
     checked = json.loads(out)["map_check"]
     assert status == 0
-    assert (checked["gpus"], [use["gpu"] for use in checked["devices"]]) == ([1], [1])
+    assert (checked["gpus"], [use["gpu"] for use in checked["devices"]]) == ([1, 2], [1, 2])
+
+
+def test_a_plan_of_another_machine_is_not_guessed_at(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "load.py"
+    path.write_text("import os\nos.environ['CUDA_VISIBLE_DEVICES'] = 'GPU-1234'\ndevice_map = {'': 0}\n")
+
+    status, _, message = run(str(path), "--model", MODEL, "--machine", "2xL4")
+
+    assert status == 2
+    assert message == (
+        "vlm-doctor: The file of the map is for other GPUs than those of 2xL4 (CUDA_VISIBLE_DEVICES='GPU-1234'); "
+        "name with --gpus those that its numbers mean.\n"
+    )
 
 
 def test_the_text_shows_findings_devices_and_the_map_to_paste(run: Run, tmp_path: Path) -> None:

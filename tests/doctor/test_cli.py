@@ -68,6 +68,8 @@ def recorded(name: str) -> str:
     [
         ("2xl4-idle", (), 0),
         ("laptop-no-gpu", (), 0),
+        ("gpus-taken-from-container", (), 1),
+        ("pynvml-shadowed", (), 1),
         ("2xa10-half-taken", (), 0),
         ("2xa10-half-taken", ("--strict",), 1),
         ("2xa10-half-taken", ("--strict", "--ignore", "VLM501"), 0),
@@ -185,7 +187,7 @@ def test_a_plan_for_a_machine_that_nobody_could_look_at_is_3(run: Run) -> None:
     ("words", "kind", "message"),
     [
         (["--machine", "2xL4", "--gpus", "5"], "UsageError", "--gpus: 2xL4 has no GPU 5; its GPUs are 0, 1."),
-        (["--machine", recorded("laptop-no-gpu"), "--gpus", "0"], "UsageError", "has no GPU 0; it has none."),
+        (["--machine", recorded("laptop-no-gpu"), "--gpus", "0"], "UsageError", "leave the option out."),
         (["--machine", "2xL4", "--ignore", "VLM999"], "UsageError", "--ignore: 'VLM999' is not the beginning of a code"),
         (["--machine", "/does/not/exist.json"], "MachineError", "/does/not/exist.json"),
         (["plan", MODEL, "--machine", "2xL4", "--batch", "0"], "UsageError", "batch"),

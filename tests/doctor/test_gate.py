@@ -367,8 +367,13 @@ def test_the_command_line_counts_more_than_the_file() -> None:
             "p.toml: [tool.vlm-doctor] has no key 'zzz'; the keys are gpus, vram, nvlink, capability, model, ignore, "
             "strict.",
         ),
-        ({"gpus": "two"}, "p.toml: [tool.vlm-doctor]: Expected `int | null`, got `str` - at `gpus`."),
-        ({"ignore": "VLM5"}, "p.toml: [tool.vlm-doctor]: Expected `array`, got `str` - at `ignore`."),
+        ({"gpus": "two"}, "p.toml: [tool.vlm-doctor] gpus: 'two' is not a whole number; write gpus = 2."),
+        ({"vram": 20}, "p.toml: [tool.vlm-doctor] vram: '20' is not a text with a size; write vram = \"20GiB\"."),
+        (
+            {"ignore": "VLM5"},
+            "p.toml: [tool.vlm-doctor] ignore: 'VLM5' is not a list of texts; write ignore = [\"VLM503\"].",
+        ),
+        ({"strict": "yes"}, "p.toml: [tool.vlm-doctor] strict: 'yes' is not true or false; write strict = true."),
     ],
 )
 def test_a_wrong_key_or_value_is_one_sentence(table: Mapping[str, Any], sentence: str) -> None:
@@ -454,7 +459,7 @@ def test_a_file_without_the_table_says_nothing(tmp_path: Path, text: str) -> Non
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[tool.vlm-doctor\n", "is not TOML: "),
+        ("[tool.vlm-doctor\n", "is not TOML ("),
         ("[tool]\nvlm-doctor = 3\n", "tool.vlm-doctor is not a table; write [tool.vlm-doctor]."),
         ("[tool.vlm-doctor]\ngpu = 2\n", "[tool.vlm-doctor] has no key 'gpu'; did you mean gpus?"),
     ],

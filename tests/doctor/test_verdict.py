@@ -87,7 +87,14 @@ def test_gpus_that_nobody_could_ask_are_neither_good_nor_bad(
 
 def test_a_cause_that_was_found_is_no_blindness() -> None:
     assert exit_status(BLIND, diagnosis(finding("VLM105", "error"), finding("VLM104", "error"))) == 1
+    assert exit_status(BLIND, diagnosis(finding("VLM105", "error"), finding("VLM310", "error"))) == 1
     assert exit_status(BLIND, diagnosis(finding("VLM503", "warning"), finding("VLM601", "error"))) == 3
+
+
+def test_an_error_of_nvml_whose_cause_is_known_is_no_blindness() -> None:
+    known = msgspec.structs.replace(finding("VLM105", "error"), cause="The host took the GPUs from this container.")
+    assert exit_status(BLIND, diagnosis(known)) == 1
+    assert exit_status(BLIND, diagnosis(known.demoted("--ignore VLM105"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -182,3 +189,10 @@ def test_next_step_may_need_the_administrator() -> None:
 
 def test_what_is_fine_or_has_no_fix_needs_no_step() -> None:
     assert next_step(report(HEALTHY, finding("VLM401", "info", fix=YOURS), ERROR)) is None
+
+
+def test_the_verdict_counts_hidden_gpus_apart() -> None:
+    hidden = msgspec.structs.replace(HEALTHY, environment={"CUDA_VISIBLE_DEVICES": "1"})
+    assert verdict(report(hidden)) == "Ready: 1 of 2 GPUs visible, no errors, no warnings."
+    assert verdict(report(hidden, WARNING)) == "Usable: 1 of 2 GPUs visible, 1 warning."
+    assert verdict(report(HEALTHY)) == "Ready: 2 GPUs, no errors, no warnings."

@@ -156,6 +156,21 @@ def test_tensors_are_held_against_the_map(tiny_vlms: Mapping[str, Path]) -> None
     assert answer["astray"] == ["lm_head.weight is on cpu, planned nowhere"]
 
 
+def test_buffers_of_a_layer_in_host_memory_are_where_it_is_computed() -> None:
+    # As accelerate leaves a layer that is offloaded: weights on meta, what is no weight on the GPU.
+    place = {"model.layers.1.mlp.weight": "meta", "model.layers.0.mlp.weight": "cuda:0"}
+    weights = {key: SimpleNamespace(device=device, nbytes=8) for key, device in place.items()}
+    buffers = {"model.layers.1.scalar": SimpleNamespace(device="cuda:0", nbytes=4)}
+    trial = try_child._Trial(lambda *args, **kwargs: None, {})
+    trial._model = SimpleNamespace(named_parameters=weights.items, named_buffers=buffers.items)
+
+    trial.look({"model.layers.0": 0, "model.layers.1": "cpu"}, ["model.layers.0", "model.layers.1"])
+    assert (trial._answer["astray"], trial._answer["cut_blocks"]) == ([], [])
+    assert trial._answer["held_bytes"] == {"meta": 8, "cuda:0": 12}
+    trial.look({"model.layers.0": 0, "model.layers.1": 1}, [])
+    assert trial._answer["astray_count"] == 2
+
+
 def test_auto_beside_it_as_a_user_starts_it(tiny_vlms: Mapping[str, Path]) -> None:
     words = [sys.executable, "-m", "vlm_doctor", "try", str(tiny_vlms["llava"]), "--cpu", "--beside-auto", "--json"]
     ran = subprocess.run([*words, "--text-tokens", "60"], capture_output=True, text=True, timeout=300, check=False)

@@ -70,6 +70,39 @@ def plans(suite: Any) -> Any:
     return plan
 
 
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ("gpus=(1,)", "no gpus of vlm_policy"),
+        ('exclude=(0,), pins=(("lm_head", 1),)', "no exclude and no pins of vlm_policy"),
+        ("max_gpus=1", "no max_gpus of vlm_policy"),
+    ],
+)
+def test_rules_that_transformers_would_not_keep_to_are_refused(suite: Any, plans: Any, rules: str, said: str) -> None:
+    (suite.folder / "conftest.py").write_text(
+        "import pytest, vlm_doctor\n@pytest.fixture(scope='session')\n"
+        f"def vlm_policy(): return vlm_doctor.Policy({rules})\n"
+    )
+
+    *_, error = plans("2xL4")
+
+    assert error == (
+        f'error: test_x.py::test_auto: VLM720: device_map="auto" lets transformers place {LARGE}, which keeps to {said}: '
+        'leave that out, choose GPUs with --vlm-gpus, or let the planner place it (device_map="doctor").'
+    )
+
+
+def test_how_careful_a_policy_is_counts_where_transformers_places_a_model(suite: Any, plans: Any) -> None:
+    (suite.folder / "conftest.py").write_text(
+        "import pytest, vlm_doctor\n@pytest.fixture(scope='session')\n"
+        "def vlm_policy(): return vlm_doctor.Policy(headroom_min_bytes=12 * 2**30)\n"
+    )
+
+    assert [line.partition(": VLM705")[0] for line in plans("2xL4")[1:]] == [
+        f"skip: test_x.py::test_{name}" for name in ("default", "single", "auto")
+    ]
+
+
 def test_the_planner_the_planner_on_one_gpu_and_transformers(plans: Any) -> None:
     head, *lines = plans("2xL4")
 

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_vlmgpu.options import GpuChoice, Settings, parse_gpus, resolve
 
-GPU_FORMS = "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…)"
+GPU_FORMS = "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…, MIG-…)"
 
 
 class _Config:
@@ -207,6 +207,7 @@ def test_numbers_in_toml_may_be_written_with_quotes_or_without(suite: Any, table
         ("0,", GpuChoice(kind="positions", positions=(0,), text="--vlm-gpus=0,")),
         ("1, 0", GpuChoice(kind="positions", positions=(1, 0), text="--vlm-gpus=1, 0")),
         ("GPU-1a2b", GpuChoice(kind="uuids", uuids=("GPU-1a2b",), text="--vlm-gpus=GPU-1a2b")),
+        ("MIG-1a,MIG-2b", GpuChoice(kind="uuids", uuids=("MIG-1a", "MIG-2b"), text="--vlm-gpus=MIG-1a,MIG-2b")),
         ("GPU-1a,GPU-2b", GpuChoice(kind="uuids", uuids=("GPU-1a", "GPU-2b"), text="--vlm-gpus=GPU-1a,GPU-2b")),
     ],
 )
@@ -231,7 +232,13 @@ def test_forms_of_a_gpu_choice(text: str, choice: GpuChoice) -> None:
         ("GPU-1a,0", f"'0' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
         ("GPU-", f"'GPU-' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
         ("1,1", f"a GPU is named twice; write {GPU_FORMS}."),
-        ("MIG-1a", f"a MIG slice is chosen with CUDA_VISIBLE_DEVICES; write {GPU_FORMS}."),
+        ("MIG-xyz", f"'MIG-xyz' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
+        ("MIG-1a,GPU-2b", f"'GPU-2b' is neither a position nor a UUID like the others; write {GPU_FORMS}."),
+        (
+            "MIG-GPU-1a/1/0",
+            "'MIG-GPU-1a/1/0' is how drivers before 470 named a MIG slice; name it by its own UUID (MIG-…, see nvidia-smi "
+            f"-L); write {GPU_FORMS}.",
+        ),
     ],
 )
 def test_what_is_no_gpu_choice(text: str, message: str) -> None:
@@ -316,6 +323,10 @@ def test_native_toml(suite: Any) -> None:
             "--vlm-fake-gpus: --vlm-machine names a machine too; give one of them.",
         ),
         (
+            {"vlm_lease": "run", "vlm_lease_dir": "/mnt/leases"},
+            "--vlm-lease-dir: --vlm-lease=run uses no folder; leave out one of them.",
+        ),
+        (
             {"vlm_fake_gpus": "2xL4", "vlm_strict": "gpu", "vlm_min_tests": "3"},
             "--vlm-fake-gpus: no GPU that is made up can satisfy --vlm-strict, --vlm-min-tests; leave out one of them, or "
             "set VLMGPU_TESTING=1 to try the wiring itself.",
@@ -357,7 +368,9 @@ def test_slots_and_lease_folder() -> None:
     assert settle({"vlm_slots": "FIT"}).keeps_models is settle({"vlm_slots": "2"}).keeps_models is True
     assert (settle().slots, settle({"vlm_slots": "FIT"}).slots, settle({"vlm_slots": "2"}).slots) == (1, None, 2)
     assert settle().lease_dir is None
-    assert settle({"vlm_lease_dir": "OFF"}).lease_dir == "off"
+    assert settle().lease == "machine"
+    assert settle({"vlm_lease": "RUN"}).lease == "run"
+    assert settle(env={"VLMGPU_LEASE": "off"}).given == ("VLMGPU_LEASE=off",)
     assert settle({"vlm_lease_dir": "/mnt/leases"}).lease_dir == "/mnt/leases"
     assert settle(env={"VLMGPU_LEASE_DIR": "/mnt/leases"}).given == ()
 
@@ -373,6 +386,8 @@ def test_slots_and_lease_folder() -> None:
             "/tmp/\0",
             "--vlm-lease-dir: '/tmp/\\x00' is no absolute path; other runs must find the same folder.",
         ),
+        ("lease_dir", "off", "--vlm-lease-dir: 'off' is no folder; to lease no GPUs, write --vlm-lease=off."),
+        ("lease", "none", "--vlm-lease: 'none' is no reach of leases; write machine, run or off."),
     ],
 )
 def test_a_wrong_slot_or_folder_is_refused(setting: str, text: str, message: str) -> None:

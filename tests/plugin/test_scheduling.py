@@ -42,6 +42,7 @@ class Controller:
 
     def __init__(self, groups: Groups | None, owners: dict[int, int], workers: int) -> None:
         self._groups, self._owners, self.workers = groups, owners, workers
+        self.hides_gpus = False
 
     def groups(self) -> Groups | None:
         return self._groups
@@ -72,7 +73,9 @@ def scheduler(group_of: dict[int, int], owners: dict[int, int], workers: int = 2
 
     groups = Groups([], group_of, bound.get("bound", {})) if group_of else None
     inner = LoadScheduling(Config(workers))
-    return VlmScheduling(Controller(groups, owners, workers), inner)  # type: ignore[arg-type]
+    controller = Controller(groups, owners, workers)
+    controller.hides_gpus = bound.get("hides", False)
+    return VlmScheduling(controller, inner)  # type: ignore[arg-type]
 
 
 def started(schedule: VlmScheduling, workers: int = 2) -> list[Node]:
@@ -118,14 +121,16 @@ def test_each_model_has_one_worker_and_the_rest_is_for_all() -> None:
     st.lists(st.integers(0, 3), min_size=4, max_size=4),
     st.integers(1, 4),
     st.dictionaries(st.integers(0, 11), st.sampled_from("xy")),
+    st.booleans(),
 )
 def test_every_test_runs_once_with_its_owner(
-    group_of: dict[int, int], owners: list[int], workers: int, bound: dict[int, str]
+    group_of: dict[int, int], owners: list[int], workers: int, bound: dict[int, str], hides: bool
 ) -> None:
     owner_of = {number: owner % workers for number, owner in enumerate(owners)}
     bound = {position: name for position, name in bound.items() if position not in group_of}
-    schedule = scheduler(group_of, owner_of, workers, bound=bound)
+    schedule = scheduler(group_of, owner_of, workers, bound=bound, hides=hides)
     nodes = started(schedule, workers)
+    with_gpus = set(owner_of.values())
 
     ran = work_off(schedule, nodes)
 
@@ -134,6 +139,8 @@ def test_every_test_runs_once_with_its_owner(
     assert all(ran[position] == owner_of[group] for position, group in group_of.items())
     for name in "xy":
         assert len({ran[position] for position, of in bound.items() if of == name}) <= 1
+    if hides and len(with_gpus) < workers:
+        assert with_gpus.isdisjoint(ran[position] for position in range(12) if position not in group_of)
     for node in nodes:
         own = [position for position in node.sent if position in group_of]
         assert own == sorted(own), "tests of a worker's models are out of order"

@@ -15,6 +15,7 @@ from pytest_vlmgpu.verdicts import Verdict
 from vlm_doctor.machine import Driver, Gap, GpuProcess, Host, Libraries, Link, TorchBuild
 from vlm_doctor.placement import Shortage
 from vlm_doctor.sources import load_machine
+from vlm_doctor.sources.synthetic import parse_machine
 from vlm_doctor.units import GIB
 
 from .made_up_plans import plan
@@ -500,9 +501,58 @@ def test_a_link_of_which_one_direction_is_missing(gpu: MakeGpu, machine: MakeMac
 def test_a_link_that_could_not_be_read_is_an_error(gpu: MakeGpu, machine: MakeMachine, links: tuple[Link, ...]) -> None:
     assert decide(machine(gpu(0), gpu(1), links=links), PEERS) == (
         "error",
-        "VLM712: whether GPU 0 (NVIDIA L4) and GPU 1 (NVIDIA L4) reach each other's memory (p2p) could not be read.",
+        "VLM712: whether GPU 0 (NVIDIA L4) and GPU 1 (NVIDIA L4) reach each other's memory (p2p) could not be read; "
+        "look at nvidia-smi topo -p2p r.",
     )
     assert peers.told([gpu(0)], machine(gpu(0))) == "there are 1"
+
+
+def test_a_link_that_could_not_be_read_is_named_with_its_gap(gpu: MakeGpu, machine: MakeMachine) -> None:
+    gaps = (Gap(path="links[0-1].p2p_read", reason="NVML: no permission"),)
+    found = machine(gpu(0), gpu(1), links=(link(0, 1, "unknown"),), gaps=gaps)
+
+    assert "(p2p) could not be read (NVML: no permission); look at" in judge(PEERS, found, AUTO).text
+
+
+def test_what_nobody_could_read_matters_only_where_too_few_gpus_are_known_to_reach_each_other(
+    gpu: MakeGpu, machine: MakeMachine
+) -> None:
+    three = machine(gpu(0), gpu(1), gpu(2), links=(link(0, 1, None), link(0, 2, None), link(1, 2, nvlinks=4)))
+
+    assert judge(PEERS, three, AUTO).gpus == (1, 2)
+    assert judge(Requirements(gpus=3, p2p=True), three, AUTO).code == "VLM712"
+    assert judge(Requirements(gpus=4, p2p=True), three, AUTO).code == "VLM702"
+
+
+@pytest.mark.parametrize(
+    ("spec", "answer"),
+    [
+        ("2xL4:p2p", ("run", "")),
+        ("2x24GiB:p2p", ("run", "")),
+        ("2xA6000:nvlink", ("run", "")),
+        (
+            "2xL4:p2p=off",
+            ("skip", "VLM706: 2 GPUs that reach each other's memory are wanted, GPU 0 (NVIDIA L4) and GPU 1 "),
+        ),
+        (
+            "2x4090",
+            ("skip", "VLM706: 2 GPUs that reach each other's memory are wanted, GPU 0 (NVIDIA GeForce RTX 4090) and "),
+        ),
+        (
+            "2xL4",
+            (
+                "error",
+                "VLM720: whether GPU 0 (NVIDIA L4) and GPU 1 (NVIDIA L4) reach each other's memory (p2p) is not said of "
+                "the made-up machine 2xL4: write 2xL4:p2p, or 2xL4:p2p=off.",
+            ),
+        ),
+    ],
+)
+def test_a_described_machine_says_who_reaches_whom(spec: str, answer: tuple[str, str]) -> None:
+    action, text = decide(parse_machine(spec), PEERS)
+
+    assert action == answer[0]
+    assert text.startswith(answer[1])
 
 
 def test_peers_that_are_taken_are_busy_and_the_other_ones_are_used(gpu: MakeGpu, machine: MakeMachine) -> None:

@@ -339,7 +339,9 @@ def test_slices_of_one_gpu_are_leased_one_by_one(make: Callable[..., Project]) -
         assert counts == {"passed": 2}, beside
         same, counts = third.run(test_x=ONE_MODEL)
         assert counts == {"passed": 1, "error": 1}, same
-        assert "VLM730: 1 GPU is wanted, and other runs have leased those that may be used: GPU 0 (NVIDIA L4)" in same, same
+        assert "VLM730: 1 GPU is wanted, and other runs have leased those that may be used: GPU 0 (slice of NVI" in same, (
+            same
+        )
         assert f"by pid {holder.pid} (" in same, same
     finally:
         (first.folder / "go").touch()
@@ -398,10 +400,61 @@ def test_a_folder_for_leases_that_cannot_be_used_is_an_error_of_gpu_tests_alone(
     assert project.loads() == []
 
 
-def test_leases_can_be_switched_off(make: Callable[..., Project]) -> None:
-    _, counts = make(PYTEST_VLMGPU_LEASE_DIR="off").run(test_x=ONE_MODEL)
+@pytest.mark.parametrize(
+    ("scope", "said"),
+    [
+        ("run", "GPUs are shared out among the processes of this run and not leased: other runs may use them too"),
+        ("off", "GPUs are not leased: whatever else runs may use them too"),
+    ],
+)
+def test_leases_that_do_not_hold_for_the_machine_are_said_and_need_no_folder(
+    make: Callable[..., Project], scope: str, said: str
+) -> None:
+    project = make(PYTEST_VLMGPU_LEASE_DIR="/proc/nowhere")
+
+    text, counts = project.run(f"--vlm-lease={scope}", test_x=ONE_MODEL)
 
     assert counts == {"passed": 2}
+    assert f"vlmgpu: --vlm-lease={scope}; {said}" in text
+    assert f"\n{said}\n" in text.partition("= vlmgpu =")[2], text
+
+
+@with_workers
+@pytest.mark.parametrize("dist", ["load", "loadfile"])
+def test_with_leases_of_the_run_its_workers_have_gpus_of_their_own(make: Callable[..., Project], dist: str) -> None:
+    project = make(PYTEST_VLMGPU_LEASE_DIR="/proc/nowhere", SHARED_PROJECT_LOAD_S="1")
+
+    text, counts = project.run(
+        "-n2", f"--dist={dist}", "--vlm-lease=run", test_x=ONE_MODEL, test_y=ONE_MODEL.replace("org/a", "org/b")
+    )
+
+    assert counts == {"passed": 4}, text
+    assert sorted((load["gpus"], load["sees"]) for load in project.loads()) == [("0", UUIDS[0]), ("1", UUIDS[1])]
+
+
+@with_workers
+def test_without_leases_workers_see_every_gpu_and_a_model_is_loaded_once(make: Callable[..., Project]) -> None:
+    project = make(PYTEST_VLMGPU_LEASE_DIR="/proc/nowhere")
+
+    text, counts = project.run("-n2", "--vlm-gpus=auto", "--vlm-lease=off", test_x=TWO_MODELS)
+
+    assert counts == {"passed": 14}, text
+    assert project.models() == ["org/a", "org/b"]
+    assert {load["sees"] for load in project.loads()} == {"all"}
+    assert len({load["worker"] for load in project.loads()}) == 2
+
+
+def test_another_run_is_not_kept_off_by_leases_of_the_run(make: Callable[..., Project]) -> None:
+    first, second = make("first", gpus=1), make("second", gpus=1)
+    holder = first.start("--vlm-lease=run", test_x=SLOW)
+    try:
+        wait_for(first.folder / "started")
+        text, counts = second.run(test_x=ONE_MODEL)
+    finally:
+        (first.folder / "go").touch()
+        finish(holder)
+
+    assert counts == {"passed": 2}, text
 
 
 @pytest.mark.parametrize("options", [["-k", "free"], pytest.param(["-n2", "-k", "free"], marks=with_workers)])

@@ -163,7 +163,7 @@ def test_what_would_not_be_sound_on_gpus_is_refused(
         monkeypatch.setenv(name, value)
     uuid = fields.pop("stages", None)
     stages = (stage(gpu(0, uuid=uuid) if uuid else gpu(0), GIB),)
-    found = _refusal(spec, make_plan(fits=True, **{"stages": stages, **fields}), "/leases", is_on_cpu=False)
+    found = _refusal(spec, make_plan(fits=True, **{"stages": stages, **fields}), "machine", is_on_cpu=False)
 
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
@@ -172,8 +172,8 @@ def test_what_would_not_be_sound_on_gpus_is_refused(
 def test_gpus_without_leases_or_plan_are_refused(gpu: Callable[..., Any]) -> None:
     plan = make_plan(fits=True, stages=(stage(gpu(0), GIB),))
 
-    assert _refusal(SPEC, plan, "off", is_on_cpu=False).startswith("GPUs are not leased")
-    assert _refusal(SPEC, None, "/leases", is_on_cpu=False) == "it has no plan"
+    assert _refusal(SPEC, plan, "run", is_on_cpu=False) == "other runs do not learn who has the GPUs (--vlm-lease=run)"
+    assert _refusal(SPEC, None, "machine", is_on_cpu=False) == "it has no plan"
     assert _refusal(SPEC, None, "off", is_on_cpu=True) == ""
 
 

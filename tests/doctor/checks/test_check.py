@@ -84,9 +84,9 @@ def test_a_finding_gets_code_and_title_of_its_check(load: Callable[..., Machine]
         ("host", "unknown", "host is not known"),
         ("host.shm_total_bytes", "unknown", "host.shm_total_bytes is not known"),
         ("libraries", "unknown", "libraries: PermissionError"),
-        ("libraries.python", "unknown", "libraries.python: PermissionError"),
+        ("libraries.python", "unknown", "libraries: PermissionError"),
         ("gpus[].compute_mode", "unknown", "gpus[0].compute_mode: NVML: Not Supported"),
-        ("torch", "unknown", "still being asked"),
+        ("torch", "unknown", "torch: still being asked"),
         ("gpus", "passed", None),
         ("pci_devices", "passed", None),
     ],
@@ -135,7 +135,7 @@ def test_what_a_made_up_machine_does_not_say_is_skipped(load: Callable[..., Mach
 def test_torch_that_was_not_asked_without_a_reason(load: Callable[..., Machine]) -> None:
     facts = Facts.of(load("2xl4-idle", torch=TorchView(state="not_asked")))
 
-    assert examine(check(nothing, needs=("torch",)), facts).reason == "torch was not asked"
+    assert examine(check(nothing, needs=("torch",)), facts).reason == "torch: was not asked"
 
 
 def test_no_working_gpu_skips_what_needs_one(load: Callable[..., Machine]) -> None:

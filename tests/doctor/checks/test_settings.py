@@ -322,7 +322,7 @@ def test_far_gpus(ask: Ask, load: Load, said: Said) -> None:
     assert host is not None
     nodes = (NumaNode(node=0, cpu_count=8, allowed_cpu_count=8), NumaNode(node=1, cpu_count=8, allowed_cpu_count=0))
     half = ask("VLM408", "8xa100-nvswitch", host=replace(host, numa_nodes=nodes))
-    expected = "GPUs 4, 5, 6, 7 hang on NUMA node 1, and this process may only run on node 0."
+    expected = "GPUs 4, 5, 6, 7 belong to NUMA node 1, and this process may only run on node 0."
     assert said(half) == [("info", expected)]
     one = load("8xa100-nvswitch", gpu=(4, {"numa_node": None}))
     assert ask("VLM408", one).state == "passed"

@@ -162,7 +162,7 @@ def test_architecture_missing(ask: Ask, said: Said) -> None:
         ("error", "torch 2.13.0+cu130 has no code for GPUs 0, 1 (Tesla V100-SXM2-16GB): sm_70 is not in it.")
     ]
     assert outcome.findings[0].gpus == (0, 1)
-    assert fixed_by(outcome) == ("Install a torch that has it.", (f"{INDEX}/cu126",))
+    assert fixed_by(outcome) == ("Install a torch that has sm_70.", (f"{INDEX}/cu126",))
 
 
 def test_a_hidden_gpu_needs_no_code(ask: Ask) -> None:

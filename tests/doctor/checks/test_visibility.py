@@ -88,7 +88,7 @@ def test_order_told_by_torch(ask: Ask, said: Said) -> None:
     outcome = ask("VLM204", "mixed-order")
 
     assert said(outcome) == [
-        ("warning", "CUDA numbers these GPUs otherwise than nvidia-smi: cuda:0 is GPU 1, cuda:1 is GPU 0.")
+        ("warning", "CUDA numbers these GPUs in another order than nvidia-smi: cuda:0 is GPU 1, cuda:1 is GPU 0.")
     ]
     assert commands(outcome) == ("export CUDA_DEVICE_ORDER=PCI_BUS_ID",)
 
@@ -97,7 +97,7 @@ def test_order_that_nobody_tells(ask: Ask, said: Said) -> None:
     unasked = TorchView(state="not_asked", message="still being asked")
 
     assert said(ask("VLM204", "mixed-order", torch=unasked)) == [
-        ("warning", "CUDA may number these GPUs otherwise than nvidia-smi: they are of 2 models.")
+        ("warning", "CUDA may number these GPUs in another order than nvidia-smi: they are of 2 models.")
     ]
     assert ask("VLM204", "mixed-order", torch=unasked, **visible("0")).state == "found"
 
@@ -216,7 +216,7 @@ def test_torch_misses_several(ask: Ask, load: Load) -> None:
 @pytest.mark.parametrize(
     ("torch", "state", "reason"),
     [
-        (TorchView(state="not_asked", message="still being asked"), "unknown", "still being asked"),
+        (TorchView(state="not_asked", message="still being asked"), "unknown", "torch: still being asked"),
         (TorchView(state="ok"), "skipped", "torch did not answer"),
     ],
 )

@@ -175,7 +175,7 @@ def test_nonsense_is_refused_in_one_sentence(tmp_path: Path, text: str, expected
 def test_a_file_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = "there is no such file of families; correct --families or VLM_DOCTOR_FAMILIES."
     assert refusal(tmp_path / "nowhere.toml") == missing
-    assert refusal(tmp_path) == missing
+    assert refusal(tmp_path) == "is not a regular file; correct --families or VLM_DOCTOR_FAMILIES."
     path = file(tmp_path, "")
     path.write_bytes(b"\xff")
     assert refusal(path).startswith("cannot be read ('utf-8' codec can't decode byte 0xff")

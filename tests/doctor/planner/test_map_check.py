@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -23,7 +23,7 @@ from vlm_doctor.planner.map_repair import fewest_moves
 from vlm_doctor.sources.installed_transformers import has_flat_towers
 from vlm_doctor.sources.model_files import catalogue_names, load_profile
 from vlm_doctor.units import GIB
-from vlm_doctor.workload import Policy, Workload
+from vlm_doctor.workload import Policy, Training, Workload
 
 from .examples import examples
 from .profiles import BODY, glm41v_9b, gpu, machine
@@ -581,6 +581,23 @@ def test_a_workload_can_be_what_does_not_fit() -> None:
     long = Workload(text_tokens=3_000, batch=8)
 
     assert "at this workload" in said(judged(split(LLAVA, 16), where=machine([16, 16]), workload=long), "VLM620")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_training_step_is_judged_as_the_plan_prices_it(method: Literal["full", "lora"]) -> None:
+    workload, where = Workload(training=Training(method=method)), machine([24, 24])
+    planned = plan(LLAVA, where, workload, Policy(min_gpus=2))
+    device_map: Map = {key: number for number, stage in enumerate(planned.stages) for key in stage.keys}
+
+    checked = check_map(device_map, LLAVA, where, workload)
+
+    kinds = ("weights", "activations", "training", "fragmentation")
+    own = [sum(line.size_bytes for line in stage.ledger if line.kind in kinds) for stage in planned.stages]
+    assert [use.need_bytes for use in checked.devices] == own
+    assert planned.fits is ("VLM620" not in codes(checked, "error"))
+    # A map that is no split of the chain: every second part elsewhere.
+    mixed: Map = {key: number % 2 for number, key in enumerate(device_map)}
+    assert sum(use.need_bytes or 0 for use in check_map(mixed, LLAVA, where, workload).devices) > 0.9 * sum(own)
 
 
 def test_a_map_may_eat_into_the_headroom_with_a_warning() -> None:

@@ -14,7 +14,7 @@ from vlm_doctor.model import ModelProfile, TextShape
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.layer_work import LayerKind
-from vlm_doctor.planner.memory import FRAGMENTATION_BYTES, Footprint, StageNeed
+from vlm_doctor.planner.memory import FRAGMENTATION_BYTES, Footprint, Holding, StageNeed
 from vlm_doctor.planner.training import Trained, largest_step_bytes, step_work, trained
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Optimizer, Training, Workload
@@ -249,3 +249,18 @@ def test_a_trained_sum_is_made_of_its_parts() -> None:
     one, two = Trained(1, 2, 3, 4), Trained(10, 20, 30, 40)
     assert one + two == (11, 22, 33, 44)
     assert one + two - one == two
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_any_device_holds_is_trained_there(method: str) -> None:
+    """The whole model as a holding costs what it costs as a stage; a part of it in proportion."""
+    made = prices(llava_13b(), Training(method=method), images=1)  # type: ignore[arg-type]
+    tokens = made.workload.text_tokens
+    stage = made.detail(0, len(made.atoms), tokens)
+    layers = sum(atom.layers for atom in made.atoms)
+    whole_model = Holding(
+        weights_bytes=made.weights_of(0, len(made.atoms)), layers=layers, has_tower=True, has_embedding=True, has_head=True
+    )
+    assert made.need_of(whole_model, tokens).total_bytes == stage.total_bytes - stage.fragmentation_bytes
+    half = msgspec.structs.replace(whole_model, weights_bytes=whole_model.weights_bytes // 2, layers=layers // 2)
+    assert made.need_of(half, tokens).training_bytes == pytest.approx(stage.training_bytes / 2, rel=0.01)

@@ -57,6 +57,7 @@ def test_a_usual_workload_passes(profile: Any) -> None:
         ({"context_bytes": -1}, "context_bytes must not be negative, not -1."),
         ({"min_gpus": 0}, "min_gpus must be at least 1, not 0."),
         ({"min_gpus": 3, "max_gpus": 2}, "max_gpus (2) must not be below min_gpus (3)."),
+        ({"max_gpus": 0}, "max_gpus must be at least 1, not 0."),
         ({"gpus": (0, 5)}, "There is no GPU 5 on this machine: it has GPU 0, 1."),
         ({"gpus": ()}, "The list of GPUs to use is empty: name at least one, or leave it out."),
         ({"exclude": (4,)}, "There is no GPU 4 on this machine: it has GPU 0, 1."),

@@ -250,7 +250,9 @@ def test_the_command(
             cli.main(words)
         assert caught.value.code == status
         out = capsys.readouterr().out
-    assert [one["gpu"] for one in json.loads(out)] == [one.gpu for one in readings]
+    written = json.loads(out)
+    assert [one["gpu"] for one in written["readings"]] == [one.gpu for one in readings]
+    assert written["exit_status"] == status
 
 
 def test_a_machine_brings_the_readings_of_its_own_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -72,6 +72,19 @@ def test_exceptions_that_are_no_errors_are_failures_too(tmp_path: Path, exceptio
     assert outcome.message.startswith(exception.partition("(")[0])
 
 
+def test_an_error_whose_text_is_no_text_is_a_failure_as_well(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "raise ImportError('/opt/\\udcff/libtorch.so: \\u00fc')")
+    assert (outcome.state, outcome.message) == ("failed", "ImportError: /opt/?/libtorch.so: ü")
+    body = """
+class Odd(Exception):
+    def __str__(self):
+        raise ValueError('no')
+raise Odd
+"""
+    outcome = run(tmp_path, body)
+    assert (outcome.state, outcome.message) == ("failed", "Odd: its message cannot be read")
+
+
 def test_program_that_cannot_be_imported_fails(tmp_path: Path) -> None:
     child = Child("absent", {}, environment=os.environ, deadline_s=20, folder=tmp_path)
     assert child.outcome().state == "failed"

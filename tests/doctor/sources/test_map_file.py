@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_doctor.errors import MapError
-from vlm_doctor.sources.map_file import MAX_KEYS, MAX_MAP_BYTES, MapText, parse_map, read_map
+from vlm_doctor.sources.map_dict import MAX_KEYS
+from vlm_doctor.sources.map_file import MAX_MAP_BYTES, MapText, parse_map, read_map
 
 MAP: dict[str, int | str] = {"model.visual": 0, "model.language_model.layers.0": 1, "lm_head": "cpu"}
 
@@ -39,6 +40,26 @@ MAP: dict[str, int | str] = {"model.visual": 0, "model.language_model.layers.0":
 )  # fmt: skip
 def test_all_spellings_give_the_same_map(text: str, expected: dict[str, int | str]) -> None:
     assert parse_map(text, where="map") == MapText(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "visible"),
+    [
+        ("import os\nos.environ['CUDA_VISIBLE_DEVICES'] = '1,0'\n\ndevice_map = {\n  'a': 0,\n"
+         "  **{f\"b.{i}\": 0 for i in range(2)},\n"
+         "  **{'c.' + str(i): \"cpu\" for i in range(3, 5)},\n}\nmodel = load(device_map)\n",
+         {"a": 0, "b.0": 0, "b.1": 0, "c.3": "cpu", "c.4": "cpu"}, "1,0"),
+        ("device_map = {**{f'b.{n}': 1 for n in range(1)}}", {"b.0": 1}, None),
+        ("model: x\nenvironment:\n  CUDA_VISIBLE_DEVICES: \"2\"\n"
+         "device_map:  # here\n  a: 0\n\n  b: 1\nmax_memory:\n  0: 5\n",
+         {"a": 0, "b": 1}, "2"),
+        ("x: [1, 2]\ndevice_map:\n  a: 0", {"a": 0}, None),
+    ],
+)  # fmt: skip
+def test_a_map_is_found_in_a_script_and_among_other_keys(
+    text: str, expected: dict[str, int | str], visible: str | None
+) -> None:
+    assert parse_map(text, where="map") == MapText(expected, visible=visible)
 
 
 def test_a_plan_says_which_gpus_its_numbers_mean() -> None:
@@ -68,6 +89,9 @@ def test_stages_that_make_no_sense_are_not_followed(stages: Any) -> None:
         ("{'a': f(0)}", "map, line 1, column 7: a text or a whole number is expected, and 'f(0)}' is there; write"),
         ("{'a': 0} + x", "map, line 1, column 10: the end is expected, and '+ x' is there; write"),
         ("{'a': 0", "map, line 1, column 8: ',' is expected, and the end is there; write"),
+        ("{**x}", "map, line 1, column 2: a text or a whole number is expected, and '**x}' is there; write"),
+        ("import os\ndevice_map = {'a' 0}", "map, line 2, column 19: ':' is expected, and '0}' is there; write"),
+        ("a: x\ndevice_map:\n  b\n", "map, line 3: 'b' is not 'module: device'; write"),
         ("a 0", "map, line 1: 'a 0' is not 'module: device'; write"),
         ("a:\nb: 1", "map, line 1: 'a' has no device; write a number, cpu or disk behind the colon."),
         ('{"a": [1]}', "map: the device of 'a' is a list; write a number, cpu or disk."),
@@ -96,6 +120,8 @@ def test_what_is_no_map_is_one_sentence_with_its_place(text: str, message: str) 
         '{"a": ' + "9" * 100_000 + "}",
         "a: " + " " * 100_000 + "'",
         "a" * 1_000_000,
+        "{" + "**{f'a{i}': 0 for i in range(99999)}, " * 50_000 + "}",
+        "device_map: \n" * 300_000,
         "{" + ", ".join(f"'k{n}': 0" for n in range(MAX_KEYS + 1)) + "}",
         "\n".join(f"k{n}: 0" for n in range(MAX_KEYS + 1)),
         json.dumps({f"k{n}": 0 for n in range(MAX_KEYS + 1)}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,21 @@ def test_a_package_that_is_not_there_has_lost_nothing(tmp_path: Path) -> None:
     assert gone(tmp_path) == {"from_legacy_cache", "get_usable_length", "seen_tokens"}
     (tmp_path / "modeling_utils.py").write_text("keys = self.all_tied_weights_keys\n")
     assert "post_init" in gone(tmp_path)
+
+
+def test_code_made_to_hold_up_the_verdict_does_not(tmp_path: Path) -> None:
+    # An unbounded search tries each of 58,000 beginnings to the end of the file: minutes.
+    hostile = "class a(\n" * 58_000
+    for name in ("modeling_a.py", "modeling_b.py", "modeling_c.py", "other.py"):
+        (tmp_path / name).write_text(hostile)
+    (tmp_path / "modeling_0.py").write_text("super().x\nself.get_usable_length(\nx.get_usable_length(1)\n")
+    started = time.process_time()
+    assert broken_calls(tmp_path) == ("get_usable_length",)
+    assert time.process_time() - started < 20
+
+
+def test_of_much_code_that_of_models_is_read_first(tmp_path: Path) -> None:
+    for name in "abcdef":
+        (tmp_path / f"{name}.py").write_text("#" * 600_000)
+    (tmp_path / "modeling_z.py").write_text("x.get_usable_length(1)\n")
+    assert broken_calls(tmp_path) == ("get_usable_length",)

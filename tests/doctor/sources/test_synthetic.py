@@ -64,6 +64,25 @@ def test_bridges_share_the_ports_of_a_card() -> None:
     assert labels("3xA100:nvlink=0-1,1-2") == ["NV6", "PHB", "NV6"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "granted"),
+    [
+        ("3xL4", [None, None, None]),
+        ("3xL4:p2p", ["ok", "ok", "ok"]),
+        ("3xL4:p2p=off", ["topology_not_supported"] * 3),
+        ("3xL4:p2p=2-1", ["topology_not_supported", "topology_not_supported", "ok"]),
+        ("2x24GiB:p2p", ["ok"]),
+        ("3x3090:nvlink=0-1:p2p=off", ["ok", "topology_not_supported", "topology_not_supported"]),
+        ("4090+L4", ["gpu_not_supported"]),
+        ("2x5090", ["gpu_not_supported"]),
+        ("2x4090:p2p", ["ok"]),
+    ],
+)
+def test_peer_access_is_what_is_said_or_what_the_cards_never_have(spec: str, granted: list[str | None]) -> None:
+    links = parse_machine(spec).links
+    assert [link.p2p_read for link in links] == [link.p2p_write for link in links] == granted
+
+
 def test_path_and_free_memory() -> None:
     machine = parse_machine("2x4090:pcie=sys:free=12GiB")
     assert [link.label for link in machine.links] == ["SYS"]
@@ -100,14 +119,18 @@ def test_names_as_people_write_them(written: str, name: str) -> None:
         ("L4+", "'L4+' is not a machine: write live, a snapshot file, or GPUs, such as 2xL4 or 24GiB,12GiB."),
         ("2xL5", "2xL5: 'L5' is not a GPU of the catalogue; did you mean L4?"),
         ("4xA1000", "4xA1000: 'A1000' is not a GPU of the catalogue; did you mean A100 or A100-80 or A100-40?"),
+        ("2x24", "2x24: '24' has no unit; write 24GiB."),
+        ("12.5G", "12.5G: '12.5G' has no unit; write 12.5GiB."),
+        ("2xL4@free=12", "2xL4@free=12: 'L4@free=12' is not a GPU; options stand behind a colon, such as 2xL4:free=12GiB."),
+        ("LIVE", "LIVE: this machine is called live, in small letters and alone."),
         ("0xL4", "0xL4: a made-up machine has 1 to 64 GPUs."),
         ("65xL4", "65xL4: a made-up machine has 1 to 64 GPUs."),
         ("60xL4+5xA10", "60xL4+5xA10: a made-up machine has 1 to 64 GPUs."),
         ("99999999999xL4", "99999999999xL4: a made-up machine has 1 to 64 GPUs."),
-        ("L4:fast", "L4:fast: 'fast' is not an option; there are nvswitch, nvlink, pcie and free."),
+        ("L4:fast", "L4:fast: 'fast' is not an option; there are nvswitch, nvlink, p2p, pcie and free."),
         (
             "8xH100:nvswitch=yes",
-            "8xH100:nvswitch=yes: 'nvswitch=yes' is not an option; there are nvswitch, nvlink, pcie and free.",
+            "8xH100:nvswitch=yes: 'nvswitch=yes' is not an option; there are nvswitch, nvlink, p2p, pcie and free.",
         ),
         ("2xL4:pcie=USB", "2xL4:pcie=USB: 'USB' is not a PCIe path; there are PIX, PXB, PHB, NODE, SYS, INTERNAL."),
         ("2x3090:nvlink=0-2", "2x3090:nvlink=0-2: '0-2' is not a pair of two of the GPUs 0 to 1, such as 0-1."),

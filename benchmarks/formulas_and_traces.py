@@ -1,0 +1,110 @@
+"""Every architecture at true size: what the formulas say beside what its real code allocates, without a GPU.
+
+    python benchmarks/formulas_and_traces.py [--out FILE] [MODEL_TYPE ...]
+
+A checkpoint of each image-text-to-text architecture of the installed transformers is made of the dimensions that its own
+configuration has by default: headers alone, in sparse files. Planned on one made-up GPU that takes it whole, once by
+formulas and scripts, once by ``--trace``: peaks without weights, and how far apart they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_architectures import families
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from vlm_doctor import load_machine
+from vlm_doctor.planner import plan
+from vlm_doctor.sources.model_files import load_profile
+from vlm_doctor.tracing import trace_model
+from vlm_doctor.units import GIB
+from vlm_doctor.workload import Policy, Workload
+
+MACHINE = "4000GiB"
+POLICY = Policy(max_gpus=1, headroom_fraction=0.0, headroom_min_bytes=0)
+WORKLOAD = Workload(images=0, text_tokens=2048, new_tokens=8)
+"""Without images: the dimensions of towers and projectors do not go together in many of these configurations."""
+_ITEM = {torch.bfloat16: ("BF16", 2), torch.float32: ("F32", 4), torch.int64: ("I64", 8), torch.bool: ("BOOL", 1)}
+
+
+def write_checkpoint(folder: Path, family: str) -> None:
+    """A folder with config and headers: the weights are holes in the file."""
+    config = AutoConfig.for_model(family)
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    header: dict[str, Any] = {}
+    at = 0
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        code, width = _ITEM[tensor.dtype]
+        size = tensor.numel() * width
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+
+
+def compare(family: str, folder: Path) -> dict[str, Any]:
+    write_checkpoint(folder, family)
+    profile, machine = load_profile(str(folder), allow_network=False), load_machine(MACHINE)
+    told = plan(profile, machine, WORKLOAD, POLICY)
+    tracing = trace_model(str(folder), profile, machine, WORKLOAD, allow_network=False, deadline_s=240)
+    if tracing.traces is None:
+        return {"untraced": tracing.reason}
+    traced = plan(profile, machine, WORKLOAD, POLICY, traces=tracing.traces)
+    weights = sum(line.size_bytes for line in traced.stages[0].ledger if line.kind == "weights")
+    return {
+        "has_script": profile.body_script is not None,
+        "weights_bytes": weights,
+        "told_bytes": told.stages[0].peak_bytes - weights,
+        "traced_bytes": traced.stages[0].peak_bytes - weights,
+    }
+
+
+def line_of(family: str, row: dict[str, Any]) -> str:
+    if "told_bytes" not in row:
+        return f"{family:24} {row.get('untraced') or row.get('failed')}"
+    told, traced, weights = row["told_bytes"], row["traced_bytes"], row["weights_bytes"]
+    return (
+        f"{family:24} weights {weights / GIB:7.2f} GiB, the rest {told / GIB:6.3f} told, {traced / GIB:6.3f} traced: "
+        f"{told / traced - 1:+6.1%} of the rest, {(told - traced) / (traced + weights):+6.2%} of the peak"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("families", nargs="*")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    rows: dict[str, dict[str, Any]] = {}
+    for family in options.families or families():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                rows[family] = compare(family, Path(folder))
+            except Exception as error:  # noqa: BLE001 - one row of a table: what failed is what it says
+                rows[family] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        print(line_of(family, rows[family]), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
