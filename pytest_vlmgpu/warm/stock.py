@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from ..watching.meter import empty_cache
 from . import facts
 from .facts import NotKept, revision_of
 from .records import Lent
@@ -49,6 +50,7 @@ class Stock:
             for storage in self._storages:
                 uuid = uuids[storage.device.index]
                 self.weights[uuid] = self.weights.get(uuid, 0) + storage.numel()
+            empty_cache()  # what loading has left is free for whoever attaches
         else:
             self._memory, self._blocks = into_shared_memory(taken, label)
 
@@ -68,7 +70,9 @@ class Stock:
             return True
         from .cuda_sharing import checksum
 
-        return [checksum(storage) for storage in self._storages] == self._sums
+        is_same = [checksum(storage) for storage in self._storages] == self._sums
+        empty_cache()
+        return is_same
 
     def lend(self) -> tuple[Lent, Sequence[int]]:
         """The model for another process, and the descriptors that go with it."""
