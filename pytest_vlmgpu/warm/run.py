@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -86,7 +87,7 @@ class Warmth:
         """Of models that are about to be loaded; a text says why one is not kept."""
         self._cooled: set[str] = set()
         """Models whose hosts ``--vlm-cold`` has ended."""
-        self._problem = ""
+        self._problem = "" if sys.platform == "linux" else "it needs memory that the kernel seals, which Linux alone has"
         try:
             self._folder: Path | None = folder_for(self._lease_dir)
         except PlaceError as error:
