@@ -210,7 +210,7 @@ class Watch:
     def _judge_warmth(self, request: pytest.FixtureRequest) -> list[tuple[Level, str]]:
         """A model on GPUs that was attached to goes with the process that keeps it."""
         warm = getattr(_shared_value(request.node), "warm", None)
-        if warm is None or not warm.is_lost:
+        if not getattr(warm, "is_lost", False):
             return []
         self._reload(request)
         return [
