@@ -90,9 +90,9 @@ def _gpus(before: Machine, after: Machine) -> Iterable[Change]:
     gone = [gpu for gpu in before.gpus if gpu.index not in matched_before]
     new = [gpu for gpu in after.gpus if gpu.index not in matched_after]
     for gpu in gone:
-        yield Change(kind="gpu", subject=gpu.label, before=gpu.uuid)
+        yield Change(kind="gpu", subject=gpu.label, before=gpu.uuid or "UUID unknown")
     for gpu in new:
-        yield Change(kind="gpu", subject=gpu.label, after=gpu.uuid)
+        yield Change(kind="gpu", subject=gpu.label, after=gpu.uuid or "UUID unknown")
     for old, fresh in pairs:
         yield from _each("gpu", _gpu_facts(old, fresh.label), _gpu_facts(fresh, fresh.label))
         free = [gpu.memory_free_bytes for gpu in (old, fresh)]

@@ -12,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from .checks import Check, Facts, examine
-from .findings import Outcome
+if TYPE_CHECKING:
+    from .checks import Check, Facts
+    from .findings import Outcome
 
 DEADLINE_S = 3.0
 """What one check may take, as what one source may take: a thousand times what the slowest of them does."""
@@ -46,6 +48,9 @@ class CheckClock:
 
     def __call__(self, check: Check, facts: Facts) -> Outcome:
         """Examine a check; one that was stopped before is not tried again."""
+        # Late: a clock is made before the sources run, and the checks are loaded while they do.
+        from .checks import examine
+
         if check.code in self._stopped:
             return self._unknown(check)
         started = time.perf_counter()
@@ -66,6 +71,8 @@ class CheckClock:
         return (f"Slow to judge: {named}. This is a defect of vlm-doctor, please report it.",) if named else ()
 
     def _unknown(self, check: Check) -> Outcome:
+        from .findings import Outcome
+
         reason = f"no verdict within {self._deadline_s:g} s; please report this"
         return Outcome(code=check.code, title=check.title, state="unknown", reason=reason)
 

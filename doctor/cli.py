@@ -54,7 +54,7 @@ def _run(words: list[str]) -> int:
         from . import __version__
         from .delivery import write_stdout
 
-        write_stdout(f"vlm-doctor {__version__}\n")
+        write_stdout(f'{{"version": "{__version__}"}}\n' if options.json else f"vlm-doctor {__version__}\n")
         return 0
     from .commands import run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -23,6 +23,8 @@ NOT_JOINED = "VLM005"
 TOO_OLD = "VLM006"
 DOES_NOT_FIT = "VLM601"
 DOES_NOT_FIT_NOW = "VLM602"
+_HIDING = ("VLM202", "VLM203")
+"""Codes that say which GPUs CUDA_VISIBLE_DEVICES hides."""
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,8 +58,8 @@ def choose(wanted: Expectations, machine: Machine, diagnosis: Diagnosis) -> Choi
         return Choice(unknown=unknown)
     unmet = [*general]
     if len(working) < wanted.gpus:
-        hidden = len(machine.gpus) - len(working)
-        more = f" ({hidden} more hidden or faulty)" if hidden else ""
+        lost = {gpu.index for gpu in machine.gpus}.difference(gpu.index for gpu in working)
+        more = f" ({len(lost)} more hidden or faulty{_why(diagnosis, lost, told=general)})" if lost else ""
         unmet.append(Unmet(code=TOO_FEW, text=f"{_gpus(wanted.gpus)} wanted, {len(working)} can be used{more}"))
     recent = [gpu for gpu in working if (gpu.compute_capability or (0, 0)) >= (wanted.capability or (0, 0))]
     if working and len(recent) < min(wanted.gpus, len(working)):
@@ -133,6 +135,14 @@ def free_bytes(gpu: Gpu, machine: Machine) -> int:
     if gpu.has_unified_memory and machine.host is not None:
         return machine.host.memory_available_bytes or 0
     return gpu.memory_free_bytes or 0
+
+
+def _why(diagnosis: Diagnosis, gpus: Collection[int], *, told: Sequence[Unmet]) -> str:
+    """``: VLM403``, the codes of what was found about GPUs that cannot be used, without those that are told anyway."""
+    about = {f.code for f in diagnosis.findings if f.severity == "error" and not set(f.gpus).isdisjoint(gpus)}
+    hiding = {f.code for f in diagnosis.findings if f.code in _HIDING}
+    codes = sorted((about | hiding).difference(one.code for one in told))
+    return f": {', '.join(codes)}" if codes else ""
 
 
 def _general_errors(diagnosis: Diagnosis) -> list[Unmet]:

@@ -19,6 +19,25 @@ LayerCache = Literal["full", "sliding", "chunked", "linear", "cross", "none"]
 tokens (cross-attention); or nothing (it reads what another layer keeps, or has no attention)."""
 
 
+class LinearWeights(msgspec.Struct, frozen=True):
+    """Weights of ``nn.Linear``, counted together: what bitsandbytes replaces, and what it keeps beside them."""
+
+    elements: int = 0
+    rows: int = 0
+    """Outputs of the layers; in 8 bit each has a scale."""
+    tensors: int = 0
+    largest: int = 0
+    """Elements of the largest."""
+
+    def __add__(self, other: LinearWeights) -> LinearWeights:
+        return LinearWeights(
+            self.elements + other.elements,
+            self.rows + other.rows,
+            self.tensors + other.tensors,
+            max(self.largest, other.largest),
+        )
+
+
 class Unit(msgspec.Struct, frozen=True, kw_only=True):
     """The smallest thing that is placed: one key of the ``device_map``."""
 
@@ -34,11 +53,17 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     kept_bytes: int | None = None
     """Bytes on the GPU of what loading converts to no other type: quantized weights with their scales, integers. ``None``
     where only ``stored_bytes`` are known."""
+    packed_bytes: int = 0
+    """Of packed words that stay beside what is unpacked from them with libraries of the time of transformers 4
+    (compressed-tensors; ``planner/installed.py`` counts them then)."""
     largest_tensor_elements: int = 0
     small_elements: int = 0
     """Elements of tensors of at most 1 MiB in a 16-bit type, which torch keeps apart from larger ones."""
-    quantizable_elements: int = 0
-    """Elements of the linear weights that bitsandbytes would quantize."""
+    linear: LinearWeights = LinearWeights()
+    """What bitsandbytes quantizes as the model is loaded."""
+    expert_linear: LinearWeights = LinearWeights()
+    """Linear layers of single experts. transformers 5 joins them into one bare parameter, which bitsandbytes leaves alone;
+    before, and in a checkpoint's own code, they are layers like others (``planner/installed.py`` counts them then)."""
     layer: int | None = None
     """Number of the text layer; in a part of a tower, of its block."""
     parts: tuple[Unit, ...] = ()
@@ -102,6 +127,17 @@ class TextShape(msgspec.Struct, frozen=True, kw_only=True):
     """Width of the values of all heads in layers of linear attention; 0 where it is not known."""
     cached_layers: tuple[LayerCache, ...] = ()
     """What each layer keeps, in order; empty when all are ``full``, or, with a ``sliding_window``, all ``sliding``."""
+    full_head_dim: int = 0
+    """Of layers that are ``full``, where those beside them have another ``head_dim`` (Gemma 4); 0 where all have one."""
+    full_kv_heads: int = 0
+    """Likewise."""
+    layer_input: int = 0
+    """Width of the embedding that each layer has of its own (``hidden_size_per_layer_input`` of Gemma 3n and Gemma 4)."""
+
+    def heads_of(self, cache: LayerCache) -> tuple[int, int]:
+        """KV heads and ``head_dim`` of a layer that keeps so much."""
+        has_own = cache == "full" and self.full_head_dim
+        return (self.full_kv_heads, self.full_head_dim) if has_own else (self.kv_heads, self.head_dim)
 
 
 class VisionShape(msgspec.Struct, frozen=True, kw_only=True):

@@ -70,7 +70,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """Understand a command line.
 
     Returns:
-        The options; ``command`` is one of :data:`COMMANDS`, or ``None`` with ``version`` set.
+        The options; ``command`` is one of :data:`COMMANDS`, or ``None`` where only the version is asked for.
 
     Raises:
         UsageError: It cannot be understood; one sentence says why.
@@ -82,7 +82,11 @@ def parse(words: list[str]) -> argparse.Namespace:
         if word.startswith("-") and word.endswith("=--"):
             # argparse before Python 3.13 would make an empty list of it.
             raise UsageError(f"{word!r} gives no value; write one after the =.")
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+    if words[:1] == ["--version"]:
+        if set(words[1:]) - {"--json"}:
+            raise UsageError("--version stands alone, or with --json.")
+        return argparse.Namespace(command=None, json="--json" in words)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         words = ["check", *words]
     if not words[0].startswith("-") and words[0] not in COMMANDS:
         raise UsageError(

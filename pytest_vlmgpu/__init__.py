@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Estimate": "requirements",
+    "GateCode": "verdicts",
     "LoadFailure": "models.failures",
     "LoadedVlm": "models.loaded",
     "Requirements": "requirements",

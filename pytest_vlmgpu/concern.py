@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
-
-from .state import OURS
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    import pytest
 
 MARKER_PREFIXES = ("vlm", "vml")
 """What a marker of ours begins with, typed right or wrong."""
 GATED_FIXTURES = frozenset({"vlm", "vlm_gpus", "vlm_factory", "vlm_vram", "vlm_device"})
 """Fixtures that make a test a gated one, or one whose memory is measured."""
-_SEVERAL: pytest.StashKey[bool] = pytest.StashKey()
-"""Of a module or class: its markers, and those of what it is in, may name more than one model."""
 
 
 class Ours(dict[str, bool]):
@@ -28,7 +24,6 @@ class Ours(dict[str, bool]):
 
     def __init__(self, aliases: Iterable[str] = ()) -> None:
         super().__init__(dict.fromkeys(aliases, True))
-        self.aliases = frozenset(self)
 
     def __missing__(self, name: str) -> bool:
         is_ours = self[name] = name.startswith(MARKER_PREFIXES)
@@ -68,20 +63,40 @@ def are_marked(items: Iterable[pytest.Item], ours: Ours) -> bool:
     return False
 
 
-def may_name_several(metafunc: pytest.Metafunc) -> bool:
-    """False where no marker can name more than one model; cheap, as it is asked of every test with the fixture."""
-    definition, aliases = metafunc.definition, metafunc.config.stash[OURS].aliases
-    names = 0
-    for mark in definition.own_markers:
-        if mark.name == "vlm":
-            names += len(mark.args)
-        elif mark.name in aliases:
-            return True
-    parent = definition.parent
-    if names or parent is None:
-        return names > 1
-    if _SEVERAL not in parent.stash:
-        marks = list(parent.iter_markers())
-        above = sum(len(mark.args) for mark in marks if mark.name == "vlm")
-        parent.stash[_SEVERAL] = above > 1 or any(mark.name in aliases for mark in marks)
-    return parent.stash[_SEVERAL]
+class Parametrizing:
+    """Makes the models that a test names a session-wide parameter, where it may name several.
+
+    Args:
+        aliases: Markers of the project that stand for ours.
+    """
+
+    def __init__(self, aliases: Iterable[str]) -> None:
+        self._aliases = frozenset(aliases)
+        self._parent: object = None
+        self._is_several = False
+        """Markers of that parent, and of what it is in, may name more than one model."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Name the models; pytest keeps one value of such a parameter at a time."""
+        if "vlm" in metafunc.fixturenames and self._may_name_several(metafunc.definition):
+            from .collection import collecting
+
+            collecting.parametrize(metafunc)
+
+    def _may_name_several(self, definition: pytest.Function) -> bool:
+        """False where no marker can name more than one model; cheap, as it is asked of every test with the fixture."""
+        names = 0
+        for mark in definition.own_markers:
+            if mark.name == "vlm":
+                names += len(mark.args)
+            elif mark.name in self._aliases:
+                return True
+        if names:
+            return names > 1
+        parent = definition.parent
+        if parent is not self._parent and parent is not None:
+            marks = list(parent.iter_markers())
+            above = sum(len(mark.args) for mark in marks if mark.name == "vlm")
+            self._parent = parent
+            self._is_several = above > 1 or any(mark.name in self._aliases for mark in marks)
+        return self._is_several

@@ -87,6 +87,12 @@ SETTINGS = (
         "0, with strict 120",
         "TIME",
     ),
+    Setting(
+        "busy",
+        "what becomes of a test whose GPUs are large enough and taken by others when the time to wait is over: error "
+        "(default), skip (on machines that people share; with strict it is an error all the same)",
+        "LEVEL",
+    ),
     Setting("slots", "models that stay loaded together: 1 (default), a number, or fit: as many as fit", "N|fit"),
     Setting(
         "lease",

@@ -67,7 +67,7 @@ def vlm(
         raise _ArgumentError('names no model; write vlm("org/model")')
     texts = [_name(name) for name in names]
     if len(set(texts)) < len(texts):
-        raise _ArgumentError("names a model twice")
+        raise _ArgumentError("names a model twice; name it once")
     if revision is not None:
         texts = [_at_revision(texts, revision)]
     first = VlmSpec(
@@ -85,25 +85,25 @@ def vlm_requires(
     vram_gib: float | str | None = None,
     total_vram_gib: float | str | None = None,
     capability: tuple[int, int] | str | float | None = None,
-    bf16: bool = False,
-    fp8: bool = False,
-    p2p: bool = False,
-    exclusive: bool = False,
+    bf16: bool | None = False,
+    fp8: bool | None = False,
+    p2p: bool | None = False,
+    exclusive: bool | None = False,
     reason: str | None = None,
 ) -> Requirements:
     """Skip unless GPUs can do it: count, free memory on each and in all (GiB, or text as "80GB"), capability, links."""
     from .requirements import BF16_CAPABILITY, FP8_CAPABILITY, Requirements
 
     floors = [_capability(capability)]
-    floors += [BF16_CAPABILITY] if _flag("bf16", bf16) else []
-    floors += [FP8_CAPABILITY] if _flag("fp8", fp8) else []
+    floors += [BF16_CAPABILITY] if _wish("bf16", bf16) else []
+    floors += [FP8_CAPABILITY] if _wish("fp8", fp8) else []
     return Requirements(
         gpus=_count(gpus),
         vram_bytes=_size("vram_gib", vram_gib),
         total_vram_bytes=_size("total_vram_gib", total_vram_gib),
         capability=max((floor for floor in floors if floor is not None), default=None),
-        p2p=_flag("p2p", p2p),
-        exclusive=_flag("exclusive", exclusive),
+        p2p=_wish("p2p", p2p),
+        exclusive=_wish("exclusive", exclusive),
         reason=_reason(reason),
     )
 
@@ -184,7 +184,7 @@ def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
     # Stacked decorators apply from the bottom up, as with parametrize; read them in the order written.
     named = [spec for mark in closest for spec in read(mark, where)]
     if len(set(named)) < len(named):
-        raise wrong(f"{where}: @pytest.mark.vlm names a model twice.")
+        raise wrong(f"{where}: @pytest.mark.vlm names a model twice; name it once.")
     return tuple(completed(spec, definition, where) for spec in named)
 
 
@@ -294,7 +294,7 @@ def _misuse(mark: pytest.Mark) -> str:
         elif near in parameters:
             instead = f"write {near}=…"
         else:
-            instead = f"write @pytest.mark.{owner}({near}=…)" if owner else f"it takes {', '.join(parameters)}"
+            instead = f"write @pytest.mark.{owner}({near}=…)" if owner else f"it takes {', '.join(parameters) or 'none'}"
         return f"has no keyword {keyword!r}; {instead}"
     if mark.name == "vlm_limit_vram":
         return 'takes one size, such as vlm_limit_vram("18GiB")'
@@ -354,6 +354,11 @@ def _flag(keyword: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise _ArgumentError(f"has {keyword}={_shown(value)}; write True or False")
     return value
+
+
+def _wish(keyword: str, value: object) -> bool:
+    """``True``; ``False`` and ``None`` both mean that it does not matter."""
+    return value is not None and _flag(keyword, value)
 
 
 def _count(value: object) -> int:

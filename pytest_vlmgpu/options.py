@@ -92,6 +92,8 @@ class Settings(NamedTuple):
     report: Path | None = None
     wait: float | None = None
     """Seconds; ``None`` where it was not said."""
+    busy: Literal["error", "skip"] = "error"
+    """Of a test whose GPUs others have taken."""
     slots: int | None = 1
     """Models that may be loaded at once; ``None`` is as many as fit."""
     lease: Scope = "machine"
@@ -265,7 +267,9 @@ def _ini(config: pytest.Config, key: str) -> object:
         if match is not None:
             with suppress(ValueError, SyntaxError):
                 return ast.literal_eval(match[1])
-        raise pytest.UsageError(f"{WRONG}: {key}: {error}.") from error
+        # pytest's words for a setting that is on or off.
+        hint = "; write true or false" if "truth value" in str(error) else ""
+        raise pytest.UsageError(f"{WRONG}: {key}: {error}{hint}.") from error
 
 
 def parse_strict(text: str, origin: str) -> Strict:
@@ -372,7 +376,7 @@ def parse_switch(text: str, origin: str) -> bool:
     """
     if text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
-    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither on nor off.")
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither on nor off; write one of these.")
 
 
 def parse_device_map(text: str, origin: str) -> str:
@@ -428,6 +432,19 @@ def _parse_slots(text: str, origin: str) -> int | None:
     if re.fullmatch("[1-9][0-9]{0,3}", text, re.ASCII):
         return int(text)
     raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither a number from 1 on nor fit.")
+
+
+def parse_busy(text: str, origin: str) -> Literal["error", "skip"]:
+    """Read what becomes of a test whose GPUs others have taken.
+
+    Raises:
+        pytest.UsageError: It is neither.
+    """
+    if text.lower() == "skip":
+        return "skip"
+    if text.lower() == "error":
+        return "error"
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither error nor skip.")
 
 
 def parse_lease(text: str, origin: str) -> Scope:
@@ -516,6 +533,7 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "wait": parse_wait,
     "warm": parse_warm,
     "cold": _switch,
+    "busy": parse_busy,
     "slots": _parse_slots,
     "hide_gpu_from_cpu_tests": parse_switch,
     "lease": parse_lease,

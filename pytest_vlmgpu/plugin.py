@@ -64,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for alias in found.values():
             config.addinivalue_line("markers", f"{alias.name}{alias.signature}: stands for {alias.target} of pytest-vlmgpu")
     config.stash[OURS] = concern.Ours(found)
+    config.pluginmanager.register(concern.Parametrizing(found), "vlmgpu-parametrizing")
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
     for line in declare.MARKERS:
         config.addinivalue_line("markers", line)
@@ -100,14 +101,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from .workers.scheduling import make
 
     return make(config, log)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make the models a test names a session-wide parameter: pytest then keeps one loaded at a time."""
-    if "vlm" in metafunc.fixturenames and concern.may_name_several(metafunc):
-        from .collection import collecting
-
-        collecting.parametrize(metafunc)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,6 +8,7 @@ read or does not land where it should, is an error: a run must not turn green be
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Final, Literal
 
 NO_GPU: Final = "VLM701"
@@ -38,6 +39,27 @@ OUT_OF_MEMORY_IN_TEST: Final = "VLM752"
 LEFT_BY_MODEL: Final = "VLM753"
 LEFT_BY_TEST: Final = "VLM754"
 """74x are about the run as a whole, and about what a test does beside the gate."""
+
+
+class GateCode(str, Enum):
+    """Codes of verdicts, for a hook or a conftest that asks for one: ``verdict.code == GateCode.BUSY``."""
+
+    NO_GPU = NO_GPU
+    TOO_FEW = TOO_FEW
+    TOO_SMALL = TOO_SMALL
+    TOO_OLD = TOO_OLD
+    DOES_NOT_FIT = DOES_NOT_FIT
+    NO_PEERS = NO_PEERS
+    BUSY = BUSY
+    FAULT = FAULT
+    UNREADABLE = UNREADABLE
+    OFFLOADED = OFFLOADED
+    OUT_OF_MEMORY = OUT_OF_MEMORY
+    MISPLACED = MISPLACED
+    WRONG = WRONG
+    LEASED = LEASED
+    NO_LEASES = NO_LEASES
+    NOT_SHARED = NOT_SHARED
 
 
 @dataclass(frozen=True)

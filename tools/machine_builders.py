@@ -30,7 +30,12 @@ from vlm_doctor.units import GIB
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 RULES = (
-    VersionRule(requirer="transformers", requirement="accelerate>=1.1.0", source="transformers/utils/import_utils.py"),
+    VersionRule(
+        requirer="transformers",
+        requirement="accelerate>=1.1.0",
+        source="transformers/utils/import_utils.py",
+        is_optional=True,
+    ),
     VersionRule(requirer="transformers", requirement="tokenizers>=0.23.1,<0.24", source="Requires-Dist of transformers"),
     VersionRule(
         requirer="transformers",

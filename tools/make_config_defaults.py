@@ -58,6 +58,8 @@ KEYS = [
     "full_attention_interval",
     "max_window_layers",
     "num_kv_shared_layers",
+    "hidden_size_per_layer_input",
+    "use_double_wide_mlp",
     "mm_tokens_per_image",
     "tie_word_embeddings",
 ]

@@ -61,6 +61,8 @@ def best_index(facts: Facts) -> str | None:
 
 def index_of(build: TorchBuild) -> str | None:
     """Index of the wheels that go with an installed torch; ``None`` for a build that is on none."""
+    if build.version.endswith("+cpu"):
+        return f"{TORCH_INDEX}/cpu"
     cuda = (build.cuda or "").replace(".", "")
     return f"{TORCH_INDEX}/cu{cuda}" if re.fullmatch(r"[0-9]{3}", cuda, re.ASCII) else None
 

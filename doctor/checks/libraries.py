@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _LOADERS = ("transformers", "accelerate")
 """What loading with a ``device_map`` takes besides torch."""
+_VITAL = ("torch", "accelerate")
+"""Optional to transformers, and not to a model on GPUs. Source: transformers, utils/import_utils.py (below its minimum
+torch counts as absent) and integrations/accelerate.py (check_and_set_device_map)."""
 
 
 def torch_missing(facts: Facts) -> Result:
@@ -154,7 +157,8 @@ def rule_not_met(facts: Facts) -> Result:
     Install a version that suits; the finding gives the command. `pip check` sees only a part of these rules.
 
     ## When it is fine
-    An optional package that is not used: it is a warning.
+    An optional package that is not used: it is a warning. torch and accelerate are optional to transformers as well, but
+    not to a model on GPUs: without the first no model loads, without the second none gets a `device_map`.
 
     ## Sources
     `Requires-Dist` of the installed packages, transformers' `dependency_versions_table.py` and `import_utils.py`.
@@ -218,6 +222,7 @@ def _violation(facts: Facts, rule: VersionRule, requirement: Requirement, positi
     libraries = facts.machine.libraries
     name = canonicalize_name(requirement.name)
     is_python = name == "python"
+    is_vital = rule.requirer == "transformers" and name in _VITAL and facts.has_hardware
     version = libraries.version(rule.requirer) if libraries is not None else None
     installed = (libraries.python if is_python else libraries.version(name)) if libraries is not None else None
     wanted = f"{requirement.name}{requirement.specifier}"
@@ -229,7 +234,7 @@ def _violation(facts: Facts, rule: VersionRule, requirement: Requirement, positi
         command = torch_command(facts, wanted) if name == "torch" else pip(facts, "install", wanted)
         fix = Fix(text=f"Install a {name} that suits.", commands=(command,))
     return found(
-        "warning" if rule.is_optional else "error",
+        "warning" if rule.is_optional and not is_vital else "error",
         f"{requirement.name} {plain(installed or '')} does not suit {plain(rule.requirer)} {plain(version or '')}, "
         f"which asks for {wanted}.",
         cause="transformers then says that accelerate is not installed." if name == "accelerate" else None,

@@ -126,7 +126,10 @@ def gate(options: Namespace) -> int:
 
 def _suggest(report: Report, options: Namespace) -> Report:
     """Add a plan for ``--model``. The default model must not stop a check: that it cannot be read becomes a note."""
-    if not report.machine.gpus:
+    from ..visibility import visible_gpus
+
+    if not visible_gpus(report.machine).gpus:
+        # Nothing to place it on; where GPUs are hidden, a finding says so.
         return report
     from ..answer import with_suggestion
     from ..sources.model_files import load_profile

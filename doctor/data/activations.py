@@ -114,14 +114,17 @@ TEXT: dict[str, TextCoefficient] = {
 
 BODIES: dict[str, TextCoefficient] = {
     **dict.fromkeys(
-        ("granite", "lfm2", "llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "smollm3"),
+        ("granite", "llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "smollm3"),
         msgspec.structs.replace(_GATE_AND_UP_APART, linear_multiple=26.3),
     ),
+    # Layers without attention are short convolutions, which need less than their MLP.
+    **dict.fromkeys(("lfm2", "lfm3"), msgspec.structs.replace(_GATE_AND_UP_APART, linear_multiple=3)),
     **dict.fromkeys(("glm", "glm4", "phi", "phi3"), _MERGED),
     **dict.fromkeys(("mixtral", "qwen3_moe", "qwen3_vl_moe_text", "aria_text"), _EXPERTS),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4v_moe_text", "kimi_k2"), _EXPERTS_IN_FLOAT32),
     **dict.fromkeys(("ernie4_5_vl_moe_text", "qwen3_5_moe_text", "qwen3_next"), _EXPERTS_BESIDE_SHARED),
     "cohere2": TextCoefficient(3, 3.07, f"{_COUNTED}; it rotates in float32", attention_multiple=13.1),
+    "gemma3n_text": TextCoefficient(4, 21, f"{_COUNTED}; it carries four hidden states"),
     "gemma4_text": TextCoefficient(3, 3.8, _COUNTED),
     "llama4_text": TextCoefficient(
         3, 4.1, f"{_COUNTED}; every expert sees every token", experts_hidden_multiple=2, beside_experts=4.1,

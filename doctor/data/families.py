@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .image_rules import IMAGE_RULES, ImageConstants
+from .linear_weights import QUANTIZED, UNQUANTIZED
 
 Rename = tuple[str, str]
 """Dotted prefix in the checkpoint, dotted prefix in the class. The first that matches whole components wins. ``#`` in the
@@ -44,6 +45,10 @@ class FamilyRules(NamedTuple):
     """Elements a token while a layer runs: multiples of the MLP's width and of the hidden size."""
     vision_multiples: tuple[float, float] | None = None
     """The same for a patch in the tower."""
+    unquantized: tuple[str, ...] = ()
+    """Parts of names (whole components) below which bitsandbytes quantizes nothing."""
+    quantized: tuple[str, ...] = ()
+    """Modules or parameters that it quantizes though they do not look like linear layers."""
 
 
 FamilyChanges = Mapping[str, Any]
@@ -414,6 +419,8 @@ def rules_of(model_type: str, architecture: str = "") -> FamilyRules:
         tower_buffers=TOWER_BUFFERS.get(model_type, ()),
         runs_inner_generate=architecture.startswith(INNER_GENERATE),
         image=IMAGE_RULES.get(model_type),
+        unquantized=UNQUANTIZED.get(model_type, ()),
+        quantized=QUANTIZED.get(model_type, ()),
     )
 
 

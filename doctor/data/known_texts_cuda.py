@@ -25,8 +25,9 @@ TEXTS: tuple[KnownText, ...] = (
     KnownText(
         name="no-driver",
         code="VLM102",
-        anchors=("found no nvidia driver", "couldn't communicate with the nvidia driver"),
-        pattern=r"Found no NVIDIA driver on your system|couldn't communicate with the NVIDIA driver",
+        anchors=("found no nvidia driver", "couldn't communicate with the nvidia driver", "libcuda.so"),
+        pattern=r"Found no NVIDIA driver on your system|couldn't communicate with the NVIDIA driver"
+        r"|libcuda\.so(?:\.1)?: cannot open shared object file",
         example="RuntimeError: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and "
         "installed "
         "a driver from http://www.nvidia.com/Download/index.aspx",
@@ -89,8 +90,14 @@ TEXTS: tuple[KnownText, ...] = (
     KnownText(
         name="kernel-image-missing",
         code="VLM307",
-        anchors=("no kernel image", "is not compatible with the current pytorch", "invalid device function"),
+        anchors=(
+            "no kernel image",
+            "kernel image is invalid",
+            "is not compatible with the current pytorch",
+            "invalid device function",
+        ),
         pattern=r"no kernel image is available for execution on the device|invalid device function"
+        r"|device kernel image is invalid"
         r"|CUDA capability (?P<capability>sm_\d{2,3}) is not compatible with the current PyTorch",
         example="RuntimeError: CUDA error: no kernel image is available for execution on the device",
         says="torch, or an extension such as flash-attn or bitsandbytes, has no machine code for this GPU.",
@@ -98,7 +105,7 @@ TEXTS: tuple[KnownText, ...] = (
         commands=("nvidia-smi --query-gpu=index,name,compute_cap --format=csv",),
         verify="python -c 'import torch; print(torch.cuda.get_arch_list())'",
         checks=("VLM307",),
-        source="cudaErrorNoKernelImageForDevice (209); pytorch #172352, Whisper-WebUI #653",
+        source="cudaErrorNoKernelImageForDevice (209), cudaErrorInvalidKernelImage (200); pytorch #172352",
     ),
     KnownText(
         name="fabric-not-up",
@@ -187,8 +194,10 @@ TEXTS: tuple[KnownText, ...] = (
             "cudaerrorunknown",
             "driver initialization failed",
             "cuda error: initialization error",
+            "cuda error: unknown error",
         ),
-        pattern=r"CUDA unknown error|cudaErrorUnknown|CUDA driver initialization failed|CUDA error: initialization error",
+        pattern=r"CUDA unknown error|cudaErrorUnknown|CUDA driver initialization failed"
+        r"|CUDA error: (?:initialization|unknown) error",
         example="RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment, e.g. "
         "changing env "
         "variable CUDA_VISIBLE_DEVICES after program start. Setting the available devices to be zero.",
@@ -204,7 +213,7 @@ TEXTS: tuple[KnownText, ...] = (
     KnownText(
         name="devices-busy",
         code="VLM109",
-        anchors=("devices are busy or unavailable", "devices is/are busy", "cudaerrordevicesunavailable"),
+        anchors=("busy or unavailable", "cudaerrordevicesunavailable"),
         pattern=r"CUDA-capable device\(?s?\)? (?:is/)?are busy or unavailable|cudaErrorDevicesUnavailable",
         example="RuntimeError: CUDA error: all CUDA-capable devices are busy or unavailable",
         says="The GPU takes one process at a time (compute mode), or another program holds it.",
@@ -214,6 +223,21 @@ TEXTS: tuple[KnownText, ...] = (
         verify=_INIT,
         checks=("VLM109", "VLM501", "VLM108"),
         source="cudaErrorDevicesUnavailable (46); pytorch #3871, timm #1033",
+    ),
+    KnownText(
+        name="no-devices",
+        code="VLM107",
+        anchors=("no devices were found",),
+        pattern=r"^No devices were found",
+        example="No devices were found",
+        says="nvidia-smi reaches the driver, and the driver could start no GPU.",
+        fix="Look in the kernel log for what the driver says of the card.",
+        commands=("sudo dmesg | grep -iE 'nvrm|xid'",),
+        who="administrator",
+        verify="nvidia-smi",
+        checks=("VLM113", "VLM107", "VLM103", "VLM108", "VLM114"),
+        source="nvidia-smi, exit status 6; open-gpu-kernel-modules #862",
+        rank="symptom",
     ),
     KnownText(
         name="gpu-lost",

@@ -134,8 +134,8 @@ TEXTS: tuple[KnownText, ...] = (
             "_array_api",
         ),
         pattern=r"undefined symbol: (?P<symbol>ncclComm\w{1,40}|__nvJitLink\w{1,60}|cudnn\w{1,60}|cublas\w{1,60})"
-        r"|cuDNN version incompatibility: PyTorch was compiled +against \((?P<built>[\d, ]{1,20})\) but linked "
-        r"against \((?P<linked>[\d, ]{1,20})\)"
+        r"|cuDNN version incompatibility: PyTorch was compiled {1,3}against \((?P<built>[\d, ]{1,20})\) but "
+        r"(?:linked against|found runtime version) \((?P<linked>[\d, ]{1,20})\)"
         r"|(?P<library>lib(?:cudnn|cublas|cudart|nccl|cusparse|cufft|curand|nvJitLink|nvrtc|torch|c10)[\w.-]{0,40}): "
         r"cannot open shared object"
         r"|version `(?P<glibc>GLIBC(?:XX)?_[\d.]{1,10})' not found",

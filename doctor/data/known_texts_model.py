@@ -281,7 +281,8 @@ TEXTS: tuple[KnownText, ...] = (
             "localentrynotfound",
             "repositorynotfound",
         ),
-        pattern=r"Cannot access gated repo|40[13] Client Error|is not a local folder and is not a valid model identifier"
+        pattern=r"(?:Cannot access|trying to access a) gated repo|40[13] Client Error"
+        r"|is not a local folder and is not a valid model identifier"
         r"|couldn't connect to '?https://huggingface\.co|offline mode is "
         r"enabled|LocalEntryNotFoundError|RepositoryNotFoundError",
         example="OSError: You are trying to access a gated repo. 401 Client Error. Cannot access gated repo for url "

@@ -16,7 +16,7 @@ _LEVELS: dict[Severity, str] = {"error": "error", "warning": "warning", "info": 
 
 
 def render(report: Report, look: Look) -> str:
-    """Write one command a finding, then the verdict as plain text."""
+    """Write one command a finding, then the verdict and what has to be said of the run as plain text."""
     refuse_other_reports(report, "github")
     lines = []
     if report.gate is not None and not report.gate.is_met:
@@ -27,7 +27,7 @@ def render(report: Report, look: Look) -> str:
     for finding in report.diagnosis.findings if report.diagnosis is not None else ():
         body = "\n".join([inert(finding.message), *since(report, finding.code), *advice(finding, report.diagnosis)])
         lines.append(command(_LEVELS[finding.severity], f"{finding.code} {finding.title}", body))
-    text = "".join(f"{line}\n" for line in [*lines, headline(report)])
+    text = "".join(f"{line}\n" for line in [*lines, headline(report), *map(inert, report.notes)])
     return text if look.is_unicode else text.encode("ascii", "backslashreplace").decode()
 
 

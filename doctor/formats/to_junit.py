@@ -46,7 +46,8 @@ def render(report: Report, look: Look) -> str:  # noqa: ARG001 - every format ta
     changed: list[tuple[str, str]] = []
     if report.changes is not None:
         changed = [("since", report.changes.since), *(("changed", change.text) for change in report.changes.changes)]
-    for name, value in (*facts.items(), *changed[:_MOST_CHANGES]):
+    noted = [("note", note) for note in report.notes]
+    for name, value in (*facts.items(), *changed[:_MOST_CHANGES], *noted):
         ET.SubElement(properties, "property", name=name, value=_safe(inert(value)))
     suite.extend(cases)
     root = ET.Element("testsuites", name="vlm-doctor")

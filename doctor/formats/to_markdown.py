@@ -35,6 +35,7 @@ def render(report: Report, look: Look) -> str:
             lines += ["<details><summary>Not known</summary>", ""]
             lines += [f"- {one.code} {escaped(one.title)}: {escaped(one.reason or one.state)}" for one in unknown]
             lines += ["", "</details>", ""]
+    lines += [line for note in report.notes for line in (escaped(note), "")]
     lines.append(f"vlm-doctor {report.version}, {escaped(report.machine.description)}")
     text = "\n".join(lines) + "\n"
     return text if look.is_unicode else text.encode("ascii", "xmlcharrefreplace").decode()

@@ -15,6 +15,7 @@ from .memory import Footprint, StageNeed, loaded_dtype, unit_bytes
 from .order import Split
 from .own_code import about_own_code
 from .problem import Problem
+from .quantized_rules import UNPACK_WHILE_LOADING, about_quantization, loses_hooks
 from .release import is_before_5
 from .search import Choice
 
@@ -90,8 +91,9 @@ def _cache_source(footprint: Footprint) -> str:
     """How a layer's cache is counted."""
     text = footprint.profile.text
     if text.kv_lora_rank is None:
-        return f"2 x layers x {text.kv_heads} KV heads x {text.head_dim} x bytes x tokens x batch"
-    keys, values = kept_elements(text, footprint.release)
+        own = f" (full attention: {text.full_kv_heads} x {text.full_head_dim})" if text.full_head_dim else ""
+        return f"2 x layers x {text.kv_heads} KV heads x {text.head_dim}{own} x bytes x tokens x batch"
+    keys, values = kept_elements("full", text, footprint.release)
     which = "4 keeps keys and values expanded" if is_before_5(footprint.release) else "5 keeps them compressed"
     if footprint.profile.is_remote_code:
         return f"layers x {keys + values} x bytes x tokens x batch (its own code keeps keys and values expanded)"
@@ -271,6 +273,10 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
     result.append(f"Activations: {activations_source(problem)}.")
     if profile.quantization and workload.dtype:
         result.append(f"The checkpoint is quantized ({profile.quantization}): those weights keep their type.")
+    result += about_quantization(profile, workload)
+    lost = loses_hooks(profile, problem.machine) if choice and len(choice.split.gpus) > 1 else None
+    if lost:
+        result.append(f"{lost[0].upper()}{lost[1:]}. {UNPACK_WHILE_LOADING}")
     positions = profile.text.max_positions
     if positions is not None:
         needed = workload.text_tokens + footprint.images.tokens + workload.new_tokens

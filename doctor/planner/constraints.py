@@ -9,6 +9,7 @@ import msgspec
 from ..data.joins import WHOLE
 from ..errors import ModelFileError
 from ..model import ModelProfile, Unit
+from .quantized_rules import why_on_one_gpu
 
 
 class Atom(msgspec.Struct, frozen=True):
@@ -44,7 +45,8 @@ class Chain(msgspec.Struct, frozen=True):
 
 def can_break_tower(profile: ModelProfile) -> bool:
     """Whether the vision tower has parts that a cut may separate."""
-    return profile.model_type not in WHOLE and any(part.layer is not None for unit in profile.units for part in unit.parts)
+    is_whole = profile.model_type in WHOLE or why_on_one_gpu(profile) is not None
+    return not is_whole and any(part.layer is not None for unit in profile.units for part in unit.parts)
 
 
 def chain(profile: ModelProfile, *, breaks_tower: bool = False) -> Chain:
@@ -55,7 +57,7 @@ def chain(profile: ModelProfile, *, breaks_tower: bool = False) -> Chain:
     - Tied units share a device, at the earliest of them.
     - A class that runs an inner ``generate`` wants its logits on the device of the inputs: norm, head and last layer join
       the anchor.
-    - A family that no cut suits (``WHOLE``) is one atom.
+    - A family that no cut suits (``WHOLE``) is one atom, and so is a checkpoint whose quantizer takes one GPU alone.
     - Otherwise the head stays with the norm, behind the layers; a norm without its head stays with the last layer.
 
     Args:
@@ -69,8 +71,9 @@ def chain(profile: ModelProfile, *, breaks_tower: bool = False) -> Chain:
     layers = [unit.key for unit in profile.units if unit.role == "layer"]
     if not layers:
         raise ModelFileError(f"{profile.name}: no text layers were found in the checkpoint, so there is nothing to place.")
-    if profile.model_type in WHOLE:
-        why = f"All of the model stays on one GPU: {WHOLE[profile.model_type]}."
+    whole = WHOLE.get(profile.model_type) or why_on_one_gpu(profile)
+    if whole:
+        why = f"All of the model stays on one GPU: {whole}."
         return Chain((Atom(profile.units, has_tower=True, has_embedding=True),), (why,))
     is_broken = breaks_tower and can_break_tower(profile)
     tail = len(layers) + 1

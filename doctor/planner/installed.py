@@ -9,15 +9,45 @@ import msgspec
 from ..data.families import NORM_OUTSIDE_BEFORE
 from ..data.joins import TOWER_WINDOWED
 from ..machine import Machine
-from ..model import ModelProfile, Unit
+from ..model import LinearWeights, ModelProfile, Unit
 from .quantized import unpacked
-from .release import Release, is_before_5, release_of
+from .release import Release, is_before_5, release_for, release_of
 
 
 def as_loaded(profile: ModelProfile, machine: Machine) -> ModelProfile:
     """The profile as this machine will hold it, if its transformers is known; as the newest would, if not."""
     release = release_of(machine)
-    return unpacked(_with_norm_outside(_with_whole_tower(profile, release), release), machine)
+    found = _with_norm_outside(_with_whole_tower(profile, release), release)
+    if is_before_5(release_for(profile, machine)):
+        found = _with_single_experts(found)
+    if is_before_5(release):
+        found = _with_packed_words(found)
+    return unpacked(found, machine)
+
+
+def _with_single_experts(profile: ModelProfile) -> ModelProfile:
+    """Experts that are linear layers, which bitsandbytes quantizes."""
+    if not any(unit.expert_linear.tensors for unit in profile.units):
+        return profile
+    return msgspec.structs.replace(profile, units=tuple(map(_with_expert_layers, profile.units)))
+
+
+def _with_expert_layers(unit: Unit) -> Unit:
+    parts = tuple(map(_with_expert_layers, unit.parts))
+    linear = unit.linear + unit.expert_linear
+    return msgspec.structs.replace(unit, linear=linear, expert_linear=LinearWeights(), parts=parts)
+
+
+def _with_packed_words(profile: ModelProfile) -> ModelProfile:
+    """Weights that compressed-tensors has unpacked, and the words they were packed in."""
+    if not any(unit.packed_bytes for unit in profile.units):
+        return profile
+    return msgspec.structs.replace(profile, units=tuple(map(_with_words, profile.units)))
+
+
+def _with_words(unit: Unit) -> Unit:
+    kept = (unit.kept_bytes or 0) + unit.packed_bytes
+    return msgspec.structs.replace(unit, kept_bytes=kept, packed_bytes=0, parts=tuple(map(_with_words, unit.parts)))
 
 
 def _with_whole_tower(profile: ModelProfile, release: Release) -> ModelProfile:

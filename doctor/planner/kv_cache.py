@@ -22,8 +22,8 @@ class Cached(NamedTuple):
     """When the last token has been made."""
 
 
-def kept_elements(text: TextShape, release: Release) -> tuple[int, int]:
-    """Elements a token of the keys and of the values.
+def kept_elements(kind: LayerCache, text: TextShape, release: Release) -> tuple[int, int]:
+    """Elements a token of the keys and of the values that a kind of layer keeps.
 
     Multi-head latent attention keeps one compressed vector and the rotated part of the keys under transformers 5
     (``expand_kv`` of modeling_deepseek_v3.py comes behind the cache), the expanded keys and values of every head before.
@@ -33,7 +33,8 @@ def kept_elements(text: TextShape, release: Release) -> tuple[int, int]:
         if is_before_5(release):
             return text.heads * (rest + rotated), text.heads * value
         return text.kv_lora_rank, rotated
-    return text.kv_heads * text.head_dim, text.kv_heads * text.head_dim
+    heads, width = text.heads_of(kind)
+    return heads * width, heads * width
 
 
 def cached(
@@ -55,7 +56,7 @@ def cached(
     if kind == "linear":
         state = 4 * workload.batch * _STATE_ELEMENTS * text.hidden
         return Cached(state, state)
-    each = sum(kept_elements(text, release)) * item_bytes * workload.batch
+    each = sum(kept_elements(kind, text, release)) * item_bytes * workload.batch
     if kind == "cross":
         return Cached(each * features, each * features)
     window = {"sliding": text.sliding_window, "chunked": text.attention_chunk}.get(kind)

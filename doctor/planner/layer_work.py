@@ -84,7 +84,8 @@ def _attention(kind: LayerKind, text: TextShape, coefficient: TextCoefficient) -
         rotated, rest, value = text.qk_rope_head_dim or 0, text.qk_nope_head_dim or 0, text.v_head_dim or text.head_dim
         of_head = 3 * (rest + rotated) + (rest + value) + 2 * value + rotated
         return 2.05 * text.hidden + text.heads * of_head + text.kv_lora_rank + 4 * rotated
-    return 2.1 * text.hidden + coefficient.attention_multiple * text.heads * text.head_dim
+    _, head_dim = text.heads_of(kind.cache)
+    return 2.1 * text.hidden + coefficient.attention_multiple * text.heads * head_dim
 
 
 def _experts(profile: ModelProfile, coefficient: TextCoefficient, release: Release) -> float:
@@ -144,7 +145,8 @@ def layer_bytes(
     kept, attention = pairs(kind, profile, workload, images, prompt_tokens)
     result = math.ceil(each * elements_of(kind, profile, release))
     if attention:
-        states = max(ATTENTION_STATES * text.hidden, 2.2 * text.hidden + _EAGER_QUERIES * text.heads * text.head_dim)
+        _, head_dim = text.heads_of(kind.cache)
+        states = max(ATTENTION_STATES * text.hidden, 2.2 * text.hidden + _EAGER_QUERIES * text.heads * head_dim)
         if text.kv_lora_rank is not None:
             states = _attention(kind, text, coefficient_of(profile))
         result = max(result, math.ceil(each * states) + attention)
@@ -165,14 +167,15 @@ def next_token_bytes(kind: LayerKind, profile: ModelProfile, workload: Workload,
         experts = 3 * passed * _expert_width(text) * text.hidden * item_bytes
     if kind.cache in ("linear", "none"):
         return experts
-    keys, values = kept_elements(text, release)
+    keys, values = kept_elements(kind.cache, text, release)
+    kv_heads, head_dim = text.heads_of(kind.cache)
     joined = 0 if kind.cache == "cross" else max(keys, values) * each
     expanded = 0
     if text.kv_lora_rank is not None:
         rotated, rest, value = text.qk_rope_head_dim or 0, text.qk_nope_head_dim or 0, text.v_head_dim or text.head_dim
         expanded = 0 if is_before_5(release) else text.heads * (2 * rest + rotated + value) * each
-    elif workload.attention == "eager" and text.heads > text.kv_heads:
-        expanded = 2 * text.heads * text.head_dim * each
+    elif workload.attention == "eager" and text.heads > kv_heads:
+        expanded = 2 * text.heads * head_dim * each
     if workload.attention == "eager":
         expanded += text.heads * workload.batch * tokens * score_bytes(profile, workload)
     return max(joined, expanded, experts)

@@ -13,6 +13,7 @@ from .map_devices import OFF_GPU, shown, spelled
 from .map_joins import path
 from .map_layout import Layout
 from .map_question import Question, finding, listed
+from .quantized_rules import UNPACK_WHILE_LOADING, loses_hooks, method_of, refusal, why_on_one_gpu
 
 _MOST_PERMUTED = 6
 """720 orders are compared; with more GPUs the planner's own map is the better answer."""
@@ -23,6 +24,37 @@ def about_devices(question: Question, layout: Layout, given: Mapping[str, int | 
     yield from unusable_devices(question, layout, given)
     yield from misleading_spelling(question, given)
     yield from off_gpu(question, layout)
+    yield from parted_in_vain(question, layout)
+
+
+def parted_in_vain(question: Question, layout: Layout) -> Iterator[Finding]:
+    """A quantized checkpoint on several GPUs that cannot be loaded so, or cannot run so."""
+    gpus = sorted({device for device in layout.device_map.values() if isinstance(device, int)})
+    if len(gpus) < 2:
+        return
+    parted = f"The map parts the model over {listed([shown(gpu) for gpu in gpus])}"
+    why = why_on_one_gpu(question.profile)
+    if why is not None:
+        yield finding(
+            question,
+            "VLM617",
+            "error",
+            f"{parted}: {why}.",
+            cause="transformers refuses the map before it loads anything (RuntimeError).",
+            fix="Put the whole model on one GPU.",
+            devices=gpus,
+        )
+    lost = loses_hooks(question.profile, question.machine)
+    if lost is not None:
+        yield finding(
+            question,
+            "VLM626",
+            "warning",
+            f"{parted}, and {lost}.",
+            cause="\"'...' object has no attribute '_hf_hook'\" (AttributeError).",
+            fix=UNPACK_WHILE_LOADING,
+            devices=gpus,
+        )
 
 
 def unusable_devices(question: Question, layout: Layout, given: Mapping[str, int | str]) -> Iterator[Finding]:
@@ -107,14 +139,16 @@ def off_gpu(question: Question, layout: Layout) -> Iterator[Finding]:
             continue
         is_alone = not any(isinstance(device, int) for device in layout.device_map.values())
         seen = [(key, place) for key in keys[:3]]
-        if question.workload.quantization and not is_alone:
+        refused = refusal(question.profile, question.workload, place, is_alone=is_alone)
+        if refused is not None:
+            method = method_of(question.profile, question.workload)
             yield finding(
                 question,
                 "VLM619",
                 "error",
-                f"{listed([repr(key) for key in keys])} on the {place}: with bitsandbytes transformers refuses such a map.",
-                cause='"Some modules are dispatched on the CPU or the disk" (ValueError).',
-                fix="Keep every module on a GPU.",
+                f"{listed([repr(key) for key in keys])} on the {place}: with {method} transformers refuses such a map.",
+                cause=refused.error,
+                fix=f"Keep every module on a GPU. {refused.way_out}".rstrip(),
                 seen=seen,
             )
             continue

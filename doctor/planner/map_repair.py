@@ -18,6 +18,7 @@ from .map_layout import Device, Layout
 from .map_pieces import Anatomy, Piece
 from .map_question import Question, listed
 from .place import Need
+from .quantized_rules import refusal
 
 Place = dict[str, Device]
 """Piece to device."""
@@ -64,7 +65,7 @@ def _usable(question: Question) -> Callable[[Device], bool]:
 
     def check(device: Device) -> bool:
         if device in OFF_GPU:
-            return not question.workload.quantization
+            return refusal(question.profile, question.workload, str(device), is_alone=False) is None
         return question.gpu_of(device) in usable
 
     return check

@@ -349,7 +349,7 @@ class Footprint:
         work = self._step_work(text_tokens)
         weights, copy_bytes = self._weights, self.copy_bytes
         constant = 0 if self.is_bare else FRAGMENTATION_BYTES
-        share = 0 if self.is_bare or self.workload.allocator == "expandable" else FRAGMENTATION_OF_TRAINING
+        share = self._step_share()
         known: dict[tuple[int, int], int] = {}
 
         def need(first: int, end: int) -> int:
@@ -408,7 +408,12 @@ class Footprint:
             held=forward.held if holding.has_embedding else 0,
             encode=forward.encode if holding.has_tower else 0,
             tower=work.tower_backward if holding.has_tower else 0,
+            wasted=self._step_share(),
         )
+
+    def _step_share(self) -> float:
+        """Of the activations of a training step, what the allocator wastes."""
+        return 0 if self.is_bare or self.workload.allocator == "expandable" else FRAGMENTATION_OF_TRAINING
 
 
 def _following(has: Sequence[bool]) -> list[int]:

@@ -13,6 +13,7 @@ from ..placement import Offload
 from ..units import GIB, format_gib
 from .memory import unit_bytes
 from .problem import Problem
+from .quantized_rules import refusal
 
 HOST_RESERVE_BYTES = 3 * GIB
 """Host memory for Python, torch, transformers and CUDA's own: 0.3 GiB measured with a CPU build of torch 2.13, the rest for
@@ -27,7 +28,9 @@ def obstacle(problem: Problem) -> str | None:
     profile, workload = problem.profile, problem.workload
     quantized = workload.quantization or profile.quantization
     if quantized:
-        return f"{profile.name} is loaded quantized ({quantized}), and such layers work on a GPU only"
+        refused = refusal(profile, workload, "cpu", is_alone=False)
+        why = "transformers refuses a map with the CPU in it" if refused else "such layers work on a GPU only"
+        return f"{profile.name} is loaded quantized ({quantized}), and {why}"
     if workload.training is not None:
         return "weights in host memory cannot be trained by accelerate's hooks"
     if any(budget.gpu.has_unified_memory for budget in problem.budgets):

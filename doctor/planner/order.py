@@ -68,6 +68,7 @@ def fastest_split(atoms: int, need: Need, fleet: Fleet, count: int, *, width: in
     split = search.best()
     if split is None:
         # The states that were kept are all dead ends: give up the links rather than the split.
+        assert width < 2**63, "No split holds the chain."
         split = fastest_split(atoms, need, fleet.without_preference, count, width=2**63)
     return msgspec.structs.replace(split, is_exact=is_exact)
 

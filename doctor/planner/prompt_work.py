@@ -21,6 +21,10 @@ from .weights import computed_item_bytes
 
 _JOINED_GATE_AND_UP = 4
 """``TextCoefficient.intermediate_multiple`` of bodies whose gate and up are one weight."""
+_PRODUCT_BYTES, _PRODUCT_OF_JOINED_BYTES = 4, 10
+"""A token and unit of the MLP's width, in 8 bit. The widest product is in int32 (4 bytes), in float16 and in the model's
+type at once: of ``up`` beside the result of ``gate`` 8 + 2 bytes where the layer's own figure has 3 x 2, of both in one
+16."""
 _NORM_STATES = 6
 """Hidden states that a norm over the whole prompt holds at once: input, output and two in float32."""
 
@@ -93,9 +97,17 @@ def prompt_work(
         head=max(_NORM_STATES * states, 2 * states + _logits(profile, workload, tokens, item)),
         answer=workload.batch * profile.text.vocabulary * (item + 4),
         pixels=pixels,
-        held=states + pixels + kept,
+        held=states + pixels + kept + _layer_inputs(profile, tokens, item),
         encode=encode,
     )
+
+
+def _layer_inputs(profile: ModelProfile, tokens: int, item_bytes: int) -> int:
+    """Embeddings that each layer has of its own: as looked up, and joined with their projection; with another copy of the
+    prompt's embedding. Counted for Gemma 3n and Gemma 4.
+    """
+    text = profile.text
+    return tokens * item_bytes * (2 * text.layers * text.layer_input + text.hidden) if text.layer_input else 0
 
 
 def _logits(profile: ModelProfile, workload: Workload, tokens: int, item_bytes: int) -> int:
@@ -113,13 +125,18 @@ def _logits(profile: ModelProfile, workload: Workload, tokens: int, item_bytes: 
 def _quantization_temporary(profile: ModelProfile, workload: Workload, tokens: int) -> int:
     """What quantized weights need beside a layer.
 
-    bitsandbytes unpacks the weight in use (nf4) or has its product in 32 bit (int8). Kernels of checkpoints that are
-    quantized already (AWQ, GPTQ, FP8 on cards without it) unpack the weight in use for long prompts.
+    bitsandbytes unpacks the weight in use (nf4), or has its product in 32 bit beside two results, the second in the model's
+    type (int8: ``int8_scaled_mm`` and ``int8_mm_dequant``, backends/cuda/ops.py). A layer's own figure holds three results
+    as wide as the MLP. Kernels of checkpoints that are quantized already (AWQ, GPTQ, FP8 on cards without it) unpack the
+    weight in use for long prompts.
     """
+    is_joined = coefficient_of(profile).intermediate_multiple >= _JOINED_GATE_AND_UP
     if profile.quantization:
-        joined = 2 if coefficient_of(profile).intermediate_multiple >= _JOINED_GATE_AND_UP else 1
-        return 2 * joined * profile.text.hidden * profile.text.intermediate
+        return 2 * (1 + is_joined) * profile.text.hidden * profile.text.intermediate
     if workload.quantization == "nf4":
         layers = (unit for unit in profile.units if unit.role == "layer")
-        return 2 * max(unit.largest_tensor_elements for unit in layers)
-    return 4 * tokens * profile.text.intermediate if workload.quantization == "int8" else 0
+        return computed_item_bytes(profile, workload) * max(unit.linear.largest for unit in layers)
+    if workload.quantization is None:
+        return 0
+    each = _PRODUCT_OF_JOINED_BYTES if is_joined else _PRODUCT_BYTES
+    return each * tokens * profile.text.intermediate

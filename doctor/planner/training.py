@@ -180,7 +180,16 @@ def _tower(
 
 
 def peak(
-    *, fixed: Trained, saved: int, again: int, last: int, loss: int, held: int, encode: int, tower: int
+    *,
+    fixed: Trained,
+    saved: int,
+    again: int,
+    last: int,
+    loss: int,
+    held: int,
+    encode: int,
+    tower: int,
+    wasted: float = 0,
 ) -> tuple[int, int, str]:
     """The worst moment of a step: bytes of adapters, states and gradients that are there, of all else beside the
     weights, and what happens then.
@@ -194,6 +203,8 @@ def peak(
         held: Of the prompt where it is embedded.
         encode: Of a tower that is only read, while it runs.
         tower: Of one block of a tower that is trained, on its way backward.
+        wasted: Share of all but weights, gradients and states that the allocator wastes on top. The worst moment is that
+            with what is wasted: otherwise a stage could become cheaper by an atom that makes another moment the worst.
     """
     moments = {
         "the vision tower runs": encode,
@@ -202,8 +213,13 @@ def peak(
         "the last gradients are computed": held + fixed.gradients + max(last, tower),
         "the optimizer steps": fixed.gradients + fixed.step,
     }
-    moment = max(moments, key=lambda name: moments[name])
+    moment = max(moments, key=lambda name: moments[name] + wasted * (moments[name] - _there(name, fixed)))
     # Backward runs in a thread of its own, which has a cuBLAS workspace of its own.
     moments[moment] += _WORKSPACE_BYTES
-    gradients = fixed.gradients if moment in ("the last gradients are computed", "the optimizer steps") else 0
+    gradients = _there(moment, fixed)
     return fixed.adapters + fixed.states + gradients, moments[moment] - gradients, moment
+
+
+def _there(moment: str, fixed: Trained) -> int:
+    """Bytes of gradients that are complete at a moment of a step."""
+    return fixed.gradients if moment in ("the last gradients are computed", "the optimizer steps") else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..model import ModelProfile, Unit
-from ..workload import Workload
+from ..data.quantization_rules import KEPT_IN_FLOAT32
+from ..model import LinearWeights, ModelProfile, Unit
+from ..workload import Quantization, Workload
 from .release import Release, is_before_5
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -17,8 +18,11 @@ _STORED_BITS = {
     "F4": 4,
 }  # fmt: skip
 """Bits of an element by safetensors' words; every other word (F8_E4M3, I8, U8, BOOL …) is one byte."""
-_NF4_BITS = 4.5
-"""4 bits and one float32 scale for 64 weights. Source: bitsandbytes, quantize_4bit with its default block of 64."""
+_NF4_BLOCK, _NF4_CODES_BYTES = 64, 64
+"""bitsandbytes keeps one float32 scale for so many weights of 4 bits, and with each tensor the 16 values they stand for.
+Source: ``quantize_4bit`` and ``get_4bit_type``, bitsandbytes 0.50, functional.py."""
+_SCALE_BYTES = 4
+"""Of a float32 scale: one a block (nf4), one a row (int8, ``SCB`` of ``Int8Params``)."""
 _TENSORS_OF_MODULE = 1.5
 """Bytes of the largest module in multiples of its largest tensor: ``gate_up_proj`` and ``down_proj`` of joined experts.
 Source: modeling_qwen3_vl_moe.py, modeling_glm4v_moe.py and modeling_gpt_oss.py of transformers 5.23."""
@@ -39,24 +43,35 @@ def unit_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
 
     A checkpoint that is already quantized keeps its quantized weights, and what it left in floats is converted. Otherwise
     float tensors are converted to the workload's dtype (``None``: the checkpoint's main one), and packed or integer tensors
-    stay. bitsandbytes keeps what it quantizes in 1 byte (int8) or 4.5 bits (nf4, scales included) an element, and the rest
-    in 16 bit.
+    stay. bitsandbytes replaces linear layers and leaves the rest in that dtype.
     """
     if profile.quantization and unit.kept_bytes is None:
         return unit.stored_bytes
-    size = item_bytes(loaded_dtype(profile, workload))
-    if profile.quantization:
-        plain = sum(count for stored, count in unit.parameters.items() if stored in _CONVERTED)
-        return (unit.kept_bytes or 0) + plain * size
-    if workload.quantization:
-        size = min(size, 2)
+    size = item_bytes("float32" if stays_float32(unit, profile, workload) else loaded_dtype(profile, workload))
     converted = sum(count for stored, count in unit.parameters.items() if stored in _CONVERTED)
+    if profile.quantization:
+        return (unit.kept_bytes or 0) + converted * size
     kept_bits = sum(
         count * _STORED_BITS.get(stored, 8) for stored, count in unit.parameters.items() if stored not in _CONVERTED
     )
-    quantized = min(unit.quantizable_elements, converted) if workload.quantization else 0
-    quantized_bits = quantized * (8 if workload.quantization == "int8" else _NF4_BITS)
-    return (converted - quantized) * size + math.ceil((quantized_bits + kept_bits) / 8)
+    kept_bytes = math.ceil(kept_bits / 8)
+    if workload.quantization is None:
+        return converted * size + kept_bytes
+    plain = max(0, converted - unit.linear.elements)
+    return plain * size + quantized_bytes(unit.linear, workload.quantization) + kept_bytes
+
+
+def stays_float32(unit: Unit, profile: ModelProfile, workload: Workload) -> bool:
+    """Whether transformers loads the unit in float32 though float16 is asked for."""
+    return loaded_dtype(profile, workload) == "float16" and unit.key in KEPT_IN_FLOAT32.get(profile.model_type, ())
+
+
+def quantized_bytes(linear: LinearWeights, quantization: Quantization) -> int:
+    """Bytes of linear weights as bitsandbytes keeps them, with their scales."""
+    if quantization == "int8":
+        return linear.elements + _SCALE_BYTES * linear.rows
+    scales = math.ceil(linear.elements / _NF4_BLOCK)
+    return math.ceil(linear.elements / 2) + _SCALE_BYTES * scales + _NF4_CODES_BYTES * linear.tensors
 
 
 def copied_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
@@ -73,9 +88,12 @@ def copied_bytes(unit: Unit, profile: ModelProfile, workload: Workload) -> int:
 
 
 def computed_item_bytes(profile: ModelProfile, workload: Workload) -> int:
-    """Bytes of an element of a hidden state: of the loaded type, 16 bit where weights are quantized."""
+    """Bytes of an element of a hidden state: of the loaded type, 16 bit in a checkpoint that is quantized already.
+
+    Layers of bitsandbytes give back the type that they are given (``Linear4bit.forward``, ``MatMul8bitLt``).
+    """
     size = item_bytes(loaded_dtype(profile, workload))
-    return min(size, 2) if profile.quantization or workload.quantization else size
+    return min(size, 2) if profile.quantization else size
 
 
 def score_bytes(profile: ModelProfile, workload: Workload) -> int:
@@ -95,15 +113,19 @@ def loading_bytes(units: Sequence[Unit], profile: ModelProfile, workload: Worklo
       another, and torch converts types on the CPU when a copy blocks (``copy_kernel_cuda`` of ATen's Copy.cu).
     - transformers 5 joins the experts of a layer on the GPU: those of ``gate`` and of ``up`` are stacked, then both are
       joined, so that they exist twice (``MergeModulelist`` and ``Concatenate`` of core_model_loading.py, 5.23).
-    - bitsandbytes gets each tensor in 16 bit on the GPU, one after another, since transformers does not read ahead then.
+    - bitsandbytes gets each linear weight on the GPU as it is before, one after another, since transformers does not read
+      ahead then. In 8 bit a copy in float16 comes beside it (``Bnb8bitQuantize``, which holds the first, and
+      ``Int8Params._quantize``); transformers 4 reads it on the CPU, unless the whole model is on one GPU.
     """
     layers = [unit for unit in units if unit.role == "layer"]
     text = profile.text
     joined = 0
+    size = item_bytes(loaded_dtype(profile, workload))
     if layers and text.experts and not is_before_5(release) and not profile.quantization:
         width = text.expert_width or text.intermediate // max(1, text.active_experts)
-        size = computed_item_bytes(profile, workload)
+        # Joined experts are none of bitsandbytes' layers: they stay in the loaded type.
         joined = min(2 * text.experts * width * text.hidden * size, max(unit_bytes(u, profile, workload) for u in layers))
-    if not workload.quantization:
+    if workload.quantization is None:
         return joined
-    return max(joined, 2 * max((unit.largest_tensor_elements for unit in units if unit.quantizable_elements), default=0))
+    copies = size + (2 if workload.quantization == "int8" or is_before_5(release) else 0)
+    return max(joined, copies * max((unit.linear.largest for unit in units), default=0))

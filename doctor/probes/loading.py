@@ -34,13 +34,15 @@ def auto_class(transformers: Any, config: Any) -> Any | None:
     return None if name is None else getattr(transformers, name)
 
 
-def workload_options(transformers: Any, *, attention: str, quantization: str | None) -> dict[str, Any]:
+def workload_options(transformers: Any, *, attention: str, quantization: str | None, dtype: Any) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` on which a plan's figures rest beyond the map and the dtype.
 
     Args:
         transformers: The module.
         attention: As in ``Workload``.
         quantization: ``int8``, ``nf4`` or ``None``.
+        dtype: That the model is loaded in: torch's own, its name, or ``auto``. Layers in 4 bit compute in it; by default
+            they would in float32, and unpack each weight in float32 too.
     """
     options: dict[str, Any] = {}
     if attention in _ATTENTION:
@@ -48,7 +50,10 @@ def workload_options(transformers: Any, *, attention: str, quantization: str | N
     if quantization is not None:
         is_int8 = quantization == "int8"
         options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_8bit=is_int8, load_in_4bit=not is_int8, bnb_4bit_quant_type="nf4"
+            load_in_8bit=is_int8,
+            load_in_4bit=not is_int8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=None if dtype == "auto" else dtype,
         )
     return options
 

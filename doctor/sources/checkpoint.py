@@ -53,6 +53,8 @@ class StoredTensor(NamedTuple):
     stored_bytes: int
     loaded_bytes: int | None = None
     """On a GPU, where a quantized weight takes something else there than in its file."""
+    packed_bytes: int = 0
+    """Of packed words that old libraries keep beside the weight they have unpacked; not in ``loaded_bytes``."""
 
     @property
     def elements(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from ..errors import ModelFileError, ModelNotFoundError
 from .checkpoint import Checkpoint, StoredTensor
 from .image_files import processor_settings
+from .regular_file import unreadable
 from .safetensors_headers import read_header
 
 CONFIG = "config.json"
@@ -22,6 +24,10 @@ TORCH_INDEX = "pytorch_model.bin.index.json"
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """Half of a character beyond the first 65,536, or of a pair of halves, as JSON escapes it."""
+
+_AGAIN = "download it again"
+_OTHER_WEIGHTS = frozenset({".gguf", ".pt", ".pth", ".ckpt", ".bin", ".h5", ".msgpack", ".onnx", ".npz"})
+"""Endings of weights in formats of other libraries."""
 
 MAX_JSON_BYTES = 100_000_000
 """The largest index in use (hundreds of thousands of experts) has about 20 MB."""
@@ -46,7 +52,7 @@ def read_folder(folder: Path) -> Checkpoint:
         return checkpoint._replace(broken_calls=_calls(folder)) if checkpoint.config.get("auto_map") else checkpoint
     except OSError as error:
         # Where a folder on the way may not be entered, or a name is too long, even looking for a file raises.
-        raise ModelFileError(f"{folder}: cannot be read ({error.strerror or error}); correct its permissions.") from error
+        raise ModelFileError(f"{folder}: {unreadable(error, again=_AGAIN)}.") from error
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -55,13 +61,15 @@ def _read(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: is a file; name the folder that holds config.json and the safetensors files.")
     if not (folder / CONFIG).is_file():
+        if os.path.lexists(folder / CONFIG):
+            raise ModelFileError(f"{folder / CONFIG}: not a regular file, nor a link to one; {_AGAIN}.")
         raise ModelFileError(f"{folder}: has no config.json; name the folder of a checkpoint.")
     config = parse_object(_read_text(folder / CONFIG), where=CONFIG)
     shards, notes = _shards(folder)
     if not shards:
         return _read_torch_files(folder, config)
     tensors = join_shards({shard: read_header(folder / shard) for shard in shards})
-    images, prompts = processor_settings(*(_settings(folder / name) for name in PROCESSORS))
+    images, prompts = _processors(folder, notes)
     return Checkpoint(config, tensors, tuple(shards), images, tuple(notes), prompts=prompts)
 
 
@@ -80,8 +88,9 @@ def _read_torch_files(folder: Path, config: dict[str, Any]) -> Checkpoint:
     files = {shard: read_torch_file(folder / shard) for shard in shards}
     tensors = join_shards({shard: file.tensors for shard, file in files.items()})
     shared = {name: first for file in files.values() for name, first in file.shared.items()}
-    images, prompts = processor_settings(*(_settings(folder / name) for name in PROCESSORS))
-    return Checkpoint(config, tensors, tuple(shards), images, shared=shared, prompts=prompts)
+    notes: list[str] = []
+    images, prompts = _processors(folder, notes)
+    return Checkpoint(config, tensors, tuple(shards), images, tuple(notes), shared=shared, prompts=prompts)
 
 
 def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
@@ -165,6 +174,11 @@ def _shards(folder: Path) -> tuple[list[str], list[str]]:
         return loose, [f"{loose[0]} is read as the checkpoint; transformers looks for {SINGLE}."]
     if loose:
         raise ModelFileError(f"{folder}: has {len(loose)} safetensors files and no {INDEX}; complete the download.")
+    other = next((path.name for path in sorted(folder.iterdir()) if path.suffix in _OTHER_WEIGHTS), None)
+    if other is not None:
+        raise ModelFileError(
+            f"{folder}: has {other[:120]!r} but no safetensors file, nor {TORCH}; name a checkpoint of transformers."
+        )
     raise ModelFileError(f"{folder}: has config.json but no safetensors file; complete the download.")
 
 
@@ -177,24 +191,29 @@ def _listed(folder: Path, index: str) -> list[str]:
     return shards
 
 
-def _settings(path: Path) -> dict[str, Any] | None:
-    """A processor's settings; a plan does without them, so a broken file is as good as none."""
-    if not path.is_file():
-        return None
-    try:
-        return parse_object(_read_text(path), where=path.name)
-    except ModelFileError:
-        return None
+def _processors(folder: Path, notes: list[str]) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
+    """Settings of the processors. A plan does without them, so a broken file is as good as none; a note then says so."""
+    found: list[dict[str, Any] | None] = []
+    for name in PROCESSORS:
+        settings = None
+        if os.path.lexists(folder / name):
+            try:
+                settings = parse_object(_read_text(folder / name), where=name)
+            except ModelFileError as error:
+                reason = str(error).removeprefix(f"{folder / name}: ").removeprefix(f"{name}: ")
+                notes.append(f"{name} is left out, so the sizes of images are assumed: {reason}")
+        found.append(settings)
+    return processor_settings(*found)
 
 
 def _read_text(path: Path) -> bytes:
     try:
         if not path.is_file():
-            raise ModelFileError(f"{path}: not a regular file; download it again.")
+            raise ModelFileError(f"{path}: not a regular file; {_AGAIN}.")
         with path.open("rb") as file:
             text = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions.") from error
+        raise ModelFileError(f"{path}: {unreadable(error, again=_AGAIN)}.") from error
     if len(text) > MAX_JSON_BYTES:
         raise ModelFileError(f"{path}: more than {MAX_JSON_BYTES:,} bytes are no {path.name}; download it again.")
     return text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import sys
 from collections import deque
 from pathlib import Path
@@ -52,7 +54,13 @@ def read_log(name: str) -> LogFile:
             if Path(name).is_dir():
                 raise UsageError(f"{name} is a folder; name the log in it.")
             with Path(name).open("rb") as file:
+                kind = os.fstat(file.fileno()).st_mode
+                if (stat.S_ISCHR(kind) or stat.S_ISBLK(kind)) and not file.isatty():
+                    # A pipe is read to its end; such a device has none.
+                    raise UsageError(f"{name} is a device; name a log, or - for standard input.")
                 log = _read(file)
+    except FileNotFoundError:
+        raise UsageError(f"{name}: no such file; name a log, or - for standard input.") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"{where} cannot be read: {reason}.") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +23,9 @@ from .hub_cache import DEFAULT_REVISION, HubId, find_snapshot, hub_settings, par
 from .installed_transformers import families_with_stored_names, has_flat_towers
 from .model_profile import build_profile, class_of
 from .user_families import families_of_user, family_of_package
+
+_FILE = re.compile(r"[\w.\-/]{1,200}\.(?:json|safetensors|bin)\b", re.ASCII)
+"""A name of a file in a checkpoint, at the beginning of a message."""
 
 
 def load_profile(name: str, *, allow_network: bool = True, families: str | os.PathLike[str] | None = None) -> ModelProfile:
@@ -42,10 +47,26 @@ def load_profile(name: str, *, allow_network: bool = True, families: str | os.Pa
     place = find_model(name)
     if isinstance(place, Path):
         # transformers does not know "~".
-        return _describe(read_folder(place), str(place) if name.startswith("~") else name, "checkpoint", own)
-    profile = _load_hub_model(name, place, own, allow_network=allow_network)
+        shown = str(place) if name.startswith("~") else name
+        with _named(shown):
+            return _describe(read_folder(place), shown, "checkpoint", own)
+    with _named(place.repo):
+        profile = _load_hub_model(name, place, own, allow_network=allow_network)
     revision = None if place.revision == DEFAULT_REVISION else place.revision
     return msgspec.structs.replace(profile, name=place.repo, revision=revision)
+
+
+@contextlib.contextmanager
+def _named(model: str) -> Iterator[None]:
+    """Say of which model a file is damaged: whoever asks about several models could not tell from the file's name."""
+    try:
+        yield
+    except ModelFileError as error:
+        message = str(error)
+        if message.startswith("/") or model.rstrip("/") in message:
+            raise
+        joint = "/" if _FILE.match(message) else ": "
+        raise ModelFileError(f"{model.rstrip('/')}{joint}{message}") from error
 
 
 def find_model(name: str) -> Path | HubId:

@@ -18,7 +18,7 @@ from .image_rule import image_rule
 from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
 from .model_units import Cut, cut_into_units
 from .module_names import by_module_name, with_flat_tower
-from .quantized_tensors import COMPRESSED, join_quantized, quantization_method, quantization_section
+from .quantized_tensors import COMPRESSED, COUNTED, join_quantized, quantization_method, quantization_section
 from .registration import registered
 from .shapes_from_tensors import FLOATS
 from .weightless_units import complete_units
@@ -244,7 +244,10 @@ def _dtype(config: Mapping[str, Any], units: Iterable[Unit]) -> str:
 
 def _about_quantization(section: Mapping[str, Any] | None) -> list[str]:
     """What a plan assumes of weights that are quantized already."""
-    if quantization_method(section) != COMPRESSED:
+    method = quantization_method(section)
+    if method is not None and method not in COUNTED:
+        return [f"How {method[:40]!a} quantizes is not known: its weights are counted as the files hold them."]
+    if method != COMPRESSED:
         return []
     return [
         "The first forward pass unpacks the weights and keeps them in 16 bit (compressed-tensors), so that they take more "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from ..data.config_defaults import PARTS, SHAPES
 from ..data.remote_registration import REMOTE_TOWERS
 from ..errors import ModelFileError
-from ..model import TextShape, VisionShape
+from ..model import LayerCache, TextShape, VisionShape
 from .checkpoint import StoredTensor
 from .layer_caches import layer_caches, named_layers
 from .shapes_from_tensors import kv_heads as kv_heads_of
@@ -178,6 +178,8 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
         kv_heads, head_dim = heads, max(1, (expanded + 1) // 2)
     has_no_window = fields.raw("use_sliding_window") is False or fields.says_none("sliding_window")
     window = None if has_no_window else fields.get("sliding_window")
+    caches = layer_caches(fields, layers, window)
+    full_kv_heads, full_head_dim = _full_attention(fields, tensors, layer, caches, (heads, kv_heads, head_dim))
     return TextShape(
         layers=layers,
         hidden=hidden,
@@ -198,8 +200,36 @@ def text_shape(fields: Fields, tensors: Mapping[str, StoredTensor], layer: str) 
         qk_nope_head_dim=_width(fields, "qk_nope_head_dim") if latent else None,
         v_head_dim=_width(fields, "v_head_dim") if latent else None,
         linear_width=(fields.get("linear_num_value_heads") or 0) * (fields.get("linear_value_head_dim") or 0),
-        cached_layers=layer_caches(fields, layers, window),
+        cached_layers=caches,
+        full_head_dim=full_head_dim,
+        full_kv_heads=full_kv_heads,
+        layer_input=_width(fields, "hidden_size_per_layer_input") or 0,
     )
+
+
+def _full_attention(
+    fields: Fields,
+    tensors: Mapping[str, StoredTensor],
+    layer: str,
+    caches: Sequence[LayerCache],
+    usual: tuple[int, int, int],
+) -> tuple[int, int]:
+    """KV heads and head_dim of the layers with full attention, where they differ from those beside them; else zeros.
+
+    The norm of its queries is as wide as a head, and not packed in quantized checkpoints. Gemma 4's config.json says
+    it in one of two ways, by release.
+    """
+    heads, kv_heads, head_dim = usual
+    if not {"full", "sliding"} <= set(caches):
+        return 0, 0
+    own = f"{layer.rpartition('.')[0]}.{caches.index('full')}"
+    norm = tensors.get(f"{own}.self_attn.q_norm.weight")
+    width = norm.shape[0] if norm is not None and len(norm.shape) == 1 else _width(fields, "global_head_dim")
+    width = width or head_dim
+    found = kv_heads_of(tensors, own, heads, width)
+    if found is None:
+        found = (fields.get("num_global_key_value_heads") if fields.raw("attention_k_eq_v") else None) or kv_heads
+    return (0, 0) if (found, width) == (kv_heads, head_dim) else (found, width)
 
 
 def _width(fields: Fields, key: str) -> int | None:
@@ -216,7 +246,9 @@ def _active_width(fields: Fields) -> int:
     """MLP width that one token passes: the whole MLP, or its share of a mixture of experts."""
     experts_per_token = _count(fields, "active_experts")
     if not experts_per_token:
-        return fields.need("intermediate")
+        # Gemma 4: layers that use the keys and values of others have an MLP of twice the width.
+        is_doubled = fields.raw("use_double_wide_mlp") is True and _count(fields, "num_kv_shared_layers") > 0
+        return fields.need("intermediate") * (2 if is_doubled else 1)
     expert = fields.get("moe_intermediate_size") or fields.need("intermediate")
     shared = fields.get("shared_expert_intermediate_size") or _count(fields, "shared_experts") * expert
     return max(experts_per_token * expert + shared, fields.get("intermediate") or 0)

@@ -84,7 +84,7 @@ def cut_into_units(tensors: Mapping[str, StoredTensor], rules: FamilyRules = Fam
     for name, tensor in tensors.items():
         members.setdefault(merged[name], []).append((name, tensor))
     units = [
-        unit_of(place.key, place.role, contents, layer=place.layer, parts=_parts(place, contents, rules))
+        unit_of(place.key, place.role, contents, rules, layer=place.layer, parts=_parts(place, contents, rules))
         for place, contents in members.items()
     ]
     units.sort(key=lambda unit: (_ORDER[unit.role], -1 if unit.layer is None else unit.layer))

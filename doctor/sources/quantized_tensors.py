@@ -8,11 +8,14 @@ bytes that it really takes, in the checkpoint and on a GPU. Recognized by the la
 - FP8 of transformers, fbgemm, DeepSeek: ``weight`` in F8 with ``weight_scale_inv`` or ``weight_scale``.
 - bitsandbytes: 4-bit ``weight`` of bytes with ``weight.absmax`` and ``weight.quant_state.bitsandbytes__nf4``; nested ones
   with double quantization; 8-bit ``weight`` with ``SCB`` (``bitsandbytes.functional.QuantState.as_dict``).
+- torchao: ``_weight_qdata`` with ``_weight_scale``, ``_weight_zero_point`` ... (``flatten_tensor_state_dict``); the name
+  between the bars is the parameter's.
 - MXFP4: ``gate_up_proj_blocks`` with ``gate_up_proj_scales`` (gpt-oss).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -36,12 +39,25 @@ _BESIDE_WEIGHT = (
 )
 _STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
 _BESIDE_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_QDATA = "_qdata"
+_BESIDE_QDATA = ("scale", "zero_point", "scale_and_zero", "per_tensor_scale", "act_pre_scale")
+"""Source: ``serialized_names`` of quantizer_torchao.py, transformers 5.23."""
 _EIGHT_BITS = frozenset({"F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "I8"})
+
+_TORCHAO_INT4 = '"Int4'
+"""Beginning of the names of torchao's configs that pack two weights a byte, as config.json has them."""
+_LONGEST_TYPE = 100_000
 
 _DENSE_BYTES = 2
 """Of an element that is unpacked: in the type of its scales, 16 bit."""
 
+_OFFSET_BYTES = 4
+"""Of the mean of a 4-bit weight's scales where these are quantized too: a number in its state, and a tensor on the GPU.
+Source: ``QuantState.from_dict``, bitsandbytes 0.50, functional.py."""
+
 COMPRESSED = "compressed-tensors"
+COUNTED = frozenset({COMPRESSED, "gptq", "awq", "fp8", "mxfp4", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"})
+"""Methods whose tensors are understood; ``AUTO_QUANTIZATION_CONFIG_MAPPING`` of transformers 5.23 has more."""
 
 
 class _Weight(NamedTuple):
@@ -109,9 +125,13 @@ def join_quantized(tensors: Mapping[str, StoredTensor], section: Mapping[str, An
         if weight is None:
             joined[name] = tensor
             continue
-        moved = tensor.stored_bytes + _sum(tensors, weight.beside)
-        loaded = moved + _unpacked_bytes(name, tensor, weight) if unpacks else moved
-        joined[weight.name] = StoredTensor(weight.dtype, weight.shape, moved + _sum(tensors, weight.on_host), loaded)
+        beside = _sum(tensors, weight.beside)
+        stored = tensor.stored_bytes + beside + _sum(tensors, weight.on_host)
+        loaded = beside + (_dense_bytes(weight) if unpacks else tensor.stored_bytes)
+        if f"{name}.nested_absmax" in weight.beside:
+            loaded += _OFFSET_BYTES
+        packed = tensor.stored_bytes if unpacks and name != weight.name else 0
+        joined[weight.name] = StoredTensor(weight.dtype, weight.shape, stored, loaded, packed)
     return joined
 
 
@@ -132,14 +152,13 @@ def _weights(tensors: Mapping[str, StoredTensor], bits: int) -> tuple[dict[str, 
     return weights, taken
 
 
-def _unpacked_bytes(name: str, tensor: StoredTensor, weight: _Weight) -> int:
-    """What the first forward pass adds: compressed-tensors unpacks each weight and keeps the result.
+def _dense_bytes(weight: _Weight) -> int:
+    """What is there after the first forward pass: compressed-tensors unpacks all weights and keeps the results.
 
-    (``CompressedLinear.forward``, compressed_tensors/linear/compressed_linear.py). What has the weight's own name is
-    replaced by it; packed words stay.
+    From 0.15 on (which transformers 5 asks for) they replace the packed words (``ModelCompressor.decompress_model``);
+    before, words that had a name of their own stayed (``CompressedLinear.forward``).
     """
-    dense = _DENSE_BYTES * StoredTensor(weight.dtype, weight.shape, 0).elements
-    return dense - tensor.stored_bytes if name == weight.name else dense
+    return _DENSE_BYTES * StoredTensor(weight.dtype, weight.shape, 0).elements
 
 
 def _sum(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> int:
@@ -157,6 +176,8 @@ def _weight(name: str, tensor: StoredTensor, tensors: Mapping[str, StoredTensor]
     if last == "qweight" and plain not in tensors:
         shape = _of_groups(stem, tensors) or (tensor.stored_bytes * 8 // bits,)
         return _Weight(plain, f"INT{bits}", shape, there(_BESIDE_QWEIGHT))
+    if last.startswith("_") and last.endswith(_QDATA):
+        return _flattened(name, tensor, tensors, bits)
     if last == "weight_packed" and plain not in tensors:
         is_float = tensor.dtype == "U8"
         count = tensor.stored_bytes * 2 if is_float else tensor.stored_bytes * 8 // bits
@@ -172,6 +193,19 @@ def _weight(name: str, tensor: StoredTensor, tensors: Mapping[str, StoredTensor]
     if tensor.dtype in _EIGHT_BITS:
         return _eight_bits(name, tensor, tensors)
     return None
+
+
+def _flattened(name: str, tensor: StoredTensor, tensors: Mapping[str, StoredTensor], bits: int) -> _Weight | None:
+    """A tensor of torchao, which is stored in parts."""
+    stem, _, last = name.rpartition(".")
+    own = last.removesuffix(_QDATA)
+    whole = f"{stem}.{own[1:]}"
+    if whole in tensors or len(own) < 2:
+        return None
+    beside = tuple(part for kind in _BESIDE_QDATA if (part := f"{stem}.{own}_{kind}") in tensors)
+    word = "FP8" if tensor.dtype.startswith("F8") else f"INT{bits}"
+    is_whole = tensor.dtype in _EIGHT_BITS and bits == 8
+    return _Weight(whole, word, tensor.shape if is_whole else (tensor.stored_bytes * 8 // bits,), beside)
 
 
 def _eight_bits(name: str, tensor: StoredTensor, tensors: Mapping[str, StoredTensor]) -> _Weight:
@@ -197,6 +231,8 @@ def _of_groups(stem: str, tensors: Mapping[str, StoredTensor]) -> tuple[int, ...
 
 def _bits(section: Mapping[str, Any]) -> int:
     """Bits of a packed weight; the fewest where groups differ, which counts too many elements rather than too few."""
+    if quantization_method(section) == "torchao":
+        return 4 if _TORCHAO_INT4 in json.dumps(section.get("quant_type"), default=str)[:_LONGEST_TYPE] else 8
     groups = section.get("config_groups")
     parts = [section, *(groups.values() if isinstance(groups, dict) else ())]
     named = [part.get(key) for part in parts if isinstance(part, dict) for key in ("bits", "w_bit", "wbits")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -31,7 +32,27 @@ def open_regular(path: Path, *, again: str) -> Iterator[tuple[BinaryIO, int]]:
                 raise ModelFileError(f"{path}: not a regular file; {again}.")
             yield file, status.st_size
     except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror or error}); correct its permissions.") from error
+        raise ModelFileError(f"{path}: {unreadable(error, again=again)}.") from error
+
+
+def unreadable(error: OSError, *, again: str) -> str:
+    """What an error of a system call says of a file, and what to do: permissions are not always the reason.
+
+    Args:
+        error: Of opening or reading it.
+        again: What to do about a file that is damaged.
+    """
+    if error.errno in (errno.EISDIR, errno.ENXIO):
+        # A folder, or a socket.
+        return f"not a regular file; {again}"
+    advice = {
+        errno.EACCES: "correct its permissions",
+        errno.EPERM: "correct its permissions",
+        # The link of a hub cache whose file was removed.
+        errno.ENOENT: "complete the download",
+        errno.ENAMETOOLONG: "correct the name",
+    }
+    return f"cannot be read ({error.strerror or error}); {advice.get(error.errno or 0, again)}"
 
 
 def read_text(path: Path, most_bytes: int) -> str | None:

@@ -48,7 +48,7 @@ class _Entry(msgspec.Struct):
 
     dtype: str = ""
     shape: Annotated[tuple[_Natural, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)] | None = None
-    data_offsets: tuple[_Natural, _Natural] = (0, 0)
+    data_offsets: tuple[_Natural, _Natural] | None = None
 
 
 _DECODER = msgspec.json.Decoder(dict[str, _Entry])
@@ -141,9 +141,11 @@ def _quick(header: bytes) -> tuple[dict[str, StoredTensor], list[tuple[int, int,
     tensors: dict[str, StoredTensor] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
-        begin, end = entry.data_offsets
         bits = DTYPE_BITS.get(entry.dtype)
-        if bits is None or entry.shape is None or prod(entry.shape) * bits != 8 * (end - begin):
+        if bits is None or entry.shape is None or entry.data_offsets is None:
+            return None
+        begin, end = entry.data_offsets
+        if prod(entry.shape) * bits != 8 * (end - begin):
             return None
         tensors[name] = StoredTensor(entry.dtype, entry.shape, end - begin)
         spans.append((begin, end, name))

@@ -71,10 +71,10 @@ def tower_parts(tower: str, contents: Sequence[Named], rules: FamilyRules) -> tu
         (before if side == "before" else behind).setdefault(key, []).append((name, tensor))
     buffers = [key for key in (f"{tower}.{module}" for module in rules.tower_buffers) if _is_free(key, [*before, *behind])]
     return (
-        *(unit_of(key, "vision", tensors) for key, tensors in before.items()),
-        *(unit_of(key, "vision", []) for key in buffers),
-        *(unit_of(f"{blocks}.{number}", "vision", inside[number], layer=number) for number in sorted(inside)),
-        *(unit_of(key, "vision", tensors) for key, tensors in behind.items()),
+        *(unit_of(key, "vision", tensors, rules) for key, tensors in before.items()),
+        *(unit_of(key, "vision", [], rules) for key in buffers),
+        *(unit_of(f"{blocks}.{number}", "vision", inside[number], rules, layer=number) for number in sorted(inside)),
+        *(unit_of(key, "vision", tensors, rules) for key, tensors in behind.items()),
     )
 
 

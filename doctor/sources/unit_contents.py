@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..data.families import FamilyRules
 from ..model import Role, Unit
 from .checkpoint import StoredTensor
+from .linear_layers import linear_weights
 from .shapes_from_tensors import FLOATS
 
 Named = tuple[str, StoredTensor]
@@ -15,7 +17,13 @@ MOST_SMALL_ELEMENTS = 2**19
 
 
 def unit_of(
-    key: str, role: Role, contents: Sequence[Named], *, layer: int | None = None, parts: tuple[Unit, ...] = ()
+    key: str,
+    role: Role,
+    contents: Sequence[Named],
+    rules: FamilyRules,
+    *,
+    layer: int | None = None,
+    parts: tuple[Unit, ...] = (),
 ) -> Unit:
     """Describe a unit, or a part of one.
 
@@ -23,17 +31,17 @@ def unit_of(
         key: Its key in the ``device_map``.
         role: Of the unit.
         contents: Its tensors; none for a module that has buffers only.
+        rules: Of the family.
         layer: Number of the text layer, or of the tower's block.
         parts: What it may be broken into.
     """
     parameters: dict[str, int] = {}
-    quantizable = kept = 0
-    for name, tensor in contents:
+    kept = 0
+    for _, tensor in contents:
         parameters[tensor.dtype] = parameters.get(tensor.dtype, 0) + tensor.elements
         if tensor.dtype not in FLOATS:
             kept += tensor.stored_bytes if tensor.loaded_bytes is None else tensor.loaded_bytes
-        if role != "head" and _is_linear(name, tensor):
-            quantizable += tensor.elements
+    linear, of_experts = linear_weights(role, contents, rules)
     return Unit(
         key=key,
         role=role,
@@ -42,15 +50,9 @@ def unit_of(
         stored_bytes=sum(tensor.stored_bytes for _, tensor in contents),
         largest_tensor_elements=max((tensor.elements for _, tensor in contents), default=0),
         small_elements=sum(tensor.elements for _, tensor in contents if tensor.elements <= MOST_SMALL_ELEMENTS),
-        quantizable_elements=quantizable,
+        linear=linear,
+        expert_linear=of_experts,
         kept_bytes=kept,
+        packed_bytes=sum(tensor.packed_bytes for _, tensor in contents),
         parts=parts,
     )
-
-
-def _is_linear(name: str, tensor: StoredTensor) -> bool:
-    """True for a weight of ``nn.Linear``, which bitsandbytes quantizes; an embedding's is a matrix as well."""
-    parts = name.rsplit(".", 2)
-    parent = parts[-2] if len(parts) > 1 else ""
-    is_table = "embed" in parent or parent == "wte"
-    return parts[-1] == "weight" and len(tensor.shape) == 2 and tensor.dtype in FLOATS and not is_table

@@ -60,6 +60,8 @@ class _Family(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     image: _Image | msgspec.UnsetType = msgspec.UNSET
     text_multiples: tuple[_Multiple, _Multiple] | msgspec.UnsetType = msgspec.UNSET
     vision_multiples: tuple[_Multiple, _Multiple] | msgspec.UnsetType = msgspec.UNSET
+    unquantized: tuple[_Name, ...] | msgspec.UnsetType = msgspec.UNSET
+    quantized: tuple[_Name, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -86,7 +86,7 @@ def give_requests(items: Sequence[pytest.Item], requests: Requests) -> None:
             item.stash[WATCHED_TEST] = examined.watched
 
 
-def give_models(items: Sequence[pytest.Item], requests: Requests) -> None:
+def give_models(items: Sequence[Any], requests: Requests) -> None:
     """Give each test that loads a model its own, as a parameter.
 
     This comes last: pytest would spend as much time on ordering these parameters as on all else, to the same end.
@@ -94,11 +94,10 @@ def give_models(items: Sequence[pytest.Item], requests: Requests) -> None:
     for item, examined in zip(items, requests, strict=True):
         if examined is None or examined.model is None:
             continue
-        attributes = item.__dict__
-        if "callspec" not in attributes:
-            attributes["callspec"] = examined.callspec
+        callspec = getattr(item, "callspec", None)
+        if callspec is None:
+            item.callspec = examined.callspec
             continue
-        callspec = attributes["callspec"]
         if "vlm" not in callspec.params:
             callspec.indices["vlm"], callspec._arg2scope["vlm"] = 0, scope_of_vlm(item)
         callspec.params["vlm"] = examined.model
@@ -120,9 +119,14 @@ def _examine(concerned: Sequence[Any]) -> str | None:
             # Written for speed: this is done for each test.
             reading, fixturenames, examined = entry_of(item)
             of[id(item)] = examined or reading.examined(item)
-            if fixturenames is not None:
+            if fixturenames is None:
+                pass
+            elif hasattr(item, "callspec"):
                 # A list of its own: pytest shares one between all parameters of a function.
                 item.fixturenames = fixturenames.copy()
+            else:
+                # In its place: ten thousand lists more would have the garbage collector look at all objects once more.
+                item.fixturenames[:] = fixturenames
             if item.parent is not parent:
                 parent = item.parent
                 parent.stash[READ_MARKS] = _marks_above(parent, ours)

@@ -162,6 +162,8 @@ class Readings:
         # Identities in the keys live as long as the collector's tests, and these longer than this object.
         self._entries: dict[tuple[Any, ...], Entry] = {}
         self._readings: dict[tuple[Any, ...], Reading] = {}
+        self._last: dict[Any, tuple[Any, list[Any], list[str], tuple[str, ...], Entry]] = {}
+        """What a first marker says, in short, to the last test with such a one: parent, markers, fixtures, arguments."""
 
     def of(self, item: Any) -> Entry:
         """Read what a test asks for, or remember.
@@ -169,11 +171,28 @@ class Readings:
         Raises:
             pytest.Collector.CollectError: A marker is wrong.
         """
-        # Written for speed: this is done for each test. Values of one file are the same objects, so that nothing needs to
-        # be compared or shown; equal ones would not do, as True equals 1.
+        # Written for speed: this is done for each test, and most say what the one before says.
+        marks = item.own_markers
+        if not marks or hasattr(item, "callspec"):  # its __dict__ would be a new object for whoever asks for it
+            return self._known(item)
+        first = marks[0]
+        hint = id(first.args[0]) if first.args else first.name
+        last = self._last.get(hint)
+        if last is not None:
+            parent, others, fixturenames, argnames, entry = last
+            is_same = parent is item.parent and fixturenames == item.fixturenames and argnames == item._fixtureinfo.argnames
+            if is_same and _say_the_same(marks, others):
+                return entry
+        entry = self._known(item)
+        if not any(mark.name == "usefixtures" for mark in marks):
+            self._last[hint] = (item.parent, marks, item.fixturenames.copy(), item._fixtureinfo.argnames, entry)
+        return entry
+
+    def _known(self, item: Any) -> Entry:
+        """Look it up by all that a test says. Equal values would not do, as True equals 1: identities stand for them."""
         ours = self._ours
         key: list[Any] = [id(item.parent)]
-        has_own_setup = "callspec" in item.__dict__
+        has_own_setup = hasattr(item, "callspec")
         for mark in item.own_markers:
             name = mark.name
             if ours[name]:
@@ -227,6 +246,26 @@ class Readings:
             _with_ours(item, reading) if own else None,
             None if reading.loads and hasattr(item, "callspec") else reading.examined(item),
         )
+
+
+def _say_the_same(marks: Sequence[Any], others: Sequence[Any]) -> bool:
+    """True for the same markers with the same objects as arguments: of one file, equal constants are the same."""
+    if len(marks) != len(others):
+        return False
+    for position, mark in enumerate(marks):
+        other = others[position]
+        if mark is other:
+            continue
+        kwargs, known = mark.kwargs, other.kwargs
+        if mark.name != other.name or len(mark.args) != len(other.args) or len(kwargs) != len(known):
+            return False
+        for name, value in kwargs.items():
+            if known.get(name, mark) is not value:
+                return False
+        for number, value in enumerate(mark.args):
+            if other.args[number] is not value:
+                return False
+    return True
 
 
 def uses(definition: Any, fixturenames: Sequence[str], name: str) -> bool:

@@ -6,6 +6,7 @@ Every decision is :mod:`selection`'s. Nothing is read and nothing heavy is impor
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -156,12 +157,12 @@ class Gate:
         machine = unfold(machine)
         if self.uses_gpus:
             verdict = self.fitting.judge(Requirements(), machine, loads=False, at_load=False)
-            refuse(verdict)
-            refuse(self.settle(machine, request))
+            refuse(self._as_wanted(verdict))
+            refuse(self._as_wanted(self.settle(machine, request)))
             verdict = self.fitting.judge(Requirements(), machine, loads=False, at_load=False)
         else:
             verdict = judge_without_gpus(self.settings.gpus, wants_gpus=True)
-        refuse(verdict)
+        refuse(self._as_wanted(verdict))
         by_index = {gpu.index: gpu for gpu in machine.gpus}
         usable = tuple(by_index[index] for index in verdict.gpus)
         return usable[:1] if any(map(is_slice, usable)) else usable
@@ -174,7 +175,7 @@ class Gate:
         self.residents.now = item.stash.get(POSITION, -1)
         verdict = self.judge_test(item.stash[GATED_TEST], request)
         verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
-        item.stash[VERDICT] = self._as_strict_as_wanted(verdict)
+        item.stash[VERDICT] = self._as_wanted(verdict)
         if self.settings.plan:
             pytest.skip("it was only asked what would become of the test")
         refuse(item.stash[VERDICT])
@@ -325,10 +326,13 @@ class Gate:
         """Remember that a model cannot be loaded, and end the setup of the test that asked for it."""
         if verdict.action == "run":
             return
-        self.refusals[spec] = self._as_strict_as_wanted(verdict)
+        self.refusals[spec] = self._as_wanted(verdict)
         refuse(self.refusals[spec])
 
-    def _as_strict_as_wanted(self, verdict: Verdict) -> Verdict:
+    def _as_wanted(self, verdict: Verdict) -> Verdict:
+        """As ``--vlm-busy`` and ``--vlm-strict`` want it; the latter has the last word."""
+        if self.settings.busy == "skip" and verdict.code in (verdicts.BUSY, verdicts.LEASED) and verdict.action == "error":
+            verdict = replace(verdict, action="skip")
         return verdict.made_strict() if self.is_strict else verdict
 
 

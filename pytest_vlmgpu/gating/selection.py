@@ -61,8 +61,8 @@ def judge(
     if any(map(is_slice, gpus)):
         requirements = _within_one_gpu(requirements)
     unknown = _unknown(requirements, machine, gpus)
-    if unknown:
-        return Verdict("error", verdicts.FAULT, unknown)
+    if unknown is not None:
+        return unknown
     unmet = _unmet(requirements, machine, choice, gpus)
     if unmet is not None:
         return unmet
@@ -191,8 +191,8 @@ def _usable(chosen: list[Gpu], choice: GpuChoice, machine: Machine) -> list[Gpu]
     return chosen
 
 
-def _unknown(requirements: Requirements, machine: Machine, gpus: Sequence[Gpu]) -> str:
-    """What a requirement asks about and nobody could read, as one sentence."""
+def _unknown(requirements: Requirements, machine: Machine, gpus: Sequence[Gpu]) -> Verdict | None:
+    """The error for what a requirement asks about and nobody could read, or nobody said of a made-up machine."""
     for gpu in gpus:
         missing = ""
         if requirements.capability and gpu.compute_capability is None:
@@ -203,10 +203,14 @@ def _unknown(requirements: Requirements, machine: Machine, gpus: Sequence[Gpu]) 
             missing = "memory_free_bytes"
         elif requirements.exclusive and machine.gap(f"gpus[{machine.gpus.index(gpu)}].processes"):
             missing = "processes"
+        if missing == "compute_capability" and machine.origin == "synthetic":
+            text = f"the compute capability of {gpu.label} is not said of the made-up machine {machine.description}"
+            return Verdict("error", verdicts.WRONG, f"{text}: name a card of the catalogue there, such as L4.")
         if missing:
             gap = machine.gap(f"gpus[{machine.gpus.index(gpu)}].{missing}")
-            return f"{gpu.label}: {missing} could not be read{f' ({gap.reason})' if gap else ''}."
-    return ""
+            text = f"{gpu.label}: {missing} could not be read{f' ({gap.reason})' if gap else ''}."
+            return Verdict("error", verdicts.FAULT, text)
+    return None
 
 
 def _short_of_count(requirements: Requirements, choice: GpuChoice, gpus: Sequence[Gpu]) -> list[_Unmet]:

@@ -223,7 +223,8 @@ def _load_model(
         options["max_memory"] = orders.max_memory
     if plan is not None:
         work = plan.workload
-        options.update(workload_options(transformers, attention=work.attention, quantization=work.quantization))
+        kinds = {"attention": work.attention, "quantization": work.quantization, "dtype": options["dtype"]}
+        options.update(workload_options(transformers, **kinds))
     model, problems = loader.from_pretrained(
         source.name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ..verdicts import WRONG
+from .given_file import read_given
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
 SCHEMA = 1
+MAX_BYTES = 64 * 2**20
+"""Node ids of 300,000 tests."""
 _UPDATE = "--vlm-update-baseline"
 
 
@@ -24,7 +27,7 @@ def read(path: Path) -> tuple[str, ...]:
         pytest.UsageError: The file is missing or is no baseline.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_given(path, MAX_BYTES))
     except FileNotFoundError:
         raise pytest.UsageError(f"{WRONG}: {path}: there is no such baseline; write it with {_UPDATE}.") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ import pytest
 
 from ..verdicts import BUSY, NOWHERE, WRONG
 from .evidence import Broken
+from .given_file import read_given
 from .reporting import plural
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def read_fleet(path: Path) -> tuple[Runner, ...]:
 
 def _table(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes()[: _MAX_BYTES + 1]
+        data = read_given(path, _MAX_BYTES + 1)
     except OSError as error:
         raise _wrong(path, f"it cannot be read: {error.strerror or error}") from error
     if len(data) > _MAX_BYTES:

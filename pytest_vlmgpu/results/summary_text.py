@@ -84,4 +84,5 @@ def load_line(load: Load, tests: int) -> str:
         line += f"; {format_gib(load.left_bytes)} still held{by} after it was unloaded"
     elif load.missing_bytes:
         line += f"; {format_gib(load.missing_bytes)} of GPU memory did not come back after it was unloaded"
-    return f"{line}; {plural(tests, 'test')}"
+    # One that a test asks for at run time has no test of its own.
+    return f"{line}; {plural(tests, 'test')}" if tests else line

@@ -99,6 +99,11 @@ def test_check_suggests_a_placement_that_does_not_change_the_verdict(run: Run) -
     assert ran.status == 0
 
 
+def test_check_suggests_no_placement_where_every_gpu_is_hidden(run: Run) -> None:
+    assert run("--machine", recorded("masked"), "--json").json["plan"] is None
+    assert run("--machine", recorded("some-hidden"), "--json").json["plan"]["fits"]
+
+
 def test_check_suggests_the_model_that_is_named(run: Run) -> None:
     other = next(name for name in catalogue_names() if name != MODEL)
 
@@ -304,6 +309,8 @@ def test_explain_as_data_follows_its_published_schema(run: Run) -> None:
 
 def test_version(run: Run) -> None:
     assert run("--version") == Ran(0, f"vlm-doctor {__version__}\n", "")
+    assert run("--version", "--json").json == {"version": __version__}
+    assert run("--version", "check", "--json").json["error"]["message"] == "--version stands alone, or with --json."
 
 
 class Screen(io.TextIOWrapper):

@@ -54,6 +54,36 @@ def test_every_known_text_is_recognized_by_its_example(known: KnownText) -> None
     assert answer.verify
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("torch.AcceleratorError: CUDA error: CUDA-capable device(s) is/are busy or unavailable", "devices-busy"),
+        ("RuntimeError: Triton Error [CUDA]: device kernel image is invalid", "kernel-image-missing"),
+        ("OSError: libcuda.so.1: cannot open shared object file: No such file or directory", "no-driver"),
+        ("RuntimeError: CUDA error: unknown error", "cuda-unknown-error"),
+        (
+            "RuntimeError: cuDNN version incompatibility: PyTorch was compiled  against (9, 20, 0) but found runtime "
+            "version (8, 9, 2). PyTorch already comes bundled with cuDNN.",
+            "torch-libraries-shadowed",
+        ),
+        ("RuntimeError: DataLoader worker (pid 1234) is killed by signal: Killed.", "host-out-of-memory"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=81.0.", "host-out-of-memory"),
+        ("OSError: You are trying to access a gated repo.", "hub-access"),
+        ("Killed", "killed"),
+        ("Out of memory: Killed process 48213 (python)", "host-out-of-memory"),
+    ],
+)
+def test_other_words_for_the_same(text: str, name: str) -> None:
+    cause = answer_error(text, where="log").cause
+    assert cause is not None
+    assert cause.name == name
+
+
+@pytest.mark.parametrize("text", ["3 tests were Killed off", "He killed the process.", "Process 12 Killed it"])
+def test_killed_is_an_ordinary_word_elsewhere(text: str) -> None:
+    assert answer_error(text, where="log").cause is None
+
+
 def test_known_texts_are_complete() -> None:
     assert len({known.name for known in KNOWN}) == len(KNOWN)
     for known in KNOWN:

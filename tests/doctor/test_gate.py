@@ -79,7 +79,26 @@ def answered(report: Report) -> GateAnswer:
             "gpu-lost",
             {"gpus": 4},
             1,
-            "Not met: 4 GPUs are wanted, 3 can be used (1 more hidden or faulty) (VLM003).",
+            "Not met: 4 GPUs are wanted, 3 can be used (1 more hidden or faulty: VLM108) (VLM003).",
+        ),
+        (
+            "8xh100-fabric-down",
+            {"gpus": 2},
+            1,
+            "Not met: 2 GPUs are wanted, 0 can be used (8 more hidden or faulty: VLM403) (VLM003).",
+        ),
+        (
+            "some-hidden",
+            {"gpus": 3},
+            1,
+            "Not met: 3 GPUs are wanted, 2 can be used (2 more hidden or faulty: VLM203) (VLM003).",
+        ),
+        (
+            "out-of-range",
+            {"gpus": 2},
+            1,
+            "Not met: CUDA_VISIBLE_DEVICES='0,9': '9' names a GPU that does not exist: the last index is 1, so only GPU 0 "
+            "can be seen (VLM202); 2 GPUs are wanted, 1 can be used (1 more hidden or faulty) (VLM003).",
         ),
         ("gpu-lost", {"gpus": 2}, 0, "Met: GPUs 0, 1 ("),
         (

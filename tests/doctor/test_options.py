@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vlm_doctor.errors import UsageError
 from vlm_doctor.options import COMMANDS, parse
@@ -26,10 +28,31 @@ def test_every_command_has_help_that_names_it(capsys: pytest.CaptureFixture[str]
         assert capsys.readouterr().out.startswith(f"usage: vlm-doctor {words[0] if words[0] in COMMANDS else '[-h]'}")
 
 
+WORDS = st.one_of(
+    st.sampled_from([*COMMANDS, "--json", "--format", "--format=json", "--version", "--machine", "2xL4", "--gpus", "0,1"]),
+    st.sampled_from(
+        ["--", "-", "", "--gpus=", "-o", "-v", "-vv", "--ignore", "--no-", "--=", "=", "--machine=--", "-h", "--he"]
+    ),
+    st.text(max_size=4),
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(WORDS, max_size=5))
+def test_any_words_are_understood_or_refused_in_one_sentence(words: list[str]) -> None:
+    try:
+        said = str(parse(words).command)
+    except UsageError as error:
+        said = str(error)
+    except SystemExit as end:
+        said = f"help {end.code}"
+    assert said in (*COMMANDS, "None", "help 0") or said.endswith((".", "?", "'"))
+
+
 def test_version() -> None:
     options = parse(["--version"])
 
-    assert (options.command, options.version) == (None, True)
+    assert (options.command, options.json) == (None, False)
 
 
 @pytest.mark.parametrize(

@@ -313,8 +313,9 @@ def test_a_model_that_did_not_land_on_its_gpu_is_refused(
         (Workload(), {}),
         (Workload(attention="eager"), {"attn_implementation": "eager"}),
         (Workload(quantization="int8"), {"load_in_8bit": True, "load_in_4bit": False}),
+        (Workload(quantization="nf4"), {"load_in_8bit": False, "load_in_4bit": True}),
     ],
-    ids=["default", "eager", "int8"],
+    ids=["default", "eager", "int8", "nf4"],
 )
 def test_the_library_is_told_what_the_plan_rests_on(
     monkeypatch: pytest.MonkeyPatch, tiny_vlms: Mapping[str, Path], workload: Workload, expected: dict[str, Any]
@@ -340,6 +341,7 @@ def test_the_library_is_told_what_the_plan_rests_on(
     found = {key: value for key, value in asked.items() if key == "attn_implementation"}
     if quantization is not None:
         found = {key: getattr(quantization, key) for key in ("load_in_8bit", "load_in_4bit")}
+        assert quantization.bnb_4bit_compute_dtype is torch.bfloat16
     assert found == expected
     assert (asked["device_map"], asked["dtype"], asked["trust_remote_code"]) == ({"": 0}, torch.bfloat16, False)
 

@@ -77,7 +77,7 @@ def test_a_spec_says_what_differs_from_the_default() -> None:
         ({"count": 2}, "has no keyword 'count'; write gpus=…"),
         ({"nvlink": True}, "has no keyword 'nvlink'; write p2p=…"),
         ({"p2p": 1}, "has p2p=1; write True or False"),
-        ({"exclusive": None}, "has exclusive=None; write True or False"),
+        ({"exclusive": "yes"}, "has exclusive='yes'; write True or False"),
         ({"reason": " "}, "has reason=' '; write a text"),
         ({"reason": 3}, "has reason=3; write a text"),
         ({"gpuss": 2}, "has no keyword 'gpuss'; write gpus=…"),
@@ -129,7 +129,7 @@ def test_requirements_have_names() -> None:
         (("a",), {"min_gb": 2}, "has no keyword 'min_gb'; write @pytest.mark.vlm_requires(vram_gib=…)"),
         (("",), {}, "names a model ''; write a folder or a hub id as text"),
         ((7,), {}, "names a model 7; write a folder or a hub id as text"),
-        (("a", "a"), {}, "names a model twice"),
+        (("a", "a"), {}, "names a model twice; name it once"),
         (("a",), {"dtype": "bf16"}, "has dtype='bf16'; write bfloat16"),
         (("a",), {"dtype": "int3"}, "has dtype='int3'; write bfloat16 or float16 or float32"),
         (("a",), {"trust_remote_code": "yes"}, "has trust_remote_code='yes'; write True or False"),
@@ -158,7 +158,10 @@ def test_markers_are_listed_with_their_signature(suite: Any) -> None:
     [
         ("@pytest.mark.vlm_requires(min_gb=20)\ndef test_x(): pass", "*@pytest.mark.vlm_requires has no keyword 'min_gb'*"),
         ("@pytest.mark.vlm\ndef test_x(vlm): pass", "*test_x.py::test_x: @pytest.mark.vlm names no model*"),
-        ("@pytest.mark.vlm('a')\n@pytest.mark.vlm('a')\ndef test_x(vlm): pass", "*@pytest.mark.vlm names a model twice.*"),
+        (
+            "@pytest.mark.vlm('a')\n@pytest.mark.vlm('a')\ndef test_x(vlm): pass",
+            "*@pytest.mark.vlm names a model twice; name it once.*",
+        ),
         (
             "import unittest\nclass TestX(unittest.TestCase):\n"
             "  @pytest.mark.vlm_requires(count=2)\n  def test_x(self): pass",

@@ -100,6 +100,7 @@ def test_an_environment_variable_can_switch_strict_off() -> None:
         ),
         ({"VLMGPU_DTYPE": "fp16"}, "VLMGPU_DTYPE: 'fp16' is no dtype; write float16."),
         ({"VLMGPU_DTYPE": "int4"}, "VLMGPU_DTYPE: 'int4' is no dtype; write bfloat16 or float16 or float32."),
+        ({"VLMGPU_ALLOW_OFFLOAD": "x"}, "VLMGPU_ALLOW_OFFLOAD: 'x' is neither on nor off; write one of these."),
         ({"VLMGPU_REPORT": "/tmp"}, "VLMGPU_REPORT: /tmp is a folder; name a file in it."),
         ({"PYTEST_VLMGPU_GPUS": "cpu"}, "PYTEST_VLMGPU_GPUS: 'cpu' names no GPUs; write none."),
     ],
@@ -117,7 +118,7 @@ def test_a_conversion_error_of_pytest_itself_is_a_usage_error() -> None:
 
     config = SimpleNamespace(getoption=lambda name: None, getini=getini)
 
-    with pytest.raises(pytest.UsageError, match=r"^VLM720: vlm_gpus: invalid truth value 'maybe'\.$"):
+    with pytest.raises(pytest.UsageError, match=r"^VLM720: vlm_gpus: invalid truth value 'maybe'; write true or false\.$"):
         resolve(config, {})  # type: ignore[arg-type]
 
 
@@ -387,6 +388,7 @@ def test_slots_and_lease_folder() -> None:
             "--vlm-lease-dir: '/tmp/\\x00' is no absolute path; other runs must find the same folder.",
         ),
         ("lease_dir", "off", "--vlm-lease-dir: 'off' is no folder; to lease no GPUs, write --vlm-lease=off."),
+        ("busy", "wait", "--vlm-busy: 'wait' is neither error nor skip."),
         ("lease", "none", "--vlm-lease: 'none' is no reach of leases; write machine, run or off."),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,18 @@ def test_a_baseline_that_cannot_be_read(suite: Any, content: str | None, message
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: VLM720: {message}"])
     assert suite.log() == []
+
+
+@pytest.mark.parametrize("name", ["endless", "pipe"])
+@pytest.mark.parametrize("option", ["--vlm-baseline", "--vlm-fleet"])
+def test_a_file_that_never_ends_is_not_read(suite: Any, option: str, name: str) -> None:
+    (suite.folder / "endless").symlink_to("/dev/zero")
+    os.mkfifo(suite.folder / "pipe")
+
+    result = suite.run("--vlm-plan" if option == "--vlm-fleet" else "-q", f"{option}={name}", test_x=GATED)
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: VLM720: *{name}: *cannot be read: it is not a regular file*"])
 
 
 @pytest.mark.parametrize("workers", [[], ["-n2"]])

@@ -524,6 +524,14 @@ def test_what_nobody_could_read_matters_only_where_too_few_gpus_are_known_to_rea
     assert judge(Requirements(gpus=4, p2p=True), three, AUTO).code == "VLM702"
 
 
+def test_a_card_of_which_only_the_size_was_said_has_no_known_capability() -> None:
+    assert decide(parse_machine("24GiB"), Requirements(capability=(8, 0))) == (
+        "error",
+        "VLM720: the compute capability of GPU 0 (GPU with 24.0 GiB) is not said of the made-up machine 24GiB: name a card "
+        "of the catalogue there, such as L4.",
+    )
+
+
 @pytest.mark.parametrize(
     ("spec", "answer"),
     [

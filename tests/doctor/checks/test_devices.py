@@ -176,3 +176,10 @@ def test_two_gpus_that_do_not_tell(ask: Ask, load: Load) -> None:
     gpus = tuple(replace(gpu, **silent) for gpu in load("2xl4-idle").gpus)
 
     assert ask("VLM111", "2xl4-idle", gpus=gpus).reason == "GPUs 0, 1 do not report memory faults"
+
+
+def test_an_mps_daemon_that_may_run_elsewhere_is_not_called_dead(ask: Ask, said: Said) -> None:
+    assert said(ask("VLM119", "mps-dead")) == [("error", "The MPS control daemon has died and left its files behind.")]
+    assert said(ask("VLM119", "mps-of-the-host")) == [
+        ("info", "The files of an MPS control daemon are here, but not the daemon: it may run on the host.")
+    ]

@@ -114,6 +114,13 @@ def test_an_optional_package_in_a_wrong_version_is_a_warning(ask: Ask, said: Sai
     assert outcome.findings[0].cause is None
 
 
+def test_what_transformers_calls_optional_is_not_to_a_model_on_gpus(ask: Ask, said: Said, libraries: Libraries) -> None:
+    old = rules(libraries, "accelerate>=99", "torch>=99", "timm>=99", optional=True, timm="0.9")
+
+    assert [severity for severity, _ in said(ask("VLM309", "2xl4-idle", **old))] == ["error", "error", "warning"]
+    assert [severity for severity, _ in said(ask("VLM309", "laptop-no-gpu", **old))] == ["warning"] * 3
+
+
 @pytest.mark.parametrize(
     "requirement",
     [

@@ -215,6 +215,16 @@ def test_a_companion_is_taken_from_the_index_of_torch(ask: Ask, load: Load) -> N
     )
 
 
+def test_torchvision_for_a_cpu_build_comes_from_its_index(ask: Ask, load: Load) -> None:
+    # That of PyPI is built for CUDA.
+    bare = libraries(load, "2.13.0+cpu", None)
+    missing = replace(bare, packages=tuple(package for package in bare.packages if package.name != "torchvision"))
+    (finding,) = (f for f in ask("VLM319", "2xl4-idle", libraries=missing).findings if f.severity == "warning")
+    assert finding.fix is not None
+    (command,) = finding.fix.commands
+    assert command.endswith(" torchvision torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu")
+
+
 def test_bitsandbytes(ask: Ask, load: Load, said: Said) -> None:
     base = libraries(load, bitsandbytes="0.41.0")
     none = "bitsandbytes 0.41.0 has no library for CUDA 13.0 (it has none for CUDA)."

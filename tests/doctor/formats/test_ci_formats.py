@@ -354,3 +354,14 @@ def test_nothing_changed_is_said() -> None:
     report = msgspec.structs.replace(report_of("2xl4-idle"), changes=Changes(where="good.json"))
 
     assert "Nothing has changed since good.json." in render(report, "markdown")
+
+
+def test_what_has_to_be_said_of_a_run_is_said_in_every_format() -> None:
+    notes = ("From p.toml: [tool.vlm-doctor]: ignore VLM503.", "Slow to read: host 3.0 s.")
+    report = msgspec.structs.replace(report_of("small-shm"), notes=notes)
+    assert render(report, "github").splitlines()[-2:] == list(notes)
+    assert "\nFrom p.toml: \\[tool.vlm-doctor\\]: ignore VLM503.\n\nSlow to read: host 3.0 s.\n" in render(
+        report, "markdown"
+    )
+    properties = ET.fromstring(render(report, "junit")).iter("property")
+    assert [one.get("value") for one in properties if one.get("name") == "note"] == list(notes)

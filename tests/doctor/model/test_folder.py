@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ Write = Callable[..., Path]
 
 
 def refusal(name: object) -> str:
+    """Why a model is refused; the folder in front of the name of a file is left out."""
     with pytest.raises(ModelError) as raised:
         load_profile(str(name), allow_network=False)
     message = str(raised.value)
     assert "\n" not in message
-    assert message.endswith(".")
-    return message
+    assert message.endswith((".", "?"))
+    assert not Path(str(name)).is_dir() or str(name) in message
+    return message.removeprefix(f"{name}/").removeprefix(f"{name}: ")
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])
@@ -51,12 +54,12 @@ def test_home_is_followed(write_checkpoint: Write, tmp_path: Path, monkeypatch: 
 
 
 def test_a_missing_folder_is_said_to_be_missing(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "none") == f"{tmp_path / 'none'}: there is no such folder."
+    assert refusal(tmp_path / "none") == "there is no such folder."
 
 
 def test_a_file_is_no_folder(write_checkpoint: Write) -> None:
     path = write_checkpoint() / "config.json"
-    assert refusal(path) == f"{path}: is a file; name the folder that holds config.json and the safetensors files."
+    assert refusal(path) == "is a file; name the folder that holds config.json and the safetensors files."
 
 
 @pytest.mark.parametrize("name", ["", "  "])
@@ -71,7 +74,7 @@ def test_a_name_that_cannot_be_a_path_is_not_found(name: str) -> None:
 
 
 def test_a_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == f"{tmp_path}: has no config.json; name the folder of a checkpoint."
+    assert refusal(tmp_path) == "has no config.json; name the folder of a checkpoint."
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_a_file_that_only_claims_to_be_torchs_is_refused(write_checkpoint: Write
 def test_no_weights_at_all_are_an_incomplete_download(write_checkpoint: Write) -> None:
     folder = write_checkpoint()
     (folder / "model.safetensors").unlink()
-    assert refusal(folder) == f"{folder}: has config.json but no safetensors file; complete the download."
+    assert refusal(folder) == "has config.json but no safetensors file; complete the download."
 
 
 def test_a_single_file_of_another_name_is_read_and_noted(write_checkpoint: Write) -> None:
@@ -164,7 +167,7 @@ def test_a_single_file_of_another_name_is_read_and_noted(write_checkpoint: Write
 def test_shards_without_an_index_are_an_incomplete_download(write_checkpoint: Write) -> None:
     folder = write_checkpoint(shards=2)
     (folder / "model.safetensors.index.json").unlink()
-    expected = f"{folder}: has 2 safetensors files and no model.safetensors.index.json; complete the download."
+    expected = "has 2 safetensors files and no model.safetensors.index.json; complete the download."
     assert refusal(folder) == expected
 
 
@@ -172,7 +175,9 @@ def test_a_shard_that_the_index_lists_must_be_there(write_checkpoint: Write) -> 
     folder = write_checkpoint(shards=3)
     shard = folder / "model-00002-of-00003.safetensors"
     shard.unlink()
-    assert refusal(folder) == f"{shard}: is missing, though model.safetensors.index.json lists it; complete the download."
+    assert (
+        refusal(folder) == f"{shard.name}: is missing, though model.safetensors.index.json lists it; complete the download."
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +209,7 @@ def test_a_tensor_in_two_shards_is_refused(write_checkpoint: Write) -> None:
 
 def test_a_checkpoint_without_tensors_is_refused(write_checkpoint: Write) -> None:
     folder = write_checkpoint(tensors={})
-    assert refusal(folder) == f"{folder}: its files hold no tensors; download the checkpoint again."
+    assert refusal(folder) == "its files hold no tensors; download the checkpoint again."
 
 
 @pytest.mark.parametrize("name", ["a..b", ".a", "a.", ""])
@@ -246,12 +251,12 @@ def test_an_index_that_cannot_be_read_is_refused(write_checkpoint: Write, monkey
     index = folder / "model.safetensors.index.json"
     monkeypatch.setattr(checkpoint_folder, "MAX_JSON_BYTES", 3000)
     index.write_bytes(b" " * 3001)
-    assert refusal(folder) == f"{index}: more than 3,000 bytes are no model.safetensors.index.json; download it again."
+    assert refusal(folder) == f"{index.name}: more than 3,000 bytes are no model.safetensors.index.json; download it again."
     index.unlink()
     index.mkdir()
-    assert refusal(folder) == f"{index}: not a regular file; download it again."
+    assert refusal(folder) == f"{index.name}: not a regular file; download it again."
     monkeypatch.setattr(Path, "is_file", lambda path: path == folder / "config.json" or path == index)
-    assert refusal(folder) == f"{index}: cannot be read (Is a directory); correct its permissions."
+    assert refusal(folder) == f"{index.name}: not a regular file; download it again."
 
 
 def test_nothing_but_a_model_error_leaves(tmp_path: Path) -> None:
@@ -279,7 +284,7 @@ def test_a_shard_with_a_name_that_no_disk_takes_is_refused(write_checkpoint: Wri
     folder = write_checkpoint(shards=2)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
 
-    assert refusal(folder) == f"{folder}: cannot be read (File name too long); correct its permissions."
+    assert refusal(folder) == "cannot be read (File name too long); correct the name."
 
 
 HUGE = "1" + "0" * 30
@@ -304,7 +309,42 @@ def test_a_link_to_anything_but_a_file_is_refused(write_checkpoint: Write, name:
     folder = write_checkpoint()
     (folder / name).unlink()
     (folder / name).symlink_to(folder / name if target == "itself" else target)
-    assert str(folder) in refusal(folder)
+    assert refusal(folder).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (
+            "model.gguf",
+            "has 'model.gguf' but no safetensors file, nor pytorch_model.bin; name a checkpoint of transformers.",
+        ),
+        ("notes.txt", "has config.json but no safetensors file; complete the download."),
+    ],
+)
+def test_weights_of_another_format_are_named(write_checkpoint: Write, other: str, words: str) -> None:
+    folder = write_checkpoint()
+    (folder / "model.safetensors").rename(folder / other)
+    assert refusal(folder) == words
+
+
+@pytest.mark.parametrize("content", [b"[", b"null", b"\xff", None])
+def test_settings_of_images_that_cannot_be_read_are_told(write_checkpoint: Write, content: bytes | None) -> None:
+    folder = write_checkpoint()
+    path = folder / "preprocessor_config.json"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    told = [note for note in load_profile(str(folder)).notes if note.startswith("preprocessor_config.json is left out, ")]
+    assert len(told) == 1
+    assert told[0].endswith("; download it again.")
+
+
+def test_a_damaged_file_is_named_with_its_model(write_checkpoint: Write) -> None:
+    folder = write_checkpoint("[]")
+    with pytest.raises(ModelError, match=re.escape(f"{folder}/config.json: is not a JSON object; download it again.")):
+        load_profile(f"{folder}/")
 
 
 def test_a_link_out_of_the_folder_shows_nothing_of_what_it_names(write_checkpoint: Write, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def refusal(name: str = "org/vlm", allow_network: bool = True) -> str:
     with pytest.raises(ModelError) as raised:
         load_profile(name, allow_network=allow_network)
     assert "\n" not in str(raised.value)
-    return str(raised.value)
+    return str(raised.value).removeprefix("org/vlm/")
 
 
 @pytest.mark.parametrize("shards", [1, 20])

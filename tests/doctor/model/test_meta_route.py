@@ -10,9 +10,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 import pytest
 
-from vlm_doctor.model import ModelProfile, Unit
+from vlm_doctor import load_machine
+from vlm_doctor.machine import Libraries, Package
+from vlm_doctor.model import LinearWeights, ModelProfile, Unit
+from vlm_doctor.planner.installed import as_loaded
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.installed_transformers import families_with_stored_names, has_flat_towers
 from vlm_doctor.sources.model_profile import build_profile
@@ -143,7 +147,7 @@ def check_parts(unit: Unit, tensors: dict[str, Any], model: Any) -> None:
     keys = [part.key for part in unit.parts]
     assert sum(part.stored_bytes for part in unit.parts) == unit.stored_bytes
     assert sum(part.elements for part in unit.parts) == unit.elements
-    assert sum(part.quantizable_elements for part in unit.parts) == unit.quantizable_elements
+    assert sum((part.linear for part in unit.parts), start=LinearWeights()) == unit.linear
     for name in tensors:
         assert len(owners(keys, name)) == len(owners([unit.key], name)), name
     assert [key for key in keys if key not in modules and key not in tensors] == []
@@ -165,18 +169,69 @@ def check_no_split(profile: ModelProfile, model: Any) -> None:
     assert cut == []
 
 
+NOT_LINEAR_BEFORE_5 = {"blip", "git", "kosmos-2", "kosmos-2.5"}
+"""transformers 4.57 keeps the last module, and each of its name (``output`` of GIT), as it is. Small models all."""
+
+
+def linear_of_class(model: Any) -> dict[str, int]:
+    """Elements of the weights that bitsandbytes would replace, by the installed transformers' own rules."""
+    import torch
+
+    try:
+        from transformers.quantizers.base import HfQuantizer
+        from transformers.quantizers.quantizers_utils import should_convert_module
+    except ImportError:
+        from transformers.integrations.bitsandbytes import get_keys_to_not_convert
+
+        skipped = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
+        return {
+            name: module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            and name.rpartition(".")[2] not in skipped
+            and not any(f"{key}." in name or key == name for key in skipped)
+        }
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and should_convert_module(name, skipped)
+    }
+
+
+def check_linear(profile: ModelProfile, model: Any, *, is_new: bool) -> None:
+    """What stays in 16 bit is never counted as quantized, and in the newest release hardly anything the other way."""
+    import transformers
+
+    packages = (Package(name="transformers", version=transformers.__version__),)
+    libraries = Libraries(python="3", executable="python", packages=packages)
+    loaded = as_loaded(profile, msgspec.structs.replace(load_machine("80GiB"), libraries=libraries))
+    found: Counter[str] = Counter()
+    for name, elements in linear_of_class(model).items():
+        found[(owners([unit.key for unit in profile.units], name) or [""])[0]] += elements
+    beyond = {
+        unit.key: (unit.linear.elements, found[unit.key])
+        for unit in loaded.units
+        if not (found[unit.key] - 0.005 * unit.elements if is_new else 0) <= unit.linear.elements <= found[unit.key]
+    }
+    assert beyond == {}
+
+
 @pytest.mark.parametrize("family", families())
 def test_the_class_agrees_with_the_profile(family: str) -> None:
     if family in NO_CHAIN:
         pytest.skip(NO_CHAIN[family])
     model = built(family)
     tensors, saved = stored(model)
+    is_new = has_flat_towers()
     for names in (saved, tensors):
         profile = profile_of(model, names)
         check_units(profile, tensors, model)
         check_buffers([unit.key for unit in profile.units], model)
         check_ties(profile, model)
         check_no_split(profile, model)
+        if is_new or family not in NOT_LINEAR_BEFORE_5:
+            check_linear(profile, model, is_new=is_new)
         for unit in profile.units:
             if unit.parts:
                 check_parts(unit, tensors, model)

@@ -156,6 +156,35 @@ def test_packed_projections_say_nothing_about_heads() -> None:
     assert profile({"text_config": TEXT}, {key: (4, 8)}, dtype="U8").text.kv_heads == 2
 
 
+def test_heads_of_full_attention_may_be_others() -> None:
+    """Gemma 4's two ways to say it, and the norm of its queries, which says it always."""
+    kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9}
+    config = {"text_config": {**TEXT, **kinds, "head_dim": 4, "num_key_value_heads": 2}}
+
+    def full(tensors: dict[str, tuple[int, ...]] | None = None, dtype: str = "BF16", **fields: Any) -> tuple[int, int]:
+        asked = {"text_config": {**config["text_config"], **fields}}
+        found = profile(asked, {"model.layers.1.mlp.up_proj.weight": (16, 8), **(tensors or {})}, dtype=dtype).text
+        return found.full_kv_heads, found.full_head_dim
+
+    norm, keys = "model.layers.1.self_attn.q_norm.weight", "model.layers.1.self_attn.k_proj.weight"
+    assert full() == (0, 0)
+    assert full({norm: (4,), keys: (8, 8)}) == (0, 0)
+    assert full({norm: (8,), keys: (8, 8)}) == (1, 8)
+    assert full({norm: (8,)}) == (2, 8)
+    assert full(global_head_dim=8) == (2, 8)
+    assert full(global_head_dim=8, num_global_key_value_heads=1) == (2, 8)
+    assert full(global_head_dim=8, num_global_key_value_heads=1, attention_k_eq_v=True) == (1, 8)
+    assert full({norm: (8,), keys: (4, 8)}, dtype="U8", num_global_key_value_heads=1, attention_k_eq_v=True) == (1, 8)
+    assert full(layer_types=["full_attention"] * 2, global_head_dim=8) == (0, 0)
+
+
+def test_layers_that_share_keys_may_have_wide_mlps_and_embeddings_of_their_own() -> None:
+    assert text(use_double_wide_mlp=True, num_kv_shared_layers=1).intermediate == 32
+    assert text(use_double_wide_mlp=True, num_kv_shared_layers=0).intermediate == 16
+    assert text(hidden_size_per_layer_input=256).layer_input == 256
+    assert text(hidden_size_per_layer_input=0).layer_input == text().layer_input == 0
+
+
 def test_a_sliding_window_counts_only_when_it_is_used() -> None:
     assert text(sliding_window=1024).sliding_window == 1024
     assert text(sliding_window=1024, use_sliding_window=True).sliding_window == 1024

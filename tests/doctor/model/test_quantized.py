@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,6 +70,17 @@ BNB_DOUBLE = {
     "weight.nested_quant_map": ("F32", [256]),
 }
 BNB_8BIT = {"weight": ("I8", [OUT, IN]), "SCB": ("F32", [OUT]), "weight_format": ("U8", [])}
+TORCHAO_INT8 = {  # torchao 0.18, as save_pretrained of transformers 5.23 wrote it
+    "_weight_qdata": ("I8", [OUT, IN]),
+    "_weight_scale": ("F32", [OUT, 1]),
+    "_weight_zero_point": ("I8", [OUT, 1]),
+}
+TORCHAO_INT4 = {
+    "_weight_qdata": ("U8", [OUT, IN // 2]),
+    "_weight_scale": ("BF16", [IN // GROUP, OUT]),
+    "_weight_zero_point": ("BF16", [IN // GROUP, OUT]),
+}
+TORCHAO_FP8 = {"_weight_qdata": ("F8_E4M3", [OUT, IN]), "_weight_scale": ("F32", [OUT, 1])}
 WEIGHTS = OUT * IN
 CT = "compressed-tensors"
 
@@ -95,12 +107,21 @@ METHODS = [
         CT_PACKED,
         {"quant_method": CT, "config_groups": {"group_0": {"weights": {"num_bits": 4}}}},
         "INT4",
-        2 * WEIGHTS + WEIGHTS // 2 + 2 * 4 * OUT + 16,
-        2 * WEIGHTS,
+        2 * WEIGHTS + 2 * 4 * OUT + 16,
+        2 * WEIGHTS - WEIGHTS // 2,
     ),
-    (NVFP4, {"quant_method": CT}, "FP4", 2 * WEIGHTS + WEIGHTS // 2 + OUT * 8 + 4, 2 * WEIGHTS),
+    (NVFP4, {"quant_method": CT}, "FP4", 2 * WEIGHTS + OUT * 8 + 4, 2 * WEIGHTS - WEIGHTS // 2),
     (BNB_4BIT, {"load_in_4bit": True}, "NF4", WEIGHTS // 2 + 4 * WEIGHTS // 64 + 64, -80),
-    (BNB_DOUBLE, {"quant_method": "bitsandbytes"}, "NF4", WEIGHTS // 2 + WEIGHTS // 64 + 64 + 4 + 1024, -80),
+    (BNB_DOUBLE, {"quant_method": "bitsandbytes"}, "NF4", WEIGHTS // 2 + WEIGHTS // 64 + 64 + 4 + 1024 + 4, -76),
+    (TORCHAO_INT8, {"quant_method": "torchao", "quant_type": {"default": {}}}, "INT8", WEIGHTS + 5 * OUT, 0),
+    (
+        TORCHAO_INT4,
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}},
+        "INT4",
+        WEIGHTS // 2 + 4 * WEIGHTS // GROUP,
+        0,
+    ),
+    (TORCHAO_FP8, {"quant_method": "torchao"}, "FP8", WEIGHTS + 4 * OUT, 0),
     (BNB_8BIT, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "INT8", WEIGHTS + 4 * OUT, -1),
 ]
 
@@ -120,12 +141,25 @@ def test_a_quantized_weight_counts_what_it_stands_for_and_what_it_takes(
     assert unit_bytes(layer, found, Workload(dtype="float32")) == on_gpu + 4 * (16 * 8 + 8)
     assert found.quantization == section.get("quant_method", "bitsandbytes")
     assert found.dtype == "float16"
-    assert layer.quantizable_elements == 16 * 8
+    assert layer.linear.elements == 16 * 8
     assert f"model.language_model.layers.7.{LINEAR}.weight" in found.tensors
     assert not [name for name in found.tensors if "scale" in name or "absmax" in name or "qzeros" in name]
     assert any("unpacks the weights" in note for note in found.notes) == (section.get("quant_method") == CT)
     sizes = sum(math.prod(shape) for _, shape in linear.values())
     assert sizes != WEIGHTS or word == "FP8"
+
+
+def test_packed_words_stay_with_the_libraries_of_transformers_4(write_checkpoint: Write) -> None:
+    section = {"quant_method": CT, "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+    found = load_profile(str(write_checkpoint(config_of(**section), tensors_of(CT_PACKED))))
+    old = Libraries(python="3", executable="python", packages=(Package(name="transformers", version="4.57.6"),))
+    new = Libraries(python="3", executable="python", packages=(Package(name="transformers", version="5.23.0"),))
+
+    def kept(libraries: Libraries) -> int:
+        where = msgspec.structs.replace(machine((9, 0)), libraries=libraries)
+        return sum(unit.kept_bytes or 0 for unit in as_loaded(found, where).units)
+
+    assert kept(old) - kept(new) == 12 * WEIGHTS // 2
 
 
 def test_joined_experts_in_mxfp4_count_two_a_byte() -> None:
@@ -155,7 +189,17 @@ def test_nonsense_for_bits_means_four(bits: Any) -> None:
     assert joined["a.weight"].elements == 64
 
 
-NAMES = [*GPTQ, *FP8, *CT_FP8, *CT_PACKED, *BNB_DOUBLE, *BNB_8BIT, "bias", "w_blocks", "w_scales"]
+def test_parts_of_no_parameter_are_left_as_they_are() -> None:
+    tensors = {"a._weight_qdata": StoredTensor("I8", (8,), 8), "a.weight": StoredTensor("F16", (8,), 16)}
+    assert join_quantized(tensors, {"quant_method": "torchao"}) == tensors
+    assert join_quantized({"a._qdata": StoredTensor("F16", (8,), 16)}, {"quant_method": "torchao"}).keys() == {"a._qdata"}
+    joined = join_quantized(
+        {"a._gate_up_proj_qdata": StoredTensor("I8", (2, 8, 4), 64)}, {"quant_method": "torchao", "quant_type": object()}
+    )
+    assert joined["a.gate_up_proj"].shape == (2, 8, 4)
+
+
+NAMES = [*GPTQ, *TORCHAO_INT8, *FP8, *CT_FP8, *CT_PACKED, *BNB_DOUBLE, *BNB_8BIT, "bias", "w_blocks", "w_scales"]
 TENSORS = st.dictionaries(
     st.builds("{}.{}".format, st.sampled_from(["a", "a.b", "c"]), st.sampled_from(NAMES)),
     st.builds(
@@ -178,9 +222,17 @@ def test_no_byte_is_lost_however_odd_the_names(tensors: dict[str, StoredTensor],
 def test_a_section_that_is_no_object_is_refused(write_checkpoint: Write, section: Any) -> None:
     with pytest.raises(ModelFileError) as raised:
         load_profile(str(write_checkpoint({**LLAVA_CONFIG, "quantization_config": section})))
-    assert str(raised.value) == (
-        "config.json: quantization_config is not a JSON object; use the config.json that belongs to this checkpoint."
+    assert str(raised.value).endswith(
+        "/config.json: quantization_config is not a JSON object; use the config.json that belongs to this checkpoint."
     )
+
+
+@pytest.mark.parametrize(("method", "notes"), [("hqq", 1), ("\x1b[31m" * 20, 1), (5, 1), ("gptq", 0), ("bitsandbytes", 0)])
+def test_a_method_that_is_not_counted_is_told(write_checkpoint: Write, method: Any, notes: int) -> None:
+    profile = load_profile(str(write_checkpoint({**LLAVA_CONFIG, "quantization_config": {"quant_method": method}})))
+    told = [note for note in profile.notes if note.endswith("its weights are counted as the files hold them.")]
+    assert len(told) == notes
+    assert all(note.isprintable() for note in told)
 
 
 def test_the_section_may_stand_in_the_text_part() -> None:

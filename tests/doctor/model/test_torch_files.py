@@ -163,9 +163,7 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.bin")
     assert refusal(tmp_path / "x.bin") == f"{tmp_path / 'x.bin'}: not a regular file; download it again."
-    assert refusal(tmp_path / "y.bin").endswith(
-        "y.bin: cannot be read (No such file or directory); correct its permissions."
-    )
+    assert refusal(tmp_path / "y.bin").endswith("y.bin: cannot be read (No such file or directory); complete the download.")
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -223,7 +221,7 @@ def test_a_folder_of_torch_files_is_the_same_model_as_one_of_safetensors(
     assert two.files == tuple(parts)
     index["weight_map"]["x"] = "../x.bin"
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ModelFileError, match=r"^pytorch_model.bin.index.json: lists the file '../x.bin', which is not"):
+    with pytest.raises(ModelFileError, match=r"two/pytorch_model.bin.index.json: lists the file '../x.bin', which is not"):
         load_profile(str(folder))
 
 

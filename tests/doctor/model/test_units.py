@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_doctor.model import Role
+from vlm_doctor.data.families import FamilyRules
+from vlm_doctor.model import LinearWeights, Role
 from vlm_doctor.sources.checkpoint import StoredTensor
 from vlm_doctor.sources.model_units import Cut, cut_into_units
 from vlm_doctor.sources.weightless_units import complete_units
@@ -114,7 +115,7 @@ def test_only_linear_weights_are_quantizable() -> None:
             "lm_head.weight": StoredTensor("BF16", (5, 2), 20),
         }
     )
-    assert {unit.key: unit.quantizable_elements for unit in found.units} == {
+    assert {unit.key: unit.linear.elements for unit in found.units} == {
         "model.vision": 0,
         "model.embed_tokens": 0,
         "model.layers.0": 8,
@@ -123,6 +124,50 @@ def test_only_linear_weights_are_quantizable() -> None:
     layer = next(unit for unit in found.units if unit.role == "layer")
     assert layer.parameters == {"BF16": 12, "U8": 8, "F32": 2}
     assert (layer.stored_bytes, layer.largest_tensor_elements, layer.elements) == (40, 8, 22)
+
+
+def test_what_bitsandbytes_leaves_alone_is_known_by_names_and_shapes() -> None:
+    stem = "model.layers.0."
+    found = cut_into_units(
+        {
+            f"{stem}q_proj.weight": StoredTensor("BF16", (4, 2), 16),
+            f"{stem}mlp.gate.weight": StoredTensor("BF16", (3, 2), 12),
+            f"{stem}mlp.experts.0.up_proj.weight": StoredTensor("BF16", (5, 2), 20),
+            f"{stem}mlp.experts.1.up_proj.weight": StoredTensor("BF16", (6, 2), 24),
+            f"{stem}mlp.experts.up_proj": StoredTensor("BF16", (2, 5, 2), 40),
+            f"{stem}relative_attention_bias.weight": StoredTensor("BF16", (7, 2), 28),
+            f"{stem}q_norm.weight": StoredTensor("BF16", (2, 2), 8),
+            "vision.attention.in_proj_weight": StoredTensor("BF16", (6, 2), 24),
+            "vision.attention.out_proj.weight": StoredTensor("BF16", (2, 2), 8),
+            "vision.patch_embed.weight": StoredTensor("BF16", (2, 12), 48),
+            "lm_head.dense.weight": StoredTensor("BF16", (2, 2), 8),
+            "lm_head.decoder.weight": StoredTensor("BF16", (9, 2), 36),
+            "weight": StoredTensor("BF16", (2, 2), 8),
+        },
+        FamilyRules(unquantized=("q_proj",)),
+    )
+    linear = {unit.key: unit.linear for unit in found.units}
+    layer = next(unit for unit in found.units if unit.role == "layer")
+    assert linear["model.layers.0"] == LinearWeights()
+    assert layer.expert_linear == LinearWeights(elements=22, rows=11, tensors=2, largest=12)
+    assert linear["vision"] == LinearWeights(24, 2, 1, 24)
+    assert linear["lm_head"] == LinearWeights(4, 2, 1, 4)
+    assert linear["weight"].elements == 4
+
+
+def test_a_family_s_exceptions_outdo_what_a_tensor_looks_like() -> None:
+    tensors = {
+        "model.layers.0.attn.in_proj_weight": StoredTensor("BF16", (6, 2), 24),
+        "model.layers.0.attn.out_proj.weight": StoredTensor("BF16", (2, 2), 8),
+        "model.layers.0.attn.out_proj.bias": StoredTensor("BF16", (2,), 4),
+        "model.layers.0.packed.in_proj_weight": StoredTensor("U8", (6, 2), 12),
+    }
+    plain, ruled = (
+        cut_into_units(tensors, rules).units[0].linear
+        for rules in (FamilyRules(), FamilyRules(quantized=("in_proj_weight", "out_proj")))
+    )
+    assert plain == LinearWeights()
+    assert ruled == LinearWeights(elements=16, rows=8, tensors=2, largest=12)
 
 
 @pytest.mark.parametrize(

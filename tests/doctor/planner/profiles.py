@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from vlm_doctor.machine import Gpu, Link, Machine
-from vlm_doctor.model import ImageRule, ModelProfile, Role, TextShape, Unit, VisionShape
+from vlm_doctor.model import ImageRule, LinearWeights, ModelProfile, Role, TextShape, Unit, VisionShape
 from vlm_doctor.units import GIB, MIB
 
 DRIVER_BYTES = 200 * MIB
@@ -23,7 +23,7 @@ def unit(key: str, role: Role, elements: int, *, layer: int | None = None, linea
         parameters={dtype: elements} if elements else {},
         stored_bytes=elements * size,
         largest_tensor_elements=elements // 3,
-        quantizable_elements=linear,
+        linear=LinearWeights(linear, linear // 4096, 7, linear // 3) if linear else LinearWeights(),
         layer=layer,
     )
 

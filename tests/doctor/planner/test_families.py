@@ -15,6 +15,7 @@ import pytest
 from vlm_doctor.model import LayerCache, ModelProfile, TextShape
 from vlm_doctor.planner.image_tokens import NO_IMAGES
 from vlm_doctor.planner.layer_work import LayerKind, layer_bytes, layer_kinds, next_token_bytes
+from vlm_doctor.planner.prompt_work import prompt_work
 from vlm_doctor.planner.release import Release
 from vlm_doctor.workload import Workload
 
@@ -51,12 +52,16 @@ DEEPSEEK_V2_LITE = family("deepseek_v2", 2048, 10944, 16, 16, head_dim=160, expe
         (family("granite", 4096, 11008, 32, 32), DENSE, 45_572.0),
         (family("mistral", 4096, 14336, 32, 8), DENSE, 55_556.1),
         (family("lfm2", 2560, 8192, 32, 8), DENSE, 32_420.0),
+        (family("lfm3", 2048, 7680, 16, 4), DENSE, 29_184.0),
+        (family("lfm3", 2048, 7680, 16, 4), LINEAR, 29_184.0),
         (family("olmo2", 4096, 11008, 32, 32), DENSE, 41_732.0),
         (family("phi", 2048, 8192, 32, 32), DENSE, 38_980.0),
         (family("phi3", 3072, 8192, 32, 32), DENSE, 42_180.0),
         (family("glm4", 4096, 13696, 32, 2), DENSE, 67_204.0),
         (family("cohere2", 8192, 22528, 64, 64), DENSE, 123_140.0),
         (family("gemma4_text", 2304, 9216, 8, 4, head_dim=256), DENSE, 36_356.1),
+        # Its embeddings, the prompt's and each layer's own, are counted where the prompt is embedded.
+        (family("gemma3n_text", 2048, 16384, 8, 2, head_dim=256), DENSE, 108_570.0),
         (family("qwen3_5_text", 4096, 12288, 16, 4, head_dim=256), DENSE, 49_284.0),
         (family("qwen3_5_text", 4096, 12288, 16, 4, head_dim=256, linear_width=4096), LINEAR, 115_686.0),
         (family("qwen3_5_moe_text", 2048, 4608, 16, 2, experts=(256, 8, 512), linear_width=4096), LINEAR, 111_590.0),
@@ -86,6 +91,28 @@ def test_work_of_a_layer_meets_the_traced_one(profile: ModelProfile, kind: Layer
     workload = Workload(images=0, text_tokens=TOKENS)
     predicted = layer_bytes(kind, profile, workload, NO_IMAGES, TOKENS, release=(5, 23)) / 2 / TOKENS
     assert 0.995 * traced <= predicted <= 1.03 * traced
+
+
+def test_wide_heads_of_full_attention_are_paid_for() -> None:
+    """Gemma 4 31B: there attention needs more than the MLP."""
+    text = family("gemma4_text", 5376, 21504, 32, 16, head_dim=256, full_head_dim=512, full_kv_heads=4)
+    full, sliding = (
+        layer_bytes(kind, text, Workload(images=0), NO_IMAGES, TOKENS, release=None) / 2 / TOKENS
+        for kind in (DENSE, SLIDING)
+    )
+    assert full == pytest.approx(5.1 * 32 * 512 + 2.1 * 5376, rel=1e-4)
+    assert full > 1.1 * sliding
+
+
+def test_embeddings_of_each_layer_are_held_where_the_prompt_is_embedded() -> None:
+    plain = family("gemma4_text", 2304, 9216, 8, 4, head_dim=256)
+    own = msgspec.structs.replace(plain, text=msgspec.structs.replace(plain.text, layer_input=256))
+    kinds = [DENSE]
+    without, with_ = (
+        prompt_work(kinds, profile, Workload(images=0), NO_IMAGES, TOKENS, release=None) for profile in (plain, own)
+    )
+    assert with_.held - without.held == 2 * TOKENS * (2 * 40 * 256 + 2304)
+    assert with_.layer == without.layer
 
 
 def test_a_wide_body_that_has_narrow_layers_pays_for_attention() -> None:

@@ -48,10 +48,17 @@ def test_a_window_is_kept_whole_until_the_next_token() -> None:
     assert kept("chunked", tokens=90) == (90 * token, 100 * token)
 
 
+def test_layers_with_full_attention_may_have_heads_of_their_own() -> None:
+    """Gemma 4: the others see a window, so that at length these are most of the cache."""
+    text = msgspec.structs.replace(GQA, full_head_dim=512, full_kv_heads=1)
+    assert kept("full", text=text, tokens=10).prefill == 10 * 2 * 512 * 2
+    assert kept("sliding", text=text, tokens=10) == kept("sliding", tokens=10)
+
+
 @pytest.mark.parametrize(("release", "elements"), [((5, 23), 512 + 64), (None, 512 + 64), ((4, 57), 16 * (128 + 64 + 128))])
 def test_latent_attention_is_kept_compressed_since_transformers_5(release: Release, elements: int) -> None:
     # DeepSeek-V2-Lite and its kind: vLLM reports 31,104 bytes a token for 27 layers of 576 elements.
-    assert sum(kept_elements(LATENT, release)) == elements
+    assert sum(kept_elements("full", LATENT, release)) == elements
     assert kept("full", text=LATENT, tokens=10, release=release).prefill == elements * 20
     # As the profile of such a model says the expanded cache.
     assert 2 * LATENT.kv_heads * LATENT.head_dim == 16 * (128 + 64 + 128)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_doctor.data.activations import DEFAULT_TEXT, DEFAULT_VISION, text_coefficient, vision_coefficient
-from vlm_doctor.model import LayerCache, ModelProfile, Unit
+from vlm_doctor.model import LayerCache, LinearWeights, ModelProfile, Unit
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.kv_cache import Cached
@@ -56,14 +56,15 @@ def whole(profile: ModelProfile, **fields: Any) -> StageNeed:
         ({"BF16": 600, "I32": 100, "U8": 7, "BOOL": 5, "I64": 1}, {}, 1200 + 400 + 7 + 5 + 8),
         ({"BF16": 600, "F8_E4M3": 400}, {"dtype": "float32"}, 2400 + 400),
         ({"F4": 3}, {}, 2),
-        ({"BF16": 1000}, {"quantization": "int8"}, 900 + 200),
-        ({"BF16": 1000}, {"quantization": "nf4"}, 507 + 200),
-        ({"F32": 1000}, {"quantization": "nf4", "dtype": "float32"}, 507 + 200),
-        ({"BF16": 500, "I32": 100}, {"quantization": "int8"}, 500 + 400),
+        ({"BF16": 1000}, {"quantization": "int8"}, 896 + 4 * 16 + 208),
+        ({"BF16": 1000}, {"quantization": "nf4"}, 448 + 4 * 14 + 64 * 3 + 208),
+        ({"F32": 1000}, {"quantization": "nf4", "dtype": "float32"}, 448 + 4 * 14 + 64 * 3 + 416),
+        ({"BF16": 900, "I32": 100}, {"quantization": "int8"}, 896 + 4 * 16 + 8 + 400),
     ],
 )
 def test_bytes_of_a_unit_once_loaded(stored: dict[str, int], fields: dict[str, Any], size_bytes: int) -> None:
-    own = msgspec.structs.replace(LAYER, parameters=stored)
+    linear = LinearWeights(elements=896, rows=16, tensors=3, largest=300)
+    own = msgspec.structs.replace(LAYER, parameters=stored, linear=linear)
     assert unit_bytes(own, glm41v_9b(), Workload(**fields)) == size_bytes
 
 
@@ -90,16 +91,21 @@ def test_float32_doubles_cache_and_activations() -> None:
     assert wide.activations_bytes == pytest.approx(2 * short.activations_bytes, abs=2)
 
 
-def test_a_quantized_model_computes_in_16_bit() -> None:
+def test_a_quantized_checkpoint_computes_in_16_bit_and_bitsandbytes_in_the_loaded_type() -> None:
     plain = whole(llava_13b(), images=0)
     assert whole(llava_13b(quantization="awq"), images=0, dtype="float32").kv_cache_bytes == plain.kv_cache_bytes
-    assert whole(llava_13b(), images=0, dtype="float32", quantization="int8").kv_cache_bytes == plain.kv_cache_bytes
+    assert whole(llava_13b(), images=0, dtype="float32", quantization="int8").kv_cache_bytes == 2 * plain.kv_cache_bytes
 
 
 def test_int8_needs_its_product_and_nf4_the_weight_in_use() -> None:
     plain, int8, nf4 = (footprint(llava_13b(), images=0, quantization=kind) for kind in (None, "int8", "nf4"))
+    largest = max(unit.linear.largest for unit in llava_13b().units if unit.role == "layer")
     assert layer_of(int8, 512) - layer_of(plain, 512) == 4 * 512 * 13824
-    assert layer_of(nf4, 512) - layer_of(plain, 512) == 2 * (317_204_480 // 3)
+    assert layer_of(nf4, 512) - layer_of(plain, 512) == 2 * largest
+    wide, nf4 = (footprint(llava_13b(), images=0, dtype="float32", quantization=kind) for kind in (None, "nf4"))
+    assert layer_of(nf4, 512) - layer_of(wide, 512) == 4 * largest
+    joined, int8 = (footprint(glm41v_9b(), images=0, quantization=kind) for kind in (None, "int8"))
+    assert layer_of(int8, 512) - layer_of(joined, 512) == 10 * 512 * 13696
 
 
 def test_eager_attention_pays_for_the_scores_of_all_heads_instead_of_the_mlp() -> None:
@@ -318,13 +324,18 @@ def test_joined_experts_exist_twice_while_they_are_loaded() -> None:
     assert footprint(hybrid(), images=0, text_tokens=10_000).detail(3, 4, 10_000).moment == "a layer reads the prompt"
 
 
-def test_bitsandbytes_gets_each_tensor_in_16_bit() -> None:
+def test_bitsandbytes_gets_each_weight_unquantized() -> None:
     units = llava_13b().units
     workload = Workload(quantization="nf4")
-    assert loading_bytes(units, llava_13b(), workload, None) == 2 * (334_974_976 // 3)
+    largest = max(unit.linear.largest for unit in units)
+    assert loading_bytes(units, llava_13b(), workload, None) == 2 * largest
+    assert loading_bytes(units, llava_13b(), Workload(quantization="int8"), None) == 4 * largest
+    assert loading_bytes(units, llava_13b(), Workload(quantization="nf4", dtype="float32"), None) == 4 * largest
+    assert loading_bytes(units, llava_13b(), workload, (4, 57)) == 4 * largest
     assert loading_bytes(units[1:2], llava_13b(), workload, None) == 0
     assert loading_bytes(units, llava_13b(), Workload(), None) == 0
-    assert loading_bytes(units, hybrid(), workload, None) == 2 * (334_974_976 // 3)
+    joined = [msgspec.structs.replace(unit, linear=LinearWeights()) for unit in units]
+    assert loading_bytes(joined, hybrid(), workload, None) == 2 * 317_204_480  # Joined experts are not quantized.
     assert loading_bytes(units, hybrid(), Workload(), None) == 2 * 317_204_480
     assert loading_bytes(units, llava_13b(quantization="awq", text=hybrid().text), Workload(), None) == 0
 

@@ -135,7 +135,10 @@ def test_a_first_gpu_that_cannot_hold_the_cache_is_no_way_out() -> None:
     ("made", "why"),
     [
         (plan(glm41v_9b(quantization="awq"), machine([6]), policy=OFFLOAD), "loaded quantized (awq), and such layers"),
-        (plan(glm41v_9b(), machine([3]), Workload(quantization="nf4"), OFFLOAD), "loaded quantized (nf4), and such"),
+        (
+            plan(glm41v_9b(), machine([3]), Workload(quantization="nf4"), OFFLOAD),
+            "loaded quantized (nf4), and transformers refuses",
+        ),
         (
             plan(glm41v_9b(), machine([6]), Workload(training=Training()), OFFLOAD),
             "weights in host memory cannot be trained",

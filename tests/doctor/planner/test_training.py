@@ -11,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_doctor.model import ModelProfile, TextShape
+from vlm_doctor.planner import plan
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.layer_work import LayerKind
 from vlm_doctor.planner.memory import FRAGMENTATION_BYTES, Footprint, Holding, StageNeed
-from vlm_doctor.planner.training import Trained, largest_step_bytes, step_work, trained
+from vlm_doctor.planner.training import Trained, largest_step_bytes, peak, step_work, trained
+from vlm_doctor.sources import load_machine
+from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Optimizer, Training, Workload
 
@@ -243,6 +246,36 @@ def test_a_stage_grows_with_every_atom_token_and_prompt(
         assert need(first, end) <= need(first, end + 1)
     if first:
         assert need(first, end) <= need(first - 1, end)
+
+
+SIZES = st.integers(0, 1_000)
+
+
+@given(*[SIZES] * 10, st.integers(0, 10), *[SIZES] * 3, st.sampled_from([0, 0.1]))
+def test_what_is_wasted_never_makes_more_cost_less(
+    saved: int, again: int, last: int, loss: int, held: int, encode: int, tower: int, states: int, gradients: int,
+    step: int, factor: int, more: int, more_gradients: int, more_step: int, wasted: float
+) -> None:  # fmt: skip
+    def total(fixed: Trained, saved: int) -> float:
+        kept, work, _ = peak(
+            fixed=fixed, saved=saved, again=again, last=last, loss=loss, held=held, encode=encode, tower=tower,
+            wasted=wasted,
+        )  # fmt: skip
+        return kept + (1 + wasted) * work
+
+    one = Trained(0, gradients * factor, states, step)
+    two = Trained(0, one.gradients + more_gradients, states, step + more_step)
+    assert total(one, saved) <= total(two, saved + more) + 1e-6
+
+
+def test_a_step_that_fits_nowhere_ends_in_a_shortage() -> None:
+    """Here the worst moment changes from one atom to the next."""
+    profile = load_profile("OpenGVLab/InternVL3-8B-hf", allow_network=False)
+    workload = Workload(
+        images=16, image_height=224, image_width=224, dtype="float32", training=Training(method="full"), new_tokens=1
+    )
+    planned = plan(profile, load_machine("3090+A100-40"), workload)
+    assert planned.shortage is not None
 
 
 def test_a_trained_sum_is_made_of_its_parts() -> None:

@@ -96,7 +96,8 @@ def test_only_so_many_errors_of_the_middle_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("missing", "cannot be read: No such file or directory."),
+        ("missing", "missing: no such file; name a log, or - for standard input."),
+        ("/dev/zero", "/dev/zero is a device; name a log, or - for standard input."),
         (".", ". is a folder; name the log in it."),
         ("a\0b", "cannot be read: embedded null byte."),
     ],
