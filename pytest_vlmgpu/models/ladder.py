@@ -141,7 +141,7 @@ def make_loader(gate: Gate, config: pytest.Config) -> Loader:
             yield loaded
         finally:
             left_bytes = loading.unload(loaded)
-            if loaded.warm is not None:
+            if gate.warmth is not None and loaded.warm is not None:
                 loaded.warm.close()
             for record in reversed(gate.loads):
                 if record.model == spec.label:

@@ -37,7 +37,7 @@ ASKS = """
 def test_asks(vlm, vlm_images):
     assert len(vlm.generate(vlm_images[0], "What is this?", max_new_tokens=4)) == 4
 """
-ATTACHED = "*: attached in * s to a model loaded * ago on the CPU, which saved * s; 1 test"
+ATTACHED = "*: attached in * s to a model loaded * ago on the CPU*; 1 test"
 
 
 class Project:

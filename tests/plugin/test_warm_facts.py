@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace as replaced
 
+from pytest_vlmgpu.models.loads import Load
 from pytest_vlmgpu.models.source import Source
 from pytest_vlmgpu.requirements import VlmSpec
+from pytest_vlmgpu.results.summary_text import load_line
 from pytest_vlmgpu.warm import facts
 from pytest_vlmgpu.warm.facts import NotKept, difference, digest_of, facts_of
 from pytest_vlmgpu.warm.run import _has_room, _refusal, duration
@@ -135,8 +137,8 @@ def test_a_folder_has_no_revision() -> None:
     ("spec", "fields", "environment", "reason"),
     [
         (SPEC, {}, {}, ""),
-        (replace(SPEC, trust_remote_code=True), {}, {}, "it runs code of its checkpoint"),
-        (replace(SPEC, device_map="auto"), {}, {}, 'device_map="auto" places it anew'),
+        (dataclasses.replace(SPEC, trust_remote_code=True), {}, {}, "it runs code of its checkpoint"),
+        (dataclasses.replace(SPEC, device_map="auto"), {}, {}, 'device_map="auto" places it anew'),
         (SPEC, {"offloaded": OFFLOAD}, {}, "part of it is in host memory"),
         (SPEC, {"stages": "MIG-1"}, {}, "its GPU is a MIG slice"),
         (
@@ -192,3 +194,13 @@ def test_room_is_what_is_really_free(gpu: Callable[..., Any], machine: Callable[
 )
 def test_durations_are_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_summary_says_what_came_of_it() -> None:
+    load = Load("org/a", "GPU 0", 0.8, warm="attached", attached_age_s=720.0, saved_seconds=40.5)
+    told = "org/a: attached in 0.8 s to a model loaded 12 min ago on GPU 0"
+
+    assert load_line(load, 3) == f"{told}, which saved 40.5 s; 3 tests"
+    assert load_line(dataclasses.replace(load, saved_seconds=0.04), 1) == f"{told}; 1 test"
+    cold = Load("org/a", "the CPU", 2.0, warm="not kept: it is quantized")
+    assert load_line(cold, 1) == "org/a: loaded in 2.0 s on the CPU (not kept: it is quantized); 1 test"
