@@ -269,12 +269,35 @@ class Case:
         if not self.takes_map:
             names = {"": "cpu"} if self.package == "torchao" else None
         options = {"quantization_config": config} if config is not None else {}
+        before = self.allocated(torch.cuda.memory_allocated)
+        if not self.is_on_cpu:
+            for device in devices:
+                torch.cuda.reset_peak_memory_stats(device)
         model = self.tiny.kind.from_pretrained(
             self.folder, device_map=names, dtype=torch.bfloat16, attn_implementation="eager", **options
         )
         from architecture_trial import _plain
 
+        held, most = self.allocated(torch.cuda.memory_allocated), self.allocated(torch.cuda.max_memory_allocated)
+        self.memory = {
+            "allocated_bytes": {name: held[name] - before[name] for name in held},
+            "while_loading_bytes": {name: most[name] - held[name] for name in held},
+            "planned_while_loading_bytes": self.loading_bytes(),
+        }
         return _plain(model)
+
+    def allocated(self, read: Callable[[str], int]) -> dict[str, int]:
+        """Of each GPU; nothing on a CPU."""
+        return {} if self.is_on_cpu else {name: read(name) for name in self.tiny.devices}
+
+    def loading_bytes(self) -> int:
+        """What the plan counts beside the weights while they are loaded."""
+        import transformers
+
+        from vlm_doctor.planner.weights import loading_bytes
+
+        major, minor = transformers.__version__.split(".")[:2]
+        return loading_bytes(self.profile.units, self.profile, self.workload, (int(major), int(minor)))
 
     @property
     def takes_map(self) -> bool:
@@ -329,10 +352,10 @@ class Case:
 
         if self.is_on_cpu:
             return {"answers": on_stand_ins(model, self.placed(), self.inputs())}
+        memory = self.memory
         parted = logits(model, self.inputs(), self.tiny.devices[0])
         alone = logits(self.load(make(), is_split=False), self.inputs(), self.tiny.devices[0])
-        memory = {name: torch.cuda.memory_allocated(name) for name in self.tiny.devices}
-        return {"answers": "equal" if torch.allclose(parted, alone, atol=2e-2) else "differ", "allocated_bytes": memory}
+        return {"answers": "equal" if torch.allclose(parted, alone, atol=2e-2) else "differ", **memory}
 
 
 COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -239,6 +239,9 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     image: ImageRule | None = None
     quantization: str | None = None
     """``quantization_config.quant_method`` of a checkpoint that is already quantized, such as ``awq``."""
+    computes_in: Literal["int8", "float32"] | None = None
+    """What the linear layers of such a checkpoint compute in where it is not the type of the hidden states: those of
+    bitsandbytes in 8 bit, and in 4 bit where config.json says ``float32`` or nothing."""
     tensors: dict[str, tuple[str, int]] = {}
     """Parameter name in the class to stored dtype and elements, so that a key inside a unit can be judged; empty where only
     the units are known."""

@@ -80,7 +80,7 @@ class Shortage(msgspec.Struct, frozen=True, kw_only=True):
     """Why nothing fits."""
 
     missing_bytes: int
-    """By how much the best split found exceeds its tightest GPU."""
+    """By how much the best split found exceeds its tightest GPU; 0 where it is not memory that is missing."""
     message: str
     """One sentence with the numbers."""
     is_permanent: bool

@@ -36,7 +36,12 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
         help="spread over at least so many",
     )
     policy.add_argument(
-        "--exclude", metavar="0,1", type=arguments.excluded_gpus, default=(), help="GPUs that must not be used"
+        "--exclude",
+        metavar="0,1",
+        type=arguments.excluded_gpus,
+        action="extend",
+        default=[],
+        help="GPUs that must not be used; repeatable",
     )
     policy.add_argument(
         "--pin",
@@ -172,7 +177,7 @@ def policy(options: argparse.Namespace) -> Policy:
         max_gpus=options.max_gpus,
         min_gpus=options.min_gpus,
         prefer=options.prefer,
-        exclude=options.exclude,
+        exclude=tuple(options.exclude),
         pins=tuple(options.pin),
         max_memory=tuple(limit for limits in options.max_memory for limit in limits),
         offload=options.offload,

@@ -61,6 +61,9 @@ class GateCode(str, Enum):
     NO_LEASES = NO_LEASES
     NOT_SHARED = NOT_SHARED
 
+    def __str__(self) -> str:
+        return str(self.value)
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -68,11 +68,13 @@ def _shortage(facts: Facts, *, is_permanent: bool) -> Result:
         return ()
     when = "this machine" if is_permanent else "at the moment"
     why = plain(shortage.message).rstrip(".") if shortage is not None else "no placement was found"
+    lacks_memory = shortage is None or shortage.missing_bytes > 0
+    missing = ("plan.shortage.missing_bytes",) if lacks_memory else ()
     return (
         found(
             "error",
             f"{plain(plan.model)} does not fit {when}: {why}.",
-            evidence=facts.evidence("plan.shortage.missing_bytes", "plan.prompt_tokens", "plan.dtype"),
+            evidence=facts.evidence(*missing, "plan.prompt_tokens", "plan.dtype"),
             fix=_change(plan, is_permanent),
         ),
     )

@@ -9,7 +9,7 @@ from argparse import Namespace
 import msgspec
 
 from ..errors import UsageError
-from ..machine import Machine
+from ..machine import Machine, TorchView
 from ..plan_options import policy, with_headroom, workload
 from ..progress import Progress
 from ..workload import Policy
@@ -71,7 +71,9 @@ def _selected(visible: str | None, machine: Machine) -> tuple[int, ...] | None:
     from ..visibility import VARIABLE, quote, visible_gpus
 
     environment = {**machine.environment, VARIABLE: visible, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    seen = visible_gpus(msgspec.structs.replace(machine, environment=environment))
+    # What torch saw, it saw under another value.
+    unasked = TorchView(state="not_asked")
+    seen = visible_gpus(msgspec.structs.replace(machine, environment=environment, torch=unasked))
     if seen.problem is not None:
         raise UsageError(
             f"The file of the map is for other GPUs than those of {machine.description} "

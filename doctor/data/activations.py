@@ -114,7 +114,10 @@ TEXT: dict[str, TextCoefficient] = {
 
 BODIES: dict[str, TextCoefficient] = {
     **dict.fromkeys(
-        ("granite", "llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "smollm3"),
+        (
+            "granite", "granite_docling_text", "llama", "mistral", "muse_glimmer_text", "paddleocr_vl_text", "qwen2",
+            "qwen3", "qwen3_5_text", "smollm3",
+        ),
         msgspec.structs.replace(_GATE_AND_UP_APART, linear_multiple=26.3),
     ),
     # Layers without attention are short convolutions, which need less than their MLP.

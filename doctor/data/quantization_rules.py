@@ -28,7 +28,7 @@ _BOTH = ("cpu", "disk")
 OFF_GPU_REFUSED: Mapping[str, OffGpu] = {
     "bitsandbytes": OffGpu(
         _BOTH,
-        (),
+        ("disk",),
         '"Some modules are dispatched on the CPU or the disk" (ValueError).',
         "BitsAndBytesConfig(llm_int8_enable_fp32_cpu_offload=True) makes such a map load, but leaves what is off the GPUs "
         "unquantized, and cannot be used with a checkpoint that is quantized already.",

@@ -54,7 +54,7 @@ def verdict(plan: Plan, gpu_count: int) -> str:
         *first, last = [str(stage.gpu) for stage in plan.stages]
         used = f"GPUs {', '.join(first)} and {last}" if first else f"GPU {last}"
         return f"Fits on {len(plan.stages)} of {gpu_count} {'GPU' if gpu_count == 1 else 'GPUs'}: {used}."
-    if plan.shortage is None:
+    if plan.shortage is None or not plan.shortage.missing_bytes:
         return "Does not fit."
     when = "Does not fit" if plan.shortage.is_permanent else "Does not fit now, while other processes hold memory"
     return f"{when}: {format_gib(plan.shortage.missing_bytes)} missing."

@@ -58,7 +58,7 @@ def _no_split(problem: Problem, excluded: Sequence[Exclusion]) -> Shortage:
     name, parts = problem.profile.name, len(problem.chain.atoms)
     needed_bytes = problem.footprint.detail(0, parts, problem.workload.text_tokens).total_bytes
     usable, asked = len(problem.budgets), _gpus(problem.policy.min_gpus)
-    why = f" ({'; '.join(f'GPU {left.gpu}: {left.reason}' for left in excluded)})" if excluded else ""
+    why = f" ({_reasons(excluded)})" if excluded else ""
     if not usable:
         message = f"No GPU can be used{why}, and {name} needs {format_gib(needed_bytes)}."
     elif usable < problem.policy.min_gpus:
@@ -68,10 +68,20 @@ def _no_split(problem: Problem, excluded: Sequence[Exclusion]) -> Shortage:
     else:
         message = f"No split of {name} is left: every one goes against a pin or sends data over a faulty link."
     return Shortage(
-        missing_bytes=needed_bytes,
+        missing_bytes=0 if usable else needed_bytes,
         message=message,
         is_permanent=all(left.is_permanent for left in excluded),
         levers=_sorted(_found(_freedoms(problem), None)),
+    )
+
+
+def _reasons(excluded: Sequence[Exclusion]) -> str:
+    """``GPUs 0, 1: hidden by CUDA_VISIBLE_DEVICES; GPU 2: …``."""
+    by_reason: dict[str, list[str]] = {}
+    for left in excluded:
+        by_reason.setdefault(left.reason, []).append(str(left.gpu))
+    return "; ".join(
+        f"GPU{'' if len(gpus) == 1 else 's'} {', '.join(gpus)}: {reason}" for reason, gpus in by_reason.items()
     )
 
 

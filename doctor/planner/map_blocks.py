@@ -11,7 +11,8 @@ from .map_keys import has_inner_conflict
 from .map_layout import Device, Layout
 from .map_names import owner
 from .map_pieces import Piece
-from .map_question import Question, finding, listed, mismatch
+from .map_question import Question, finding, mismatch
+from .wording import listed
 
 _MAX_BLOCKS = 6
 _OUTPUT = "output"

@@ -22,7 +22,8 @@ from ..findings import Finding, Severity
 from .map_devices import shown
 from .map_layout import Device, Layout
 from .map_names import owner
-from .map_question import Question, finding, listed, mismatch
+from .map_question import Question, finding, mismatch
+from .wording import listed
 
 
 def about_joins(question: Question, layout: Layout) -> Iterator[Finding]:

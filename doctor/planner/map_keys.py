@@ -12,7 +12,8 @@ from ..units import format_gib
 from .map_devices import shown
 from .map_layout import Layout
 from .map_names import outermost, trapped
-from .map_question import Question, finding, listed
+from .map_question import Question, finding
+from .wording import listed
 
 _WEIGHTLESS = ("rotary", "rope", "pos_emb", "act", "drop", "pool", "loss", "position_ids", "inv_freq", "identity")
 """Parts of names of modules and buffers that hold no weights, so that a checkpoint cannot tell whether they exist."""

@@ -12,8 +12,9 @@ from ..units import format_gib
 from .map_devices import OFF_GPU, shown, spelled
 from .map_joins import path
 from .map_layout import Layout
-from .map_question import Question, finding, listed
+from .map_question import Question, finding
 from .quantized_rules import UNPACK_WHILE_LOADING, loses_hooks, method_of, refusal, why_on_one_gpu
+from .wording import listed
 
 _MOST_PERMUTED = 6
 """720 orders are compared; with more GPUs the planner's own map is the better answer."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ..device_map import DeviceUse
 from ..findings import Finding
 from ..model import Role
 from ..units import format_gib
 from .budget import Budget
-from .map_devices import shown
+from .map_devices import OFF_GPU, shown
 from .map_layout import Device, Layout
 from .map_question import Question, finding
 from .memory import Holding
 from .problem import Problem
+from .weights import copied_bytes, loading_bytes
 
 _WORDS: dict[Role, str] = {
     "vision": "vision tower",
@@ -34,46 +35,66 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
     weights.pop("missing", None)
     budgets = {budget.gpu.index: budget for budget in question.budgets.usable}
     units = question.profile.units
-    holders: Counter[Device | None] = Counter(
-        layout.runs(layout.unit_device[unit.key])
-        for unit in units
-        if unit.role == "layer" and unit.key in layout.unit_device
-    )
+    executed: dict[Device | None, list[str]] = {}
+    for unit in units:
+        if unit.role == "layer" and unit.key in layout.unit_device:
+            executed.setdefault(layout.runs(layout.unit_device[unit.key]), []).append(unit.key)
+    held = _held(layout)
+    guests = {key for place in OFF_GPU for key in held.get(place, ())}
+    copies = (copied_bytes(unit, question.profile, question.workload) for unit in units if unit.key in guests)
+    copy_bytes = max(copies, default=0)
     uses = []
     for device in weights:
         roles = [unit.role for unit in units if layout.unit_device.get(unit.key) == device]
         gpu = question.gpu_of(device)
         budget = None if gpu is None else budgets.get(gpu)
+        keys = tuple(executed.get(device, ()))
+        here = held.get(device, Counter())
+        loaded = [unit for unit in units if here[unit.key]]
         holding = Holding(
             weights_bytes=weights[device],
-            layers=holders[device],
+            layers=len(keys),
             has_tower=any(unit.role == "vision" and device in layout.runs_on(unit.key) for unit in units),
             has_embedding=layout.role_device("embedding") == device,
             has_head=layout.role_device("head") == device,
+            layer_keys=keys,
+            loading_bytes=loading_bytes(loaded, question.profile, question.workload, problem.footprint.release),
         )
+        need_bytes = _need(problem, layout, device, holding, budget) if budget else None
+        if need_bytes is not None and device == layout.main:
+            need_bytes += copy_bytes
         uses.append(
             DeviceUse(
                 device=shown(device),
                 gpu=gpu,
                 name=budget.gpu.name if budget else "",
                 layers=roles.count("layer"),
-                parts=_parts(layout, device),
+                parts=_parts(layout, here),
                 weights_bytes=weights[device],
-                need_bytes=_need(problem, layout, device, holding, budget) if budget else None,
+                need_bytes=need_bytes,
                 available_bytes=budget.available_bytes if budget else None,
             )
         )
     return tuple(uses)
 
 
-def _parts(layout: Layout, device: Device) -> tuple[str, ...]:
+def _held(layout: Layout) -> dict[Device, Counter[str]]:
+    """For each device, how many tensors of each unit it holds."""
+    held: dict[Device, Counter[str]] = {}
+    for unit, names in layout.anatomy.tensors_of.items():
+        for name in names:
+            if name in layout.device_of:
+                held.setdefault(layout.device_of[name], Counter())[unit] += 1
+    return held
+
+
+def _parts(layout: Layout, here: Mapping[str, int]) -> tuple[str, ...]:
     """What a device holds beside layers, in words."""
     found: dict[str, None] = {}
     for unit in layout.anatomy.profile.units:
-        names = layout.anatomy.tensors_of[unit.key]
-        here = [name for name in names if layout.device_of.get(name) == device]
-        if here and unit.role in _WORDS:
-            found[_WORDS[unit.role] if len(here) == len(names) else f"part of the {_WORDS[unit.role]}"] = None
+        if here.get(unit.key) and unit.role in _WORDS:
+            is_whole = here[unit.key] == len(layout.anatomy.tensors_of[unit.key])
+            found[_WORDS[unit.role] if is_whole else f"part of the {_WORDS[unit.role]}"] = None
     return tuple(found)
 
 
@@ -89,7 +110,9 @@ def _need(problem: Problem, layout: Layout, device: Device, holding: Holding, bu
         if problem.replay is None:
             return footprint.detail(*stage, text_tokens).total_bytes
         position = problem.budgets.index(budget)
-        return problem.replay.need(stage, position, budget.available_bytes).total_bytes
+        # What is replayed begins with the prompt.
+        running = problem.replay.need(stage, position, budget.available_bytes).total_bytes
+        return max(running, holding.weights_bytes + holding.loading_bytes)
     atoms = len(footprint.atoms)
     if holding.has_embedding or holding.has_tower:
         run = (0, min(atoms, 1 + holding.layers))
@@ -102,7 +125,10 @@ def _need(problem: Problem, layout: Layout, device: Device, holding: Holding, bu
 
 
 def _stage(problem: Problem, layout: Layout, device: Device) -> tuple[int, int] | None:
-    """The run of atoms that is all that a device holds, or ``None`` when that is no run of whole atoms."""
+    """The run of atoms that is all that a device holds and executes, or ``None`` when that is no run of whole atoms."""
+    if device == layout.main and any(place in OFF_GPU for place in layout.device_of.values()):
+        # It executes what is off the GPUs, too.
+        return None
     holders = [
         {layout.device_of.get(name) for unit in atom.units for name in layout.anatomy.tensors_of[unit.key]}
         for atom in problem.atoms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 
 import msgspec
@@ -38,7 +38,6 @@ TITLES = {
     "VLM626": "a loaded model is on several devices without hooks",
 }
 """Codes of findings about a map; the page of each is in ``data/pages``."""
-_MANY = 4
 
 
 class Question(msgspec.Struct, frozen=True, dict=True):
@@ -99,14 +98,6 @@ def finding(
         gpus=tuple(sorted(index for index in indices if index is not None)),
         links=links,
     )
-
-
-def listed(names: Sequence[str], *, most: int = _MANY) -> str:
-    """``a, b and c``; of many the first, and how many more."""
-    kept = list(names[:most])
-    if len(names) > most:
-        return f"{', '.join(kept)} and {len(names) - most:,} more"
-    return kept[0] if len(kept) == 1 else f"{', '.join(kept[:-1])} and {kept[-1]}"
 
 
 def mismatch(devices: Iterable[int | str]) -> str:

@@ -16,9 +16,10 @@ from .map_joins import (
 )
 from .map_layout import Device, Layout
 from .map_pieces import Anatomy, Piece
-from .map_question import Question, listed
+from .map_question import Question
 from .place import Need
 from .quantized_rules import refusal
+from .wording import listed
 
 Place = dict[str, Device]
 """Piece to device."""

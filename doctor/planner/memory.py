@@ -274,8 +274,8 @@ class Footprint:
         total = self.needs(text_tokens)(first, end)
         if self.workload.training is not None:
             held = self.weights_of(first, end) + (0 if first else self.copy_bytes)
-            fixed, activations, moment = self._run_peak(first, end, self._step_work(text_tokens), text_tokens)
-            peak = StageNeed(held, 0, activations, 0, moment, fixed)
+            works = self.work(text_tokens), self._step_work(text_tokens)
+            peak = _of_step(held, self._run_peak(first, end, works), max(self._loading[first:end]))
             return msgspec.structs.replace(peak, fragmentation_bytes=total - peak.total_bytes)
         executes_guests = not first
         units = [unit for atom in self.atoms[first:end] for unit in atom.units]
@@ -346,7 +346,7 @@ class Footprint:
 
     def _step_needs(self, text_tokens: int) -> Callable[[int, int], int]:
         """Prices of a training step."""
-        work = self._step_work(text_tokens)
+        works = self.work(text_tokens), self._step_work(text_tokens)
         weights, copy_bytes = self._weights, self.copy_bytes
         constant = 0 if self.is_bare else FRAGMENTATION_BYTES
         share = self._step_share()
@@ -354,9 +354,10 @@ class Footprint:
 
         def need(first: int, end: int) -> int:
             if (first, end) not in known:
-                fixed, activations, _ = self._run_peak(first, end, work, text_tokens)
+                fixed, activations, _ = self._run_peak(first, end, works)
                 held = weights[end] - weights[first] + (0 if first else copy_bytes)
-                known[first, end] = held + fixed + math.ceil((1 + share) * activations) + constant
+                most = fixed + math.ceil((1 + share) * activations) + constant
+                known[first, end] = held + max(most, *self._loading[first:end])
             return known[first, end]
 
         return need
@@ -370,14 +371,17 @@ class Footprint:
         else:
             part, whole = holding.weights_bytes, self._weights[-1]
         own = step.Trained(*(-(-size * part // max(1, whole)) for size in self._trained[-1]))
-        kinds = self._held_kinds(holding, self.work(text_tokens))
+        forward = self.work(text_tokens)
+        kinds = self._held_kinds(holding, forward)
         fixed = own._replace(step=own.step + max(self._largest_step))
-        kept, activations, moment = self._step_peak(holding, kinds, fixed, self._step_work(text_tokens), text_tokens)
-        return StageNeed(holding.weights_bytes, 0, activations, 0, moment, kept)
+        peak = self._step_peak(holding, kinds, fixed, (forward, self._step_work(text_tokens)))
+        return _of_step(holding.weights_bytes, peak, holding.loading_bytes)
 
-    def _run_peak(self, first: int, end: int, work: step.StepWork, text_tokens: int) -> tuple[int, int, str]:
+    def _run_peak(self, first: int, end: int, works: tuple[Work, step.StepWork]) -> tuple[int, int, str]:
         """:meth:`_step_peak` of a run of atoms."""
-        kinds = sum(self._kinds_of_atom[first:end], Counter[LayerKind]() if first else self._guest_kinds)
+        kinds = Counter({kind: number for kind, sums in self._counts.items() if (number := sums[end] - sums[first])})
+        if not first:
+            kinds += self._guest_kinds
         holding = Holding(
             weights_bytes=self.weights_of(first, end),
             layers=sum(kinds.values()),
@@ -387,17 +391,24 @@ class Footprint:
         )
         own = self._trained[end] - self._trained[first]
         fixed = own._replace(step=own.step + max(self._largest_step[first:end]))
-        return self._step_peak(holding, kinds, fixed, work, text_tokens)
+        return self._step_peak(holding, kinds, fixed, works)
 
     def _step_peak(
-        self, holding: Holding, kinds: Counter[LayerKind], fixed: step.Trained, work: step.StepWork, text_tokens: int
+        self, holding: Holding, kinds: Counter[LayerKind], fixed: step.Trained, works: tuple[Work, step.StepWork]
     ) -> tuple[int, int, str]:
-        """What is kept for training, what is worked with at the worst moment of a step, and what happens then."""
+        """What is kept for training, what is worked with at the worst moment of a step, and what happens then.
+
+        Args:
+            holding: What the device holds.
+            kinds: Of its layers.
+            fixed: Of its units together.
+            works: On the prompt: of a call, and of a step.
+        """
+        forward, work = works
         training = self.workload.training
         assert training is not None
         layer = max((work.layer[kind] for kind in kinds), default=0)
         again = work.flowing + (layer if training.gradient_checkpointing else 0) if kinds else 0
-        forward = self.work(text_tokens)
         tower = work.tower_saved if holding.has_tower else 0
         return step.peak(
             fixed=fixed,
@@ -414,6 +425,14 @@ class Footprint:
     def _step_share(self) -> float:
         """Of the activations of a training step, what the allocator wastes."""
         return 0 if self.is_bare or self.workload.allocator == "expandable" else FRAGMENTATION_OF_TRAINING
+
+
+def _of_step(weights_bytes: int, peak: tuple[int, int, str], loading_bytes: int) -> StageNeed:
+    """What a training step needs, or what loading does, before anything of the step is there."""
+    kept, activations, moment = peak
+    if loading_bytes > kept + activations:
+        return StageNeed(weights_bytes, 0, loading_bytes, 0, "the weights are loaded")
+    return StageNeed(weights_bytes, 0, activations, 0, moment, kept)
 
 
 def _following(has: Sequence[bool]) -> list[int]:

@@ -25,6 +25,7 @@ _PRODUCT_BYTES, _PRODUCT_OF_JOINED_BYTES = 4, 10
 """A token and unit of the MLP's width, in 8 bit. The widest product is in int32 (4 bytes), in float16 and in the model's
 type at once: of ``up`` beside the result of ``gate`` 8 + 2 bytes where the layer's own figure has 3 x 2, of both in one
 16."""
+_FLOAT32_BYTES = 4
 _NORM_STATES = 6
 """Hidden states that a norm over the whole prompt holds at once: input, output and two in float32."""
 
@@ -128,15 +129,18 @@ def _quantization_temporary(profile: ModelProfile, workload: Workload, tokens: i
     bitsandbytes unpacks the weight in use (nf4), or has its product in 32 bit beside two results, the second in the model's
     type (int8: ``int8_scaled_mm`` and ``int8_mm_dequant``, backends/cuda/ops.py). A layer's own figure holds three results
     as wide as the MLP. Kernels of checkpoints that are quantized already (AWQ, GPTQ, FP8 on cards without it) unpack the
-    weight in use for long prompts.
+    weight in use for long prompts; where bitsandbytes computes in float32, to that, with input and output in it as well.
     """
+    text = profile.text
     is_joined = coefficient_of(profile).intermediate_multiple >= _JOINED_GATE_AND_UP
+    width = (1 + is_joined) * text.intermediate
+    if "int8" in (workload.quantization, profile.computes_in):
+        return (_PRODUCT_OF_JOINED_BYTES if is_joined else _PRODUCT_BYTES) * tokens * text.intermediate
+    if profile.computes_in == "float32":
+        return _FLOAT32_BYTES * (text.hidden * width + tokens * (width + text.hidden))
     if profile.quantization:
-        return 2 * (1 + is_joined) * profile.text.hidden * profile.text.intermediate
-    if workload.quantization == "nf4":
-        layers = (unit for unit in profile.units if unit.role == "layer")
-        return computed_item_bytes(profile, workload) * max(unit.linear.largest for unit in layers)
+        return 2 * text.hidden * width
     if workload.quantization is None:
         return 0
-    each = _PRODUCT_OF_JOINED_BYTES if is_joined else _PRODUCT_BYTES
-    return each * tokens * profile.text.intermediate
+    layers = (unit for unit in profile.units if unit.role == "layer")
+    return computed_item_bytes(profile, workload) * max(unit.linear.largest for unit in layers)

@@ -9,8 +9,7 @@ from ..units import format_gib
 from ..workload import Workload
 from .release import is_before_5, release_of
 from .weights import loaded_dtype, quantized_bytes, stays_float32, unit_bytes
-
-_MOST_NAMES = 4
+from .wording import listed
 
 
 def refusal(profile: ModelProfile, workload: Workload, place: str, *, is_alone: bool) -> OffGpu | None:
@@ -66,15 +65,10 @@ def about_quantization(profile: ModelProfile, workload: Workload) -> list[str]:
         names = [unit.key for unit in profile.units if unit.role in ("embedding", "head") and not unit.linear.tensors]
         if any(unit.expert_linear.tensors for unit in profile.units):
             names.append("the experts, which transformers 5 joins into parameters that are no linear layers")
-        which = f", among them {_listed(names)}" if names else ""
+        which = f", among them {listed(names)}" if names else ""
         kind = loaded_dtype(profile, workload)
         result.append(f"bitsandbytes quantizes linear layers alone: {format_gib(left)} stay in {kind}{which}.")
     kept = [unit.key for unit in profile.units if stays_float32(unit, profile, workload)]
     if kept:
-        result.append(f"transformers loads {_listed(kept)} in float32 where float16 is asked for (_keep_in_fp32_modules).")
+        result.append(f"transformers loads {listed(kept)} in float32 where float16 is asked for (_keep_in_fp32_modules).")
     return result
-
-
-def _listed(names: list[str]) -> str:
-    shown = names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], f"{len(names) - _MOST_NAMES} more"]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

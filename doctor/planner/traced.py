@@ -214,7 +214,8 @@ class Timeline:
 
 def _items(trace: Trace) -> list[Item]:
     """Fold everything that comes and goes within one visit of its own place into spikes."""
-    visits, born, ended = _visits(trace)
+    visits = visits_of(trace)
+    born, ended = _ends(trace, visits)
     begin = trace.decode_begin()
     items: list[Item] = []
     now = most = 0
@@ -250,18 +251,24 @@ def _items(trace: Trace) -> list[Item]:
     return items
 
 
-def _visits(trace: Trace) -> tuple[list[int], dict[int, int], dict[int, int]]:
-    """For each event the number of the visit it is in, and for each tensor those in which it comes and goes."""
+def visits_of(trace: Trace) -> list[int]:
+    """For each event the number of the visit it is in: a stay of the program at one place."""
     visits: list[int] = []
-    born: dict[int, int] = {}
-    ended: dict[int, int] = {}
     visit, place = -1, None
     for event in trace.events:
         if event.place != place:
             visit, place = visit + 1, event.place
         visits.append(visit)
+    return visits
+
+
+def _ends(trace: Trace, visits: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """For each tensor the visits in which it comes and goes."""
+    born: dict[int, int] = {}
+    ended: dict[int, int] = {}
+    for event, visit in zip(trace.events, visits, strict=True):
         if event.size_bytes > 0:
             born[event.tensor] = visit
         elif event.size_bytes == 0:
             ended[event.tensor] = visit
-    return visits, born, ended
+    return born, ended

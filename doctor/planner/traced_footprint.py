@@ -152,7 +152,8 @@ class TracedFootprint(Footprint):
         copy_bytes = 0 if first else self.copy_bytes
         lost = 0 if self.is_bare else max(0, by_formula(first, end) - formula.total_bytes - copy_bytes)
         peak, _, _ = timeline.peak(self._run_places(first, end))
-        return holding.weights_bytes + copy_bytes + peak + lost
+        # A trace begins when the weights are loaded.
+        return holding.weights_bytes + max(copy_bytes + peak + lost, holding.loading_bytes)
 
     def _holding(self, first: int, end: int) -> Holding:
         executes_guests = not first
@@ -162,6 +163,7 @@ class TracedFootprint(Footprint):
             has_tower=self._towers[end] > self._towers[first],
             has_embedding=first <= self._embedding < end,
             has_head=self._heads[end] > self._heads[first] or (executes_guests and self._has_guest_head),
+            loading_bytes=max(self._loading[first:end]),
         )
 
     def detail(self, first: int, end: int, text_tokens: int) -> StageNeed:
@@ -170,6 +172,10 @@ class TracedFootprint(Footprint):
         need = self._of_places(holding.weights_bytes, self._run_places(first, end), text_tokens)
         if not first:
             need = msgspec.structs.replace(need, activations_bytes=need.activations_bytes + self.copy_bytes)
+        if holding.loading_bytes > need.kv_cache_bytes + need.activations_bytes:
+            need = msgspec.structs.replace(
+                need, activations_bytes=holding.loading_bytes - need.kv_cache_bytes, moment="the weights are loaded"
+            )
         total = self.needs(text_tokens)(first, end)
         return msgspec.structs.replace(need, fragmentation_bytes=total - need.total_bytes)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..trace import BEFORE, TOWER
 from .allocator import SMALL_BYTES, Allocator, Block
 from .replay import Held, Replayed
-from .traced import Growth, Regimes
+from .traced import Growth, Regimes, visits_of
 
 
 class TracedProgram(Replayed):
@@ -46,26 +46,34 @@ class TracedProgram(Replayed):
         return self._regimes.growth(tokens + self._later)
 
     def _program(self, growth: Growth, places: frozenset[int]) -> list[tuple[int, int, bool]]:
-        """What a device with these places does: ``(tensor, event, goes again)``; an event of -1 is the end of a tensor."""
+        """What a device with these places does: ``(tensor, event, is brief)``; an event of -1 is the end of a tensor.
+
+        A tensor is brief that goes before the program is at another place, or with it, as copies do. Keys and values are
+        not, though they go when the next token has them joined with its own.
+        """
         key = growth.shape.tokens, places
         if key not in self._programs:
-            events = [(tensor, index if size else -1) for tensor, size, index in growth.shape.of_device(places)]
-            ends = {tensor for tensor, index in events if index < 0}
-            self._programs[key] = [(tensor, index, tensor in ends) for tensor, index in events]
+            events = list(growth.shape.of_device(places))
+            visits = visits_of(growth.shape)
+            begun = {tensor: visits[index] for tensor, size, index in events if size}
+            brief = {
+                tensor for tensor, size, index in events if not size and (tensor < 0 or visits[index] == begun[tensor])
+            }
+            self._programs[key] = [(tensor, index if size else -1, tensor in brief) for tensor, size, index in events]
         return self._programs[key]
 
     def _play(self, held: Held, tokens: int, allocator: Allocator) -> None:
-        """Small tensors that go again are left out, as in ``replay``: they share one segment."""
+        """Small tensors that are brief are left out, as in ``replay``: they share one segment."""
         growth = self._growth(tokens)
         if tokens != self._tokens:
             self._tokens, self._sizes = tokens, growth.sizes(tokens, new_tokens=self._later)
         blocks: dict[int, Block] = {}
-        for tensor, index, goes in self._program(growth, self.places_of(held, tokens)):
+        for tensor, index, is_brief in self._program(growth, self.places_of(held, tokens)):
             if index < 0:
                 block = blocks.pop(tensor, None)
                 if block is not None:
                     allocator.free(block)
                 continue
             size = abs(self._sizes[index])
-            if size > SMALL_BYTES or not goes:
+            if size > SMALL_BYTES or not is_brief:
                 blocks[tensor] = allocator.make(size)

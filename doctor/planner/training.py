@@ -106,7 +106,8 @@ def largest_step_bytes(units: Iterable[Unit], training: Training | None) -> int:
 def _adapted_edges(kind: LayerKind, profile: ModelProfile) -> int:
     """Inputs and outputs of all linear layers of a text layer; joined experts are no linear layers."""
     text = profile.text
-    hidden, queries, keys = text.hidden, text.heads * text.head_dim, text.kv_heads * text.head_dim
+    kv_heads, head_dim = text.heads_of(kind.cache)
+    hidden, queries, keys = text.hidden, text.heads * head_dim, kv_heads * head_dim
     if text.kv_lora_rank is not None:
         rotated, rest, value = text.qk_rope_head_dim or 0, text.qk_nope_head_dim or 0, text.v_head_dim or text.head_dim
         queries, values = text.heads * (rest + rotated), text.heads * value
@@ -143,7 +144,8 @@ def _saved_bytes(kind: LayerKind, profile: ModelProfile, item: int, training: Tr
     """Bytes a token that a layer keeps for backward, with fused attention."""
     text, body = profile.text, profile.text.body
     hidden, width = text.hidden, text.intermediate
-    queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    kv_heads, head_dim = text.heads_of(kind.cache)
+    queries, keys = text.heads * head_dim, kv_heads * head_dim
     if text.kv_lora_rank is not None:
         queries = keys = text.heads * ((text.qk_nope_head_dim or 0) + (text.qk_rope_head_dim or 0))
     normed = _NORMS.get(body, 2) * hidden + (queries + keys if body in _HEAD_NORMS else 0)

@@ -32,10 +32,12 @@ def linear_weights(
     shared, of_experts = LinearWeights(), LinearWeights()
     table = _output_table(contents) if role == "head" else None
     for name, tensor in contents:
+        if len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
+            continue
         path = name.split(".")
         # nn.MultiheadAttention reads the weight of its out_proj itself: a class of its own, which is left alone.
-        looks = tensor is not table and ".".join(path[:-2]) not in attentions and _looks_linear(path, tensor)
-        if tensor.dtype not in FLOATS or not _is_linear(path, rules, looks=looks):
+        looks = tensor is not table and ".".join(path[:-2]) not in attentions and _looks_linear(path)
+        if not _is_linear(path, rules, looks=looks):
             continue
         one = LinearWeights(tensor.elements, tensor.shape[0], 1, tensor.elements)
         if _is_of_expert(path):
@@ -59,12 +61,11 @@ def _is_linear(path: Sequence[str], rules: FamilyRules, *, looks: bool) -> bool:
     return looks and not any(f".{part}." in whole for part in rules.unquantized)
 
 
-def _looks_linear(path: Sequence[str], tensor: StoredTensor) -> bool:
-    """Judge a tensor by its name and its shape."""
+def _looks_linear(path: Sequence[str]) -> bool:
+    """Judge a matrix by its name."""
     module = path[-2] if len(path) > 1 else ""
     is_table = ("embed" in module or module in TABLES) and not module.startswith(PATCHES)
-    is_matrix = path[-1] == "weight" and len(tensor.shape) == 2
-    return is_matrix and not is_table and module not in ROUTERS and "norm" not in module
+    return path[-1] == "weight" and not is_table and module not in ROUTERS and "norm" not in module
 
 
 def _is_of_expert(path: Sequence[str]) -> bool:

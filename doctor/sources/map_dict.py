@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 from ..errors import MapError
 
 MAX_KEYS = 20_000
+_GAP = r"\s*(?:\#[^\n]*(?:\n|\Z)\s*)*"
+"""Blanks and comments."""
 _TOKEN = re.compile(
-    r"""\s*(?:\#[^\n]*(?:\n|\Z)\s*)*(?:
+    _GAP
+    + r"""(?:
         (?P<text>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
       | (?P<device>(?:torch\.)?device\(\s*(?:type\s*=\s*)?["'](?P<type>[\w:]+)["']\s*
             (?:,\s*(?:index\s*=\s*)?(?P<index>\d{1,4})\s*)?\))
@@ -19,13 +22,16 @@ _TOKEN = re.compile(
     re.VERBOSE | re.ASCII,
 )
 _SPREAD = re.compile(
-    r"""\s*\*\*\{\s*(?:f(?P<quote>["'])(?P<path>[\w.]{0,400})\{\w{1,40}\}(?P=quote)
+    _GAP
+    + r"""\*\*\{\s*(?:f(?P<quote>["'])(?P<path>[\w.]{0,400})\{\w{1,40}\}(?P=quote)
         |(?P<text>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')\s*\+\s*str\(\w{1,40}\))
       \s*:\s*(?P<device>-?\d{1,6}|"[^"\n]*"|'[^'\n]*')
       \s+for\s+\w{1,40}\s+in\s+range\(\s*(?P<one>\d{1,5})\s*(?:,\s*(?P<end>\d{1,5})\s*)?\)\s*\}""",
     re.VERBOSE | re.ASCII,
 )
 """Layers of one GPU, as ``formats/to_python.py`` writes them: ``**{f"layers.{i}": 0 for i in range(17)}``."""
+_END = re.compile(r"(?:[\s);]|\#[^\n]*(?:\n|\Z))*\Z", re.ASCII)
+"""What may follow a dict that is all of a text."""
 HOW = 'write {"model.visual": 0, "lm_head": 1}, or one \'module: device\' a line'
 
 
@@ -138,8 +144,7 @@ class _Reader:
         return [(f"{prefix}{number}", device) for number in range(first, min(end, first + MAX_KEYS + 1))]
 
     def ends(self) -> None:
-        rest = self._text[self._at :].strip()
-        if rest.strip(");"):
+        if not _END.match(self._text, self._at):
             raise self.error("the end")
 
 

@@ -21,9 +21,13 @@ _ASSIGNMENT = re.compile(r"(?:[A-Za-z_][\w.]{0,80}\s*=\s*)?(?:OrderedDict\(\s*)?
 _LINE = re.compile(
     r"""(?P<key>"[^"]*"|'[^']*'|[^\s"'#:][^\s:]*)\s*:(?:\s+(?P<value>"[^"]*"|'[^']*'|[^\s"'#]\S*))?\s*(?:\#.*)?"""
 )
-_IN_SCRIPT = re.compile(r"^(?:hf_)?device_map\s*=\s*(?=\{)", re.MULTILINE)
+_IN_SCRIPT = re.compile(r"^[ \t]*(?:hf_)?device_map(?::[\w\[\], |.]{1,60}| {1,9})?= {0,9}(?=\{)", re.MULTILINE | re.ASCII)
 _HEADING = re.compile(r"^(?:hf_)?device_map:[ \t]*(?:#.*)?\n(?=[ \t]+\S)", re.MULTILINE)
-_VISIBLE = re.compile(r"""CUDA_VISIBLE_DEVICES(?:["']\])?\s*[:=]\s*["']([\w,.\-]{1,4000})["']""", re.ASCII)
+_VISIBLE = re.compile(
+    r"""^[^\#\n]{0,200}CUDA_VISIBLE_DEVICES(?:["']\])?[ ]*[:=][ ]*
+        (?:(?P<quote>["'])(?P<quoted>[\w,./\- ]{1,4000})(?P=quote) | (?P<bare>(?:\d|GPU-|MIG-)[\w,/\-]{0,4000}))""",
+    re.VERBOSE | re.MULTILINE | re.ASCII,
+)
 """Set in a script or in the environment of a configuration file."""
 _WHOLE = re.compile(r"-?\d{1,6}", re.ASCII)
 
@@ -67,7 +71,7 @@ def _read(name: str, where: str) -> str:
     if len(data) > MAX_MAP_BYTES:
         raise MapError(f"{where} is larger than {MAX_MAP_BYTES:,} bytes, so it is no device_map; {HOW}.")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise MapError(f"{where} is not UTF-8 text (byte {error.start:,}); save the map as UTF-8.") from error
 
@@ -86,8 +90,9 @@ def parse_map(text: str, *, where: str) -> MapText:
     """
     if not text.strip():
         raise MapError(f"{where} is empty; {HOW}.")
-    head = _ASSIGNMENT.match(text, len(text) - len(text.lstrip()))
-    if head is None:
+    start = len(text) - len(text.lstrip())
+    head = _ASSIGNMENT.match(text, start)
+    if head is None or (text[start] != "{" and _IN_SCRIPT.search(text)):
         return _in_document(text, where)
     found = _json(text)
     if found is None:
@@ -101,7 +106,7 @@ def parse_map(text: str, *, where: str) -> MapText:
 def _in_document(text: str, where: str) -> MapText:
     """The map in a script or in YAML, which may hold more than the map."""
     seen = _VISIBLE.search(text)
-    visible = seen[1] if seen else None
+    visible = seen["quoted"] or seen["bare"] if seen else None
     script = _IN_SCRIPT.search(text)
     if script is not None:
         return MapText(_checked(python_dict(text, script.end(), where, is_script=True), text, where), visible=visible)
@@ -109,7 +114,7 @@ def _in_document(text: str, where: str) -> MapText:
     if heading is None:
         return MapText(_checked(_yaml_lines(text, where), text, where))
     lines = text[heading.end() :].split("\n")
-    end = next((number for number, line in enumerate(lines) if line[:1] not in ("", " ", "\t", "#", "\r")), len(lines))
+    end = next((number for number, line in enumerate(lines) if line[:1] not in ("", " ", "\t", "#")), len(lines))
     # What stands before is blanked, so that lines keep their numbers.
     block = re.sub(r"[^\n]", " ", text[: heading.end()]) + "\n".join(lines[:end])
     return MapText(_checked(_yaml_lines(block, where), block, where), visible=visible)

@@ -18,7 +18,14 @@ from .image_rule import image_rule
 from .model_shapes import text_fields, text_shape, vision_fields, vision_shape
 from .model_units import Cut, cut_into_units
 from .module_names import by_module_name, with_flat_tower
-from .quantized_tensors import COMPRESSED, COUNTED, join_quantized, quantization_method, quantization_section
+from .quantized_tensors import (
+    COMPRESSED,
+    COUNTED,
+    computes_in,
+    join_quantized,
+    quantization_method,
+    quantization_section,
+)
 from .registration import registered
 from .shapes_from_tensors import FLOATS
 from .weightless_units import complete_units
@@ -97,6 +104,7 @@ def build_profile(
         vision=vision,
         image=image,
         quantization=quantization_method(section),
+        computes_in=computes_in(section),
         runs_inner_generate=rules.runs_inner_generate,
         text_multiples=rules.text_multiples,
         vision_multiples=rules.vision_multiples,

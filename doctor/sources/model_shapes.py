@@ -216,20 +216,25 @@ def _full_attention(
 ) -> tuple[int, int]:
     """KV heads and head_dim of the layers with full attention, where they differ from those beside them; else zeros.
 
-    The norm of its queries is as wide as a head, and not packed in quantized checkpoints. Gemma 4's config.json says
-    it in one of two ways, by release.
+    The norm of its queries is as wide as a head, or as all of them (OLMo), and not packed in quantized checkpoints.
+    Gemma 4's config.json says it in one of two ways, by release.
     """
     heads, kv_heads, head_dim = usual
     if not {"full", "sliding"} <= set(caches):
         return 0, 0
-    own = f"{layer.rpartition('.')[0]}.{caches.index('full')}"
-    norm = tensors.get(f"{own}.self_attn.q_norm.weight")
-    width = norm.shape[0] if norm is not None and len(norm.shape) == 1 else _width(fields, "global_head_dim")
-    width = width or head_dim
+    own, beside = (f"{layer.rpartition('.')[0]}.{caches.index(kind)}" for kind in ("full", "sliding"))
+    is_of_head = _norm_width(tensors, beside) in (None, head_dim)
+    width = (is_of_head and _norm_width(tensors, own)) or _width(fields, "global_head_dim") or head_dim
     found = kv_heads_of(tensors, own, heads, width)
     if found is None:
         found = (fields.get("num_global_key_value_heads") if fields.raw("attention_k_eq_v") else None) or kv_heads
     return (0, 0) if (found, width) == (kv_heads, head_dim) else (found, width)
+
+
+def _norm_width(tensors: Mapping[str, StoredTensor], layer: str) -> int | None:
+    """Elements of the norm of a layer's queries."""
+    norm = tensors.get(f"{layer}.self_attn.q_norm.weight")
+    return norm.shape[0] if norm is not None and len(norm.shape) == 1 else None
 
 
 def _width(fields: Fields, key: str) -> int | None:

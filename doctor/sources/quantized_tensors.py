@@ -15,9 +15,8 @@ bytes that it really takes, in the checkpoint and on a GPU. Recognized by the la
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..errors import ModelFileError
 from .checkpoint import StoredTensor
@@ -44,9 +43,8 @@ _BESIDE_QDATA = ("scale", "zero_point", "scale_and_zero", "per_tensor_scale", "a
 """Source: ``serialized_names`` of quantizer_torchao.py, transformers 5.23."""
 _EIGHT_BITS = frozenset({"F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "I8"})
 
-_TORCHAO_INT4 = '"Int4'
-"""Beginning of the names of torchao's configs that pack two weights a byte, as config.json has them."""
-_LONGEST_TYPE = 100_000
+_TORCHAO_INT4 = "Int4"
+"""Beginning of the names of torchao's configs that pack two weights a byte (``quant_type.default._type``)."""
 
 _DENSE_BYTES = 2
 """Of an element that is unpacked: in the type of its scales, 16 bit."""
@@ -56,7 +54,12 @@ _OFFSET_BYTES = 4
 Source: ``QuantState.from_dict``, bitsandbytes 0.50, functional.py."""
 
 COMPRESSED = "compressed-tensors"
-COUNTED = frozenset({COMPRESSED, "gptq", "awq", "fp8", "mxfp4", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"})
+COUNTED = frozenset(
+    {
+        *(COMPRESSED, "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4", "torchao"),
+        *("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
+    }
+)
 """Methods whose tensors are understood; ``AUTO_QUANTIZATION_CONFIG_MAPPING`` of transformers 5.23 has more."""
 
 
@@ -102,6 +105,19 @@ def quantization_method(section: Mapping[str, Any] | None) -> str | None:
     if isinstance(method, str) and method:
         return method[:60]
     return "bitsandbytes" if section.get("load_in_4bit") or section.get("load_in_8bit") else "unknown"
+
+
+def computes_in(section: Mapping[str, Any] | None) -> Literal["int8", "float32"] | None:
+    """What linear layers of bitsandbytes compute in where it is not the type that they are given.
+
+    Source: ``BitsAndBytesConfig`` of transformers 5.23 (``bnb_4bit_compute_dtype`` is float32 by default, and handed to
+    each layer) and ``Linear4bit`` of bitsandbytes 0.50, which keeps to it.
+    """
+    if section is None or not (quantization_method(section) or "").startswith("bitsandbytes"):
+        return None
+    if section.get("load_in_8bit"):
+        return "int8"
+    return "float32" if section.get("bnb_4bit_compute_dtype") in (None, "float32", "torch.float32") else None
 
 
 def join_quantized(tensors: Mapping[str, StoredTensor], section: Mapping[str, Any]) -> dict[str, StoredTensor]:
@@ -232,7 +248,10 @@ def _of_groups(stem: str, tensors: Mapping[str, StoredTensor]) -> tuple[int, ...
 def _bits(section: Mapping[str, Any]) -> int:
     """Bits of a packed weight; the fewest where groups differ, which counts too many elements rather than too few."""
     if quantization_method(section) == "torchao":
-        return 4 if _TORCHAO_INT4 in json.dumps(section.get("quant_type"), default=str)[:_LONGEST_TYPE] else 8
+        kind: Any = section.get("quant_type")
+        kind = kind.get("default") if isinstance(kind, dict) else None
+        name = kind.get("_type") if isinstance(kind, dict) else None
+        return 4 if isinstance(name, str) and name.startswith(_TORCHAO_INT4) else 8
     groups = section.get("config_groups")
     parts = [section, *(groups.values() if isinstance(groups, dict) else ())]
     named = [part.get(key) for part in parts if isinstance(part, dict) for key in ("bits", "w_bit", "wbits")]

@@ -22,6 +22,7 @@ from ..models.residents import Residents
 from ..requirements import GatedTest, Requirements, VlmSpec
 from ..state import GATED_TEST, POSITION, VERDICT
 from ..verdicts import Verdict
+from .faults import fault
 from .fitting import Fitting
 from .machine_reader import MachineReader, ordinals_by_uuid
 from .selection import judge_without_gpus, keep_from_acting
@@ -234,19 +235,18 @@ class Gate:
             return verdict
         if self.settings.plan:
             return judge_now(max_age_s)
-        waited_s = self.own.waiting.waited_s
         # What no machine of this kind could run takes nothing from others: GPUs are leased from here on.
+        waited_s = self.own.waiting.waited_s
         refusal = self.settle(machine, request)
         if refusal.action != "run":
             return refusal
-        # Whoever had the GPUs until now had their memory, too.
-        has_waited = self.own.waiting.waited_s > waited_s
-        found = judge_now(0 if has_waited else max_age_s)
-        share, grace_s = self.own.share, GRACE_S if has_waited else 0.0
-        if found.code == verdicts.BUSY and self.warmth is not None and share is not None:
+        # What was read before a lease was waited for shows the memory of whoever had the GPUs until then.
+        first = judge_now(0 if self.own.waiting.waited_s > waited_s else max_age_s)
+        share, grace_s = self.own.share, self.own.grace_s
+        if first.code == verdicts.BUSY and self.warmth is not None and share is not None:
             # Unlike a model, this test cannot do with what a warm one leaves.
             grace_s = GRACE_S if self.warmth.end_idle(share.gpus) else grace_s
-        return self.when_free(judge_now, found, lambda verdict: verdict, grace_s=grace_s)
+        return self.when_free(judge_now, first, lambda verdict: verdict, grace_s=grace_s)
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
         """Take this process' GPUs, if that was not done; the refusal where there are none for it."""
@@ -300,7 +300,7 @@ class Gate:
             return "cpu"
         machine: Machine = request.getfixturevalue("vlm_machine")
         first = self.usable_gpus(machine, request)[0]
-        return f"cuda:{0 if is_slice(first) else ordinals_by_uuid(machine).get(first.uuid, 0)}"
+        return f"cuda:{0 if is_slice(first) else ordinals_by_uuid(self.own.as_shown(machine)).get(first.uuid, 0)}"
 
     def _judge_model(
         self, spec: VlmSpec, test: GatedTest, machine: Machine, own: Verdict, request: pytest.FixtureRequest
@@ -332,8 +332,16 @@ class Gate:
     def _as_wanted(self, verdict: Verdict) -> Verdict:
         """As ``--vlm-busy`` and ``--vlm-strict`` want it; the latter has the last word."""
         if self.settings.busy == "skip" and verdict.code in (verdicts.BUSY, verdicts.LEASED) and verdict.action == "error":
-            verdict = replace(verdict, action="skip")
+            verdict = self._skipped(verdict)
         return verdict.made_strict() if self.is_strict else verdict
+
+    def _skipped(self, verdict: Verdict) -> Verdict:
+        """A skip, unless a GPU is broken or lost on which the test might have run instead."""
+        machine = self.machine_used or self.machine()
+        broken = fault(machine)
+        if broken:
+            return Verdict("error", verdicts.FAULT, f"{verdict.reason} {broken}")
+        return self.reader.losses.explain(replace(verdict, action="skip"), machine)
 
 
 def _planner_of(request: pytest.FixtureRequest) -> Planner:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from ..leasing.hiding import hider_of
+from ..leasing.hiding import lifted
 from .faults import Losses
 from .slices import unfold
 
@@ -65,8 +64,7 @@ class MachineReader:
         return self.used is not None and self.used is self._latest and self.used.origin == "live"
 
     def _read(self) -> Machine:
-        hider = hider_of(self._config)
-        with hider.lifted() if hider is not None else nullcontext():
+        with lifted(self._config):
             told: Machine | None = self._config.hook.pytest_vlmgpu_inventory(config=self._config)
             self.is_read_by_doctor = told is None
             self._latest = unfold(_collect() if told is None else told)

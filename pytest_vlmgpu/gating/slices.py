@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from vlm_doctor.machine import Gap, Gpu, Machine, TorchView
 
@@ -24,6 +24,11 @@ _GPU_PATH = re.compile(r"gpus\[(\d+)\](?:\.mig_devices\[(\d+)\])?")
 def is_slice(gpu: Gpu) -> bool:
     """True for a slice that :func:`unfold` made a GPU of."""
     return gpu.uuid.startswith(PREFIX)
+
+
+def has_slices(machine: Machine, indices: Collection[int]) -> bool:
+    """True when any of these GPUs of a machine is a slice."""
+    return any(is_slice(gpu) for gpu in machine.gpus if gpu.index in indices)
 
 
 def unfold(machine: Machine) -> Machine:

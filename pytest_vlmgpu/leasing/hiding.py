@@ -8,7 +8,7 @@ tests that follow in its process.
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +18,7 @@ from . import masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+    from contextlib import AbstractContextManager
 
 NAME = "vlmgpu-hider"
 """Under which it is registered."""
@@ -84,6 +85,12 @@ class Hider:
         with warnings.catch_warnings():
             warnings.simplefilter("default")  # with -W error it would end the run
             warnings.warn_explicit(pytest.PytestWarning(text), None, str(item.path), (item.location[1] or 0) + 1)
+
+
+def lifted(config: pytest.Config) -> AbstractContextManager[None]:
+    """Show the GPUs to the plugin itself, whoever asks it."""
+    hider = hider_of(config)
+    return nullcontext() if hider is None else hider.lifted()
 
 
 def hider_of(config: pytest.Config) -> Hider | None:

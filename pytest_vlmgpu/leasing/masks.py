@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 _NOT_INITIALIZED = 3
 """``CUDA_ERROR_NOT_INITIALIZED``. Source: cuda.h."""
@@ -34,12 +33,14 @@ def is_cuda_started() -> bool:
 
 
 def apply(variables: Mapping[str, str]) -> Callable[[], None]:
-    """Set variables in this process; returns what puts them back."""
+    """Set variables in this process; returns what puts back those that nobody has set to something else since."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
 
     def restore() -> None:
         for name, value in before.items():
+            if os.environ.get(name) != variables[name]:
+                continue
             if value is None:
                 os.environ.pop(name, None)
             else:

@@ -6,19 +6,24 @@ needs a GPU is about to run. What the whole machine cannot do is a skip; what on
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .. import verdicts
 from ..gating.selection import judge
+from ..gating.slices import has_slices
 from ..options import GpuChoice
 from ..output import open_line
+from ..requirements import Requirements
 from ..verdicts import Verdict
 from . import masks
+from .hiding import lifted
 from .sets import demands_of
 from .shares import Share, Shares, lease_folder, teller
-from .waiting import Waiting
+from .waiting import GRACE_S, Waiting
 
 if TYPE_CHECKING:
     import pytest
@@ -27,7 +32,6 @@ if TYPE_CHECKING:
     from vlm_doctor.placement import Plan
 
     from ..options import Settings
-    from ..requirements import Requirements
     from .sets import Need, PlanOf
 
 
@@ -45,6 +49,11 @@ class OwnShare:
         self._given = settings.gpus
         self._share: Share | None = None
         self._is_settled = False
+        self._settled_at = -math.inf
+        self._leases: Shares | None = None
+        """What this process has leased itself; ``None`` in a worker with a share."""
+        self._mask: str | None = None
+        """CUDA_VISIBLE_DEVICES as this process set it for itself."""
         self.needs: list[Need] = []
         """Of all tests that were collected and will run, one a group."""
 
@@ -58,6 +67,11 @@ class OwnShare:
         """``None`` before the first test that needs a GPU, and where there is nothing to lease."""
         return self._share
 
+    @property
+    def grace_s(self) -> float:
+        """Seconds in which memory may still be that of a run that had these GPUs before, and gave the lease back first."""
+        return max(0.0, self._settled_at + GRACE_S - time.monotonic())
+
     def settle(self, machine: Machine, plan_of: PlanOf) -> Verdict | None:
         """Take this process' GPUs, once; returns why there are none, if there should be some.
 
@@ -70,6 +84,9 @@ class OwnShare:
             from ..workers.worker import share_of_worker
 
             self._share = share_of_worker(self._config) or self._lease(machine, plan_of)
+            self._settled_at = time.monotonic()
+        if self._share is not None and self._share.is_of_slices:
+            self._share = self._of_seen_slice(self._share, machine)
         share = self._share
         if share is None or share.gpus:
             return None
@@ -79,20 +96,17 @@ class OwnShare:
 
     def accept(self, share: Share) -> None:
         """Take the share that the controller gave, before any test of this worker runs."""
-        self._share, self._is_settled = share, True
+        self._share, self._is_settled, self._settled_at = share, True, time.monotonic()
         if share.gpus:
-            _show_only(share, self._config)
+            self._show_only(share)
 
     def unmasked(self, machine: Machine) -> Machine:
         """The machine as the run found it, before this process was shown its share alone."""
-        if self._share is None or machine.environment.get(masks.VARIABLE) == self._share.outer:
-            return machine
-        from msgspec.structs import replace as replaced
+        return machine if self._share is None else _masked(machine, self._share.outer)
 
-        environment = {name: value for name, value in machine.environment.items() if name != masks.VARIABLE}
-        if self._share.outer is not None:
-            environment[masks.VARIABLE] = self._share.outer
-        return replaced(machine, environment=environment)
+    def as_shown(self, machine: Machine) -> Machine:
+        """The machine as CUDA shows it to this process, which may have been read before it was shown its share alone."""
+        return machine if self._mask is None else _masked(machine, self._mask)
 
     def judge(
         self, needs: Requirements, machine: Machine, plan: Plan | None = None, *, loads: bool, at_load: bool
@@ -156,9 +170,11 @@ class OwnShare:
         return Verdict("error", verdicts.NOT_SHARED, f"{verdict.reason} {_why_so_few(share)}")
 
     def _lease(self, machine: Machine, plan_of: PlanOf) -> Share | None:
-        if self._settings.lease == "off":
+        # Of slices CUDA shows a process one, leased or not: it must be one that it may use.
+        if self._settings.lease == "off" and not has_slices(machine, judge(Requirements(), machine, self._given).gpus):
             return None
-        shares = Shares(self._settings, self.waiting, teller(self._config), lease_folder(self._config, self._settings))
+        folder = lease_folder(self._config, self._settings)
+        self._leases = shares = Shares(self._settings, self.waiting, teller(self._config), folder)
         self._config.add_cleanup(shares.close)
         seen = shares.when_given_way(machine)
         demands = [each for need in self.needs for each in demands_of(need, seen, self._given, plan_of)]
@@ -168,14 +184,48 @@ class OwnShare:
 
         uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
         if share is not None and share.gpus and share.gpus != tuple(uuids[index] for index in visible_gpus(machine).gpus):
-            _show_only(share, self._config)
+            self._show_only(share)
         return share
 
+    def _show_only(self, share: Share) -> None:
+        """Show CUDA these GPUs alone. Where it has counted them already, only the plans keep to the share."""
+        if masks.is_cuda_started():
+            return
+        mask = masks.mask_for(share.gpus)
+        self._mask = mask[masks.VARIABLE]
+        with lifted(self._config):
+            self._config.add_cleanup(masks.apply(mask))
 
-def _show_only(share: Share, config: pytest.Config) -> None:
-    """Show CUDA these GPUs alone. Where it has counted them already, only the plans keep to the share."""
-    if not masks.is_cuda_started():
-        config.add_cleanup(masks.apply(masks.mask_for(share.gpus)))
+    def _of_seen_slice(self, share: Share, machine: Machine) -> Share:
+        """The share, without a slice that this process cannot see: CUDA was started too early, and shows another one."""
+        if not share.gpus or self._mask is not None:
+            return share
+        from vlm_doctor.visibility import visible_gpus
+
+        uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
+        seen = [uuids[index] for index in visible_gpus(machine).gpus[:1]]
+        if seen == [share.gpus[0]]:
+            return share
+        problem = (
+            f"CUDA was started in this process before its MIG slice was chosen ({share.gpus[0]}), so it sees another one: "
+            "start no CUDA while modules are imported (torch.cuda.is_available() does, unless "
+            "PYTORCH_NVML_BASED_CUDA_CHECK=1 is set), or set CUDA_VISIBLE_DEVICES to one slice before the run."
+        )
+        if self._leases is not None:
+            self._leases.close()
+        return share._replace(gpus=(), run_gpus=(), code=verdicts.FAULT, problem=problem)
+
+
+def _masked(machine: Machine, value: str | None) -> Machine:
+    """The same machine with this value of CUDA_VISIBLE_DEVICES, or none."""
+    if machine.environment.get(masks.VARIABLE) == value:
+        return machine
+    from msgspec.structs import replace
+
+    environment = {name: text for name, text in machine.environment.items() if name != masks.VARIABLE}
+    if value is not None:
+        environment[masks.VARIABLE] = value
+    return replace(machine, environment=environment)
 
 
 def _why_so_few(share: Share) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..gating.selection import judge
-from ..gating.slices import is_slice
+from ..gating.slices import has_slices
 from ..requirements import Requirements, VlmSpec
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _demand(need: Need, requirements: Requirements, machine: Machine, choice: Gp
             chosen = tuple(stage.gpu for stage in plan.stages)
             count, preferred = max(count, len(chosen)), (*preferred, *chosen)
     count = len(verdict.gpus) if need.takes_all else min(count, len(verdict.gpus))
-    if any(is_slice(gpu) for gpu in machine.gpus if gpu.index in verdict.gpus):
+    if has_slices(machine, verdict.gpus):
         count = 1
     return Demand(count, verdict.gpus, tuple(dict.fromkeys(preferred)))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import verdicts
 from ..gating.selection import judge
-from ..gating.slices import PREFIX, is_slice
+from ..gating.slices import PREFIX, has_slices
 from ..options import GpuChoice
 from ..requirements import Requirements
 from ..state import WORKER_INPUT
@@ -80,6 +80,8 @@ def lease_folder(config: pytest.Config, settings: Settings) -> Path | None:
 
     With ``--vlm-lease=run`` the workers of one run meet in the folder of that run, as long as they are on its computer.
     """
+    if settings.lease == "off":
+        return None
     if settings.lease == "run":
         if not hasattr(config, "workerinput"):
             return None
@@ -140,8 +142,8 @@ class Shares:
             return None
         uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
         choice = self._settings.gpus
-        # Of slices that are named a run takes as many as its processes can use: one each.
-        is_open = choice.kind == "auto" or (choice.kind == "uuids" and _has_slices(usable, machine))
+        # Of slices a run takes as many as its processes can use, which is one each.
+        is_open = choice.kind == "auto" or has_slices(machine, usable)
         wish = Wish(choice.number if choice.kind == "count" else len(usable), is_open, demands, workers)
         ranked = by_preference(usable, demands or (), machine) if choice.kind == "auto" else usable
         warm = self._warm_gpus(models)
@@ -270,16 +272,13 @@ class Shares:
         )
 
 
-def _has_slices(gpus: Sequence[int], machine: Machine) -> bool:
-    return any(is_slice(gpu) for gpu in machine.gpus if gpu.index in gpus)
-
-
 class Wish(NamedTuple):
     """Which GPUs to lease, of those that can be had."""
 
     number: int
-    """As ``--vlm-gpus`` says; of ``auto`` the most."""
+    """As ``--vlm-gpus`` says; the most, where fewer will do."""
     is_auto: bool
+    """True where fewer will do."""
     demands: Sequence[Demand] | None
     workers: int
 
@@ -300,10 +299,10 @@ class Wish(NamedTuple):
         if not self.is_auto:
             return list(had[: self.number]) if len(had) >= self.number else []
         if self.demands is None:
-            return list(had)
+            return list(had[: self.number])
         needed = cover(had, self.demands)
         if not is_last and not all(demand.is_met_by(needed) for demand in self.demands):
             return []
-        most = max(1, len(needed), min(total_demand(self.demands, self.workers), len(had)))
+        most = max(1, len(needed), min(total_demand(self.demands, self.workers), len(had), self.number))
         spare = [index for index in had if index not in needed][: most - len(needed)]
         return [index for index in had if index in needed or index in spare]

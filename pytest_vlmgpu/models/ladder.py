@@ -58,18 +58,17 @@ def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = Fals
     profile_of = cache(load_profile)
 
     def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan:
-        from ..gating.slices import is_slice
+        from ..gating.slices import has_slices
         from .offloading import with_host_memory
 
         if spec.is_placed_by_transformers:
             _refuse_rules_for(spec, policy)
-        is_sliced = any(is_slice(gpu) for gpu in machine.gpus if gpu.index in gpus)
         allowed = gpus if policy.gpus is None else tuple(index for index in gpus if index in policy.gpus)
         rules = replace(
             policy,
             gpus=allowed,
             min_gpus=max(policy.min_gpus, spec.min_gpus),
-            max_gpus=1 if spec.device_map == "single" or is_sliced else policy.max_gpus,
+            max_gpus=1 if spec.device_map == "single" or has_slices(machine, gpus) else policy.max_gpus,
             offload=policy.offload and not may_offload,
         )
         work = replace(workload, dtype=spec.dtype or workload.dtype)

@@ -147,6 +147,14 @@ class Controller:
         if self._share is not None:
             self._divide(self._share, [Demand(1)] * self.workers)
 
+    def report_not_run(self, nodeid: str, node: Any) -> None:
+        """Let a test fail that no worker is left to run, as pytest-xdist does for one in which a worker crashed."""
+        why = f"not run: worker {node.gateway.id} replaces one that crashed, and collected other tests than that."
+        path = nodeid.partition("::")[0]
+        report: Any = pytest.TestReport(nodeid, (path, None, path), {}, "failed", why, "???")  # type: ignore[arg-type]
+        report.node = node
+        self._config.hook.pytest_runtest_logreport(report=report)
+
     def close(self) -> None:
         """Give the leases back."""
         if "_shares" in self.__dict__:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..gating.selection import judge
-from ..gating.slices import is_slice
+from ..gating.slices import has_slices
 from ..leasing.sets import by_preference, demands_of, divide, owners_of
 from ..leasing.shares import Wish
 from ..requirements import Requirements
@@ -39,7 +39,7 @@ def lines(needs: Sequence[Need], machine: Machine, choice: GpuChoice, workers: i
     leased = wish.pick(by_preference(usable.gpus, everything, machine), is_last=True)
     indices = {str(index): index for index in usable.gpus if index in leased}
     largest = [max(wanted, key=lambda demand: demand.gpus).gpus for wanted in running.values()]
-    most = 1 if any(is_slice(gpu) for gpu in machine.gpus if gpu.index in leased) else None
+    most = 1 if has_slices(machine, leased) else None
     sets = [[indices[name] for name in names] for names in divide(list(indices), largest, workers, most=most)]
     owners = owners_of(running, {number: needs[number].tests for number in running}, sets)
     told = []

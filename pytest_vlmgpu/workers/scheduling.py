@@ -99,10 +99,11 @@ class VlmScheduling:
             self._inner.add_node(node)
 
     def add_node_collection(self, node: Any, collection: Sequence[str]) -> None:
-        """Take in what a worker collected. A replacement that collected other tests gets none."""
+        """Take in what a worker collected. A replacement that collected other tests gets none and goes home."""
         if not self._is_ours:
             self._inner.add_node_collection(node, collection)
         elif list(collection) != self._collection:
+            self._replace(node)
             return
         self._collections[node] = list(collection)
 
@@ -188,6 +189,26 @@ class VlmScheduling:
                 self._bound[self._owners[self._group_of[position]]].appendleft(position)
             else:
                 self._free.appendleft([position])
+
+    def _replace(self, node: Any) -> None:
+        """Let another worker do what is left of a node's tests; where there is none, they fail."""
+        node.shutdown()
+        slot = self._controller.slot_of(node)
+        others = [other for other in self.nodes if not other.shutting_down]
+        able = [other for other in others if other in self._collections]
+        if not able:
+            left = [*self._bound[slot], *(position for part in self._free for position in part if not others)]
+            self._bound[slot].clear()
+            if not others:
+                self._free.clear()
+            for position in left:
+                self._controller.report_not_run(self._collection[position], node)
+            return
+        heir = self._controller.slot_of(able[0])
+        self._owners = {number: heir if owner == slot else owner for number, owner in self._owners.items()}
+        self._bound[heir] += self._bound[slot]
+        self._bound[slot].clear()
+        self._top_up(able[0])
 
     def _top_up(self, node: Any) -> None:
         """Send a worker its own tests, then some of those that are free, or home."""

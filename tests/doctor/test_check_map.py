@@ -89,6 +89,16 @@ def test_a_plan_is_judged_on_its_own_gpus(
     assert (checked["gpus"], [use["gpu"] for use in checked["devices"]]) == ([1, 2], [1, 2])
 
 
+def test_the_order_that_a_script_sets_outweighs_what_torch_once_saw(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "load.py"
+    path.write_text("import os\nos.environ['CUDA_VISIBLE_DEVICES'] = '1, 0'\ndevice_map = {'': 0}\n")
+    recorded = str(ROOT / "tests" / "machines" / "2xh200-recorded.json")
+
+    _, out, _ = run(str(path), "--model", MODEL, "--machine", recorded, "--json")
+
+    assert json.loads(out)["map_check"]["gpus"] == [1, 0]
+
+
 def test_a_plan_of_another_machine_is_not_guessed_at(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "load.py"
     path.write_text("import os\nos.environ['CUDA_VISIBLE_DEVICES'] = 'GPU-1234'\ndevice_map = {'': 0}\n")

@@ -129,8 +129,9 @@ def test_every_option_of_plan_arrives() -> None:
     words = (
         "plan m --machine 2xL4 --gpus 1,0 --images 2 --image-size 640x480 --text-tokens 1 --new-tokens 3 --batch 4 "
         "--dtype float16 --quantization nf4 --attention eager --logits forward --max-gpus 2 --min-gpus 2 "
-        "--headroom 2GiB --offline --json --output f.json --verbose --allocator expandable --prefer context --exclude 3,4 "
-        "--pin model.visual=1 --pin lm_head=0 --max-memory 0=20GiB,1=1GiB --max-memory 2=2GiB --offload --suggest-gpus "
+        "--headroom 2GiB --offline --json --output f.json --verbose --allocator expandable --prefer context "
+        "--exclude 3,4 --exclude 6 --pin model.visual=1 --pin lm_head=0 --max-memory 0=20GiB,1=1GiB --max-memory 2=2GiB "
+        "--offload --suggest-gpus "
         "--families own.toml --training lora --optimizer sgd --lora-rank 8 --no-gradient-checkpointing"
     )
     options = parse(words.split())
@@ -156,7 +157,7 @@ def test_every_option_of_plan_arrives() -> None:
         headroom_fraction=0.0,
         headroom_min_bytes=2 * GIB,
         prefer="context",
-        exclude=(3, 4),
+        exclude=(3, 4, 6),
         pins=(("model.visual", 1), ("lm_head", 0)),
         max_memory=((0, 20 * GIB), (1, GIB), (2, 2 * GIB)),
         offload=True,

@@ -6,12 +6,12 @@ Run by hand, and look at the summaries: ``pytest -m gpu tests/gpu/test_device_ma
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from .nested import run_suite
 
 pytestmark = pytest.mark.gpu
 
@@ -95,19 +95,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(folder: Path, suite: str, config: pytest.Config, *arguments: str) -> str:
-    (folder / "test_x.py").write_text(suite)
-    plugin = [] if config.pluginmanager.has_plugin("vlmgpu") else ["-p", "pytest_vlmgpu.plugin"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *plugin, "-p", "no:cacheprovider", "-v", "--vlm-report=out.json", *arguments],
-        cwd=folder,
-        env={**os.environ, "VLMGPU_LEASE_DIR": str(folder / "leases")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    sys.stdout.write(done.stdout)
-    return done.stdout
+    return run_suite(folder, suite, config, "--vlm-report=out.json", *arguments)
 
 
 @pytest.mark.parametrize("gpus", range(1, min(2, torch.cuda.device_count()) + 1))

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .nested import run_suite
 
 pytestmark = pytest.mark.gpu
 
@@ -103,32 +103,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(folder: Path, model: str, suite: str, config: pytest.Config) -> str:
     """Output of a run in a process of its own, which is shown too."""
-    (folder / "test_x.py").write_text(HEADER + suite)
-    # The project need not be installed.
-    plugin = [] if config.pluginmanager.has_plugin("vlmgpu") else ["-p", "pytest_vlmgpu.plugin"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *plugin,
-        "-p",
-        "no:cacheprovider",
-        "-v",
-        "--vlm-suggest",
-        "--junitxml=out.xml",
-    ]
-    done = subprocess.run(
-        [*command, "--vlm-suggest", "--junitxml=out.xml", f"--vlm-model={model}"],
-        cwd=folder,
-        # The run around this one may have leased the GPUs, and has room on them.
-        env={**os.environ, "VLMGPU_LEASE_DIR": str(folder / "leases")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    sys.stdout.write(done.stdout)
-    return done.stdout
+    options = ("--vlm-suggest", "--junitxml=out.xml", f"--vlm-model={model}")
+    return run_suite(folder, HEADER + suite, config, *options)
 
 
 def test_the_suite_of_guards(tmp_path: Path, model: str, request: pytest.FixtureRequest) -> None:

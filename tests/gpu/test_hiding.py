@@ -6,13 +6,12 @@ whether CUDA that was started while no GPU was visible finds one later (look at 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
+
+from .nested import run_suite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,20 +50,7 @@ def test_gated(n): assert torch.ones(2, device="cuda").sum().item() == 2
 
 
 def run(folder: Path, suite: str, config: pytest.Config, *arguments: str) -> str:
-    (folder / "test_x.py").write_text(suite)
-    plugin = [] if config.pluginmanager.has_plugin("vlmgpu") else ["-p", "pytest_vlmgpu.plugin"]
-    options = ["-p", "no:cacheprovider", "-v", "--vlm-hide-gpu-from-cpu-tests", "--vlm-gpus=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *plugin, *options, *arguments],
-        cwd=folder,
-        env={**os.environ, "VLMGPU_LEASE_DIR": str(folder / "leases")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    sys.stdout.write(done.stdout)
-    return done.stdout
+    return run_suite(folder, suite, config, "--vlm-hide-gpu-from-cpu-tests", "--vlm-gpus=1", *arguments)
 
 
 def test_a_test_that_asks_is_told_of_none_and_gated_tests_have_theirs(

@@ -258,13 +258,21 @@ def test_a_plan_for_gpus_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, tiny_vlms:
     )
 
 
+def device(uuid: str, name: str = "NVIDIA L4") -> SimpleNamespace:
+    """What torch says of a device: a slice's UUID is the slice's own, and its name says that it is one."""
+    return SimpleNamespace(uuid=uuid, name=name)
+
+
 def test_ordinals_are_found_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda ordinal: SimpleNamespace(uuid="ba"[ordinal]))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda ordinal: device("ba"[ordinal]))
     assert torch_ordinals({"GPU-other": 0}) == {"GPU-b": 0, "GPU-a": 1}
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device("c", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"))
+    assert torch_ordinals({"MIG-other": 0}) == {"MIG-c": 1}
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace())
     assert torch_ordinals({"GPU-other": 0}) == {"GPU-other": 0}
@@ -298,7 +306,7 @@ def test_a_model_that_did_not_land_on_its_gpu_is_refused(
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: (model, problems))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device("a"))
     folder = str(tiny_vlms["llava"])
 
     with pytest.raises(LoadFailure) as caught:
@@ -321,8 +329,11 @@ def test_the_library_is_told_what_the_plan_rests_on(
     monkeypatch: pytest.MonkeyPatch, tiny_vlms: Mapping[str, Path], workload: Workload, expected: dict[str, Any]
 ) -> None:
     import torch
+    import transformers
     from transformers import AutoModelForImageTextToText
 
+    if workload.quantization == "nf4" and transformers.__version__.startswith("4."):
+        pytest.importorskip("bitsandbytes", reason="transformers 4 wants it for the config alone")
     asked: dict[str, Any] = {}
 
     def refuse(*_: object, **options: Any) -> None:
@@ -332,7 +343,7 @@ def test_the_library_is_told_what_the_plan_rests_on(
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", refuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device("a"))
     folder = str(tiny_vlms["llava"])
     with pytest.raises(LoadFailure, match="seen enough"):
         load(folder, _plan(folder, workload=workload, dtype="bfloat16"))

@@ -68,6 +68,46 @@ def test_what_is_broken_is_no_skip(suite: Any, gpu: Any, machine: Any) -> None:
     suite.run("--vlm-busy=skip", test_x=SUITE).assert_outcomes(errors=3)
 
 
+def test_where_one_gpu_is_broken_the_other_one_that_is_taken_is_no_skip(suite: Any, gpu: Any, machine: Any) -> None:
+    suite.has(machine(gpu(0, free_gib=1), gpu(1, error="GPU is lost", memory_free_bytes=None)))
+
+    result = suite.run("--vlm-busy=skip", test_x=SUITE)
+
+    result.assert_outcomes(passed=1, errors=2)
+    result.stdout.fnmatch_lines(["VLM712: 10.0 GiB free is wanted on one GPU: GPU 0 * VLM1?? *"])
+
+
+LOSES = """
+def pytest_vlmgpu_inventory(config):
+    from msgspec.structs import replace
+    machine = from_json((FOLDER / "machine.json").read_bytes(), Machine, where="machine.json")
+    if not (FOLDER / "lost").exists():
+        return machine
+    return replace(machine, gpus=(replace(machine.gpus[0], memory_free_bytes=2**30),))
+"""
+
+
+def test_where_one_gpu_went_the_other_one_that_is_taken_is_no_skip(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pytest_vlmgpu.gating.gate.MEMORY_AGE_S", -1.0)
+    suite.configure(LOSES, without="vlm_machine")
+
+    result = suite.run(
+        "--vlm-busy=skip",
+        test_x="""
+import pathlib, pytest
+@pytest.mark.vlm_requires(vram_gib=10)
+def test_before(): pathlib.Path("lost").touch()
+@pytest.mark.vlm_requires(vram_gib=10)
+def test_after(): pass
+""",
+    )
+
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(
+        ["VLM712: 10.0 GiB free is wanted on one GPU: * GPU 1 (NVIDIA L4) (GPU-0*) was there earlier *"]
+    )
+
+
 def test_codes_have_names() -> None:
     assert {code.name: code.value for code in GateCode} == {
         name: value
@@ -76,3 +116,4 @@ def test_codes_have_names() -> None:
     }
     assert {code.value for code in GateCode} <= set(all_codes())
     assert GateCode.BUSY == "VLM711"
+    assert verdicts.Verdict("error", GateCode.BUSY, "Taken.").text == "VLM711: Taken."

@@ -43,6 +43,13 @@ def test_watched(around): assert around != "-1"
 def test_image(vlm_images, around): assert around != "-1"
 """
 )
+LIVE = """
+def pytest_vlmgpu_inventory(config):
+    import os
+    from msgspec.structs import replace
+    machine = from_json((FOLDER / "machine.json").read_bytes(), Machine, where="machine.json")
+    return replace(machine, environment={k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"})
+"""
 CUDA = """
 import pytest_vlmgpu.leasing.masks as masks
 class Cuda:
@@ -79,16 +86,7 @@ def test_a_run_without_gated_tests_hides_gpus_too(suite: Any) -> None:
 
 
 def test_a_test_that_asks_for_the_machine_does_not_hide_the_gpus_from_the_gate(suite: Any) -> None:
-    suite.configure(
-        """
-def pytest_vlmgpu_inventory(config):
-    import os
-    from msgspec.structs import replace
-    machine = from_json((FOLDER / "machine.json").read_bytes(), Machine, where="machine.json")
-    return replace(machine, environment={k: v for k, v in os.environ.items() if k == "CUDA_VISIBLE_DEVICES"})
-""",
-        without="vlm_machine",
-    )
+    suite.configure(LIVE, without="vlm_machine")
 
     result = suite.run(
         OPTION,
@@ -101,6 +99,44 @@ def test_gated(): pass
     )
 
     result.assert_outcomes(passed=2)
+
+
+def test_gpus_that_are_taken_while_they_are_hidden_are_shown_to_the_gated_tests_after(suite: Any) -> None:
+    shown = "GPU-00000001-0000-0000-0000-000000000000"
+
+    result = suite.run(
+        OPTION,
+        "--vlm-gpus=1,",
+        test_x=SEES
+        + f"""
+def test_asks(request): assert len(request.getfixturevalue("vlm_gpus")) == 1 and sees() == "-1"
+@pytest.mark.vlm_requires
+def test_gated(): assert sees() == {shown!r}
+""",
+    )
+
+    result.assert_outcomes(passed=2)
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_gpus_that_the_project_hides_while_ours_are_hidden_stay_hidden(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    suite.configure(LIVE, without="vlm_machine")
+
+    result = suite.run(
+        OPTION,
+        test_x=SEES
+        + """
+@pytest.fixture(scope="session", autouse=True)
+def one(): os.environ["CUDA_VISIBLE_DEVICES"] = "1"
+def test_plain(): assert sees() == "1"
+def test_plain_again(): assert sees() == "-1"
+@pytest.mark.vlm_requires
+def test_gated(): assert sees() == "1"
+""",
+    )
+
+    result.assert_outcomes(passed=3)
 
 
 def test_once_cuda_is_started_tests_see_gpus_and_a_warning_says_so_once(suite: Any) -> None:

@@ -138,7 +138,7 @@ def test_the_factory_skips_where_there_is_no_gpu(suite: Any) -> None:
 def test_the_first_device_is_told_without_loading(suite: Any, machine: Callable[..., Any], gpu: Callable[..., Any]) -> None:
     suite.has(machine(gpu(0), gpu(1), environment={"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}))
 
-    suite.run("--vlm-gpus=1,", test_x="def test_x(vlm_device): assert vlm_device == 'cuda:1'").assert_outcomes(passed=1)
+    suite.run("--vlm-gpus=1,", test_x="def test_x(vlm_device): assert vlm_device == 'cuda:0'").assert_outcomes(passed=1)
     suite.run(test_x="def test_x(vlm_device): assert vlm_device == 'cuda:0'").assert_outcomes(passed=1)
     suite.run("--vlm-gpus=none", test_x="def test_x(vlm_device): assert vlm_device == 'cpu'").assert_outcomes(passed=1)
     suite.has_none()

@@ -43,6 +43,10 @@ class Controller:
     def __init__(self, groups: Groups | None, owners: dict[int, int], workers: int) -> None:
         self._groups, self._owners, self.workers = groups, owners, workers
         self.hides_gpus = False
+        self.not_run: list[str] = []
+
+    def report_not_run(self, nodeid: str, node: Node) -> None:
+        self.not_run.append(nodeid)
 
     def groups(self) -> Groups | None:
         return self._groups
@@ -205,6 +209,29 @@ def test_a_replacement_that_collected_other_tests_gets_none() -> None:
     schedule.schedule()
 
     assert stranger.sent == []
+    assert stranger.shutting_down
+
+
+@pytest.mark.parametrize("is_other_at_work", [True, False])
+def test_what_a_replacement_cannot_run_is_run_by_another_worker_or_fails(*, is_other_at_work: bool) -> None:
+    schedule = scheduler({position: position for position in range(4)}, {0: 0, 1: 0, 2: 0, 3: 1})
+    first, second = started(schedule)
+    if not is_other_at_work:
+        second.shutting_down = True
+    assert schedule.remove_node(first) == IDS[0]
+    stranger = Node(0)
+
+    schedule.add_node(stranger)
+    schedule.add_node_collection(stranger, ["other"])
+    schedule.schedule()
+
+    not_run = schedule._controller.not_run  # type: ignore[attr-defined]
+    ran = work_off(schedule, [second])
+    assert {position for position in ran if position < 4} == ({1, 2, 3} if is_other_at_work else {3})
+    assert {IDS[position] for position in ran} | {IDS[0], *not_run} == set(IDS)
+    assert not_run == ([] if is_other_at_work else [IDS[n] for n in range(1, 12) if n not in ran])
+    schedule.remove_node(second)
+    assert schedule.tests_finished
 
 
 def test_workers_that_collected_different_tests_are_left_to_pytest_xdist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -557,3 +557,18 @@ def test_b(vlm): pass
 
     assert counts == {"passed": 1, "error": 1}, text
     assert "VLM712" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "device"), [(["--vlm-gpus=1,"], "cuda:0"), (["--vlm-gpus=1,", "--vlm-lease=off"], "cuda:1")]
+)
+def test_the_first_device_is_named_as_cuda_counts_in_this_process(
+    make: Callable[..., Project], options: list[str], device: str
+) -> None:
+    project = make(gpus=2)
+
+    text, counts = project.run(
+        *options, test_x=f"def test_x(vlm_device, vlm_gpus): assert (vlm_device, vlm_gpus[0].index) == ({device!r}, 1)"
+    )
+
+    assert counts == {"passed": 1}, text

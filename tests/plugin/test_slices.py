@@ -269,3 +269,39 @@ def test_a_run_takes_a_slice_that_no_other_run_has(make: Callable[..., Project])
         (first.folder / "go").touch()
         finish(holder)
     assert [load["sees"] for load in first.loads()] == [A, B]
+
+
+@pytest.mark.parametrize("options", [["--vlm-gpus=2"], ["--vlm-gpus=0,1"], [f"--vlm-gpus={A},{B}"]])
+def test_one_process_takes_one_slice_however_many_it_may_use(make: Callable[..., Project], options: list[str]) -> None:
+    (project,) = sliced_project(make, "p")
+
+    text, counts = project.run(*options, test_x=ONE_MODEL)
+
+    assert counts == {"passed": 2}, text
+    assert "1 GPU leased" in text
+    assert [load["sees"] for load in project.loads()] == [A]
+
+
+@pytest.mark.parametrize("lease", ["machine", "run", "off"])
+def test_a_process_sees_the_slice_it_may_use_leased_or_not(make: Callable[..., Project], lease: str) -> None:
+    (project,) = sliced_project(make, "p")
+
+    text, counts = project.run(f"--vlm-lease={lease}", f"--vlm-gpus={B}", test_x=ONE_MODEL)
+
+    assert counts == {"passed": 2}, text
+    assert [load["sees"] for load in project.loads()] == [B]
+    assert (project.shared / "leases").exists() == (lease == "machine")
+
+
+@pytest.mark.parametrize(("slice_", "outcome"), [(A, "passed"), (B, "error")])
+def test_a_process_that_has_started_cuda_uses_the_slice_it_sees_and_no_other(
+    make: Callable[..., Project], slice_: str, outcome: str
+) -> None:
+    (project,) = sliced_project(make, "p")
+    project.conftest = "\nfrom pytest_vlmgpu.leasing import masks\nmasks.is_cuda_started = lambda: True\n"
+
+    text, counts = project.run(f"--vlm-gpus={slice_}", test_x="def test_x(vlm_device): assert vlm_device == 'cuda:0'")
+
+    assert counts == {outcome: 1}, text
+    assert ("1 GPU leased" in text) == (outcome == "passed"), text
+    assert outcome == "passed" or f"VLM712: CUDA was started in this process before its MIG slice was chosen ({B})" in text

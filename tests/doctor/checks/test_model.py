@@ -58,6 +58,14 @@ def test_does_not_fit_this_machine(ask: Ask, said: Said) -> None:
     assert ask("VLM602", "2xl4-idle", plan=short()).state == "passed"
 
 
+def test_where_gpus_are_missing_no_memory_is(ask: Ask) -> None:
+    shortage = Shortage(missing_bytes=0, message="At least 3 GPUs are asked for, and 2 can be used.", is_permanent=True)
+
+    outcome = ask("VLM601", "2xl4-idle", plan=plan(fits=False, shortage=shortage))
+
+    assert "plan.shortage.missing_bytes" not in outcome.findings[0].evidence
+
+
 def test_does_not_fit_now(ask: Ask, said: Said) -> None:
     outcome = ask("VLM602", "2xl4-idle", plan=short(is_permanent=False))
 

@@ -36,6 +36,7 @@ PURE = (
     "shapes_from_tensors",
     "tensor_pickle",
     "tower_parts",
+    "linear_layers",
     "unit_contents",
     "weightless_units",
 )
@@ -85,6 +86,7 @@ def test_the_description_of_a_model_is_made_without_touching_the_world(module: s
         "__future__",
         "collections",
         "functools",
+        "itertools",
         "math",
         "pickletools",
         "re",
@@ -170,6 +172,8 @@ def test_heads_of_full_attention_may_be_others() -> None:
     assert full() == (0, 0)
     assert full({norm: (4,), keys: (8, 8)}) == (0, 0)
     assert full({norm: (8,), keys: (8, 8)}) == (1, 8)
+    assert full({norm: (8,), norm.replace("1", "0"): (8,), keys: (8, 8)}) == (0, 0), "over both heads, as OLMo's"
+    assert full({norm: (8,), norm.replace("1", "0"): (4,), keys: (8, 8)}) == (1, 8)
     assert full({norm: (8,)}) == (2, 8)
     assert full(global_head_dim=8) == (2, 8)
     assert full(global_head_dim=8, num_global_key_value_heads=1) == (2, 8)

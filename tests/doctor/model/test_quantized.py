@@ -22,7 +22,7 @@ from vlm_doctor.planner.weights import unit_bytes
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.sources.model_profile import build_profile
-from vlm_doctor.sources.quantized_tensors import join_quantized
+from vlm_doctor.sources.quantized_tensors import computes_in, join_quantized
 from vlm_doctor.units import GIB
 
 from .conftest import LLAVA_CONFIG, Shapes, llava_tensors
@@ -227,7 +227,10 @@ def test_a_section_that_is_no_object_is_refused(write_checkpoint: Write, section
     )
 
 
-@pytest.mark.parametrize(("method", "notes"), [("hqq", 1), ("\x1b[31m" * 20, 1), (5, 1), ("gptq", 0), ("bitsandbytes", 0)])
+@pytest.mark.parametrize(
+    ("method", "notes"),
+    [("hqq", 1), ("\x1b[31m" * 20, 1), (5, 1), *((name, 0) for name in ("gptq", "bitsandbytes", "torchao", "fbgemm_fp8"))],
+)
 def test_a_method_that_is_not_counted_is_told(write_checkpoint: Write, method: Any, notes: int) -> None:
     profile = load_profile(str(write_checkpoint({**LLAVA_CONFIG, "quantization_config": {"quant_method": method}})))
     told = [note for note in profile.notes if note.endswith("its weights are counted as the files hold them.")]
@@ -361,3 +364,18 @@ def test_a_tower_of_windows_is_broken_by_transformers_5_alone(version: str | Non
     assert loaded.stored_bytes == found.stored_bytes
     other = load_profile("llava-hf/llava-1.5-7b-hf", allow_network=False)
     assert as_loaded(other, here) is other
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (None, None),
+        ({"quant_method": "awq"}, None),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_compute_dtype": "float32"}, "int8"),
+        ({"load_in_4bit": True}, "float32"),
+        ({"quant_method": "bitsandbytes_4bit", "bnb_4bit_compute_dtype": "torch.float32"}, "float32"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}, None),
+    ],
+)
+def test_what_layers_of_bitsandbytes_compute_in(section: dict[str, Any] | None, expected: str | None) -> None:
+    assert computes_in(section) == expected

@@ -161,6 +161,7 @@ def test_a_family_s_exceptions_outdo_what_a_tensor_looks_like() -> None:
         "model.layers.0.attn.out_proj.weight": StoredTensor("BF16", (2, 2), 8),
         "model.layers.0.attn.out_proj.bias": StoredTensor("BF16", (2,), 4),
         "model.layers.0.packed.in_proj_weight": StoredTensor("U8", (6, 2), 12),
+        "model.layers.0.scalar.in_proj_weight": StoredTensor("BF16", (), 2),
     }
     plain, ruled = (
         cut_into_units(tensors, rules).units[0].linear

@@ -185,6 +185,10 @@ def test_a_machine_without_usable_gpus_says_why() -> None:
     assert short.message == (
         "No GPU can be used (GPU 0: fails when asked (GPU is lost)), and zai-org/GLM-4.1V-9B-Thinking needs 19.7 GiB."
     )
+    three = machine([24, 24, 24])
+    gpus = tuple(msgspec.structs.replace(gpu, error="reset" if gpu.index == 1 else "GPU is lost") for gpu in three.gpus)
+    message = shortage(plan(glm41v_9b(), msgspec.structs.replace(three, gpus=gpus))).message
+    assert "(GPUs 0, 2: fails when asked (GPU is lost); GPU 1: fails when asked (reset))" in message
     none = shortage(plan(glm41v_9b(), machine([])))
     assert none.is_permanent
     assert none.message == "No GPU can be used, and zai-org/GLM-4.1V-9B-Thinking needs 19.7 GiB."
@@ -214,6 +218,7 @@ def test_the_most_absurd_workload_still_gets_an_answer() -> None:
 def test_more_gpus_asked_for_than_there_are() -> None:
     short = shortage(plan(glm41v_9b(), machine([24, 24]), policy=Policy(min_gpus=3)))
     assert short.message == "At least 3 GPUs are asked for, and 2 can be used."
+    assert short.missing_bytes == 0  # memory is not what is missing
 
 
 def test_more_gpus_asked_for_than_the_model_has_parts() -> None:

@@ -38,6 +38,8 @@ GLM4V = load_profile("THUDM/glm-4v-9b", allow_network=False)
 CHAT = load_profile("OpenGVLab/InternVL3-8B", allow_network=False)
 ROOM = machine([48, 48, 48, 48])
 LAYERS = "model.language_model.layers"
+KINDS = ("weights", "kv_cache", "activations", "training", "fragmentation")
+"""Lines of a ledger that are what a stage needs."""
 
 
 def split(profile: ModelProfile, *ends: int) -> Map:
@@ -583,6 +585,26 @@ def test_a_workload_can_be_what_does_not_fit() -> None:
     assert "at this workload" in said(judged(split(LLAVA, 16), where=machine([16, 16]), workload=long), "VLM620")
 
 
+def test_what_loading_takes_is_counted_of_any_map() -> None:
+    workload = Workload(images=0, text_tokens=1, new_tokens=1, quantization="int8")
+    for device_map in (split(LLAVA, 16), {key: number % 2 for number, key in enumerate(split(LLAVA, 16))}):
+        for use in check_map(device_map, LLAVA, ROOM, workload).devices:
+            assert use.need_bytes is not None
+            assert use.need_bytes >= use.weights_bytes + 4 * 4096 * 11008, "a weight in bfloat16, a copy in float16"
+
+
+def test_a_gpu_pays_for_the_layers_that_it_executes_from_host_memory() -> None:
+    workload = Workload(images=0, text_tokens=3000, batch=4)
+    planned = plan(LLAVA, machine([17]), workload, Policy(offload=True))
+    assert planned.offloaded is not None
+    own = sum(line.size_bytes for line in planned.stages[0].ledger if line.kind in KINDS)
+
+    checked = check_map(planned.device_map, LLAVA, machine([12]), workload)
+
+    assert checked.devices[0].need_bytes == pytest.approx(own, rel=0.02)
+    assert "VLM620" in codes(checked, "error")
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_training_step_is_judged_as_the_plan_prices_it(method: Literal["full", "lora"]) -> None:
     workload, where = Workload(training=Training(method=method)), machine([24, 24])
@@ -591,8 +613,7 @@ def test_a_training_step_is_judged_as_the_plan_prices_it(method: Literal["full",
 
     checked = check_map(device_map, LLAVA, where, workload)
 
-    kinds = ("weights", "activations", "training", "fragmentation")
-    own = [sum(line.size_bytes for line in stage.ledger if line.kind in kinds) for stage in planned.stages]
+    own = [sum(line.size_bytes for line in stage.ledger if line.kind in KINDS) for stage in planned.stages]
     assert [use.need_bytes for use in checked.devices] == own
     assert planned.fits is ("VLM620" not in codes(checked, "error"))
     # A map that is no split of the chain: every second part elsewhere.

@@ -108,6 +108,26 @@ def test_int8_needs_its_product_and_nf4_the_weight_in_use() -> None:
     assert layer_of(int8, 512) - layer_of(joined, 512) == 10 * 512 * 13696
 
 
+def test_a_checkpoint_of_bitsandbytes_computes_as_it_says() -> None:
+    for profile in (llava_13b, glm41v_9b):
+        text, joined = profile().text, 1 + (profile is glm41v_9b)
+        plain, int8, ready, half, full = (
+            footprint(profile(**own), images=0, **asked)
+            for own, asked in (
+                ({}, {}),
+                ({}, {"quantization": "int8"}),
+                ({"quantization": "bitsandbytes", "computes_in": "int8"}, {}),
+                ({"quantization": "bitsandbytes"}, {}),
+                ({"quantization": "bitsandbytes", "computes_in": "float32"}, {}),
+            )
+        )
+        assert layer_of(ready, 512) == layer_of(int8, 512)
+        assert layer_of(half, 512) - layer_of(plain, 512) == 2 * joined * text.hidden * text.intermediate
+        unpacked = 4 * joined * text.hidden * text.intermediate
+        passed = 4 * 512 * (joined * text.intermediate + text.hidden)
+        assert layer_of(full, 512) - layer_of(plain, 512) == unpacked + passed
+
+
 def test_eager_attention_pays_for_the_scores_of_all_heads_instead_of_the_mlp() -> None:
     fused, eager = (footprint(llava_13b(), attention=kind) for kind in ("sdpa", "eager"))
     tokens = 512 + 576

@@ -326,7 +326,8 @@ def test_plans_are_as_good_as_brute_force(question: tuple[list[int], list[int], 
     else:
         assert not made.fits
         assert made.shortage is not None
-        assert made.shortage.missing_bytes > 0
+        # Where there are too few GPUs, it is not memory that is missing.
+        assert made.shortage.missing_bytes > 0 or made.shortage.message.startswith("At least ")
         return
     assert made.fits
     assert len(made.stages) == count

@@ -24,6 +24,7 @@ from .profiles import BODY, glm41v_9b, llava_13b, machine
         (None, Workload(quantization="int8"), "cpu", False, True),
         (None, Workload(quantization="nf4"), "disk", False, True),
         (None, Workload(quantization="nf4"), "cpu", True, False),
+        (None, Workload(quantization="nf4"), "disk", True, True),
         ("bitsandbytes", Workload(), "cpu", False, True),
         ("torchao", Workload(), "cpu", False, False),
         ("torchao", Workload(), "disk", False, True),

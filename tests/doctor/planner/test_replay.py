@@ -17,6 +17,7 @@ from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.memory import Footprint
 from vlm_doctor.planner.settle import Replay, replay_of
+from vlm_doctor.planner.stage_need import StageNeed
 from vlm_doctor.sources.allocation_scripts import body_script, tower_script
 from vlm_doctor.sources.catalogue import catalogue
 from vlm_doctor.sources.model_files import load_profile
@@ -67,15 +68,20 @@ def run_of(model: str, position: int) -> tuple[int, int]:
     return (0, border) if position == 0 else (border, len(chain(profile_of(NAMES[model])).atoms))
 
 
+def need_of(model: str, peak: dict[str, Any], position: int) -> StageNeed:
+    """What a GPU of a recorded map needs for the call that was recorded."""
+    edge = peak["image_edge"]
+    workload = Workload(images=1 if edge else 0, image_height=edge or None, text_tokens=peak["text_tokens"], new_tokens=2)
+    return replay(profile_of(NAMES[model]), workload).need(run_of(model, position), position, 80 * GIB)
+
+
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize(("model", "peak"), PEAKS)
 def test_peaks_are_those_of_the_gpu(model: str, peak: dict[str, Any], position: int) -> None:
-    edge = peak["image_edge"]
-    workload = Workload(images=1 if edge else 0, image_height=edge or None, text_tokens=peak["text_tokens"], new_tokens=2)
-    need = replay(profile_of(NAMES[model]), workload).need(run_of(model, position), position, 80 * GIB)
+    need = need_of(model, peak, position)
     predicted = RECORDED[model]["loaded_bytes"][position] + need.kv_cache_bytes + need.activations_bytes
     # An image's windows are attended one by one, which the script of the tower takes together: a little too much.
-    tolerance = 0.01 if edge else 0.001
+    tolerance = 0.01 if peak["image_edge"] else 0.001
     assert predicted == pytest.approx(peak["allocated_bytes"][position], rel=tolerance)
     assert predicted >= 0.999 * peak["allocated_bytes"][position]
 
@@ -84,9 +90,7 @@ def test_peaks_are_those_of_the_gpu(model: str, peak: dict[str, Any], position: 
 @pytest.mark.parametrize(("model", "peak"), PEAKS)
 def test_what_is_reserved_is_what_the_gpu_reserved(model: str, peak: dict[str, Any], position: int) -> None:
     """Also for images: a table of positions that was taken to grow with the image once made this 8 % too little."""
-    edge = peak["image_edge"]
-    workload = Workload(images=1 if edge else 0, image_height=edge or None, text_tokens=peak["text_tokens"], new_tokens=2)
-    need = replay(profile_of(NAMES[model]), workload).need(run_of(model, position), position, 80 * GIB)
+    need = need_of(model, peak, position)
     assert need.reserved_bytes is not None
     ratio = (need.reserved_bytes + WORKSPACE_BYTES) / peak["reserved_bytes"][position]
     assert 0.993 < ratio < 1.02

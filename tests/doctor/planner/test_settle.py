@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vlm_doctor.machine import Machine
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner import plan
+from vlm_doctor.planner import settle as settling
 from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.order import Split
@@ -170,3 +171,13 @@ def test_every_model_of_the_catalogue_is_planned(name: str, spec: str, images: i
     made = plan(profile_of(name), load_machine(spec), Workload(images=images, text_tokens=64))
     assert made.fits == (made.shortage is None)
     assert made.fits or all(stage.total_bytes <= 24 * GIB for stage in made.stages) or "72B" in name
+
+
+@pytest.mark.parametrize(("gap", "longest"), [((), 1000), ((998,), 996), ((998, 996, 994, 992), 990)])
+def test_few_lengths_above_what_is_wanted_are_all_tried(
+    monkeypatch: pytest.MonkeyPatch, gap: tuple[int, ...], longest: int
+) -> None:
+    """A prompt that is hardly longer than what is wanted: there are fewer lengths between them than are usually tried."""
+    monkeypatch.setattr(settling, "takes_anyway", lambda _problem, _split, tokens: tokens not in gap)
+    problem: Any = None
+    assert settling._without_gaps(problem, problem, 1000, 990) == longest

@@ -176,6 +176,16 @@ class TestFootprint:
         need = self.prices().need_of(last, 1000)
         assert need.total_bytes - 1 == trace.peak(trace.held(layers - 2)).size_bytes
 
+    def test_no_trace_tells_what_loading_takes(self) -> None:
+        dense = glm41v_9b().text
+        self.profile = glm41v_9b(text=msgspec.structs.replace(dense, experts=64, active_experts=8, expert_width=512))
+        prices = self.prices(is_bare=True)
+        layer = prices.weights_of(3, 4)
+        need = prices.detail(3, 4, 1)
+        assert (need.moment, need.total_bytes) == ("the weights are loaded", 2 * layer)
+        assert prices.needs(1)(3, 4) == 2 * layer
+        assert prices.detail(3, 4, 1_000_000).moment != "the weights are loaded"
+
     def test_a_long_answer_is_the_peak_of_a_short_prompt(self) -> None:
         prices = self.prices(msgspec.structs.replace(TEXT, text_tokens=1, new_tokens=100_000))
         assert prices.detail(1, 20, 1).moment == "the next token is made"
@@ -206,9 +216,23 @@ class TestReplay:
         trace = small_trace(100_000)
         held = Held(kinds=("full", "sliding", "full"), weights_bytes=3 * MIB, is_first=True, has_head=True)
         allocated, reserved = self.program.peaks(held, 100_000)
-        # Tensors up to 1 MiB that go again are left out; a block may be up to 1 MiB larger than its tensor.
+        # Tensors up to 1 MiB that are brief are left out; a block may be up to 1 MiB larger than its tensor.
         assert allocated == pytest.approx(trace.peak().size_bytes, abs=10 * MIB)
         assert reserved >= allocated + 3 * MIB
+
+    def test_small_tensors_that_are_brief_share_a_segment(self) -> None:
+        held = Held(kinds=("full", "sliding", "full"), weights_bytes=3 * MIB, is_first=True, has_head=True)
+        allocated, _ = self.program.peaks(held, 64)
+        # All but the temporary of a layer, which has 4,096 bytes a token and one for each pair.
+        assert allocated == pytest.approx(small_trace(64).peak().size_bytes - 4096 * 64 - 64**2, rel=0.05)
+
+    def test_small_keys_and_values_are_not_left_out(self) -> None:
+        """Each less than 1 MiB, all of them a third of what lives at once."""
+        tokens, layers = 8_000, 40
+        many = Regimes(traces_of([small_trace(length, layers=layers) for length in lengths(0, None, 2)]), None)
+        held = Held(kinds=("full",) * layers, weights_bytes=3 * MIB, is_first=True, has_head=True)
+        allocated, _ = TracedProgram(many, (), new_tokens=2).peaks(held, tokens)
+        assert allocated == pytest.approx(small_trace(tokens, layers=layers).peak().size_bytes, rel=0.01)
 
     @pytest.mark.parametrize(
         ("held", "places"),

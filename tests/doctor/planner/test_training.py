@@ -297,3 +297,27 @@ def test_what_any_device_holds_is_trained_there(method: str) -> None:
     assert made.need_of(whole_model, tokens).total_bytes == stage.total_bytes - stage.fragmentation_bytes
     half = msgspec.structs.replace(whole_model, weights_bytes=whole_model.weights_bytes // 2, layers=layers // 2)
     assert made.need_of(half, tokens).training_bytes == pytest.approx(stage.training_bytes / 2, rel=0.01)
+
+
+def test_joined_experts_exist_twice_while_they_are_loaded_for_training_too() -> None:
+    text = msgspec.structs.replace(llava_13b().text, experts=64, active_experts=8, expert_width=512)
+    made = prices(llava_13b(text=text), Training(method="lora"), text_tokens=1)
+    layer = made.weights_of(3, 4)
+    need = made.detail(3, 4, 1)
+    assert (need.moment, need.total_bytes) == ("the weights are loaded", 2 * layer)
+    assert made.needs(1)(3, 4) == 2 * layer
+    assert made.detail(3, 4, 20_000).moment != "the weights are loaded"
+    held = Holding(weights_bytes=layer, layers=1, has_tower=False, has_embedding=False, has_head=False, loading_bytes=layer)
+    assert made.need_of(held, 1).total_bytes == 2 * layer
+
+
+def test_layers_with_wider_heads_train_and_keep_more() -> None:
+    """Gemma 4: full attention has heads of its own."""
+    kinds = tuple(LayerKind(cache, has_experts=False) for cache in ("sliding", "full"))
+    text = msgspec.structs.replace(llava_13b().text, full_head_dim=256, full_kv_heads=40)
+    profile, layer = llava_13b(text=text), llava_13b().units[5]
+    workload = Workload(images=0, training=Training(method="lora", gradient_checkpointing=False))
+    adapted, wider = (trained(layer, kind, profile, workload).adapters for kind in kinds)
+    assert wider - adapted == 4 * workload.training.lora_rank * 4 * 40 * 128  # type: ignore[union-attr]
+    saved = step_work({*kinds}, profile, workload, image_load(profile, workload), 100).saved
+    assert saved[kinds[1]] > saved[kinds[0]]

@@ -154,7 +154,7 @@ NO_REPORTS = [
 @fuzz
 @given(st.one_of(st.binary(max_size=60), damaged(), st.sampled_from(NO_REPORTS)))
 def test_any_report_to_compare_with(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    path = tmp_path_factory.getbasetemp() / "since.json"
+    path = tmp_path_factory.mktemp("since") / "since.json"
     path.write_bytes(data)
     try:
         saved = read_saved(path)
@@ -194,7 +194,7 @@ def toml(value: object) -> str:
 @example({}, b"\xff")
 @example({"model": "x"}, b"[tool]\nvlm-doctor = 3")
 def test_any_table_of_a_project(tmp_path_factory: pytest.TempPathFactory, table: dict[str, object], after: bytes) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    folder = tmp_path_factory.mktemp("project")  # not where other tests would find it
     lines = [f'"{key}" = {toml(value)}' for key, value in table.items()]
     text = "\n".join(["[tool.vlm-doctor]", *lines, ""])
     (folder / "pyproject.toml").write_bytes(text.encode("utf-8", "surrogatepass") + after)
@@ -222,7 +222,7 @@ PIECES = st.sampled_from(
 @example(b"\xff\xfe" + b"C\x00U\x00D\x00A\x00" * 5)
 @example(bytes(range(256)) * 20_000)
 def test_any_log(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    path = tmp_path_factory.getbasetemp() / "log.bin"
+    path = tmp_path_factory.mktemp("log") / "log.bin"
     path.write_bytes(data)
     started = time.perf_counter()
     try:

@@ -54,6 +54,14 @@ def test_all_spellings_give_the_same_map(text: str, expected: dict[str, int | st
          "device_map:  # here\n  a: 0\n\n  b: 1\nmax_memory:\n  0: 5\n",
          {"a": 0, "b": 1}, "2"),
         ("x: [1, 2]\ndevice_map:\n  a: 0", {"a": 0}, None),
+        ("device_map = {'a': 0}\nmodel = load(device_map)\n", {"a": 0}, None),
+        ("def f():\n    device_map: dict[str, int] = {\n        # tower\n        'a': 0,\n"
+         "        # layers\n        **{f'b.{i}': 1 for i in range(1)},\n    }\n    return device_map\n",
+         {"a": 0, "b.0": 1}, None),
+        ("import os\nos.environ['CUDA_VISIBLE_DEVICES'] = \"2, 3\"\ndevice_map = {'a': 0}", {"a": 0}, "2, 3"),
+        ("import os\n# os.environ['CUDA_VISIBLE_DEVICES'] = '2'\ndevice_map = {'a': 0}", {"a": 0}, None),
+        ("env:\n  CUDA_VISIBLE_DEVICES: 2,3  # two\ndevice_map:\n  a: 0\n", {"a": 0}, "2,3"),
+        ("{'a': 0}  # all of it\n# no more", {"a": 0}, None),
     ],
 )  # fmt: skip
 def test_a_map_is_found_in_a_script_and_among_other_keys(
@@ -115,6 +123,10 @@ def test_what_is_no_map_is_one_sentence_with_its_place(text: str, message: str) 
     [
         '{"a":' + "[" * 200_000,
         "{" + "#x   \n" * 5_000 + "?",
+        "{'a': 0}" + " " * 100_000 + "?",
+        "{'a': 0}" + " # #" * 30_000 + "\n?",
+        "device_map:" + " " * 100_000 + "= [",
+        "CUDA_VISIBLE_DEVICES=" * 50_000 + "'",
         "{'" + "\\" * 100_000,
         "{'a': " + "9" * 100_000 + "}",
         '{"a": ' + "9" * 100_000 + "}",
@@ -153,7 +165,11 @@ def test_a_file_and_standard_input_are_read(tmp_path: Path, monkeypatch: pytest.
     path.write_text(json.dumps(MAP), encoding="utf-8-sig")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"lm_head: 1")))
 
+    lines = tmp_path / "map.yaml"
+    lines.write_bytes(b"device_map:\r\n  a: 0\r\nother: x\r\n")
+
     assert read_map(str(path)).device_map == MAP
+    assert read_map(str(lines)).device_map == {"a": 0}
     assert read_map("-").device_map == {"lm_head": 1}
 
 
