@@ -242,11 +242,17 @@ class Gate:
             return refusal
         # What was read before a lease was waited for shows the memory of whoever had the GPUs until then.
         first = judge_now(0 if self.own.waiting.waited_s > waited_s else max_age_s)
-        share, grace_s = self.own.share, self.own.grace_s
-        if first.code == verdicts.BUSY and self.warmth is not None and share is not None:
-            # Unlike a model, this test cannot do with what a warm one leaves.
-            grace_s = GRACE_S if self.warmth.end_idle(share.gpus) else grace_s
+        # Unlike a model, this test cannot do with what a warm one leaves.
+        has_ended = first.code == verdicts.BUSY and self.end_warm()
+        grace_s = GRACE_S if has_ended else self.own.grace_s
         return self.when_free(judge_now, first, lambda verdict: verdict, grace_s=grace_s)
+
+    def end_warm(self) -> bool:
+        """Have idle warm hosts give back the GPUs of this process; False where there is none."""
+        share = self.own.share
+        if self.warmth is not None and share is not None:
+            return self.warmth.end_idle(share.gpus)
+        return self.own.ask_warm_hosts(self.reader.first())
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
         """Take this process' GPUs, if that was not done; the refusal where there are none for it."""

@@ -89,11 +89,17 @@ class Leases:
                     os.ftruncate(file, 0)
                 os.close(file)
 
-    def ask_for(self, names: Iterable[str], most: int) -> None:
-        """Have so many warm hosts that hold one of these leases, and are idle, give it back: its file is touched."""
-        for name in [name for name in names if holders.gives_way(self._record(name))][:most]:
+    def ask_for(self, names: Iterable[str], most: int) -> bool:
+        """Have so many warm hosts that hold one of these leases, and are idle, give it back: its file is touched.
+
+        Returns:
+            False where there is none.
+        """
+        found = [name for name in names if holders.gives_way(self._record(name))][:most]
+        for name in found:
             with suppress(OSError):
                 os.utime(self.folder / f"{name}.lock", follow_symlinks=False)
+        return bool(found)
 
     def warm_bytes(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
         """Of leases that idle warm hosts hold: the host's pid, and bytes of the GPU that it gives back when it is asked."""

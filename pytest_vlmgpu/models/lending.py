@@ -19,7 +19,7 @@ from .residents import Resident, free_before
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vlm_doctor.machine import Gpu, Machine
+    from vlm_doctor.machine import Gpu
     from vlm_doctor.placement import Plan
 
     from ..gating.gate import Gate, Loader
@@ -179,25 +179,26 @@ class Lending:
         self._gate.refuse_unless_run(spec, refusal)
         # Beside a model that stays, the next one needs what torch keeps.
         empty_cache()
-        self._await_memory(self._gate.reader.current(request, max_age_s=0), request)
+        self._await_memory(request)
         placed = place_now(math.inf)
         while _lacks_memory(placed) and self._gate.residents.remove_least_useful(self._in_use):
             placed = place_now(0)
-        share = self._gate.own.share
-        if _lacks_memory(placed) and self._gate.warmth is not None and share is not None:
+        if _lacks_memory(placed):
             # A warm host has a CUDA context, too, which only its end gives back.
-            self._gate.warmth.end_idle(share.gpus)
+            self._gate.end_warm()
         verdict, plan = self._gate.when_free(place_now, placed, lambda placed: placed[0])
         self._gate.refuse_unless_run(spec, verdict)
         return plan
 
-    def _await_memory(self, machine: Machine, request: pytest.FixtureRequest) -> None:
+    def _await_memory(self, request: pytest.FixtureRequest) -> None:
         """Give the driver time to take back the memory of the model before; note what it does not get."""
-        if self._gate.residents.missing(machine) and self._gate.reader.is_reread:
 
-            def is_back() -> bool:
-                return not self._gate.residents.missing(self._gate.reader.current(request, max_age_s=0))
+        def is_back() -> bool:
+            machine, warmth = self._gate.reader.current(request, max_age_s=0), self._gate.warmth
+            # What a warm host keeps of it is not lost.
+            return not self._gate.residents.missing(machine if warmth is None else warmth.as_free(machine))
 
+        if not is_back() and self._gate.reader.is_reread:
             self._gate.own.waiting.until(
                 is_back, lambda: "memory of a model that was unloaded is not back yet", may_wait=False
             )

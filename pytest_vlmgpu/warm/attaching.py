@@ -177,6 +177,9 @@ def assembled(
     loan.count(storages)
     if lent.is_dispatched:
         _dispatch(model, orders.device_map)
+    elif getattr(model, "hf_device_map", None) is not None:
+        # The host may count the same GPU otherwise.
+        model.hf_device_map = orders.device_map
     model.config._name_or_path = model.name_or_path = source.name
     landed = check_devices(name, model, orders)
     processor = load_processor(transformers, source, model.config, trust_remote_code=False)

@@ -5,15 +5,19 @@ A process that has it can write to it, and CUDA knows no other way: so all of it
 
 from __future__ import annotations
 
+import os
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .records import Block, CudaBlock
 from .sharing import sample
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
+_COUNTERS = Path("/dev/shm")
+"""Where torch counts who has its memory, in files ``torch_PID_…``. Source: NewProcessWideShmHandle (c10)."""
 _ROW = 2**16
 """Words of 8 bytes that have a weight each: words that change places within a row change the sum."""
 _ROWS = 128
@@ -69,10 +73,18 @@ def exported(storages: Sequence[Any], uuids: Mapping[int, str]) -> tuple[Block, 
         storages: Tensors of ``uint8``.
         uuids: CUDA ordinal to UUID.
     """
+    import torch
     from torch.multiprocessing.reductions import reduce_tensor
 
+    # What torch would have each receiver wait for, one event a block that it opens and never closes; there is nothing to
+    # wait for now.
+    for ordinal in sorted({storage.device.index for storage in storages}):
+        torch.cuda.synchronize(ordinal)
     blocks = []
     for storage in storages:
+        if not storage.numel():  # no memory, so no handle either
+            blocks.append(Block(0, cuda=CudaBlock(uuid=uuids[storage.device.index])))
+            continue
         # Positions of the arguments: torch/multiprocessing/reductions.py, rebuild_cuda_tensor.
         _, arguments = reduce_tensor(storage)
         blocks.append(
@@ -87,7 +99,6 @@ def exported(storages: Sequence[Any], uuids: Mapping[int, str]) -> tuple[Block, 
                     counter=bytes(arguments[11]),
                     counter_offset=arguments[12],
                     event=bytes(arguments[13]),
-                    is_event_needed=arguments[14],
                 ),
                 offset=arguments[3],
             )
@@ -109,6 +120,10 @@ def imported(blocks: Sequence[Block], ordinals: Mapping[str, int]) -> list[Any]:
     for block in blocks:
         assert block.cuda is not None
         there = block.cuda
+        ordinal = ordinals[there.uuid]
+        if not there.handle:
+            found.append(torch.empty(0, dtype=torch.uint8, device=f"cuda:{ordinal}"))
+            continue
         found.append(
             rebuild_cuda_tensor(
                 torch.Tensor,
@@ -117,7 +132,7 @@ def imported(blocks: Sequence[Block], ordinals: Mapping[str, int]) -> list[Any]:
                 block.offset,
                 torch.storage.TypedStorage,
                 torch.uint8,
-                ordinals[there.uuid],
+                ordinal,
                 there.handle,
                 there.storage_bytes,
                 there.storage_offset,
@@ -125,7 +140,15 @@ def imported(blocks: Sequence[Block], ordinals: Mapping[str, int]) -> list[Any]:
                 there.counter,
                 there.counter_offset,
                 there.event,
-                there.is_event_needed,
+                False,  # no event to wait for: the host has waited for its GPUs itself
             )
         )
     return found
+
+
+def remove_counters(names: Collection[bytes]) -> None:
+    """Remove torch's files of counters, which stay when a process ends at once; whoever still has memory needs none."""
+    own = f"torch_{os.getpid()}_"
+    for name in (os.fsdecode(each).lstrip("/") for each in names):
+        if name.startswith(own) and "/" not in name:
+            (_COUNTERS / name).unlink(missing_ok=True)

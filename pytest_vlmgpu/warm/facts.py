@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "pytest-vlmgpu")
 _VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "HF_", "NVIDIA_", "PYTORCH_", "SAFETENSORS_", "TORCH", "TRANSFORMERS_")
 """Beginnings of variables that these libraries read while they load."""
-_OTHERWISE_KNOWN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTORCH_NVML_BASED_CUDA_CHECK")
-"""GPUs are told apart by UUID."""
+_OTHERWISE_KNOWN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_MODULE_LOADING")
+"""GPUs are told apart by UUID; the last one torch sets itself when it starts CUDA, so that it differs within a run."""
 _CODE = ("models/loading.py", "models/placing.py", "models/source.py", "warm")
 """Of this package: what loads and shares. A changed line makes another model of it."""
 STALE = frozenset(("checkpoint", "loader code", "python", *_LIBRARIES))
@@ -72,6 +72,20 @@ def facts_of(name: str, revision: str | None, plan: Plan | None, dtype: str | No
     facts["loader code"] = _digest_of_code()
     facts.update(_variables(os.environ))
     return facts
+
+
+def is_quantized(name: str, revision: str | None) -> bool:
+    """True of a checkpoint whose config says that it is quantized.
+
+    Raises:
+        NotKept: It is not on this machine.
+        OSError: Its config cannot be read.
+        ValueError: That is no config.
+    """
+    path = _folder_of(name, revision) / "config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    parts = [config, *config.values()] if isinstance(config, dict) else []
+    return any("quantization_config" in part for part in parts if isinstance(part, dict))
 
 
 def revision_of(source: Source) -> str | None:

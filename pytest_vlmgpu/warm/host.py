@@ -93,6 +93,8 @@ class Host:
             self._tick()
         for client in list(self._clients):
             self._drop(client)
+        if self._stock is not None:
+            self._stock.close()
         return self._end
 
     @property
@@ -112,8 +114,7 @@ class Host:
                 self._place.refuse(str(reason))
         except BaseException as error:  # noqa: BLE001 - a run waits for an answer, and loads the model itself then
             traceback.print_exc()
-            sentence = next(iter(str(error).splitlines()), "") or type(error).__name__
-            self._refusal = Refused(f"its warm host could not load it ({sentence[:300]})")
+            self._refusal = Refused(f"its warm host could not load it ({_first_line(error)})")
         self._idle_since = time.monotonic()
 
     def _accept(self) -> None:
@@ -184,7 +185,15 @@ class Host:
             self._send(client, Refused("a run before has changed its weights"))
             self._end = "a run has changed the weights"
             return
-        lent, descriptors = self._stock.lend()
+        try:
+            lent, descriptors = self._stock.lend()
+        except Exception as error:  # noqa: BLE001 - whatever torch and CUDA raise where they cannot share memory
+            traceback.print_exc()
+            reason = f"its memory cannot be given to another process ({_first_line(error)}); --vlm-cold tries again"
+            self._place.refuse(reason)
+            self._send(client, Refused(reason, is_for_good=True))
+            self._end = reason
+            return
         client.has_model = True
         self._last_user = client.peer.pid
         self._send(client, lent, descriptors)
@@ -255,7 +264,9 @@ class Host:
 
         from ..watching.meter import allocated_bytes
 
-        by_ordinal = allocated_bytes() if self._order.gpus else {}
+        by_ordinal: dict[int, int] = {}
+        with suppress(AttributeError, RuntimeError):  # the other thread may be in the middle of importing torch
+            by_ordinal = allocated_bytes() if self._order.gpus else {}
         uuids = {ordinal: uuid for uuid, ordinal in self._order.ordinals.items()}
         loaded = {uuids[ordinal]: size for ordinal, size in by_ordinal.items() if ordinal in uuids}
         return Progress(time.monotonic() - self._started, loaded, int(psutil.Process().memory_info().rss))
@@ -282,6 +293,10 @@ class Host:
 def log(text: str) -> None:
     """Write a line to the host's log."""
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)  # noqa: T201 - standard output is the log
+
+
+def _first_line(error: BaseException) -> str:
+    return (next(iter(str(error).splitlines()), "") or type(error).__name__)[:300]
 
 
 def _identity(path: Any) -> tuple[int, int] | None:

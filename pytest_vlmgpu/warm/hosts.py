@@ -58,10 +58,18 @@ class Hosts:
         if isinstance(reply, Refused):
             return reply.reason
         if isinstance(status, Status):
-            until = time.monotonic() + _END_S
-            while _is_running(status.pid) and time.monotonic() < until:
-                time.sleep(0.02)
+            _await(status.pid)
         return ""
+
+    def record_of(self, digest: str) -> HostRecord | None:
+        """What the host of a model has left, alive or not; ``None`` where there is none."""
+        found = [] if self._folder is None else records(self._folder)
+        return next((record for record in found if record.digest == digest), None)
+
+    def await_end(self, record: HostRecord | None) -> None:
+        """Wait until a host that answers nobody any more is gone, and its memory given back."""
+        if record is not None and not self._is_alive(record):
+            _await(record.pid)
 
     def as_free(self, machine: Machine, gpus: tuple[str, ...]) -> Machine:
         """A machine with the weights that idle hosts hold on these GPUs counted as free, and the hosts not as users."""
@@ -152,6 +160,12 @@ def _without(gpu: Gpu, weights: Mapping[str, int], pids: set[int]) -> Gpu:
     return replace(
         gpu, memory_free_bytes=seen, processes=tuple(process for process in gpu.processes if process.pid not in pids)
     )
+
+
+def _await(pid: int) -> None:
+    until = time.monotonic() + _END_S
+    while _is_running(pid) and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def _is_running(pid: int) -> bool:

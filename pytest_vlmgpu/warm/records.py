@@ -113,13 +113,13 @@ class CudaBlock(msgspec.Struct, frozen=True):
     """What ``torch.multiprocessing`` tells another process about memory of a GPU."""
 
     uuid: str
-    handle: bytes
-    storage_bytes: int
-    storage_offset: int
-    counter: bytes
-    counter_offset: int
-    event: bytes
-    is_event_needed: bool
+    handle: bytes = b""
+    """Empty for a block without bytes."""
+    storage_bytes: int = 0
+    storage_offset: int = 0
+    counter: bytes = b""
+    counter_offset: int = 0
+    event: bytes = b""
 
 
 class Block(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..leasing.leases import DEFAULT_FOLDER
 from ..models.residents import CONTEXT_BYTES
+from ..watching.meter import empty_cache
 from . import facts, wire
 from .attaching import Loan, NotAttached, assembled, borrow, import_libraries
 from .facts import NotKept
@@ -34,7 +36,11 @@ if TYPE_CHECKING:
 _ROOM_S = 10.0
 """For the driver to take back the memory of a host that has ended: 2 s were enough after SIGKILL of 140 GiB."""
 _PAUSE_S = 0.2
-_EXPANDABLE = "expandable_segments:true"
+_UNSHARED = {
+    "expandable_segments:true": "expandable_segments on, and such memory cannot be given to another process everywhere",
+    "backend:cudamallocasync": "cudaMallocAsync, whose memory torch gives to no other process",
+}
+"""What the allocator is told, without spaces and in small letters. Source: CUDAMallocAsyncAllocator::shareIpcHandle."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,8 @@ class Key:
         self.place = place
         self.name = name
         self.facts = found
-        self.has_room = True
-        """Beside what a run needs of the GPUs, another process can have its CUDA context there."""
+        self.has_room: Callable[[], bool] = lambda: True
+        """Tells whether another process can have its CUDA context beside what a run needs of the GPUs."""
 
 
 class Warmth:
@@ -131,11 +137,11 @@ class Warmth:
             self._cooled.add(key.name)
         if plan is None:
             return
-        until = time.monotonic() + _ROOM_S
-        while ended and not _has_room(plan, look(), 0) and time.monotonic() < until:
-            time.sleep(_PAUSE_S)
+        if ended:
+            _becomes(lambda: _has_room(plan, look(), 0), _ROOM_S)
         if isinstance(key, Key):
-            key.has_room = _has_room(plan, look(), CONTEXT_BYTES)
+            # Asked when a host is to be started: until then one may have all of it, and end.
+            key.has_room = lambda: _has_room(plan, look(), CONTEXT_BYTES)
 
     def _is_past(self, record: HostRecord, key: Key | str) -> bool:
         """True of a host of this model that nobody is to use any more."""
@@ -173,6 +179,8 @@ class Warmth:
         if not self._settings.keeps_warm:
             return plain()
         started = time.perf_counter()
+        before = self._hosts.record_of(key.place.digest)
+        has_arrived = False
         try:
             reason = self._why_cold(key)
             loan = None if reason else self._borrow(key, told)
@@ -180,17 +188,27 @@ class Warmth:
             reason, loan = str(error), None
         try:
             if loan is None:
-                if not key.has_room:
+                self._hosts.await_end(before)
+                if not _becomes(key.has_room, _ROOM_S if before is not None else 0.0):
                     raise NotKept("beside it there is no room on its GPUs for the CUDA context of another process")
                 self._start(key, spec, plan, ordinals)
                 loan = self._borrow(key, told)
+                has_arrived = True
             return self._attached(loan, spec, plan, ordinals=ordinals, started=started, reason=reason)
         except (NotKept, NotAttached, LoadFailure) as error:
-            if loan is not None:
-                loan.close()
-            self._hosts.end_digest(key.place.digest)
             refusal = str(error)
-        # Outside of the handler: its frames would keep half a model.
+            is_refused = has_arrived and isinstance(error, NotAttached) and "OutOfMemory" not in refusal
+            is_unshared = is_refused and loan is not None and loan.is_alive
+        # Outside of the handler, whose frames would keep half a model: what was borrowed is let go of before its host ends.
+        gc.collect()
+        empty_cache()
+        if loan is not None:
+            loan.close()
+        self._hosts.end_digest(key.place.digest)
+        if is_unshared:
+            # What a host has just loaded cannot be had: each run would load it twice.
+            refusal += "; --vlm-cold tries again"
+            key.place.refuse(refusal)
         return _with(plain(), Warm(f"not kept: {refusal}"))
 
     def end_idle(self, gpus: tuple[str, ...]) -> bool:
@@ -267,17 +285,19 @@ class Warmth:
         from ..models.failures import LoadFailure
         from ..models.source import find_source
 
-        with suppress(LoadFailure, OSError):  # the load that follows says it better
+        with suppress(LoadFailure, OSError, ValueError):  # the load that follows says it better
             try:
                 source = find_source(spec.name)
                 is_folder = Path(source.name).is_dir()
                 name = str(Path(source.name).resolve()) if is_folder else f"{source.name}@{source.revision}"
                 resolved = name if is_folder else source.name
+                if facts.is_quantized(resolved, None if is_folder else source.revision):
+                    return "it is quantized"
                 found = facts.facts_of(resolved, None if is_folder else source.revision, plan, spec.dtype)
             except NotKept as reason:
                 return str(reason)
             place = Place(self._folder, facts.digest_of(found))
-            return place.why_refused() or Key(place, name, found)
+            return ("" if self._settings.cold else place.why_refused()) or Key(place, name, found)
         return "its checkpoint cannot be read"
 
 
@@ -311,9 +331,21 @@ def _refusal(spec: VlmSpec, plan: Plan | None, lease: str, *, is_on_cpu: bool) -
     if any(not stage.uuid.startswith("GPU-") for stage in plan.stages):
         return "its GPU is a MIG slice"
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
-        if _EXPANDABLE in os.environ.get(variable, "").lower().replace(" ", ""):
-            return f"{variable} has expandable_segments on, and such memory cannot be given to another process everywhere"
+        told = os.environ.get(variable, "").lower().replace(" ", "")
+        for word, why in _UNSHARED.items():
+            if word in told:
+                return f"{variable} has {why}"
     return ""
+
+
+def _becomes(condition: Callable[[], bool], seconds: float) -> bool:
+    """Ask until it is so, for so long; a driver takes some time to take back what a process had."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(_PAUSE_S)
+    return True
 
 
 def _has_room(plan: Plan | None, machine: Machine, more_bytes: int) -> bool:

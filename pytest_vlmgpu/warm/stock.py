@@ -40,6 +40,8 @@ class Stock:
         self._blocks: tuple[Block, ...] = ()
         self._storages: list[Any] = []
         self._sums: list[int] = []
+        self._counters: set[bytes] = set()
+        """Names of torch's files of counters."""
         self.weights: dict[str, int] = {}
         """GPU UUID to bytes there."""
         if uuids:
@@ -74,6 +76,13 @@ class Stock:
         empty_cache()
         return is_same
 
+    def close(self) -> None:
+        """Remove what would outlive this process."""
+        if self._counters:
+            from .cuda_sharing import remove_counters
+
+            remove_counters(self._counters)
+
     def lend(self) -> tuple[Lent, Sequence[int]]:
         """The model for another process, and the descriptors that go with it."""
         blocks, descriptors, size = self._blocks, [], 0
@@ -81,6 +90,7 @@ class Stock:
             from .cuda_sharing import exported
 
             blocks = exported(self._storages, self._uuids)
+            self._counters.update(block.cuda.counter for block in blocks if block.cuda is not None)
         else:
             descriptors = [self._memory]
             size = max((block.offset + block.size_bytes for block in blocks), default=0)

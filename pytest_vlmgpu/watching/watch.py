@@ -79,8 +79,10 @@ class Watch:
         item = request.node
         self.meter.stop()
         self._unseed()
-        problems = [] if item.stash[WATCHED_TEST].mutates else self._judge_model(request)
-        problems += self._judge_warmth(request)
+        # First: of a model that is gone no weight is to be read.
+        problems = self._judge_warmth(request)
+        if not problems and not item.stash[WATCHED_TEST].mutates:
+            problems = self._judge_model(request)
         if item.stash[WATCHED_TEST].mutates:
             self._reload(request)
         problems += self._judge_memory(item)

@@ -17,9 +17,10 @@ pytestmark = pytest.mark.models
 from pytest_vlmgpu.models.loading import load  # noqa: E402
 from pytest_vlmgpu.models.source import find_source  # noqa: E402
 from pytest_vlmgpu.testing import TINY_FAMILIES, tiny_image  # noqa: E402
+from pytest_vlmgpu.warm import cuda_sharing  # noqa: E402
 from pytest_vlmgpu.warm.attaching import _constructed  # noqa: E402
-from pytest_vlmgpu.warm.cuda_sharing import checksum  # noqa: E402
 from pytest_vlmgpu.warm.facts import NotKept  # noqa: E402
+from pytest_vlmgpu.warm.records import Block, CudaBlock  # noqa: E402
 from pytest_vlmgpu.warm.sharing import Taken, filled, into_shared_memory, mapped, sample  # noqa: E402
 from pytest_vlmgpu.watching import fingerprint  # noqa: E402
 
@@ -219,16 +220,36 @@ def test_torch_takes_the_arguments_that_are_told_for_gpus() -> None:
     ]
 
 
+def test_a_block_without_bytes_needs_no_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda ordinal: None)
+    nothing = torch.empty(0, dtype=torch.uint8)
+
+    (block,) = cuda_sharing.exported([nothing], {nothing.device.index: "GPU-1"})
+
+    assert block == Block(0, cuda=CudaBlock("GPU-1"))
+
+
+def test_files_of_counters_go_with_their_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_sharing, "_COUNTERS", tmp_path)
+    own, other = f"torch_{os.getpid()}_1_0", f"torch_{os.getpid()}0_1_0"
+    for name in (own, other):
+        (tmp_path / name).touch()
+
+    cuda_sharing.remove_counters([f"/{own}".encode(), f"/{other}".encode(), b"/../x", b""])
+
+    assert [path.name for path in tmp_path.iterdir()] == [other]
+
+
 @pytest.mark.parametrize("size", [0, 5, 8, 4096, 2**19 + 24, 2**19 * 3, 2**26 + 2**19 + 5])
 def test_a_checksum_sees_every_byte_and_its_place(size: int) -> None:
     storage = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
-    before = checksum(storage)
-    assert checksum(storage.clone()) == before
+    before = cuda_sharing.checksum(storage)
+    assert cuda_sharing.checksum(storage.clone()) == before
 
     for position in {0, size // 3, size - 1} if size else ():
         changed = storage.clone()
         changed[position] ^= 1
-        assert checksum(changed) != before
+        assert cuda_sharing.checksum(changed) != before
     if size > 8:
-        assert checksum(storage.roll(8)) != before
-        assert checksum(storage.flip(0)) != before
+        assert cuda_sharing.checksum(storage.roll(8)) != before
+        assert cuda_sharing.checksum(storage.flip(0)) != before

@@ -20,7 +20,7 @@ from pytest_vlmgpu.requirements import VlmSpec
 from pytest_vlmgpu.results.summary_text import load_line
 from pytest_vlmgpu.warm import facts
 from pytest_vlmgpu.warm.facts import NotKept, difference, digest_of, facts_of
-from pytest_vlmgpu.warm.run import _has_room, _refusal, duration
+from pytest_vlmgpu.warm.run import _becomes, _has_room, _refusal, duration
 from vlm_doctor.placement import Offload
 from vlm_doctor.units import GIB
 
@@ -85,7 +85,8 @@ def test_dtype_placement_and_variables_make_another_model(
     assert difference(before, told()) == ["variable HF_HOME"]
     assert "/secret" not in str(told())
     monkeypatch.delenv("HF_HOME")
-    for name in ("HF_TOKEN", "CUDA_VISIBLE_DEVICES", "HOME"):
+    # The last one torch sets when it starts CUDA.
+    for name in ("HF_TOKEN", "CUDA_VISIBLE_DEVICES", "HOME", "CUDA_MODULE_LOADING"):
         monkeypatch.setenv(name, "anything")
     assert told() == before
 
@@ -128,6 +129,30 @@ def test_a_digest_tells_facts_apart(one: dict[str, str], other: dict[str, str]) 
     assert digest_of(dict(reversed(one.items()))) == digest_of(one)
 
 
+@pytest.mark.parametrize(
+    ("config", "is_quantized"),
+    [
+        ("{}", False),
+        ("[]", False),
+        ('{"quantization_config": {"bits": 4}}', True),
+        ('{"text_config": {"quantization_config": {}}, "model_type": "x"}', True),
+        ('{"text_config": {"hidden_size": 1}}', False),
+    ],
+)
+def test_a_quantized_checkpoint_is_known_by_its_config(folder: Path, config: str, is_quantized: bool) -> None:
+    (folder / "config.json").write_text(config)
+    assert facts.is_quantized(str(folder), None) == is_quantized
+
+    (folder / "config.json").unlink()
+    assert not facts.is_quantized(str(folder), None)
+
+
+def test_a_driver_is_given_time_to_take_memory_back() -> None:
+    answers = iter([False, False, True])
+    assert _becomes(lambda: next(answers), 10)
+    assert not _becomes(lambda: False, 0)
+
+
 def test_a_folder_has_no_revision() -> None:
     assert facts.revision_of(Source("/models/a")) is None
     assert facts.revision_of(Source("org/a", "v1")) == "v1"
@@ -149,6 +174,7 @@ def test_a_folder_has_no_revision() -> None:
         ),
         (SPEC, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "PYTORCH_ALLOC_CONF has expandable_segments on"),
         (SPEC, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, ""),
+        (SPEC, {}, {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, "PYTORCH_ALLOC_CONF has cudaMallocAsync"),
     ],
 )
 def test_what_would_not_be_sound_on_gpus_is_refused(

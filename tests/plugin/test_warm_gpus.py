@@ -105,6 +105,20 @@ def test_an_idle_host_gives_way_to_a_run_that_knows_nothing_of_it(
     assert host.place.why_ended() == "another run wants the GPUs"
 
 
+@pytest.mark.parametrize("lease", ["off", "run"])
+@pytest.mark.parametrize("test", [ONE_MODEL, MEMORY], ids=["model", "memory"])
+def test_an_idle_host_gives_way_to_a_run_that_leases_nothing(
+    make: Callable[..., Project], start: Callable[..., Host], test: str, lease: str
+) -> None:
+    project = make(gpus=1)
+    host = start()
+
+    text, counts = project.run(f"--vlm-lease={lease}", test_x=test)
+
+    assert set(counts) == {"passed"}, text
+    assert not host.is_alive
+
+
 def test_a_free_gpu_is_taken_before_one_with_a_warm_model(make: Callable[..., Project], start: Callable[..., Host]) -> None:
     project = make(gpus=2)
     host = start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -409,6 +410,36 @@ def test_what_cannot_be_loaded_or_kept_is_said_and_the_host_ends(warm: Warm, fil
     finally:
         until(lambda: not is_running(pid))
     assert warm.place.why_refused() == known
+
+
+def test_memory_that_cannot_be_given_away_is_said_and_not_tried_again(warm: Warm) -> None:
+    pid = warm.start(gpus=(GPU,))
+    (warm.folder / "unlendable").touch()
+    reason = "its memory cannot be given to another process (CUDA error: operation not supported)"
+
+    with pytest.raises(NotAttached, match=re.escape(reason)):
+        warm.attach()
+
+    until(lambda: not is_running(pid))
+    assert warm.place.why_refused() == f"{reason}; --vlm-cold tries again"
+    assert "Traceback" in warm.log()
+    assert (warm.folder / "closed").exists()
+
+
+def test_a_host_that_is_about_to_end_is_waited_for(warm: Warm) -> None:
+    pid = warm.start()
+    hosts = Hosts(warm.place.folder)
+    record = hosts.record_of("d")
+    assert record is not None
+    assert record.pid == pid
+    hosts.await_end(record)  # not for one that answers
+    assert hosts.record_of("e") is None
+    hosts.await_end(None)
+
+    os.kill(pid, signal.SIGKILL)
+    hosts.await_end(record)
+
+    assert not is_running(pid)
 
 
 def test_changed_weights_are_lent_to_nobody(warm: Warm) -> None:

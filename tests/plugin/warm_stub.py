@@ -1,7 +1,8 @@
 """A warm host whose model is nothing, in a process of its own: ``python warm_stub.py FOLDER``, with an order to read.
 
-Files in FOLDER tell it what to do: it loads while ``loading`` is there, and its weights are changed once ``changed`` is. On
-a made-up machine that projects share (SHARED_PROJECT) it takes memory as a model would.
+Files in FOLDER tell it what to do: it loads while ``loading`` is there, its weights are changed once ``changed`` is, and
+its memory cannot be given away once ``unlendable`` is. On a made-up machine that projects share (SHARED_PROJECT) it takes
+memory as a model would.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ class Stub:
     def is_intact(self) -> bool:
         return not (FOLDER / "changed").exists()
 
+    def close(self) -> None:
+        (FOLDER / "closed").touch()
+
     def lend(self) -> tuple[Lent, list[int]]:
+        if (FOLDER / "unlendable").exists():
+            raise RuntimeError("CUDA error: operation not supported\nand more")
         lent = Lent(b"skeleton", (), (), 7, is_dispatched=False, load_seconds=41.0, age_s=self.age_s)
         return lent, [self._memory]
 
