@@ -30,7 +30,16 @@ SILENCE_S = 60.0
 
 
 class NotAttached(Exception):  # noqa: N818 - no error: the model is loaded instead
-    """There is no model to attach to; the text is the end of a sentence."""
+    """There is no model to attach to.
+
+    Args:
+        reason: Why: the end of a sentence.
+        is_ending: The host that had it ends now.
+    """
+
+    def __init__(self, reason: str, *, is_ending: bool = False) -> None:
+        super().__init__(reason)
+        self.is_ending = is_ending
 
 
 class Loan:
@@ -108,7 +117,7 @@ def borrow(place: Place, request: Attach, told: Callable[[Progress], None], whil
                 break
             told(reply)
         if isinstance(reply, Refused):
-            raise NotAttached(reply.reason)
+            raise NotAttached(reply.reason, is_ending=reply.is_ending)
         on_gpus = isinstance(reply, Lent) and any(block.cuda is not None for block in reply.blocks)
         if not isinstance(reply, Lent) or (not on_gpus and len(descriptors) != 1):
             raise NotAttached("its warm host gave an answer that is none")

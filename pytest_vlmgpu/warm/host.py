@@ -182,7 +182,7 @@ class Host:
             return
         client.waits = None
         if not self._stock.is_intact():
-            self._send(client, Refused("a run before has changed its weights"))
+            self._send(client, Refused("a run before has changed its weights", is_ending=True))
             self._end = "a run has changed the weights"
             return
         try:
@@ -191,7 +191,7 @@ class Host:
             traceback.print_exc()
             reason = f"its memory cannot be given to another process ({_first_line(error)}); --vlm-cold tries again"
             self._place.refuse(reason)
-            self._send(client, Refused(reason, is_for_good=True))
+            self._send(client, Refused(reason, is_for_good=True, is_ending=True))
             self._end = reason
             return
         client.has_model = True

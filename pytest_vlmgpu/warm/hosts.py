@@ -66,10 +66,12 @@ class Hosts:
         found = [] if self._folder is None else records(self._folder)
         return next((record for record in found if record.digest == digest), None)
 
-    def await_end(self, record: HostRecord | None) -> None:
-        """Wait until a host that answers nobody any more is gone, and its memory given back."""
-        if record is not None and not self._is_alive(record):
-            _await(record.pid)
+    def await_end(self, record: HostRecord | None, *, is_ending: bool = False) -> bool:
+        """Wait for the end of a host that answers nobody any more, or has said that it ends; False if it goes on."""
+        if record is None or (not is_ending and self._is_alive(record)):
+            return False
+        _await(record.pid)
+        return True
 
     def as_free(self, machine: Machine, gpus: tuple[str, ...]) -> Machine:
         """A machine with the weights that idle hosts hold on these GPUs counted as free, and the hosts not as users."""

@@ -86,6 +86,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     reason: str
     is_for_good: bool = False
     """The same model is refused the next time, too."""
+    is_ending: bool = False
+    """The host ends now."""
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):

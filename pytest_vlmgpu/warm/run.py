@@ -180,16 +180,16 @@ class Warmth:
             return plain()
         started = time.perf_counter()
         before = self._hosts.record_of(key.place.digest)
-        has_arrived = False
+        is_ending = has_arrived = False
         try:
             reason = self._why_cold(key)
             loan = None if reason else self._borrow(key, told)
         except NotAttached as error:
-            reason, loan = str(error), None
+            reason, loan, is_ending = str(error), None, error.is_ending
         try:
             if loan is None:
-                self._hosts.await_end(before)
-                if not _becomes(key.has_room, _ROOM_S if before is not None else 0.0):
+                has_ended = self._hosts.await_end(before, is_ending=is_ending)
+                if not _becomes(key.has_room, _ROOM_S if has_ended else 0.0):
                     raise NotKept("beside it there is no room on its GPUs for the CUDA context of another process")
                 self._start(key, spec, plan, ordinals)
                 loan = self._borrow(key, told)

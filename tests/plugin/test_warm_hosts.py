@@ -427,19 +427,23 @@ def test_memory_that_cannot_be_given_away_is_said_and_not_tried_again(warm: Warm
 
 
 def test_a_host_that_is_about_to_end_is_waited_for(warm: Warm) -> None:
-    pid = warm.start()
+    pid = warm.start(gpus=(GPU,))
     hosts = Hosts(warm.place.folder)
     record = hosts.record_of("d")
     assert record is not None
     assert record.pid == pid
-    hosts.await_end(record)  # not for one that answers
+    assert not hosts.await_end(record)  # it goes on
     assert hosts.record_of("e") is None
-    hosts.await_end(None)
+    assert not hosts.await_end(None)
 
-    os.kill(pid, signal.SIGKILL)
-    hosts.await_end(record)
+    (warm.folder / "changed").touch()
+    with pytest.raises(NotAttached) as caught:
+        warm.attach()
+    assert caught.value.is_ending
+    assert hosts.await_end(record, is_ending=True)
 
     assert not is_running(pid)
+    assert hosts.await_end(record)
 
 
 def test_changed_weights_are_lent_to_nobody(warm: Warm) -> None:
