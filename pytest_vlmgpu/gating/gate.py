@@ -221,8 +221,8 @@ class Gate:
 
         def judge_now(max_age_s: float) -> Verdict:
             machine = self.reader.current(request, max_age_s=max_age_s)
-            if self.settings.plan and self.warmth is not None:
-                machine = self.warmth.as_free(machine)
+            if self.warmth is not None:
+                machine = self.warmth.as_free(machine) if self.settings.plan else self.warmth.as_ours(machine)
             verdict = self.fitting.judge(test.requirements, machine, loads=test.loads, at_load=at_load)
             for spec in test.specs:
                 if verdict.action == "run":

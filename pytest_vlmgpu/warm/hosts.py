@@ -74,22 +74,35 @@ class Hosts:
         return True
 
     def as_free(self, machine: Machine, gpus: tuple[str, ...]) -> Machine:
-        """A machine with the weights that idle hosts hold on these GPUs counted as free, and the hosts not as users."""
-        if machine.origin != "live" or not gpus:
-            return machine
-        statuses = [self.status(record) for record in self.alive() if set(record.gpus).intersection(gpus)]
-        idle = [status for status in statuses if status is not None and set(status.users) <= {os.getpid()}]
-        if not idle:
+        """A machine with the weights that idle hosts hold on these GPUs counted as free, and our hosts not as users."""
+        ours = self._ours_on(machine, gpus)
+        if not ours:
             return machine
         from msgspec.structs import replace
 
-        pids = {status.pid for status in idle}
+        pids = {status.pid for status in ours}
         weights: dict[str, int] = {}
-        for status in idle:
-            for uuid, size in status.weights.items():
+        for status in ours:
+            # What this process has is in use, as any model that it has loaded.
+            for uuid, size in status.weights.items() if not status.users else ():
                 weights[uuid] = weights.get(uuid, 0) + size
         seen = tuple(_without(gpu, weights, pids) if gpu.uuid in gpus else gpu for gpu in machine.gpus)
         return replace(machine, gpus=seen)
+
+    def as_ours(self, machine: Machine, gpus: tuple[str, ...]) -> Machine:
+        """A machine without the hosts on these GPUs that are idle or serve this process alone: they compute for nobody."""
+        pids = {status.pid for status in self._ours_on(machine, gpus)}
+        if not pids:
+            return machine
+        from msgspec.structs import replace
+
+        return replace(machine, gpus=tuple(_without(gpu, {}, pids) if gpu.uuid in gpus else gpu for gpu in machine.gpus))
+
+    def _ours_on(self, machine: Machine, gpus: tuple[str, ...]) -> list[Status]:
+        if machine.origin != "live" or not gpus:
+            return []
+        statuses = [self.status(record) for record in self.alive() if set(record.gpus).intersection(gpus)]
+        return [status for status in statuses if status is not None and set(status.users) <= {os.getpid()}]
 
     def _is_alive(self, record: HostRecord) -> bool:
         return self._request(record.digest, None) is not None

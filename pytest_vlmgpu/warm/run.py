@@ -108,6 +108,10 @@ class Warmth:
         gpus = tuple(gpu.uuid for gpu in machine.gpus) if self._settings.plan else self._gpus()
         return self._hosts.as_free(machine, gpus)
 
+    def as_ours(self, machine: Machine) -> Machine:
+        """The machine without our warm hosts among the processes on its GPUs; their memory is taken."""
+        return self._hosts.as_ours(machine, self._gpus())
+
     def prepare(
         self, spec: VlmSpec, plan: Plan | None, *, is_ours: bool, gpus: tuple[str, ...], look: Callable[[], Machine]
     ) -> None:
@@ -132,7 +136,7 @@ class Warmth:
                 why = self._hosts.end(record)
                 if is_mine and why:
                     self._keys[spec] = f"its warm host cannot be ended: {why}"
-                ended = True
+                ended = ended or not why
         if isinstance(key, Key):
             self._cooled.add(key.name)
         if plan is None:

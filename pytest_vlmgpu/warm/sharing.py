@@ -24,6 +24,8 @@ _ALIGNMENT = 64
 _SPARE_BYTES = 2**30
 """Host memory that a kept model leaves to everybody else."""
 _SAMPLES, _SAMPLE_BYTES = 4, 8
+_SMALL_BYTES = 2**20
+"""Of a tensor that is pickled; frequencies of a rotary embedding have 256 bytes."""
 _OWN_CODE = ("torch", "transformers", "accelerate")
 """Packages whose modules a host may keep: what else a model is made of, only its own project knows."""
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
@@ -32,9 +34,20 @@ _REPLACED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 
 
 class Taken:
-    """A model taken apart: its tensors in groups that share memory."""
+    """A model taken apart: its tensors in groups that share memory.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: Loses its hooks.
+        is_on_gpus: A small tensor on the CPU that is neither parameter nor buffer, which nothing has moved to a GPU, stays
+            in the skeleton with its values.
+
+    Raises:
+        NotKept: Only its own project could put it together again.
+    """
+
+    def __init__(self, model: Any, *, is_on_gpus: bool = False) -> None:
+        self._registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._keeps_small = is_on_gpus
         self.is_dispatched = _strip_hooks(model)
         _refuse_what_only_its_project_knows(model)
         self._tensors: list[Any] = []
@@ -77,13 +90,21 @@ class Taken:
         modules = dict(model.named_modules())
         numbers = {id(module): -1 - number for number, module in enumerate(modules.values())}
 
+        def is_in_skeleton(tensor: Any) -> bool:
+            if not self._keeps_small or id(tensor) in self._registered:
+                return False
+            if tensor.device.type != "cpu" or tensor.nbytes > _SMALL_BYTES:
+                return False
+            _check_tensor(tensor)
+            return True
+
         class Pickler(pickle.Pickler):
             def persistent_id(self, thing: Any) -> int | None:
                 if isinstance(thing, torch.nn.Module):
                     if id(thing) not in numbers:
                         raise NotKept("it has modules outside of its tree", is_for_good=True)
                     return numbers[id(thing)]
-                if not isinstance(thing, torch.Tensor):
+                if not isinstance(thing, torch.Tensor) or is_in_skeleton(thing):
                     return None
                 if id(thing) not in index:
                     index[id(thing)] = len(taken)

@@ -131,12 +131,12 @@ def load(order: Order) -> Stock:
     loaded = load_model(order.name, plan, dtype=order.dtype, ordinals=order.ordinals)
     if loaded.model is None or loaded.offloaded_bytes:
         raise NotKept("part of it is in host memory")
-    taken = Taken(loaded.model)
+    taken = Taken(loaded.model, is_on_gpus=plan is not None)
     uuids: dict[int, str] = {}
     if plan is not None:
         uuids = {ordinal: uuid for uuid, ordinal in torch_ordinals(order.ordinals).items()}
         if any(not taken.storage(group).is_cuda for group in range(len(taken.groups))):
-            raise NotKept("some of its tensors are not on a GPU")
+            raise NotKept("some of its tensors are not on a GPU", is_for_good=True)
     seconds = loaded.load_seconds
     loaded.model = loaded.processor = None
     torch.set_grad_enabled(False)

@@ -156,6 +156,24 @@ def test_views_of_one_memory_stay_views_of_one(tiny_vlms: Mapping[str, Path]) ->
     assert other.nothing.shape == (0, 3)
 
 
+def test_on_gpus_what_nothing_has_moved_there_keeps_its_values(tiny_vlms: Mapping[str, Path]) -> None:
+    model = load(str(tiny_vlms["llava"]), None).model
+    model.frequencies = torch.arange(4.0)
+    model.large = torch.zeros(2**18 + 1)
+
+    taken = Taken(model, is_on_gpus=True)
+
+    records = taken.records()
+    assert len(records) == len(list(model.parameters())) + len(list(model.buffers())) + 1
+    memory, blocks = into_shared_memory(taken, "test")
+    storages = mapped(memory, os.fstat(memory).st_size, blocks)
+    other = _constructed(transformers, find_source(str(tiny_vlms["llava"])))
+    filled(other, taken.skeleton, records, storages)
+    os.close(memory)
+    assert other.frequencies.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert other.large.shape == (2**18 + 1,)
+
+
 def spoil_with_code(model: Any) -> None:
     class Mine(torch.nn.Module):  # type: ignore[name-defined, misc]
         pass

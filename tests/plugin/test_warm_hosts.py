@@ -28,6 +28,8 @@ from pytest_vlmgpu.warm.hosts import Borrowed, Hosts
 from pytest_vlmgpu.warm.places import Place, PlaceError, folder_for, records
 from pytest_vlmgpu.warm.records import Ask, Attach, Order, Reply, Request, Status
 from pytest_vlmgpu.warm.serving import BUSY
+from vlm_doctor.machine import GpuProcess
+from vlm_doctor.units import GIB
 
 from .projects import is_running
 
@@ -444,6 +446,32 @@ def test_a_host_that_is_about_to_end_is_waited_for(warm: Warm) -> None:
 
     assert not is_running(pid)
     assert hosts.await_end(record)
+
+
+def test_a_model_that_is_in_use_is_ended_by_nobody_and_its_memory_is_not_free(
+    warm: Warm, gpu: Callable[..., Any], machine: Callable[..., Any]
+) -> None:
+    pid = warm.start(gpus=(GPU,))
+    hosts = Hosts(warm.place.folder)
+    loan = warm.attach()
+    (record,) = hosts.alive()
+    here = msgspec.structs.replace(
+        machine(gpu(0, uuid=GPU, free_gib=2, processes=(GpuProcess(pid=pid, kind="compute"),))), origin="live"
+    )
+
+    # Not by this process either: its own tests use the model.
+    assert hosts.end(record) == f"the run with pid {os.getpid()} has its model"
+    used = hosts.as_free(here, (GPU,)).gpus[0]
+    assert used.memory_free_bytes == 2 * GIB
+    assert used.processes == ()
+    assert hosts.as_ours(here, (GPU,)).gpus[0] == used
+    assert hosts.as_ours(here, ("GPU-2",)) is here
+
+    loan.close()
+    idle = hosts.as_free(here, (GPU,)).gpus[0]
+    assert idle.memory_free_bytes == 22 * GIB
+    assert hosts.as_ours(here, (GPU,)).gpus[0] == used
+    assert hosts.end(record) == ""
 
 
 def test_changed_weights_are_lent_to_nobody(warm: Warm) -> None:
