@@ -41,13 +41,12 @@ ATTACHED = "*: attached in * s to a model loaded * ago on the CPU*; 1 test"
 
 
 class Project:
-    """A project with a tiny model of its own."""
+    """A project with a tiny model, whose hosts it shares with the tests before: to start one takes seconds."""
 
-    def __init__(self, pytester: pytest.Pytester, checkpoint: Path) -> None:
+    def __init__(self, pytester: pytest.Pytester, shared: Path) -> None:
         self.pytester = pytester
-        self.model = pytester.path / "model"
-        shutil.copytree(checkpoint, self.model)
-        self.leases = pytester.path / "leases"
+        self.model = shared / "model"
+        self.leases = shared / "leases"
         self.folder = folder_for(str(self.leases))
 
     def run(self, *arguments: str, test: str = ASKS, warm: str = "--vlm-warm") -> pytest.RunResult:
@@ -58,27 +57,40 @@ class Project:
     def options(self, warm: str = "--vlm-warm") -> list[str]:
         return ["--vlm-gpus=none", f"--vlm-model={self.model}", f"--vlm-lease-dir={self.leases}", *([warm] if warm else [])]
 
+    def keep(self, *arguments: str) -> None:
+        """Have a host of the model, if a test before has left none."""
+        self.run(*arguments).assert_outcomes(passed=1)
+
     def hosts(self) -> list[int]:
         hosts = Hosts(self.folder)
         return [status.pid for record in hosts.alive() if (status := hosts.status(record)) is not None]
 
     def end(self) -> None:
-        for pid in self.hosts():
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for record in (hosts := Hosts(self.folder)).alive():
+            assert hosts.end(record) == ""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, tiny_vlms: Mapping[str, Path]) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("shared")
+    shutil.copytree(tiny_vlms["llava"], folder / "model")
+    yield folder
+    place = folder_for(str(folder / "leases"))
+    for record in Hosts(place).alive():
+        os.kill(record.pid, signal.SIGKILL)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester, tiny_vlms: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+def project(pytester: pytest.Pytester, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     for name in list(os.environ):
         if name.startswith(("PYTEST_", "VLMGPU_")) or name == "CUDA_VISIBLE_DEVICES":
             monkeypatch.delenv(name)
-    made = Project(pytester, tiny_vlms["llava"])
-    yield made
-    made.end()
+    return Project(pytester, shared)
 
 
 def test_the_next_run_attaches_until_something_changes(project: Project) -> None:
+    project.end()
     first = project.run()
     first.assert_outcomes(passed=1)
     first.stdout.fnmatch_lines([
@@ -98,11 +110,6 @@ def test_the_next_run_attaches_until_something_changes(project: Project) -> None
     other.assert_outcomes(passed=1)
     other.stdout.fnmatch_lines(["*loaded in * (kept for 15 min from its last use; cold this time: dtype changed); 1 test"])
     assert len(project.hosts()) == 2
-
-    without = project.run("--vlm-cold", warm="")
-    without.assert_outcomes(passed=1)
-    without.stdout.fnmatch_lines(["*loaded in * s on the CPU; 1 test"])
-    assert project.hosts() == []
 
 
 def test_what_tests_do_to_a_model_is_gone_with_their_run(project: Project) -> None:
@@ -127,6 +134,7 @@ def test_writes(vlm):
     from pathlib import Path
     Path("sums").write_text(repr([parameter.sum().item() for parameter in vlm.model.parameters()]))
 """
+    project.keep()
     project.run(test=sums).assert_outcomes(passed=1)
     before = (project.pytester.path / "sums").read_text()
 
@@ -167,10 +175,33 @@ def test_what_cannot_be_kept_is_loaded_as_ever(project: Project, conftest: str, 
     )
 
 
+@pytest.mark.skipif(find_spec("xdist") is None, reason="pytest-xdist is not installed")
+def test_workers_attach_to_the_models_they_own(project: Project) -> None:
+    two = f"""
+import pytest
+@pytest.mark.vlm({str(project.model)!r})
+@pytest.mark.parametrize("n", range(2))
+def test_a(vlm, n): pass
+@pytest.mark.vlm({str(project.model)!r}, dtype="bfloat16")
+@pytest.mark.parametrize("n", range(2))
+def test_b(vlm, n): pass
+"""
+    project.keep()
+    project.keep("--vlm-dtype=bfloat16")
+    assert len(project.hosts()) == 2
+    project.pytester.makepyfile(test_x=two)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n2", *project.options()]
+
+    run = subprocess.run(command, cwd=project.pytester.path, capture_output=True, text=True, check=True)
+
+    assert len(re.findall(": attached in", run.stdout)) == 2, run.stdout
+    assert ": loaded in" not in run.stdout
+
+
 def test_a_killed_host_and_a_killed_run_leave_the_next_run_a_model(project: Project) -> None:
-    project.run().assert_outcomes(passed=1)
-    (host,) = project.hosts()
-    os.kill(host, signal.SIGKILL)
+    project.keep()
+    for host in project.hosts():
+        os.kill(host, signal.SIGKILL)
     after = project.run()
     after.assert_outcomes(passed=1)
     after.stdout.fnmatch_lines(["*loaded in * cold this time: its warm host was killed); 1 test"])
@@ -192,22 +223,11 @@ def test_a_killed_host_and_a_killed_run_leave_the_next_run_a_model(project: Proj
     last.stdout.fnmatch_lines([ATTACHED])
 
 
-@pytest.mark.skipif(find_spec("xdist") is None, reason="pytest-xdist is not installed")
-def test_workers_attach_to_the_models_they_own(project: Project) -> None:
-    two = f"""
-import pytest
-@pytest.mark.vlm({str(project.model)!r})
-@pytest.mark.parametrize("n", range(2))
-def test_a(vlm, n): pass
-@pytest.mark.vlm({str(project.model)!r}, dtype="float16")
-@pytest.mark.parametrize("n", range(2))
-def test_b(vlm, n): pass
-"""
-    project.run(test=two).assert_outcomes(passed=4)
-    assert len(project.hosts()) == 2
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n2", *project.options()]
+def test_a_run_that_wants_none_ends_them(project: Project) -> None:
+    project.keep()
 
-    run = subprocess.run(command, cwd=project.pytester.path, capture_output=True, text=True, check=True)
+    without = project.run("--vlm-cold", warm="")
 
-    assert len(re.findall(": attached in", run.stdout)) == 2, run.stdout
-    assert ": loaded in" not in run.stdout
+    without.assert_outcomes(passed=1)
+    without.stdout.fnmatch_lines(["*loaded in * s on the CPU; 1 test"])
+    assert project.hosts() == []
