@@ -65,7 +65,9 @@ class Loan:
 
     @property
     def is_alive(self) -> bool:
-        """False once the host has ended."""
+        """False once the host has ended, unless the model was given back before."""
+        if self._is_closed:
+            return True
         readable, _, _ = select.select([self._connection], [], [], 0)
         return not readable
 
@@ -159,6 +161,7 @@ def assembled(
     """
     import transformers
 
+    from ..models.failures import LoadFailure
     from ..models.loaded import LoadedVlm
     from ..models.loading import check_devices, torch_ordinals
     from ..models.placing import Orders, device_map_for, ordinals_in
@@ -181,14 +184,16 @@ def assembled(
                 raise NotAttached("its weights did not arrive as the warm host has them")
         model = _constructed(transformers, source)
         filled(model, lent.skeleton, lent.tensors, storages)
-    except (OSError, RuntimeError, ValueError, LookupError, AttributeError, ImportError, TypeError) as error:
+        if lent.is_dispatched:
+            _dispatch(model, orders.device_map)
+        elif getattr(model, "hf_device_map", None) is not None:
+            # The host may count the same GPU otherwise.
+            model.hf_device_map = orders.device_map
+    except (NotAttached, LoadFailure):
+        raise
+    except Exception as error:  # noqa: BLE001 - of classes that are put together, of CUDA, of accelerate
         raise NotAttached(f"its weights did not arrive ({_one_line(error)})") from None
     loan.count(storages)
-    if lent.is_dispatched:
-        _dispatch(model, orders.device_map)
-    elif getattr(model, "hf_device_map", None) is not None:
-        # The host may count the same GPU otherwise.
-        model.hf_device_map = orders.device_map
     model.config._name_or_path = model.name_or_path = source.name
     landed = check_devices(name, model, orders)
     processor = load_processor(transformers, source, model.config, trust_remote_code=False)
