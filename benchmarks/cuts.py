@@ -1,4 +1,5 @@
-"""Brute force without a GPU: every contiguous cut in both orders of two GPUs, replayed through torch's allocator.
+"""Brute force without a GPU: every contiguous cut in both orders of two GPUs (of more, the
+neighbours of the plan's), replayed through torch's allocator.
 
     python benchmarks/cuts.py [--images] [SCENARIO ...]
 
@@ -30,8 +31,6 @@ from vlm_doctor.planner.validate import MAX_EDGE
 
 START, STEP = 0.94, 1.01
 HOPPER = (9, 0)
-EDGE = 1120
-"""Pixels along the edge of the image that is asked for."""
 
 
 @cache
@@ -57,17 +56,14 @@ def reach(problem: Any, split: Split, promised: int) -> int:
 def judge(name: str, free: tuple[float, ...]) -> str:
     model, machine = subject(name), machine_of(free)
     started = time.perf_counter()
-    planned = plan(model.profile, machine, frontier.WORKLOAD, frontier.POLICY)
+    planned = plan(model.profile, machine, frontier.WORKLOAD, frontier.policy_for(len(free)))
     seconds = time.perf_counter() - started
     if not planned.fits:
         return "does not fit"
     promised = planned.longest_prompt_tokens or 0
     problem = frontier.problem_of(model, machine, frontier.WORKLOAD)
-    own, atoms = frontier.split_of(problem, planned.stages), len(problem.atoms)
-    others = [Split(gpus, (end, atoms)) for gpus in ((0, 1), (1, 0)) for end in range(1, atoms)]
-    possible = [
-        split for split in others if split != own and (problem.bare.longest_text_tokens(split) or 0) > promised * START
-    ]
+    others = frontier.others(problem, frontier.map_for(planned))
+    possible = [split for split in others if (problem.bare.longest_text_tokens(split) or 0) > promised * START]
     best = max((reach(problem, split, promised) for split in possible), default=0)
     cut = ", ".join(f"{sum('.layers.' in key for key in stage.keys)} on GPU {stage.gpu}" for stage in planned.stages)
     return f"{cut} | {promised:,} | {best:,} of {len(possible)} | {promised / max(best, promised):.3f} | {seconds:.2f}"
@@ -85,25 +81,24 @@ def largest_image(problem: Any, split: Split, cell: int, most: int) -> int:
 
 def judge_images(name: str, free: tuple[float, ...]) -> str:
     model, machine = subject(name), machine_of(free)
-    workload = msgspec.structs.replace(frontier.WORKLOAD, text_tokens=64, images=1, image_height=EDGE, image_width=EDGE)
+    workload = frontier.IMAGE
     rule = image_rule(model.profile)
     assert rule is not None
     cell = rule.patch * rule.merge
     most = (math.isqrt(rule.max_pixels) if rule.max_pixels else MAX_EDGE) // cell
-    planned = plan(model.profile, machine, workload, frontier.POLICY)
+    planned = plan(model.profile, machine, workload, frontier.policy_for(len(free)))
     if not planned.fits or planned.limits is None:
         return "does not fit"
     promised = planned.limits.image_edge or 0
     problem = frontier.problem_of(model, machine, workload)
-    own, atoms = frontier.split_of(problem, planned.stages), len(problem.atoms)
-    others = [Split(gpus, (end, atoms)) for gpus in ((0, 1), (1, 0)) for end in range(1, atoms)]
-    possible = [split for split in others if split != own and problem.bare.split_fits(split)]
-    mine = largest_image(problem, own, cell, most)
+    others = frontier.others(problem, frontier.map_for(planned))
+    possible = [split for split in others if problem.bare.split_fits(split)]
+    mine = largest_image(problem, frontier.split_of(problem, planned.stages), cell, most)
     best = max((largest_image(problem, split, cell, most) for split in possible), default=0)
     cut = ", ".join(f"{sum('.layers.' in key for key in stage.keys)} on GPU {stage.gpu}" for stage in planned.stages)
     ratio = (mine / max(best, mine)) ** 2
     wanted = msgspec.structs.replace(workload, image_height=max(best, mine), image_width=max(best, mine))
-    again = "fits" if plan(model.profile, machine, wanted, frontier.POLICY).fits else "does not fit"
+    again = "fits" if plan(model.profile, machine, wanted, frontier.policy_for(len(free))).fits else "does not fit"
     return f"{cut} | {promised} | {mine} | {best} of {len(possible)} | {ratio:.3f} | {again}"
 
 
@@ -118,9 +113,9 @@ def main() -> None:
     print(f"| {headings} |")
     print("| --- " * (headings.count("|") + 1) + "|")
     for text in words or frontier.SCENARIOS:
-        key, _, cards = text.partition(":")
-        row = (judge_images if of_images else judge)(frontier.MODELS[key], tuple(map(float, cards.split("+"))))
-        print(f"| {frontier.MODELS[key]} | {cards} | {row} |", flush=True)
+        name, free = frontier.MODELS[text.partition(":")[0]], frontier.cards_of(text)
+        row = (judge_images if of_images else judge)(name, free)
+        print(f"| {name} | {'+'.join(f'{gib:g}' for gib in free)} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
     python benchmarks/frontier.py --out FOLDER [--budget SECONDS] [SCENARIO ...]
 
-A scenario is a model at its published dimensions (random weights, bfloat16, made on the GPUs, never on disk) and the memory
-that is free on two GPUs, which ``ballast.py`` brings about by holding the rest. In it:
+A scenario is a model at its published dimensions (weights of zeros, bfloat16, made on the GPUs, never on disk) and the
+memory that is free on each GPU, which ``ballast.py`` brings about by holding the rest: ``qwen:12+23.5``. In it:
 
 - the planner plans for the machine as it finds it (NVML), with no headroom;
 - the map is loaded as transformers 5 loads one (weights cut out of one segment a GPU) and dispatched by accelerate;
 - ``truth``: peaks of several prompts and images, predicted and measured, allocated and reserved;
 - ``frontier``: the longest text prompt that runs, found by doubling and halving to 1 %, whether what was promised ran, and
   whether a tenth more ran out;
-- ``brute force``: every other contiguous cut in both orders of the GPUs that what lives at once does not rule out is asked
-  for 3 % more than the planner's map reached, and measured when it gives it;
-- ``auto``: accelerate's own map for the same free memory, likewise.
+- ``auto``: accelerate's own map for the same free memory, likewise;
+- ``images``: a plan for an image of 1120 pixels, the largest it promises beside 64 text tokens, and the largest that runs;
+- ``brute force``: every other contiguous cut in both orders of two GPUs (of more: each boundary moved by one) that what
+  lives at once does not rule out is asked for 3 % more than the planner's map reached, and measured when it gives it.
 
-Needs two GPUs of 80 GiB, torch, transformers and accelerate. Rows go to ``frontier.json`` in FOLDER as they come.
+Needs GPUs of 80 GiB, torch, transformers and accelerate. Rows go to ``frontier.json`` in FOLDER as they come.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +45,11 @@ from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.order import Split
 from vlm_doctor.planner.problem import ask
+from vlm_doctor.planner.validate import MAX_EDGE
 from vlm_doctor.sources import collect
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.model_profile import build_profile
+from vlm_doctor.visibility import visible_gpus
 from vlm_doctor.workload import Policy, Workload
 
 HERE = Path(__file__).resolve().parent
@@ -51,6 +58,7 @@ NEW_TOKENS = 2
 PRECISION = 0.01
 WORKLOAD = Workload(images=0, text_tokens=256, new_tokens=NEW_TOKENS)
 POLICY = Policy(min_gpus=2, max_gpus=2, headroom_fraction=0.0, headroom_min_bytes=0)
+IMAGE = msgspec.structs.replace(WORKLOAD, images=1, image_height=1120, image_width=1120, text_tokens=64)
 BETTER = 1.03
 MOST_CUTS = 8
 """Of those that the formulas rank highest, the planner's own not counted."""
@@ -60,6 +68,7 @@ ASKED = {
     "mha": ((23.5, 23.5), (14, 20)),
     "window": ((23.5, 23.5), (20, 14)),
     "moe": ((40, 40), (30, 44)),
+    "72b": ((23.5,) * 8,),
 }
 MODELS = {
     "glm": "glm-4.1v-9b",
@@ -67,17 +76,26 @@ MODELS = {
     "mha": "llava-1.5-13b",
     "window": "gemma-3-12b",
     "moe": "qwen3-vl-30b-a3b",
+    "72b": "qwen2.5-vl-72b",
 }
-SCENARIOS = {
-    f"{name}:{'+'.join(map(str, free))}": (MODELS[name], free) for name, scenarios in ASKED.items() for free in scenarios
-}
+SCENARIOS = [f"{name}:{'+'.join(map(str, free))}" for name, scenarios in ASKED.items() for free in scenarios]
+
+
+def cards_of(scenario: str) -> tuple[float, ...]:
+    """GiB that are free on each GPU."""
+    return tuple(map(float, scenario.rpartition(":")[2].split("+")))
+
+
+def policy_for(cards: int) -> Policy:
+    """All GPUs of a scenario are to be used."""
+    return msgspec.structs.replace(POLICY, min_gpus=cards, max_gpus=cards)
 
 
 class Out:
     """Rows, on disk as soon as they are known."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "frontier.json"
+    def __init__(self, folder: Path, name: str = "frontier.json") -> None:
+        self._path = folder / name
         self._rows: list[dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else []
 
     def add(self, **row: Any) -> None:
@@ -114,7 +132,7 @@ class Subject:
         """Put weights of zeros where a map wants them, cut out of one segment a GPU, and dispatch."""
         self.remove()
         owner = {key: _device(device_map, key) for key in [*self.shapes, *self.buffers]}
-        sizes = [0, 0]
+        sizes = [0] * torch.cuda.device_count()
         for key, shape in self.shapes.items():
             if key not in self.tied:
                 sizes[owner[key]] += 2 * torch.Size(shape).numel()
@@ -180,6 +198,9 @@ class Subject:
 
 def clean() -> None:
     gc.collect()
+    # What a peer copy still reads must not be given back under it.
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(gpu)
     torch.cuda.empty_cache()
 
 
@@ -219,20 +240,19 @@ def longest(subject: Subject, start: int, deadline: float) -> int:
 
 def scenario(name: str, out: Out, deadline: float) -> None:
     """Everything about one model on cards with so much free. The ballast is there already."""
-    model_name, free = SCENARIOS[name]
-    subject = Subject(model_name)
+    free = cards_of(name)
+    subject = Subject(MODELS[name.partition(":")[0]])
     machine = collect(with_torch=False)
     started = time.perf_counter()
-    planned = plan(subject.profile, machine, WORKLOAD, POLICY)
+    planned = plan(subject.profile, machine, WORKLOAD, policy_for(len(free)))
     seconds = round(time.perf_counter() - started, 3)
     if not planned.fits:
         out.add(scenario=name, fits=False, why=planned.shortage.message if planned.shortage else "")
         return
     promised = planned.longest_prompt_tokens or 0
-    layers = [sum(".layers." in key for key in stage.keys) for stage in planned.stages]
-    gpus = [stage.gpu for stage in planned.stages]
+    layers, gpus = layers_of(planned), [stage.gpu for stage in planned.stages]
     torch.cuda.init()
-    device_map = {key: gpus[position] for key, position in planned.device_map.items() if isinstance(position, int)}
+    device_map = map_for(planned)
     subject.place(device_map)
     subject.ask(32)
     truth(subject, machine, planned, name, out, deadline)
@@ -243,17 +263,68 @@ def scenario(name: str, out: Out, deadline: float) -> None:
         longest=own, promised_over_longest=round(promised / max(1, own), 3),
         tenth_more_ran=subject.ask(int(promised * 1.1)),
     )  # fmt: skip
+    auto(subject, name, out, own, deadline)
+    images(subject, machine, name, out, deadline)
     brute_force(subject, machine, name, out, own, device_map, deadline)
-    careless = auto_map(subject, free)
-    if time.monotonic() < deadline - 10 and careless is not None:
+    subject.remove()
+
+
+def layers_of(planned: Any) -> list[int]:
+    """Text layers of each stage."""
+    return [sum(".layers." in key for key in stage.keys) for stage in planned.stages]
+
+
+def map_for(planned: Any) -> dict[str, int]:
+    """A plan's map with GPUs as torch numbers them."""
+    gpus = [stage.gpu for stage in planned.stages]
+    return {key: ordinal(gpus[position]) for key, position in planned.device_map.items() if isinstance(position, int)}
+
+
+def ordinal(gpu: int) -> int:
+    """How torch numbers a GPU in this process."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",").index(str(gpu)) if named else gpu
+
+
+def auto(subject: Subject, name: str, out: Out, own: int, deadline: float) -> None:
+    """How far accelerate's map goes."""
+    careless = auto_map(subject, cards_of(name))
+    if isinstance(careless, str):
+        out.add(scenario=name, what="auto", spills=careless)
+    elif time.monotonic() < deadline - 10:
         subject.place(careless)
         runs = subject.ask(64)
-        reached = longest(subject, int(own * 0.6), deadline) if runs else 0
+        reached = longest(subject, int(own * 0.6), min(deadline, time.monotonic() + 45)) if runs else 0
         cut = sum(".layers." in key and device == 0 for key, device in careless.items())
         out.add(
             scenario=name, what="auto", layers_on_first=cut, longest=reached, plan_over_auto=round(own / max(1, reached), 2)
         )
-    subject.remove()
+
+
+def images(subject: Subject, machine: Any, name: str, out: Out, deadline: float) -> None:
+    """The largest square image that a plan for a smaller one promises, and the largest that runs."""
+    rule = subject.profile.image
+    if rule is None or rule.kind != "merge" or time.monotonic() > deadline - 25:
+        return
+    planned = plan(subject.profile, machine, IMAGE, policy_for(len(cards_of(name))))
+    if not planned.fits or planned.limits is None:
+        out.add(scenario=name, what="images", fits=False)
+        return
+    cell = rule.patch * rule.merge
+    promised = planned.limits.image_edge or 0
+    most = (math.isqrt(rule.max_pixels) if rule.max_pixels else MAX_EDGE) // cell * cell
+    subject.place(map_for(planned))
+    is_kept = subject.ask(64, promised)
+    edge, reached = promised, promised if is_kept else 0
+    while is_kept and edge < most and time.monotonic() < deadline:
+        edge = min(most, edge + max(cell, int(edge * 0.02) // cell * cell))
+        if not subject.ask(64, edge):
+            break
+        reached = edge
+    out.add(
+        scenario=name, what="images", layers=layers_of(planned), gpus=[stage.gpu for stage in planned.stages],
+        promised=promised, promise_ran=is_kept, largest=reached, most=most,
+    )  # fmt: skip
 
 
 def truth(subject: Subject, machine: Any, planned: Any, name: str, out: Out, deadline: float) -> None:
@@ -271,10 +342,11 @@ def truth(subject: Subject, machine: Any, planned: Any, name: str, out: Out, dea
         )
         stages = stages_for(subject, machine, planned, workload)
         for stage in stages:
-            torch.cuda.reset_peak_memory_stats(stage.gpu)
+            torch.cuda.reset_peak_memory_stats(ordinal(stage.gpu))
         ran = subject.ask(text, edge)
         for stage in stages:
-            peak, reserved = torch.cuda.max_memory_allocated(stage.gpu), torch.cuda.max_memory_reserved(stage.gpu)
+            device = ordinal(stage.gpu)
+            peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
             out.add(
                 scenario=name, what="truth", gpu=stage.gpu, text=text, edge=edge, ran=ran,
                 predicted=stage.peak_bytes, measured=peak, error=round(stage.peak_bytes / peak - 1, 5),
@@ -292,8 +364,8 @@ def stages_for(subject: Subject, machine: Any, planned: Any, workload: Workload)
 
 
 def problem_of(subject: Subject, machine: Any, workload: Workload) -> Any:
-    found = budgets(machine, POLICY)
-    return ask(subject.profile, workload, POLICY, machine, chain=chain(subject.profile), found=found)
+    policy = policy_for(len(visible_gpus(machine).gpus))
+    return ask(subject.profile, workload, policy, machine, chain=chain(subject.profile), found=budgets(machine, policy))
 
 
 def split_of(problem: Any, stages: Any) -> Split:
@@ -313,25 +385,19 @@ def brute_force(
 ) -> None:
     """Ask the other cuts for 3 % more, those that the formulas rank highest first."""
     problem = problem_of(subject, machine, WORKLOAD)
-    atoms = len(problem.atoms)
     ranked = []
-    for gpus in ((0, 1), (1, 0)):
-        for end in range(1, atoms):
-            split = Split(gpus, (end, atoms))
-            bound = problem.bare.longest_text_tokens(split)
-            if bound is not None and bound >= own * BETTER:
-                ranked.append((problem.longest_text_tokens(split) or 0, bound, split))
+    for split in others(problem, chosen):
+        bound = problem.bare.longest_text_tokens(split)
+        if bound is not None and bound >= own * BETTER:
+            ranked.append((problem.longest_text_tokens(split) or 0, bound, split))
     ranked.sort(key=lambda entry: (-entry[0], -entry[1]))
     asked = better = 0
     best = own
     for priced, bound, split in ranked:
-        device_map = map_of(problem, split)
-        if device_map == chosen:
-            continue
         if asked == MOST_CUTS or time.monotonic() > deadline - 15:
             break
         asked += 1
-        subject.place(device_map)
+        subject.place(map_of(problem, split))
         if subject.ask(int(own * BETTER)):
             better += 1
             reached = longest(subject, int(own * BETTER), deadline)
@@ -340,7 +406,7 @@ def brute_force(
                 scenario=name,
                 what="other cut",
                 gpus=split.gpus,
-                end=split.ends[0],
+                ends=split.ends[:-1],
                 priced=priced,
                 bound=bound,
                 longest=reached,
@@ -351,27 +417,51 @@ def brute_force(
     )  # fmt: skip
 
 
+def others(problem: Any, chosen: dict[str, int]) -> list[Split]:
+    """All cuts of two GPUs in both orders; of more, the chosen one with each boundary moved by one."""
+    atoms = len(problem.atoms)
+    if len(problem.budgets) == 2:
+        every = [Split(gpus, (end, atoms)) for gpus in ((0, 1), (1, 0)) for end in range(1, atoms)]
+        return [split for split in every if map_of(problem, split) != chosen]
+    owners = [chosen[atom.units[0].key] for atom in problem.atoms]
+    ends = [number for number in range(1, atoms) if owners[number] != owners[number - 1]]
+    position = {ordinal(budget.gpu.index): number for number, budget in enumerate(problem.budgets)}
+    gpus = tuple(position[owners[end - 1]] for end in [*ends, atoms])
+    moved = [[*ends[:at], end + by, *ends[at + 1 :], atoms] for at, end in enumerate(ends) for by in (-1, 1)]
+    return [Split(gpus, tuple(each)) for each in moved if sorted({*each, 0}) == [0, *each]]
+
+
 def map_of(problem: Any, split: Split) -> dict[str, int]:
     return {
-        unit.key: problem.budgets[gpu].gpu.index
+        unit.key: ordinal(problem.budgets[gpu].gpu.index)
         for gpu, (first, end) in zip(split.gpus, split.runs, strict=True)
         for atom in problem.atoms[first:end]
         for unit in atom.units
     }
 
 
-def auto_map(subject: Subject, free: tuple[float, float]) -> dict[str, int] | None:
-    """What ``device_map="auto"`` makes of the same free memory, by accelerate's own functions."""
+def auto_map(subject: Subject, free: tuple[float, ...]) -> dict[str, int] | str:
+    """What ``device_map="auto"`` makes of the same free memory, by accelerate's own functions; where it spills to."""
     subject.remove()
     classes = list(subject.model._no_split_modules or [])
-    budget: dict[Any, int] = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in (0, 1)}
+    budget: dict[Any, int] = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in range(len(free))}
     budget["cpu"] = 200 * GIB
     balanced = get_balanced_memory(subject.model, budget, no_split_module_classes=classes, dtype=torch.bfloat16)
     found = infer_auto_device_map(subject.model, balanced, no_split_module_classes=classes, dtype=torch.bfloat16)
-    if any(not isinstance(device, int) for device in found.values()):
-        print(f"auto spills: {sorted({str(device) for device in found.values()})} at {free}", flush=True)
-        return None
-    return dict(found)
+    elsewhere = sorted({str(device) for device in found.values() if not isinstance(device, int)})
+    return ", ".join(elsewhere) if elsewhere else dict(found)
+
+
+@contextmanager
+def held(free: tuple[float, ...]) -> Iterator[str]:
+    """Only so many GiB are free on each GPU; gives what the ballast says."""
+    command = [sys.executable, str(HERE / "ballast.py"), *map(str, free)]
+    ballast = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert ballast.stdout is not None
+    try:
+        yield ballast.stdout.readline().strip()
+    finally:
+        ballast.communicate("")
 
 
 def main() -> None:
@@ -382,6 +472,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true")
     parser.add_argument("scenarios", nargs="*")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     if options.child:
         scenario(options.scenarios[0], Out(options.out), time.monotonic() + options.each)
         return
@@ -391,19 +482,14 @@ def main() -> None:
         if left < 40:
             print("no time left for", name, flush=True)
             continue
-        free = [str(gib) for gib in SCENARIOS[name][1]]
-        ballast = subprocess.Popen(
-            [sys.executable, str(HERE / "ballast.py"), *free], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert ballast.stdout is not None
-        print(f"== {name}: {ballast.stdout.readline().strip()}", flush=True)
-        each = min(options.each, left - 25)
-        words = [sys.executable, __file__, "--out", str(options.out), "--child", "--each", str(each), name]
-        try:
-            subprocess.run(words, timeout=each + 25, check=False)
-        except subprocess.TimeoutExpired:
-            print(name, "timed out", flush=True)
-        ballast.communicate("")
+        with held(cards_of(name)) as line:
+            print(f"== {name}: {line}", flush=True)
+            each = min(options.each, left - 25)
+            words = [sys.executable, __file__, "--out", str(options.out), "--child", "--each", str(each), name]
+            try:
+                subprocess.run(words, timeout=each + 25, check=False)
+            except subprocess.TimeoutExpired:
+                print(name, "timed out", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ usual way; positions and norms are then zero too, so that answers say nothing bu
 holds the memory beyond ``--free`` GiB. Every step runs in a process of its own with a time limit, the most telling ones
 first: for each model ``vlm-doctor plan``, then for the planner's map and for ``auto``: does it load, what is on which GPU,
 is a block cut, what does ``check-map`` say before, what does a call with text and with an image say, how long can the
-prompt be with and without an image; then ``vlm-doctor try --beside-auto`` and ``pytest --vlm-gpus=auto``.
+prompt be with and without an image; then the planner's map in nf4 and int8, with its predicted peaks and the measured ones,
+``vlm-doctor try --beside-auto`` and ``pytest --vlm-gpus=auto``.
 ``true_size.json`` and ``table.md`` in ``--out`` are written anew after each step.
 """
 
@@ -48,10 +49,13 @@ STEPS = (
     ("plan", 60),
     ("run plan", 80),
     ("run auto", 80),
+    ("run plan nf4", 60),
+    ("run plan int8", 60),
     ("try", 130),
     ("pytest", 70),
 )
-"""Step and its limit in seconds, for each model in turn, the first three before the rest."""
+"""Step and its limit in seconds, for each model in turn, the first three before the rest. The quantized ones need
+bitsandbytes."""
 FIRST = 3
 
 
@@ -337,7 +341,8 @@ class Child:
 
     def __init__(self, options: argparse.Namespace, model: str, folder: Path, mode: str, deadline: float) -> None:
         self.model, self.folder, self.deadline = model, folder, deadline
-        self.map = mode.rsplit(maxsplit=1)[-1]
+        _, self.map, *quantization = mode.split()
+        self.quantization: Any = quantization[0] if quantization else None
         self.is_tiny: bool = options.tiny
         self.path: Path = options.out / "step.json"
         self.answer: dict[str, Any] = {}
@@ -354,12 +359,17 @@ class Child:
 
         from vlm_doctor import Policy, Workload, collect, load_machine, load_profile, plan
         from vlm_doctor.planner.map_check import check_map
+        from vlm_doctor.probes.loading import workload_options
 
         profile = load_profile(str(self.folder))
         machine = load_machine("24GiB,24GiB") if self.is_tiny else collect(with_torch=False)
-        workload = Workload(images=1, text_tokens=256, new_tokens=4)
+        workload = Workload(images=1, text_tokens=257, new_tokens=2, quantization=self.quantization)
         planned = plan(profile, machine, workload, Policy(min_gpus=2, max_gpus=2))
-        self.add(parameters=profile.elements, promised_tokens=planned.longest_prompt_tokens)
+        self.add(
+            parameters=profile.elements,
+            promised_tokens=planned.longest_prompt_tokens,
+            planned_gib=[[round(size / GIB, 3) for size in (one.peak_bytes, one.reserved_bytes)] for one in planned.stages],
+        )
         if not planned.fits and self.map == "plan":
             self.add(failed=planned.shortage.message if planned.shortage else "does not fit")
             return
@@ -370,6 +380,7 @@ class Child:
                 self.folder,
                 trust_remote_code=True,
                 dtype=torch.bfloat16,
+                **workload_options(transformers, attention="sdpa", quantization=self.quantization, dtype=torch.bfloat16),
                 **({} if self.is_tiny else {"device_map": asked}),
             ).eval()
         except Exception as error:  # noqa: BLE001 - the library's own failure is the result
@@ -397,18 +408,20 @@ class Child:
             said = self.ask(self.places + 257, images)
             self.add(**{name: said or "runs"}, **{f"peak_gib_{name}": self.peaks()})
         for name, images in (("image", 1), ("text", 0)):
-            if self.answer[name] == "runs":
+            if self.answer[name] == "runs" and self.quantization is None:
                 until = time.monotonic() + (self.deadline - time.monotonic()) / (1 + images)
                 self.longest(name, images, until)
 
-    def peaks(self) -> list[float]:
-        """Most that torch had allocated on each GPU since the last time."""
+    def peaks(self) -> list[list[float]]:
+        """Most that torch had allocated and reserved on each GPU since the last time."""
         import torch
 
         if self.is_tiny:
             return []
-        found = [round(torch.cuda.max_memory_allocated(gpu) / GIB, 2) for gpu in range(torch.cuda.device_count())]
-        for gpu in range(torch.cuda.device_count()):
+        gpus = range(torch.cuda.device_count())
+        measures = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+        found = [[round(measure(gpu) / GIB, 3) for measure in measures] for gpu in gpus]
+        for gpu in gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
         return found
 
@@ -433,6 +446,8 @@ class Child:
             said = ""
         gc.collect()
         if self.first.type == "cuda":
+            for gpu in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(gpu)
             torch.cuda.empty_cache()
         return said
 
@@ -484,7 +499,10 @@ def _words(step: str, found: dict[str, Any]) -> str:
     if step.startswith("run"):
         long = [found.get(f"longest_{name}_tokens") for name in ("text", "image")]
         said = f"text {found.get('text')}, image {found.get('image')}, longest {long}, cut {found.get('cut_blocks')}"
-        return f"{said}, weights {found.get('weights_gib')}; check-map: {found.get('check')}".replace("|", "/")[:500]
+        peaks = f"planned {found.get('planned_gib')}, measured with an image {found.get('peak_gib_image')} GiB"
+        return f"{said}, {peaks}, weights {found.get('weights_gib')}; check-map: {found.get('check')}".replace("|", "/")[
+            :600
+        ]
     return json.dumps(found)[:200]
 
 
