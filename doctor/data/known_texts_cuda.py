@@ -330,7 +330,8 @@ TEXTS: tuple[KnownText, ...] = (
         commands=("CUDA_LAUNCH_BLOCKING=1 python YOUR_PROGRAM",),
         verify="CUDA_VISIBLE_DEVICES=0 python YOUR_PROGRAM",
         checks=("VLM404", "VLM111", "VLM114"),
-        source="cudaErrorIllegalAddress (700), cudaErrorLaunchFailure (719); Xid 13, 31, 43",
+        source="cudaErrorIllegalAddress (700), cudaErrorLaunchFailure (719); Xid 13, 31, 43; the latter also seen after an "
+        "out-of-memory error that the program had caught, with a model on two GPUs (torch 2.11): such a process is lost",
     ),
     KnownText(
         name="peer-access",

@@ -36,6 +36,22 @@ TEXTS: tuple[KnownText, ...] = (
         source="cuBLAS documentation, cublasStatus_t; accelerate #1798",
     ),
     KnownText(
+        name="attention-out-of-memory",
+        code="VLM010",
+        anchors=("mha_graph.execute",),
+        pattern=r"Expected mha_graph\.execute\([^)]{0,120}\(?\)?\)\.is_good\(\) to be true",
+        example="RuntimeError: Expected mha_graph.execute(handle, variant_pack, workspace_ptr.get()).is_good() to be true, "
+        "but got false.",
+        says="cuDNN's attention could not start; seen where torch had taken nearly all of the GPU and another process the "
+        "rest, so that nothing was left for its kernel.",
+        fix="Leave some hundred MiB free on each GPU beside the model. If there are, "
+        "torch.backends.cuda.enable_cudnn_sdp(False) takes another kernel.",
+        commands=("vlm-doctor plan MODEL",),
+        verify="vlm-doctor plan MODEL",
+        checks=("VLM501", "VLM502"),
+        source="torch, aten/src/ATen/native/cudnn/MHA.cpp; seen on two H200s, torch 2.11",
+    ),
+    KnownText(
         name="host-out-of-memory",
         code="VLM011",
         anchors=(
