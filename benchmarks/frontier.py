@@ -130,6 +130,7 @@ class Subject:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 tensors[key] = StoredTensor("BF16", tuple(parameter.shape), 2 * parameter.numel())
+        self.fields = fields
         self.profile = build_profile(Checkpoint(fields, tensors), name=name, origin="checkpoint")
         self.tied = {key for key in self.shapes if key not in tensors}
         self.buffers = {key: value.clone() for key, value in self.model.named_buffers()}
