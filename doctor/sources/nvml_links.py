@@ -27,6 +27,8 @@ _NO_SUCH_PORT = (2, _NOT_SUPPORTED)
 """NVML_ERROR_INVALID_ARGUMENT and NVML_ERROR_NOT_SUPPORTED: the card has no port of that number."""
 _HIDDEN = (None, "ffff:ff:ff.0", "0000:00:00.0")
 """Addresses that name no device."""
+_Asked = tuple[dict[str, Any], Any]
+"""Fields of a GPU so far, and its handle."""
 _P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2
 """NVML_P2P_CAPS_INDEX_* (in nvidia-ml-py, READ is a tuple by a slip of the comma: the numbers are safer)."""
 
@@ -44,6 +46,8 @@ def ask_ports(reader: Any, gpu: dict[str, Any], handle: Any) -> None:
     path = f"gpus[{gpu['index']}]"
     ports: list[dict[str, Any]] = []
     gpu["nvlinks"] = ports
+    version: int | None = None
+    switch: str | None = None
     for link in range(_port_count(reader, f"{path}.nvlinks", handle)):
         where = f"{path}.nvlinks[{link}]"
         is_active = reader.ask(where, "nvmlDeviceGetNvLinkState", handle, link)
@@ -53,11 +57,18 @@ def ask_ports(reader: Any, gpu: dict[str, Any], handle: Any) -> None:
             continue
         port: dict[str, Any] = {"link": link, "is_active": bool(is_active)}
         if is_active:
-            port["version"] = reader.ask(f"{where}.version", "nvmlDeviceGetNvLinkVersion", handle, link)
+            if version is None:  # all ports of a GPU are of one kind
+                version = reader.ask(f"{where}.version", "nvmlDeviceGetNvLinkVersion", handle, link)
+            port["version"] = version
             remote = reader.ask(f"{where}.remote", "nvmlDeviceGetNvLinkRemoteDeviceType", handle, link)
             port["remote"] = _REMOTE_TYPES.get(remote, "unknown")
-            address = reader.ask(f"{where}.remote_bus_id", "nvmlDeviceGetNvLinkRemotePciInfo", handle, link)
-            port["remote_bus_id"] = bus_id(address) if address is not None else None
+            if port["remote"] == "switch" and switch in _HIDDEN[1:]:  # where one switch is hidden, all are
+                port["remote_bus_id"] = switch
+            else:
+                address = reader.ask(f"{where}.remote_bus_id", "nvmlDeviceGetNvLinkRemotePciInfo", handle, link)
+                port["remote_bus_id"] = bus_id(address) if address is not None else None
+            if port["remote"] == "switch":
+                switch = port["remote_bus_id"]
         ports.append(port)
     gpu["fabric"] = _fabric(reader, f"{path}.fabric", handle)
 
@@ -97,7 +108,7 @@ def _fabric(reader: Any, where: str, handle: Any) -> dict[str, Any] | None:
     }
 
 
-def ask_pairs(reader: Any, gpus: list[tuple[dict[str, Any], Any]], lost: type[Exception]) -> list[dict[str, Any]]:
+def ask_pairs(reader: Any, gpus: list[_Asked], lost: type[Exception]) -> list[dict[str, Any]]:
     """PCIe distance and peer access of every two GPUs that answer.
 
     Args:
@@ -108,23 +119,26 @@ def ask_pairs(reader: Any, gpus: list[tuple[dict[str, Any], Any]], lost: type[Ex
     Returns:
         A record a pair: ``a``, ``b``, ``path``, ``p2p_read``, ``p2p_write``, and ``p2p_nvlink`` where it was asked.
     """
-    pairs = []
-    for (near, first), (far, second) in combinations(gpus, 2):
-        pair: dict[str, Any] = {"a": near["index"], "b": far["index"]}
-        where = f"links[{near['index']}-{far['index']}]"
-        capabilities = [("p2p_read", _P2P_READ), ("p2p_write", _P2P_WRITE)]
-        if _has_hidden_port(near) and _has_hidden_port(far):  # each question takes 2 ms, and 8 GPUs make 28 pairs
-            capabilities.append(("p2p_nvlink", _P2P_NVLINK))
-        try:
-            ancestor = reader.ask(f"{where}.path", "nvmlDeviceGetTopologyCommonAncestor", first, second)
-            pair["path"] = _ANCESTORS.get(ancestor)
-            for field, capability in capabilities:
-                status = reader.ask(f"{where}.{field}", "nvmlDeviceGetP2PStatus", first, second, capability)
-                pair[field] = _P2P_STATES[status] if status in range(len(_P2P_STATES)) else None
-        except lost as error:
-            reader.gap(where, f"NVML: {error}")
-        pairs.append(pair)
-    return pairs
+    both = list(combinations(gpus, 2))
+    return list(reader.each(lambda own, two: _ask_pair(own, two, lost), both))
+
+
+def _ask_pair(reader: Any, two: tuple[_Asked, _Asked], lost: type[Exception]) -> dict[str, Any]:
+    (near, first), (far, second) = two
+    pair: dict[str, Any] = {"a": near["index"], "b": far["index"]}
+    where = f"links[{near['index']}-{far['index']}]"
+    capabilities = [("p2p_read", _P2P_READ), ("p2p_write", _P2P_WRITE)]
+    if _has_hidden_port(near) and _has_hidden_port(far):  # each question takes 2 ms, and 8 GPUs make 28 pairs
+        capabilities.append(("p2p_nvlink", _P2P_NVLINK))
+    try:
+        ancestor = reader.ask(f"{where}.path", "nvmlDeviceGetTopologyCommonAncestor", first, second)
+        pair["path"] = _ANCESTORS.get(ancestor)
+        for field, capability in capabilities:
+            status = reader.ask(f"{where}.{field}", "nvmlDeviceGetP2PStatus", first, second, capability)
+            pair[field] = _P2P_STATES[status] if status in range(len(_P2P_STATES)) else None
+    except lost as error:
+        reader.gap(where, f"NVML: {error}")
+    return pair
 
 
 def _has_hidden_port(gpu: dict[str, Any]) -> bool:

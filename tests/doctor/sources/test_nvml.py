@@ -110,6 +110,41 @@ def test_two_h200_behind_nvswitch(view: View) -> None:
     assert [(link.label, link.path, link.p2p_read, link.p2p_write) for link in seen.links] == [("NV18", "PHB", "ok", "ok")]
 
 
+def test_eight_gpus_are_told_in_their_order_whoever_answers_first(view: View) -> None:
+    gpus = [
+        {**H200, "UUID": f"GPU-{index}", "PciInfo": f"00000000:00:{index:02X}.0", "DisplayActive": {"error": 3}}
+        for index in range(8)
+    ]
+    pairs = {f"{a}-{b}": {"ancestor": 30, "p2p": [0, 5, 0]} for a in range(8) for b in range(a + 1, 8) if (a, b) != (2, 5)}
+    seen = view({"gpus": gpus, "pairs": pairs})
+    assert [gpu.uuid for gpu in seen.gpus] == [f"GPU-{index}" for index in range(8)]
+    assert [(link.a, link.b) for link in seen.links] == [(a, b) for a in range(8) for b in range(a + 1, 8)]
+    assert {(link.label, link.p2p_read, link.p2p_write) for link in seen.links} == {
+        ("NV18", "ok", "not_supported"),
+        ("NV18", None, None),
+    }
+    displays = [f"gpus[{index}].display_active" for index in range(8)]
+    assert [gap.path for gap in seen.gaps] == [
+        *displays,
+        *(f"links[2-5].{field}" for field in ("path", "p2p_read", "p2p_write")),
+    ]
+
+
+def test_one_lost_gpu_of_several_leaves_the_others_and_their_links(view: View) -> None:
+    gpus = [{**H200, "UUID": f"GPU-{index}", "PciInfo": f"00000000:00:{index:02X}.0"} for index in range(4)]
+    gpus[1]["ComputeMode"] = {"error": 15}
+    pairs = {f"{a}-{b}": {"ancestor": 30, "p2p": [0, 0, 0]} for a in range(4) for b in range(a + 1, 4)}
+    seen = view({"gpus": gpus, "pairs": pairs})
+    assert [gpu.error for gpu in seen.gpus] == [None, "GPU is lost", None, None]
+    assert [(link.a, link.b) for link in seen.links] == [(0, 2), (0, 3), (2, 3)]
+
+
+def test_addresses_of_switches_are_asked_where_they_can_be_seen(view: View) -> None:
+    ports = [{"state": 1, "version": 6, "type": 2, "address": f"00000000:C{link}:00.0"} for link in range(4)]
+    seen = view(changed(TWO_H200, ports=ports, link_count=4))
+    assert [port.remote_bus_id for port in seen.gpus[1].nvlinks] == [f"0000:c{link}:00.0" for link in range(4)]
+
+
 def test_four_3090_with_two_bridges(view: View) -> None:
     pairs = {f"{a}-{b}": {"ancestor": 40, "p2p": [1, 1, 5]} for a in range(4) for b in range(a + 1, 4)}
     pairs["0-1"] = pairs["2-3"] = {"ancestor": 20, "p2p": [0, 0, 0]}
