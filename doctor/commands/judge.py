@@ -147,7 +147,7 @@ def gate(options: Namespace) -> int:
 
 
 class _Suggestion:
-    """A plan for ``--model``, or else the default model. That must not stop a check: why it cannot be read becomes a note."""
+    """A plan for ``--model``, or else for the default model, which must not stop a check: its trouble becomes a note."""
 
     def __init__(self, options: Namespace) -> None:
         self._options = options
