@@ -29,10 +29,10 @@ _FOLDER = Path(__file__).parent
 _REAP_S = 0.5
 """How long a killed child may take to vanish. One that waits inside a hung driver cannot be killed at all: it is left."""
 _Ended = Literal["answered", "babbled", "exited", "late", "idle"]
-_PIPE_BYTES = 2**20
-"""The most that a user may ask for (``/proc/sys/fs/pipe-max-size``); 64 KiB, the usual size, is less than 8 GPUs tell."""
+_PIPE_BYTES = 2**19
+"""Room for what a child says before it is listened to: of eight GPUs 0.1 MB in all, and a pipe usually holds 64 KiB."""
 _SET_PIPE_SIZE = 1031
-"""``F_SETPIPE_SZ``. Source: linux/fcntl.h; Python has the name since 3.10."""
+"""``F_SETPIPE_SZ``. Source: linux/fcntl.h; in a number, since other systems lack the name in :mod:`fcntl`."""
 _TICK_S = 0.1
 """How often a child is looked at whose answer pipe a process it started keeps open."""
 
