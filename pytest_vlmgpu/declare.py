@@ -106,6 +106,13 @@ SETTINGS = (
         "FOLDER",
     ),
     Setting(
+        "warm",
+        "keep each model, in a process of its own, for the next run, until it was not used for so long (15m for the option "
+        "alone; any time in a file or the environment); default: off",
+        levels=("15m", "5m", "30m", "1h", "2h", "4h", "8h", "off"),
+    ),
+    Setting("cold", "load the models of this run anew, whatever is kept", levels=("on",), is_option_only=True),
+    Setting(
         "hide_gpu_from_cpu_tests",
         "let tests without markers or fixtures of the plugin see no GPU, where CUDA is not started yet",
         levels=("on", "off"),

@@ -102,6 +102,10 @@ class Settings(NamedTuple):
     """Folder of the leases; ``None`` is the usual one."""
     hide_gpu_from_cpu_tests: bool = False
     """Tests that are no concern of the plugin are to see no GPU."""
+    warm: float | None = None
+    """Seconds that a model is kept for the next run after its last use; ``None``: it is not kept."""
+    cold: bool = False
+    """Models that are kept are not used, but loaded anew."""
     origins: Mapping[str, str] = MappingProxyType({})
     """Name of each setting that was given to where, for messages: ``--vlm-gpus``, ``VLMGPU_MODEL``, ``vlm_strict``."""
     given: tuple[str, ...] = ()
@@ -113,6 +117,11 @@ class Settings(NamedTuple):
         if self.wait is not None:
             return self.wait
         return 0.0 if self.strict == "off" or (self.strict == "auto" and not self.is_anything_expected) else _STRICT_WAIT_S
+
+    @property
+    def keeps_warm(self) -> bool:
+        """True where models outlive the run."""
+        return self.warm is not None
 
     @property
     def keeps_models(self) -> bool:
@@ -406,6 +415,17 @@ def parse_wait(text: str, origin: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+def parse_warm(text: str, origin: str) -> float | None:
+    """Seconds that a model is kept; ``None`` of ``off``, and of other words for no.
+
+    Raises:
+        pytest.UsageError: It is no time.
+    """
+    if text.lower() in _FALSE:
+        return None
+    return parse_wait("15m" if text.lower() in _TRUE[1:] else text, origin)
+
+
 def _parse_slots(text: str, origin: str) -> int | None:
     if text.lower() == "fit":
         return None
@@ -511,6 +531,8 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "plan": _switch,
     "fleet": parse_path,
     "wait": parse_wait,
+    "warm": parse_warm,
+    "cold": _switch,
     "busy": parse_busy,
     "slots": _parse_slots,
     "hide_gpu_from_cpu_tests": parse_switch,

@@ -157,6 +157,9 @@ _TAKEN_TO_FORGET = VisionCoefficient(2, 6, False, "taken from PaliGemma, whose t
 _PIXTRAL = VisionCoefficient(3, 5.8, False, _COUNTED, pair_elements=1)
 """It joins the patches of all images in one sequence, with a mask that keeps images apart."""
 
+_OF_EVA = VisionCoefficient(2, 4, False, "counted, and measured on an H200")
+"""EVA2-CLIP of CogVLM, CogVLM2, CogAgent and GLM-4V-9B: 6,401 patches take 497 MiB, 9,217 take 667."""
+
 VISION: dict[str, VisionCoefficient] = {
     "aria": VisionCoefficient(0, 13.9, False, _COUNTED),
     "aya_vision": VisionCoefficient(2, 4.6, False, _COUNTED),
@@ -213,6 +216,6 @@ def text_coefficient(model_type: str, body: str = "", architecture: str = "") ->
     return TEXT.get(model_type) or BODIES.get(body) or BODIES.get(model_type, DEFAULT_TEXT)
 
 
-def vision_coefficient(model_type: str) -> VisionCoefficient:
-    """The coefficient of a vision tower."""
-    return VISION.get(model_type, DEFAULT_VISION)
+def vision_coefficient(model_type: str, architecture: str = "") -> VisionCoefficient:
+    """The coefficient of a vision tower. Arguments: see :func:`text_coefficient`."""
+    return _OF_EVA if architecture.startswith(tuple(_REMOTE_CODE)) else VISION.get(model_type, DEFAULT_VISION)

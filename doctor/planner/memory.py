@@ -199,7 +199,7 @@ class Footprint:
         loading = self._loading if any(self._loading) else None
         guest_layers, guest_heads, copy_bytes = self._guest_layers, int(self._has_guest_head), self.copy_bytes
         has_guests = bool(guest_layers or guest_heads)
-        head, answer, held_bytes, pixels = work.head, work.answer, work.held, work.pixels
+        head, answer, returned, held_bytes, pixels = work.head, work.answer, work.returned, work.held, work.pixels
 
         def need(first: int, end: int) -> int:
             held = weights[end] - weights[first]
@@ -224,9 +224,11 @@ class Footprint:
             if run_heads:
                 decode += answer
                 busy = max(busy, head)
+            end_of_prompt = prefill + (pixels + returned if embeds and not run_heads else 0)
             prefill += busy
             if embeds:
                 prefill, decode = prefill + held_bytes, decode + pixels
+                decode = max(decode, end_of_prompt)
             most = prefill if prefill > decode else decode
             if encode > most and towers[end] > towers[first]:
                 most = encode
@@ -320,6 +322,9 @@ class Footprint:
             + max((work.next_token[kind] for kind in kinds), default=0)
             + (work.answer if holding.has_head else 0)
             + (work.pixels if holding.has_embedding else 0),
+            "the logits come back": prefilled + work.pixels + work.returned
+            if holding.has_embedding and not holding.has_head
+            else 0,
             "the vision tower runs": work.encode if holding.has_tower else 0,
             "the weights are loaded": holding.loading_bytes,
         }

@@ -42,6 +42,8 @@ class Work(msgspec.Struct, frozen=True):
     head: int
     answer: int
     """The head while it makes the next token."""
+    returned: int
+    """Logits of the prompt, which accelerate's hook around the whole model copies to where the inputs came from."""
     pixels: int
     held: int
     """Where the prompt is embedded, all through prefill: embeddings, pixels, the tower's output and image features."""
@@ -75,6 +77,7 @@ def prompt_work(
     pixels, encode, kept = vision_bytes(profile, workload, images, item)
     temporary = _quantization_temporary(profile, workload, tokens)
     has_next = workload.new_tokens > 1
+    logits, returned = _logits(profile, workload, tokens, item)
     return Work(
         cached={
             kind: cached(
@@ -95,8 +98,9 @@ def prompt_work(
             else 0
             for kind in kinds
         },
-        head=max(_NORM_STATES * states, 2 * states + _logits(profile, workload, tokens, item)),
+        head=max(_NORM_STATES * states, 2 * states + logits),
         answer=workload.batch * profile.text.vocabulary * (item + 4),
+        returned=returned,
         pixels=pixels,
         held=states + pixels + kept + _layer_inputs(profile, tokens, item),
         encode=encode,
@@ -111,16 +115,21 @@ def _layer_inputs(profile: ModelProfile, tokens: int, item_bytes: int) -> int:
     return tokens * item_bytes * (2 * text.layers * text.layer_input + text.hidden) if text.layer_input else 0
 
 
-def _logits(profile: ModelProfile, workload: Workload, tokens: int, item_bytes: int) -> int:
+def _logits(profile: ModelProfile, workload: Workload, tokens: int, item_bytes: int) -> tuple[int, int]:
     """Of the last token in ``generate``, of every token in a plain forward and in classes that always compute all.
 
-    ``generate`` and those classes copy them to float32.
+    Returns:
+        Bytes while they are made, and of what the model returns. ``generate`` and those classes copy them to float32, the
+        latter before they return them.
     """
     if profile.architecture.startswith(FULL_LOGITS_ARCHITECTURES):
-        return tokens * profile.text.vocabulary * (item_bytes + 4)
+        elements = tokens * profile.text.vocabulary
+        return elements * (item_bytes + 4), elements * 4
     if workload.logits == "forward":
-        return tokens * profile.text.vocabulary * item_bytes
-    return workload.batch * profile.text.vocabulary * (item_bytes + 4)
+        made = tokens * profile.text.vocabulary * item_bytes
+        return made, made
+    elements = workload.batch * profile.text.vocabulary
+    return elements * (item_bytes + 4), elements * item_bytes
 
 
 def _quantization_temporary(profile: ModelProfile, workload: Workload, tokens: int) -> int:

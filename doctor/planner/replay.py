@@ -38,6 +38,8 @@ class Held(msgspec.Struct, frozen=True):
     """Token numbers, mask and positions of the prompt are here, where its first module is or where the caller put them."""
     small_weights_bytes: int = 0
     """Of the weights, those of tensors of at most 1 MiB."""
+    more_pixels_bytes: int = 0
+    """Pixels that are here beside those that the tower's script tells of."""
 
 
 class Replayed(ABC):
@@ -61,6 +63,8 @@ class Replayed(ABC):
             OutOfMemoryError: It does not run in so much memory.
         """
         allocator = Allocator(capacity_bytes, *_weights(held))
+        if held.more_pixels_bytes:
+            allocator.make(held.more_pixels_bytes)
         self._play(held, tokens, allocator)
         return allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
 

@@ -18,7 +18,7 @@ _PIXEL_ELEMENTS = 3 * 2
 
 def tower_coefficient(profile: ModelProfile) -> VisionCoefficient:
     """The coefficient of a model's vision tower."""
-    known = vision_coefficient(profile.model_type)
+    known = vision_coefficient(profile.model_type, profile.architecture)
     if profile.vision_multiples is None:
         return known
     of_mlp, of_hidden = profile.vision_multiples
@@ -27,11 +27,16 @@ def tower_coefficient(profile: ModelProfile) -> VisionCoefficient:
     )
 
 
+def pixels_bytes(images: ImageLoad, item_bytes: int) -> int:
+    """Bytes of the pixels of one prompt, as they are given to the model."""
+    return images.sequences * images.patches * _PIXEL_ELEMENTS * images.patch**2 * item_bytes
+
+
 def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, item_bytes: int) -> tuple[int, int, int]:
     """Bytes of the pixels, of the vision tower at work with them, and of what stays of its work until the answer."""
     vision, batch = profile.vision, workload.batch
     patches = images.sequences * images.patches * batch
-    pixels = patches * _PIXEL_ELEMENTS * images.patch**2 * item_bytes
+    pixels = pixels_bytes(images, item_bytes) * batch
     if vision is None:
         return pixels, pixels, 0
     coefficient = tower_coefficient(profile)

@@ -128,6 +128,9 @@ class Tracer:
                     )
                 else:
                     output = self.model(**ghosts, use_cache=True)
+                    recorder.place = BEFORE
+                    # Accelerate's hook around the whole model copies what it returns to where the inputs came from.
+                    recorder.read(output.logits)
                 del output, ghosts
         finally:
             for handle in handles:

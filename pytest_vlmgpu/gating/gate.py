@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from ..models.residents import Resident
     from ..options import Settings
+    from ..warm.run import Warmth
 
     Planner = Callable[[VlmSpec, Machine, tuple[int, ...]], Plan | None]
     Loader = Callable[[VlmSpec, Plan | None], AbstractContextManager[Any]]
@@ -71,6 +73,16 @@ class Gate:
         self.residents = Residents()
         self._lending = Lending(self)
         self._fits: dict[VlmSpec, Verdict] = {}
+
+    @cached_property
+    def warmth(self) -> Warmth | None:
+        """Models that outlive runs; ``None`` where nobody asked for any."""
+        is_asked_for = self.settings.keeps_warm or self.settings.cold
+        if not is_asked_for or self.settings.fake_gpus or self.settings.machine != "live":
+            return None
+        from ..warm.run import Warmth
+
+        return Warmth(self.settings, lambda: self.own.share.gpus if self.own.share is not None else ())
 
     def on(self, machine: Machine) -> Gate:
         """The same tests on another machine."""
@@ -203,6 +215,8 @@ class Gate:
 
         def judge_now(max_age_s: float) -> Verdict:
             machine = self.reader.current(request, max_age_s=max_age_s)
+            if self.warmth is not None:
+                machine = self.warmth.as_free(machine) if self.settings.plan else self.warmth.as_ours(machine)
             verdict = self.fitting.judge(test.requirements, machine, loads=test.loads, at_load=at_load)
             for spec in test.specs:
                 if verdict.action == "run":
@@ -222,7 +236,17 @@ class Gate:
             return refusal
         # What was read before a lease was waited for shows the memory of whoever had the GPUs until then.
         first = judge_now(0 if self.own.waiting.waited_s > waited_s else max_age_s)
-        return self.when_free(judge_now, first, lambda verdict: verdict, grace_s=self.own.grace_s)
+        # Unlike a model, this test cannot do with what a warm one leaves.
+        has_ended = first.code == verdicts.BUSY and self.end_warm()
+        grace_s = GRACE_S if has_ended else self.own.grace_s
+        return self.when_free(judge_now, first, lambda verdict: verdict, grace_s=grace_s)
+
+    def end_warm(self) -> bool:
+        """Have idle warm hosts give back the GPUs of this process; False where there is none."""
+        share = self.own.share
+        if self.warmth is not None and share is not None:
+            return self.warmth.end_idle(share.gpus)
+        return self.own.ask_warm_hosts(self.reader.first())
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
         """Take this process' GPUs, if that was not done; the refusal where there are none for it, or none any more."""

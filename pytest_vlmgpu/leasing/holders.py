@@ -10,6 +10,10 @@ import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_BYTES = 4096
 """More than any record of ours: what is longer is not read."""
@@ -19,11 +23,16 @@ _START_TIME = 19
 """Field ``starttime`` of /proc/PID/stat, counted behind the command's closing parenthesis. Source: proc_pid_stat(5)."""
 
 
-def describe_self() -> bytes:
-    """This process as a record: pid, user, command, since, and what tells it from a later process with its pid."""
+def describe_self(about: Mapping[str, object] | None = None) -> bytes:
+    """This process as a record: pid, user, command, since, and what tells it from a later process with its pid.
+
+    Args:
+        about: What else is to be known of it.
+    """
     from vlm_doctor.sources.nvml_processes import describe_command
 
     record = {
+        **(about or {}),
         "pid": os.getpid(),
         "user": _user(),
         "command": describe_command(_arguments()) or "",
@@ -42,14 +51,11 @@ def describe(raw: bytes) -> str:
     Args:
         raw: What the file of a lease contains; anything at all, since every user may write it.
     """
-    try:
-        record = json.loads(raw)
-    except ValueError:
+    record, pid = _read(raw), pid_of(raw)
+    if pid is None:
         return _UNKNOWN
-    pid = record.get("pid") if isinstance(record, dict) else None
-    if not isinstance(pid, int) or isinstance(pid, bool) or not 0 < pid < 2**31:
-        return _UNKNOWN
-    names = [text for text in (_plain(record.get("user")), _plain(record.get("command"))) if text]
+    command = f"warm host of {_plain(record['warm'])}" if record.get("warm") else _plain(record.get("command"))
+    names = [text for text in (_plain(record.get("user")), command) if text]
     who = f"pid {pid} ({', '.join(names)})" if names else f"pid {pid}"
     since = _plain(record.get("since"))[:16].replace("T", " ")
     who = f"{who} since {since} UTC" if since else who
@@ -59,6 +65,40 @@ def describe(raw: bytes) -> str:
     if record.get("pid_namespace") != _pid_namespace():
         return f"{who} (the pid counts in another container)"
     return who if _start_ticks(pid) == record.get("started") else _UNKNOWN
+
+
+def is_here(raw: bytes) -> bool:
+    """True where the process of a record runs on this computer, and its pid counts here."""
+    record, pid = _read(raw), pid_of(raw)
+    places = record.get("boot"), record.get("pid_namespace")
+    return pid is not None and places == (_boot(), _pid_namespace()) and _start_ticks(pid) == record.get("started")
+
+
+def gives_way(raw: bytes) -> bool:
+    """True of the record of a warm host, which ends when it is asked for its GPUs while it is idle."""
+    record = _read(raw)
+    return bool(record.get("warm"))
+
+
+def warm_bytes(raw: bytes, name: str) -> int:
+    """What a warm host says that it will give back of a GPU; 0 of anybody else."""
+    held = _read(raw).get("warm_bytes")
+    size = held.get(name) if isinstance(held, dict) else None
+    return size if isinstance(size, int) and not isinstance(size, bool) and 0 < size < 2**46 else 0
+
+
+def pid_of(raw: bytes) -> int | None:
+    """The pid in a record; ``None`` where there is none."""
+    pid = _read(raw).get("pid")
+    return pid if isinstance(pid, int) and not isinstance(pid, bool) and 0 < pid < 2**31 else None
+
+
+def _read(raw: bytes) -> dict[str, object]:
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _plain(value: object) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from . import holders
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 DEFAULT_FOLDER = "/tmp/pytest-vlmgpu-leases"  # not tempfile's: TMPDIR often differs from user to user
 _SHARED = 0o1777
@@ -38,12 +38,17 @@ class Leases:
 
     Args:
         folder: Where the files are; made when it is first used.
+        about: Written beside this process' own name; of one that gives way to whoever asks ``warm`` (a model) and
+            ``warm_bytes`` (name to size).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, object] | None = None) -> None:
         self.folder = folder
+        self._about = about or {}
         self._files: dict[str, int] = {}
         """Name to open file."""
+        self._written: dict[str, int] = {}
+        """Name to when we last wrote the file, as the file system has it."""
         _ALL.add(self)
 
     @property
@@ -84,6 +89,39 @@ class Leases:
                     os.ftruncate(file, 0)
                 os.close(file)
 
+    def ask_for(self, names: Iterable[str], most: int) -> bool:
+        """Have so many warm hosts that hold one of these leases, and are idle, give it back: its file is touched.
+
+        Returns:
+            False where there is none.
+        """
+        found = [name for name in names if holders.gives_way(self._record(name))][:most]
+        for name in found:
+            with suppress(OSError):
+                os.utime(self.folder / f"{name}.lock", follow_symlinks=False)
+        return bool(found)
+
+    def warm_bytes(self, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """Of leases that idle warm hosts hold: the host's pid, and bytes of the GPU that it gives back when it is asked."""
+        found = {}
+        for name in names:
+            record = self._record(name)
+            pid, size = holders.pid_of(record), holders.warm_bytes(record, name)
+            if pid is not None and size and holders.is_here(record):
+                found[name] = pid, size
+        return found
+
+    def are_asked_for(self) -> bool:
+        """True when somebody has touched one of ours (:meth:`ask_for`), or it is no longer the file that others look at."""
+        return any(
+            os.fstat(file).st_mtime_ns != self._written[name] or not _is_same(self.folder / f"{name}.lock", file)
+            for name, file in self._files.items()
+        )
+
+    def holder_pid(self, name: str) -> int | None:
+        """Process that holds a lease, as it says itself; ``None`` where nobody says anything."""
+        return holders.pid_of(self._record(name))
+
     def _lock(self, name: str) -> bool:
         path = self.folder / f"{name}.lock"
         for _ in range(_ATTEMPTS):
@@ -102,18 +140,22 @@ class Leases:
                 # A full disk takes nothing from the lock: only the name of its holder is missing.
                 with suppress(OSError):
                     os.ftruncate(file, 0)
-                    os.pwrite(file, holders.describe_self(), 0)
+                    os.pwrite(file, holders.describe_self(self._about), 0)
+                self._written[name] = os.fstat(file).st_mtime_ns
                 return True
             os.close(file)
         raise LeaseError(f"{path} is replaced again and again by somebody else: {_ADVICE}.")
 
     def _holder(self, name: str) -> str:
+        return holders.describe(self._record(name))
+
+    def _record(self, name: str) -> bytes:
         try:
             file = os.open(self.folder / f"{name}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
-            return holders.describe(b"")
+            return b""
         try:
-            return holders.describe(os.pread(file, holders.MAX_BYTES, 0))
+            return os.pread(file, holders.MAX_BYTES, 0)
         finally:
             os.close(file)
 

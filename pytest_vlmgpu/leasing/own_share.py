@@ -10,6 +10,7 @@ import math
 import os
 import time
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import verdicts
@@ -21,6 +22,7 @@ from ..requirements import Requirements
 from ..verdicts import Verdict
 from . import masks
 from .hiding import lifted
+from .leases import DEFAULT_FOLDER, Leases
 from .sets import demands_of
 from .shares import Share, Shares, lease_folder, teller
 from .waiting import GRACE_S, Waiting
@@ -156,6 +158,17 @@ class OwnShare:
             choice = GpuChoice(kind="uuids", uuids=self._share.run_gpus, text=choice.text)
         return judge(needs, self.unmasked(machine), choice, needs_torch=loads, is_busy_decided_later=True)
 
+    def ask_warm_hosts(self, machine: Machine) -> bool:
+        """Have idle warm hosts end that hold memory of GPUs that may be used; False where there is none.
+
+        Whoever leases GPUs for the machine has asked them already: this is for ``--vlm-lease=run`` and ``off``.
+        """
+        if self._settings.lease == "machine" or machine.origin != "live":
+            return False
+        allowed = judge(Requirements(), self.as_shown(machine), self._given, is_busy_decided_later=True).gpus
+        names = [gpu.uuid for gpu in machine.gpus if gpu.index in allowed]
+        return Leases(Path(self._settings.lease_dir or DEFAULT_FOLDER)).ask_for(names, len(names))
+
     def lacks_any(self, facts: Verdict, machine: Machine) -> bool:
         """True when GPUs that can do it are not this process'."""
         uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}
@@ -176,8 +189,10 @@ class OwnShare:
         folder = lease_folder(self._config, self._settings)
         self._leases = shares = Shares(self._settings, self.waiting, teller(self._config), folder)
         self._config.add_cleanup(shares.close)
-        demands = [each for need in self.needs for each in demands_of(need, machine, self._given, plan_of)]
-        share = shares.take(machine, demands or None, workers=1)
+        seen = shares.when_given_way(machine)
+        demands = [each for need in self.needs for each in demands_of(need, seen, self._given, plan_of)]
+        models = {spec.label for need in self.needs for spec in need.specs}
+        share = shares.take(machine, demands or None, workers=1, models=models)
         from vlm_doctor.visibility import visible_gpus
 
         uuids = {gpu.index: gpu.uuid for gpu in machine.gpus}

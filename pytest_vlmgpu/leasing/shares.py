@@ -17,13 +17,14 @@ from .sets import by_preference, cover, total_demand
 from .waiting import GRACE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     import pytest
 
-    from vlm_doctor.machine import Machine
+    from vlm_doctor.machine import Gpu, Machine
 
     from ..options import Settings
+    from ..warm.hosts import Borrowed
     from .sets import Demand
     from .waiting import Waiting
 
@@ -112,10 +113,17 @@ class Shares:
         self._tell = tell
         self._told: tuple[str, ...] = ()
         """GPUs that were told to be taken, and not yet to be given back."""
+        self._borrowed: Borrowed | None = None
         self._leases = Leases(folder) if folder is not None else None
 
     def take(
-        self, machine: Machine, demands: Sequence[Demand] | None, workers: int, *, may_wait: bool = True
+        self,
+        machine: Machine,
+        demands: Sequence[Demand] | None,
+        workers: int,
+        *,
+        may_wait: bool = True,
+        models: Collection[str] = (),
     ) -> Share | None:
         """Lease GPUs, all at once or none, so that two runs never wait for each other.
 
@@ -124,6 +132,7 @@ class Shares:
             demands: Of all groups of tests; ``None`` when they are not known yet: then all that ``--vlm-gpus`` allows.
             workers: Processes that will use the GPUs.
             may_wait: False asks only as long as another run may need to make up its mind.
+            models: Labels of the models that will be loaded: where one is warm, its GPUs are taken first.
 
         Returns:
             ``None`` where there is nothing to lease: no GPU may be used, or, without waiting, none was to be had.
@@ -137,6 +146,8 @@ class Shares:
         is_open = choice.kind == "auto" or has_slices(machine, usable)
         wish = Wish(choice.number if choice.kind == "count" else len(usable), is_open, demands, workers)
         ranked = by_preference(usable, demands or (), machine) if choice.kind == "auto" else usable
+        warm = self._warm_gpus(models)
+        ranked = sorted(ranked, key=lambda index: warm.get(uuids[index], 1))
         chosen: list[int] = []
         holders: dict[str, str] = {}
 
@@ -144,6 +155,8 @@ class Shares:
             chosen[:], taken = self._attempt([uuids[index] for index in ranked], ranked, wish, is_last=is_last)
             holders.clear()
             holders.update(taken)
+            if not chosen and self._leases is not None:
+                self._leases.ask_for(taken, max(1, wish.least - len(ranked) + len(taken)))
             return bool(chosen)
 
         def reason() -> str:
@@ -163,12 +176,29 @@ class Shares:
         kept = [index for index in usable if index in chosen]
         gpus = tuple(uuids[index] for index in kept)
         outer = machine.environment.get(VARIABLE)
+        if self._borrowed is not None:
+            self._borrowed.keep(gpus)
         if gpus:
             self._told = gpus
             self._tell("taken", gpus, "")
         if problem:
             self._tell("refused", (), f"{code}: {problem}")
         return Share(gpus, gpus, outer, code, problem)
+
+    def when_given_way(self, machine: Machine) -> Machine:
+        """The machine without the idle warm hosts on it, for whoever needs to know how many GPUs will do."""
+        held = self._leases.warm_bytes(gpu.uuid for gpu in machine.gpus) if self._leases is not None else {}
+        if not held:
+            return machine
+        from msgspec.structs import replace
+
+        def seen(gpu: Gpu) -> Gpu:
+            pid, size = held.get(gpu.uuid, (0, 0))
+            free = gpu.memory_free_bytes
+            others = tuple(process for process in gpu.processes if process.pid != pid)
+            return replace(gpu, memory_free_bytes=None if free is None else free + size, processes=others)
+
+        return replace(machine, gpus=tuple(map(seen, machine.gpus)))
 
     def shrink(self, share: Share, demands: Sequence[Demand], workers: int, machine: Machine) -> Share:
         """Give back the GPUs that turn out not to be needed."""
@@ -178,6 +208,8 @@ class Shares:
         gpus = tuple(uuid for uuid in share.gpus if indices[uuid] in wanted)
         if self._leases is not None:
             self._leases.release([name for name in self._leases.held if name not in gpus])
+        if self._borrowed is not None:
+            self._borrowed.keep(gpus)
         self._tell_given_back(gpus)
         return share._replace(gpus=gpus, run_gpus=gpus)
 
@@ -185,7 +217,23 @@ class Shares:
         """Give all leases back."""
         if self._leases is not None:
             self._leases.release()
+        if self._borrowed is not None:
+            self._borrowed.keep()
         self._tell_given_back(())
+
+    def _warm_gpus(self, models: Collection[str]) -> dict[str, int]:
+        """GPU UUID to 0 where one of these models is warm, to 2 where another one is; their hosts let go of the leases."""
+        if not self._settings.keeps_warm or self._leases is None or self._settings.lease != "machine":
+            return {}
+        from ..warm.hosts import Borrowed
+        from ..warm.places import PlaceError, folder_for
+
+        try:
+            self._borrowed = self._borrowed or Borrowed(folder_for(self._settings.lease_dir or DEFAULT_FOLDER))
+        except PlaceError:
+            return {}  # said where a model is loaded
+        hosts = self._borrowed.ask()
+        return {uuid: 0 if record.label in models else 2 for record in hosts for uuid in record.gpus}
 
     def _tell_given_back(self, kept: tuple[str, ...]) -> None:
         gone = tuple(uuid for uuid in self._told if uuid not in kept)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..gating.gate import Gate, Loader, Planner
     from ..requirements import VlmSpec
+    from .loaded import LoadedVlm
 
 
 _PLACING_RULES = ("gpus", "exclude", "pins", "max_memory", "min_gpus", "max_gpus")
@@ -115,22 +116,32 @@ def make_loader(gate: Gate, config: pytest.Config) -> Loader:
         # The machine that the plan was just made for.
         ordinals = ordinals_by_uuid(gate.machine_used) if gate.uses_gpus and gate.machine_used is not None else None
         by_index = {gpu.index: gpu for gpu in gate.machine_used.gpus} if gate.machine_used is not None else {}
-        with progress.shown(config, spec.label, plan, ordinals, is_planned=not spec.is_placed_by_transformers):
-            loaded = loading.load(
-                spec.name,
-                plan,
-                dtype=spec.dtype,
-                trust_remote_code=spec.trust_remote_code,
-                ordinals=ordinals,
-                device_map=spec.device_map if spec.is_placed_by_transformers else None,
-                gpus=[by_index[index] for index in gate.fitting.open_to.get(spec, ()) if index in by_index],
-                may_offload=not gate.why_no_offload(),
-            )
+
+        def load_here() -> LoadedVlm:
+            with progress.shown(config, spec.label, plan, ordinals, is_planned=not spec.is_placed_by_transformers):
+                return loading.load(
+                    spec.name,
+                    plan,
+                    dtype=spec.dtype,
+                    trust_remote_code=spec.trust_remote_code,
+                    ordinals=ordinals,
+                    device_map=spec.device_map if spec.is_placed_by_transformers else None,
+                    gpus=[by_index[index] for index in gate.fitting.open_to.get(spec, ()) if index in by_index],
+                    may_offload=not gate.why_no_offload(),
+                )
+
+        if gate.warmth is None:
+            loaded = load_here()
+        else:
+            with progress.told(config, spec.label, plan) as tell:
+                loaded = gate.warmth.load(spec, plan, ordinals=ordinals, plain=load_here, told=tell)
         loaded.spec = spec
         try:
             yield loaded
         finally:
             left_bytes = loading.unload(loaded)
+            if gate.warmth is not None and loaded.warm is not None:
+                loaded.warm.close()
             for record in reversed(gate.loads):
                 if record.model == spec.label:
                     record.left_bytes, record.held_by = left_bytes, [loaded.held_by] if loaded.held_by else []

@@ -19,7 +19,7 @@ from .residents import Resident, free_before
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vlm_doctor.machine import Gpu, Machine
+    from vlm_doctor.machine import Gpu
     from vlm_doctor.placement import Plan
 
     from ..gating.gate import Gate, Loader
@@ -68,6 +68,7 @@ class Lending:
         self._gate.refuse_unless_run(spec, self._gate.keep_from_acting(Verdict("run"), request))
         self._make_room()
         plan = self._plan_now(spec, request) if self._gate.uses_gpus else None
+        self._prepare_warmth(spec, plan, request, loader)
         before = free_before(plan, self._gate.machine_used, is_open=spec.is_placed_by_transformers)
         meter = Meter()
         meter.start()
@@ -84,9 +85,12 @@ class Lending:
             # Not inside the handler: the report is one sentence, without the chain of errors behind it.
             self._gate.refuse_unless_run(spec, verdict)
             load = describe(spec, plan, loaded, time.perf_counter() - started)
+            if self._gate.settings.keeps_warm and not load.warm:
+                load.warm = "not kept: it is loaded by a loader of the project's own"
             self._gate.loads.append(load)
             stages = stages_used(plan, loaded)
-            if self._gate.reader.is_reread and self._gate.reader.is_read_by_doctor:
+            is_timed = load.attached_age_s is None and self._gate.reader.is_reread
+            if is_timed and self._gate.reader.is_read_by_doctor:
                 from . import load_times
 
                 load_times.keep(load, stages)
@@ -141,6 +145,21 @@ class Lending:
             finally:
                 config.hook.pytest_vlmgpu_unload(config=config, spec=spec, loaded=loaded)
 
+    def _prepare_warmth(self, spec: VlmSpec, plan: Plan | None, request: pytest.FixtureRequest, loader: Loader) -> None:
+        """Settle whether a model is attached to, kept, or loaded as ever (``--vlm-warm``)."""
+        warmth, hook = self._gate.warmth, request.config.hook.pytest_vlmgpu_load
+        if warmth is None:
+            return
+        share = self._gate.own.share
+        planned = tuple(stage.uuid for stage in plan.stages) if plan is not None else ()
+        warmth.prepare(
+            spec,
+            plan,
+            is_ours=loader.__module__ == f"{__package__}.ladder" and not hook.get_hookimpls(),
+            gpus=planned or (share.gpus if share is not None else ()),
+            look=lambda: self._gate.reader.current(request, max_age_s=0),
+        )
+
     def _make_room(self) -> None:
         """Unload models until there is a slot for one more (``--vlm-slots``)."""
         slots = self._gate.settings.slots
@@ -152,29 +171,34 @@ class Lending:
         """Plan with the memory of this moment: beside models that stay, or in the place of those that go."""
 
         def place_now(max_age_s: float) -> tuple[Verdict, Plan | None]:
-            return self._gate.fitting.place_shared(
-                spec, self._gate.reader.current(request, max_age_s=max_age_s), request, at_load=True
-            )
+            machine, warmth = self._gate.reader.current(request, max_age_s=max_age_s), self._gate.warmth
+            seen = warmth.as_free(machine) if warmth is not None else machine
+            return self._gate.fitting.place_shared(spec, seen, request, at_load=True)
 
         refusal = self._gate.settle(self._gate.reader.current(request, max_age_s=math.inf), request)
         self._gate.refuse_unless_run(spec, refusal)
         # Beside a model that stays, the next one needs what torch keeps.
         empty_cache()
-        self._await_memory(self._gate.reader.current(request, max_age_s=0), request)
+        self._await_memory(request)
         placed = place_now(math.inf)
         while _lacks_memory(placed) and self._gate.residents.remove_least_useful(self._in_use):
             placed = place_now(0)
+        if _lacks_memory(placed):
+            # A warm host has a CUDA context, too, which only its end gives back.
+            self._gate.end_warm()
         verdict, plan = self._gate.when_free(place_now, placed, lambda placed: placed[0])
         self._gate.refuse_unless_run(spec, verdict)
         return plan
 
-    def _await_memory(self, machine: Machine, request: pytest.FixtureRequest) -> None:
+    def _await_memory(self, request: pytest.FixtureRequest) -> None:
         """Give the driver time to take back the memory of the model before; note what it does not get."""
-        if self._gate.residents.missing(machine) and self._gate.reader.is_reread:
 
-            def is_back() -> bool:
-                return not self._gate.residents.missing(self._gate.reader.current(request, max_age_s=0))
+        def is_back() -> bool:
+            machine, warmth = self._gate.reader.current(request, max_age_s=0), self._gate.warmth
+            # What a warm host keeps of it is not lost.
+            return not self._gate.residents.missing(machine if warmth is None else warmth.as_free(machine))
 
+        if not is_back() and self._gate.reader.is_reread:
             self._gate.own.waiting.until(
                 is_back, lambda: "memory of a model that was unloaded is not back yet", may_wait=False
             )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlm_doctor.placement import Plan, Stage
 
     from ..requirements import VlmSpec
+    from ..warm.run import Warm
 
 
 @dataclass
@@ -43,6 +44,8 @@ class LoadedVlm:
     """Weights that are in host memory or on disk, although GPUs were to be used (``--vlm-allow-offload``)."""
     spec: VlmSpec | None = None
     """As the test named it."""
+    warm: Warm | None = None
+    """What came of ``--vlm-warm``; ``None`` without it."""
     held_by: str = ""
     """Who kept some of the model after :func:`unload`, such as ``variable KEPT of module test_ocr``; else empty."""
 

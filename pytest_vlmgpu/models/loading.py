@@ -186,7 +186,7 @@ def _load_and_check(
 
     model, problems = _load_model(source, plan, orders, dtype, trust_remote_code)
     check_weights(source.name, problems)
-    landed = _check_devices(source.name, model, orders)
+    landed = check_devices(source.name, model, orders)
     processor = load_processor(transformers, source, model.config, trust_remote_code=trust_remote_code)
     _wait_for(landed)
     return model, processor, landed
@@ -231,7 +231,7 @@ def _load_model(
     return model, problems
 
 
-def _check_devices(name: str, model: Any, orders: Orders) -> dict[str, int | str]:
+def check_devices(name: str, model: Any, orders: Orders) -> dict[str, int | str]:
     """Where the model is: module path to CUDA ordinal, ``cpu`` or ``disk``; empty for the CPU."""
     # transformers 5 sets no hf_device_map when one device takes all: then the tensors alone tell.
     reported = getattr(model, "hf_device_map", None) or {}

@@ -31,6 +31,12 @@ class Load:
     """Memory that was free before the model was loaded and not again after it was unloaded."""
     offloaded_bytes: int = 0
     """Weights that are in host memory or on disk (``--vlm-allow-offload``)."""
+    warm: str = ""
+    """What came of ``--vlm-warm``, in words."""
+    attached_age_s: float | None = None
+    """How long ago the model was loaded by another run, to which this one attached."""
+    saved_seconds: float = 0.0
+    """By attaching."""
 
 
 def check_landing(spec: VlmSpec, plan: Plan, loaded: Any, machine: Machine, *, may_offload: bool) -> None:
@@ -66,8 +72,12 @@ def describe(spec: VlmSpec, plan: Plan | None, loaded: Any, seconds: float) -> L
     """What is known of a load when it has ended."""
     from .loaded import LoadedVlm
 
+    warm = loaded.warm if isinstance(loaded, LoadedVlm) else None
+    kept: dict[str, Any] = {}
+    if warm is not None:
+        kept = {"warm": warm.text, "attached_age_s": warm.age_s, "saved_seconds": warm.saved_s}
     if plan is None:
-        return Load(spec.label, "the CPU", seconds)
+        return Load(spec.label, "the CPU", seconds, **kept)
     stages = stages_used(plan, loaded)
     lines = [line for stage in plan.stages for line in stage.ledger]
     planned = plan.offloaded.weights_bytes if plan.offloaded is not None else 0
@@ -79,4 +89,5 @@ def describe(spec: VlmSpec, plan: Plan | None, loaded: Any, seconds: float) -> L
         # Of a model that transformers has placed, nobody has predicted any.
         predicted_peak_bytes=0 if spec.is_placed_by_transformers else sum(stage.peak_bytes for stage in plan.stages),
         offloaded_bytes=loaded.offloaded_bytes if isinstance(loaded, LoadedVlm) else planned,
+        **kept,
     )

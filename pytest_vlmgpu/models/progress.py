@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vlm_doctor.placement import Plan, Stage
 
     from ..output import Line
+    from ..warm.records import Progress
 
 QUIET_S = 2.0
 """Loads that are done by then show nothing."""
@@ -65,6 +66,29 @@ def shown(
     finally:
         done.set()
         thread.join(timeout=5)
+
+
+@contextmanager
+def told(config: pytest.Config, label: str, plan: Plan | None) -> Iterator[Callable[[Progress], None]]:
+    """Show how a load goes that another process does, as it tells: what it gives takes its words."""
+    shown_line = open_line(config, first_s=LOG_FIRST_S)
+    stages = plan.stages if plan is not None else ()
+    seconds = [0.0]
+
+    def tell(progress: Progress) -> None:
+        seconds[0] = progress.seconds
+        if progress.seconds > QUIET_S:
+            shares = [
+                Share(f"GPU {stage.gpu}", min(progress.loaded.get(stage.uuid, 0), total), total)
+                for stage in stages
+                if (total := sum(item.size_bytes for item in stage.ledger if item.kind == "weights"))
+            ]
+            shown_line.show(lambda: line(label, progress.seconds, shares, progress.host_bytes))
+
+    try:
+        yield tell
+    finally:
+        shown_line.end(f"vlmgpu: loading {label} ended after {seconds[0]:.0f} s")
 
 
 def line(label: str, seconds: float, shares: Sequence[Share], host_bytes: int = 0) -> str:

@@ -72,6 +72,10 @@ class LoadRecord(msgspec.Struct, frozen=True, kw_only=True):
     """In host memory or on disk."""
     left_gib: float = 0.0
     """Weights that something still referred to after the model was unloaded."""
+    warm: str = ""
+    """What came of ``--vlm-warm``: ``attached``, or why not; empty without it."""
+    saved_seconds: float = 0.0
+    """What loading had taken, less what attaching took."""
     worker: str | None = None
 
 

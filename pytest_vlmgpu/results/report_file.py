@@ -121,5 +121,7 @@ def _load(worker: str | None, load: dict[str, Any]) -> LoadRecord:
         measured_peak_gib=gib(load["measured_peak_bytes"]),
         offloaded_gib=gib(load["offloaded_bytes"]),
         left_gib=gib(load["left_bytes"]),
+        warm=load["warm"],
+        saved_seconds=round(load["saved_seconds"], 3),
         worker=worker,
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..models.loads import Load
     from .evidence import GatedRecord
 
+_WORTH_TELLING_S = 0.1
 _NAMED = 10
 """Tests that a list names; the rest are counted."""
 
@@ -64,6 +65,17 @@ def load_line(load: Load, tests: int) -> str:
     from vlm_doctor.units import format_gib
 
     line = f"{load.model}: loaded in {load.seconds:.1f} s on {load.where}"
+    if load.attached_age_s is not None:
+        from ..warm.run import duration
+
+        line = (
+            f"{load.model}: attached in {load.seconds:.1f} s to a model loaded {duration(load.attached_age_s)} ago on "
+            f"{load.where}"
+        )
+        # A tiny model is loaded as quickly as it is attached to.
+        line += f", which saved {load.saved_seconds:.1f} s" if load.saved_seconds >= _WORTH_TELLING_S else ""
+    elif load.warm:
+        line += f" ({load.warm})"
     if load.weights_bytes:
         line += f", {format_gib(load.weights_bytes)} of weights, peak {format_gib(load.predicted_peak_bytes)} predicted"
     if load.offloaded_bytes:

@@ -6,6 +6,10 @@ import sys
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+ATTACHED: dict[int, int] = {}
+"""CUDA ordinal to bytes of models that another process keeps and this one is attached to (``--vlm-warm``): the allocator of
+this process does not count them."""
+
 
 class Peak(NamedTuple):
     """The most memory of one GPU that was in use at once, in bytes."""
@@ -49,7 +53,8 @@ class Meter:
         peaks = {}
         for ordinal in range(cuda.device_count()):
             kept = self._kept.get(ordinal, Peak(0, 0))
-            now = Peak(cuda.max_memory_allocated(ordinal), cuda.max_memory_reserved(ordinal))
+            more = ATTACHED.get(ordinal, 0)
+            now = Peak(cuda.max_memory_allocated(ordinal) + more, cuda.max_memory_reserved(ordinal) + more)
             peaks[ordinal] = Peak(*map(max, kept, now))
         return {ordinal: peak for ordinal, peak in peaks.items() if peak.reserved}
 

@@ -13,7 +13,7 @@ from vlm_doctor.units import GIB, format_gib
 from ..models.keepers import holder_of
 from ..state import WATCHED_TEST
 from ..verdicts import OVER_LIMIT
-from .meter import Meter, allocated_bytes, driver_bytes, empty_cache
+from .meter import ATTACHED, Meter, allocated_bytes, driver_bytes, empty_cache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +48,7 @@ class VramMeter:
     @property
     def used_gib(self) -> float:
         """What tensors hold right now, on all GPUs together, in GiB."""
-        return sum(allocated_bytes().values()) / GIB
+        return (sum(allocated_bytes().values()) + sum(ATTACHED.values())) / GIB
 
     def peaks_gib(self) -> dict[int, float]:
         """CUDA ordinal to the peak of that GPU, in GiB."""

@@ -79,7 +79,10 @@ class Watch:
         item = request.node
         self.meter.stop()
         self._unseed()
-        problems = [] if item.stash[WATCHED_TEST].mutates else self._judge_model(request)
+        # First: of a model that is gone no weight is to be read.
+        problems = self._judge_warmth(request)
+        if not problems and not item.stash[WATCHED_TEST].mutates:
+            problems = self._judge_model(request)
         if item.stash[WATCHED_TEST].mutates:
             self._reload(request)
         problems += self._judge_memory(item)
@@ -205,6 +208,20 @@ class Watch:
             del model
             self._reload(request)
         return [(self._gate.settings.mutation, _mutated(name, "; ".join(found.texts), is_restored=is_restored))]
+
+    def _judge_warmth(self, request: pytest.FixtureRequest) -> list[tuple[Level, str]]:
+        """A model on GPUs that was attached to goes with the process that keeps it."""
+        warm = getattr(_shared_value(request.node), "warm", None)
+        if not getattr(warm, "is_lost", False):
+            return []
+        self._reload(request)
+        return [
+            (
+                "error",
+                f"{FAULT}: the warm host of {_model_name(request.node)} ended while the test ran, and the model's "
+                "memory with it. It is loaded again for the tests that follow: see the host's log.",
+            )
+        ]
 
     def _reload(self, request: pytest.FixtureRequest) -> None:
         """Let the model go, as pytest does between two models: the next test that needs it loads it again."""

@@ -123,7 +123,8 @@ class Controller:
         plan_of = _Planner(may_offload=gate.settings.allow_offload)
         # Groups that need the same share one object.
         needs = {id(need): need for need in groups.needs}
-        demands_by_need = {key: demands_of(need, machine, gate.settings.gpus, plan_of) for key, need in needs.items()}
+        seen = self._shares.when_given_way(machine)
+        demands_by_need = {key: demands_of(need, seen, gate.settings.gpus, plan_of) for key, need in needs.items()}
         by_group = {number: demands_by_need[id(need)] for number, need in enumerate(groups.needs)}
         demands = [_largest(wanted) for wanted in by_group.values() if wanted]
         if not demands:
@@ -131,7 +132,8 @@ class Controller:
             return dict.fromkeys(tests, 0)
         everything = [demand for wanted in by_group.values() for demand in wanted]
         if self._share is None:
-            self._share = self._shares.take(machine, everything, self.workers)
+            models = {spec.label for need in groups.needs for spec in need.specs}
+            self._share = self._shares.take(machine, everything, self.workers, models=models)
         elif gate.settings.gpus.kind == "auto" or self._share.is_of_slices:
             self._share = self._shares.shrink(self._share, everything, self.workers, machine)
         if self._share is None:

@@ -307,3 +307,21 @@ def test_memory_that_stays_after_unloading_has_a_holder(tmp_path: Path) -> None:
 
 
 keepers: list[Any] = []
+
+
+def test_a_model_whose_warm_host_has_ended_is_an_error_and_is_loaded_again(project: Project) -> None:
+    project.pytester.makeconftest(
+        PROJECT.replace("processor=None)", "processor=None, warm=SimpleNamespace(is_lost=False))")
+    )
+
+    result = project.run("""
+def test_before(vlm): pass
+def test_under_which_it_ends(vlm): vlm.warm.is_lost = True
+def test_after(vlm): assert not vlm.warm.is_lost
+""")
+
+    result.assert_outcomes(passed=3, errors=1)
+    result.stdout.fnmatch_lines(
+        ["VLM712: the warm host of org/a ended while the test ran, and the model's memory with it. *"]
+    )
+    assert project.log() == ["LOAD org/a", "UNLOAD org/a", "LOAD org/a", "UNLOAD org/a"]

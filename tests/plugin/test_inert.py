@@ -11,7 +11,7 @@ HEAVY = ("torch", "transformers", "accelerate", "pynvml", "psutil", "rich", "typ
 LATE = tuple(
     f"pytest_vlmgpu.{name}"
     for name in (
-        *("collection", "gating", "leasing", "models", "results", "watching", "workers"),
+        *("collection", "gating", "leasing", "models", "results", "warm", "watching", "workers"),
         *("markers", "options", "requirements"),
     )
 )

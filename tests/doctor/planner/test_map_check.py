@@ -102,8 +102,15 @@ def test_report_10_of_cogvlm2_is_predicted_with_its_block_and_devices() -> None:
     assert changed == {"model.vision.transformer.layers.56": 3, "model.vision.boi": 3, "model.vision.eoi": 3}
 
 
-def test_on_the_gpus_of_the_report_memory_is_short_as_well_and_no_map_would_do() -> None:
+def test_on_the_gpus_of_the_report_memory_is_short_as_well() -> None:
     checked = judged(cog_report_10(), COG, machine([12, 12, 12, 12]))
+
+    assert "VLM620" in codes(checked, "error")
+    assert checked.changes == ("No small change repairs the map: this is the planner's own.",)
+
+
+def test_on_smaller_gpus_than_those_of_the_report_no_map_would_do() -> None:
+    checked = judged(cog_report_10(), COG, machine([11, 11, 11, 11]))
 
     assert "VLM620" in codes(checked, "error")
     assert checked.corrected is None

@@ -14,8 +14,9 @@ from vlm_doctor.planner.budget import WORKSPACE_BYTES
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.memory import Footprint
+from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.units import GIB
-from vlm_doctor.workload import Workload
+from vlm_doctor.workload import Quantization, Workload
 
 from .profiles import glm41v_9b, llava_13b
 
@@ -125,3 +126,22 @@ def test_a_prompt_that_ran_out_of_memory_is_never_said_to_fit_and_little_is_give
 
     assert fits(int(share * longest_tokens))
     assert not fits(longest_tokens + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "layers", "measured_gib"),
+    [
+        ("THUDM/glm-4v-9b", None, 8, (13.693, 14.991)),
+        ("THUDM/cogvlm2-llama3-chat-19B", None, 11, (19.662, 20.116)),
+        ("THUDM/cogvlm2-llama3-chat-19B", "nf4", 7, (6.359, 8.838)),
+    ],
+)
+def test_checkpoints_with_code_of_their_own(
+    name: str, quantization: Quantization | None, layers: int, measured_gib: tuple[float, ...]
+) -> None:
+    """An image and 257 words on two H200s, 2026-11-26: ``benchmarks/true_size.py``."""
+    profile = load_profile(name, allow_network=False)
+    workload = Workload(images=1, text_tokens=257, new_tokens=2, quantization=quantization)
+    prices = Footprint(profile, workload, image_load(profile, workload), chain(profile).atoms)
+
+    assert peaks_gib(prices, layers) == pytest.approx(measured_gib, rel=0.01)

@@ -172,6 +172,23 @@ def test_logits_of_one_token_or_of_all() -> None:
     assert footprint(cog, images=0).work(512).head == 2 * states + 512 * 32064 * 6
 
 
+@pytest.mark.parametrize(
+    ("architecture", "fields", "element_bytes"),
+    [("Glm4vForConditionalGeneration", {"logits": "forward"}, 2), ("CogVLMForCausalLM", {}, 4)],
+)
+def test_logits_of_every_token_come_back_to_the_gpu_that_the_prompt_came_from(
+    architecture: str, fields: dict[str, Any], element_bytes: int
+) -> None:
+    prices = footprint(glm41v_9b(architecture=architecture), images=0, text_tokens=4096, **fields)
+    first = prices.detail(0, 8, 4096)
+
+    assert first.moment == "the logits come back"
+    assert first.kv_cache_bytes + first.activations_bytes >= 4096 * 151552 * element_bytes
+    assert prices.needs(4096)(0, 8) == first.total_bytes
+    assert prices.detail(0, len(prices.atoms), 4096).moment == "the head computes logits"
+    assert prices.detail(8, 16, 4096).moment == "a layer reads the prompt"
+
+
 def test_image_features_and_the_output_of_the_tower_are_held_on_the_first_gpu() -> None:
     prices = footprint(llava_13b())
     pixels, tower, features = 577 * 6 * 14**2 * 2, 577 * 1024 * 2, 576 * 5120 * 2

@@ -31,6 +31,7 @@ from .examples import examples
 from .profiles import glm41v_9b, machine
 
 GLM = "zai-org/GLM-4.1V-9B-Thinking"
+QWEN = load_profile("Qwen/Qwen2.5-VL-7B-Instruct", allow_network=False)
 
 
 @cache
@@ -160,6 +161,27 @@ def test_what_is_reserved_is_bounded_by_the_memory_there_is() -> None:
     assert tight.reserved_bytes is not None
     assert tight.reserved_bytes <= ample.total_bytes
     assert tight.total_bytes <= ample.total_bytes
+
+
+def test_pixels_are_on_the_first_gpu_of_torch_too_wherever_the_model_begins() -> None:
+    """Accelerate's hook takes them there, and the tower's own takes them from there."""
+    images = Workload(images=1, image_height=2240, image_width=2240, text_tokens=64, new_tokens=2)
+    pixels = (2240 // 14) ** 2 * 6 * 14**2 * 2
+
+    def least(position: int, run: tuple[int, int], *, is_anyway: bool) -> int:
+        rules = Policy(context_bytes=0)
+        made = machine([24.0, 24.0])
+        asked = ask(QWEN, images, rules, made, chain=chain(QWEN), found=budgets(made, rules))
+        assert asked.replay is not None
+        runs = asked.replay.runs_anyway if is_anyway else asked.replay.runs
+        return next(size for size in range(4 * GIB, 24 * GIB, 8 * MIB) if runs(run, position, 64, size))
+
+    atoms = len(chain(QWEN).atoms)
+    for position, run in ((1, (0, 9)), (0, (9, atoms))):
+        more = least(position, run, is_anyway=True) - least(position, run, is_anyway=False)
+        assert 0.8 * pixels < more < 1.5 * pixels
+    assert least(0, (0, 9), is_anyway=True) == least(0, (0, 9), is_anyway=False)
+    assert least(1, (9, atoms), is_anyway=True) == least(1, (9, atoms), is_anyway=False)
 
 
 MACHINES = (("80GiB", 0), ("2x24GiB", 1), ("4x80GiB", 2))

@@ -1,0 +1,1 @@
+"""Models that outlive a run (``--vlm-warm``): a process of their own keeps them, and the next run attaches."""
