@@ -401,9 +401,9 @@ def slurm_unmasked() -> Machine:
 
 @machine
 def container_short_of_a_gpu() -> Machine:
-    """The variable names more GPUs than came. Source: NVIDIA Container Toolkit, specialized configurations."""
+    """One of two GPUs does not answer. Source: NVIDIA Container Toolkit, specialized configurations."""
     environment = {"NVIDIA_VISIBLE_DEVICES": "0,1"}
-    return healthy("L4", "container short of a GPU", host=DOCKER, environment=environment)
+    return healthy("L4", "container short of a GPU", host=DOCKER, environment=environment, driver=driver(2))
 
 
 # Libraries

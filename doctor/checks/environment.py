@@ -63,7 +63,8 @@ def other_gpus_than_asked(facts: Facts) -> Result:
     """NVIDIA_VISIBLE_DEVICES does not do what it says here.
 
     ## What it checks
-    GPUs that NVIDIA_VISIBLE_DEVICES names against those in the container; whether it is set outside a container.
+    GPUs that NVIDIA_VISIBLE_DEVICES names against those in the container, and the device files that can be opened; whether
+    it is set outside a container.
 
     ## Why it matters
     The NVIDIA container runtime reads it when the container is made. Set later, or outside, it changes nothing: that is
@@ -76,7 +77,8 @@ def other_gpus_than_asked(facts: Facts) -> Result:
     Start the container with `--gpus '"device=0,1"'`; inside, use CUDA_VISIBLE_DEVICES.
 
     ## When it is fine
-    Outside a container it is only mentioned.
+    Outside a container it is only mentioned, as where a process may open fewer device files than the container was made
+    with, and each of these GPUs answers: somebody gave it a part on purpose.
 
     ## Sources
     NVIDIA Container Toolkit, "Specialized Configurations with Docker".
@@ -98,13 +100,23 @@ def other_gpus_than_asked(facts: Facts) -> Result:
     have = len(facts.machine.gpus)
     if not named or not is_list or have >= len(named):
         return ()
+    driver = facts.machine.driver
+    files = {name for name in driver.device_files if re.fullmatch(r"/dev/nvidia[0-9]+", name, re.ASCII)}
+    # What was withheld from this process is not broken: each GPU whose file it may open answers.
+    is_withheld = 0 < have == len(files.difference(driver.forbidden_device_files))
     return (
         found(
-            "warning",
+            "info" if is_withheld else "warning",
             f"{_INJECTED}={quote(value)} names {len(named)} GPU{'s' if len(named) > 1 else ''}, "
-            f"but this container has {have}.",
-            cause="The variable was changed after the container was made, or a GPU is gone.",
-            evidence=facts.evidence(f"environment.{_INJECTED}", "driver.device_files"),
+            f"but this container has {have}{', as many as it may open' if is_withheld else ''}.",
+            cause="The variable was changed after the container was made, or this process was given fewer of its GPUs."
+            if is_withheld
+            else "The variable was changed after the container was made, or a GPU is gone.",
+            evidence=facts.evidence(
+                f"environment.{_INJECTED}",
+                "driver.device_files",
+                *(["driver.forbidden_device_files"] if is_withheld else []),
+            ),
             fix=start_anew(
                 facts,
                 "Start the container anew with the GPUs that you want.",

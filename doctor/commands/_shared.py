@@ -14,6 +14,7 @@ import msgspec
 
 from .. import arguments
 from ..delivery import look_of, write_file, write_stdout
+from .ahead import loader
 
 if TYPE_CHECKING:
     from ..formats.look import Look
@@ -58,7 +59,9 @@ def read_machine(options: Namespace, *, wants_torch: bool = True) -> Machine:
         return load_machine(options.machine)
     from ..sources import collect as collect_machine
 
-    return collect_machine(with_torch=wants_torch and not options.no_torch, fresh_torch=options.fresh_torch)
+    return collect_machine(
+        with_torch=wants_torch and not options.no_torch, fresh_torch=options.fresh_torch, meanwhile=loader(options)
+    )
 
 
 def model_and_machine(options: Namespace) -> tuple[ModelProfile, Machine]:
@@ -68,7 +71,7 @@ def model_and_machine(options: Namespace) -> tuple[ModelProfile, Machine]:
     if options.machine == "live":
         from ..sources import Collection
 
-        with Collection(with_torch=False) as collection:
+        with Collection(with_torch=False, meanwhile=loader(options)) as collection:
             profile = load_profile(options.model, allow_network=not options.offline, families=options.families)
             return profile, collection.without_torch()
     from ..sources import load_machine

@@ -8,6 +8,7 @@ own (see :mod:`.child_entry`); the last line survives whatever happens next.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import selectors
 import signal
@@ -28,6 +29,10 @@ _FOLDER = Path(__file__).parent
 _REAP_S = 0.5
 """How long a killed child may take to vanish. One that waits inside a hung driver cannot be killed at all: it is left."""
 _Ended = Literal["answered", "babbled", "exited", "late", "idle"]
+_PIPE_BYTES = 2**19
+"""Room for what a child says before it is listened to: of eight GPUs 0.1 MB in all, and a pipe usually holds 64 KiB."""
+_SET_PIPE_SIZE = 1031
+"""``F_SETPIPE_SZ``. Source: linux/fcntl.h; in a number, since other systems lack the name in :mod:`fcntl`."""
 _TICK_S = 0.1
 """How often a child is looked at whose answer pipe a process it started keeps open."""
 
@@ -87,6 +92,7 @@ class Child:
         except OSError as error:
             self._outcome = Outcome(state="crashed", message=f"could not be started: {error}")
             return
+        _widen(writer)
         words = [str(writer), str(folder), program, str(deadline_s), msgspec.json.encode(arguments).decode()]
         try:
             self._process = subprocess.Popen(
@@ -204,6 +210,12 @@ class _Idleness:
         if work != self._work:
             self._work, self._since = work, now
         return now - self._since
+
+
+def _widen(pipe: int) -> None:
+    """Give a pipe room for all that a child says: it shall not wait for a reader that has other things to do meanwhile."""
+    with contextlib.suppress(OSError):  # the user has too many wide pipes already: then it waits
+        fcntl.fcntl(pipe, _SET_PIPE_SIZE, _PIPE_BYTES)
 
 
 def _how_it_died(process: subprocess.Popen[bytes], errors: bytes) -> str:

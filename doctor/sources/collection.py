@@ -43,6 +43,8 @@ class Collection:
         torch_deadline_s: Seconds that importing and asking torch may take.
         fresh_torch: Do not use an answer of torch from the last ten minutes.
         cache_folder: Where torch's answers and the readings of ``calibrate`` are kept; ``None`` for the user's.
+        meanwhile: Called once, when files have been read and NVML is to be waited for, with whether there may be GPUs: work
+            that can be done until it has answered.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class Collection:
         torch_deadline_s: float = 20.0,
         fresh_torch: bool = False,
         cache_folder: Path | None = None,
+        meanwhile: Callable[[bool], None] | None = None,
     ) -> None:
         self._environment = dict(os.environ if environment is None else environment)
         self._root = root
+        self._meanwhile = meanwhile
         self._cache_folder = cache_folder
         self._gaps: list[Gap] = []
         self._seconds: dict[str, float] = {}
@@ -135,6 +139,8 @@ class Collection:
         settings = self._read("nccl_settings", lambda: read_nccl_files(self._root, self._environment), no_settings)
         checkpoints = self._read("checkpoints", self._read_checkpoints, no_checkpoints)
         calibrations = self._read("calibrations", lambda: load_calibrations(self._cache_folder), no_readings)
+        if self._meanwhile is not None:
+            self._meanwhile(is_nvidia)
         self.waiting_for = "NVML"
         outcome = self._nvml.outcome()
         self._seconds["nvml"] = round(outcome.seconds, 4)
@@ -231,6 +237,7 @@ def collect(
     torch_deadline_s: float = 20.0,
     fresh_torch: bool = False,
     cache_folder: Path | None = None,
+    meanwhile: Callable[[bool], None] | None = None,
 ) -> Machine:
     """Examine this computer and wait for everything; the arguments are those of :class:`Collection`."""
     with Collection(
@@ -241,6 +248,7 @@ def collect(
         torch_deadline_s=torch_deadline_s,
         fresh_torch=fresh_torch,
         cache_folder=cache_folder,
+        meanwhile=meanwhile,
     ) as collection:
         return collection.complete()
 

@@ -2,17 +2,24 @@
 
 Every question is guarded for itself: one that is not supported, missing in an old nvidia-ml-py or an old driver, or that
 fails, leaves a gap with NVML's own text. The answer grows stage by stage, plain facts first, so that a crash or a hang
-costs only what comes after it. Names are those of nvidia-ml-py 13.615; what 12.560 lacks becomes a gap.
+costs only what comes after it. Within a stage GPUs are asked side by side (NVML is thread-safe, and ctypes lets other
+threads run): a question may take milliseconds, and eight GPUs are asked several hundred. Names are those of nvidia-ml-py
+13.615; what 12.560 lacks becomes a gap.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import nvml_condition, nvml_links, nvml_processes
+from .nvml_threads import side_by_side
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 _NOT_SUPPORTED = 3
 _NOT_FOUND = 6
@@ -83,6 +90,15 @@ class Reader:
         """All gaps, in the order in which they were found."""
         return [{"path": path, "reason": reason} for path, reason in self._gaps.items()]
 
+    def each(self, ask: Callable[[Reader, ItemT], ResultT], items: Sequence[ItemT]) -> list[ResultT]:
+        """``ask(reader, item)`` for every item, side by side; results and gaps come in the order of the items."""
+        readers = [Reader(self.nvml) for _ in items]
+        results = side_by_side([partial(ask, reader, item) for reader, item in zip(readers, items, strict=True)])
+        for reader in readers:
+            self._gaps.update(reader._gaps)
+            self._codes.update(reader._codes)
+        return results
+
 
 def main(say: Callable[..., None]) -> None:
     """Answer ``{driver, gpus, pairs, gaps}``."""
@@ -109,26 +125,22 @@ def read(nvml: Any, answer: dict[str, Any], say: Callable[..., None]) -> None:
     cuda = reader.ask("driver.cuda_version", "nvmlSystemGetCudaDriverVersion_v2")
     driver["cuda_version"] = [cuda // 1000, cuda % 1000 // 10] if cuda else None
     gpus: list[dict[str, Any]] = answer["gpus"]
-    handles: list[Any] = []
-    for index in range(reader.ask("gpus", "nvmlDeviceGetCount") or 0):
-        gpus.append({"index": index, "uuid": "", "name": "unknown GPU"})
-        handles.append(_ask_gpu(_identify, reader, gpus[index], index))
+    count = reader.ask("gpus", "nvmlDeviceGetCount") or 0
+    gpus.extend({"index": index, "uuid": "", "name": "unknown GPU"} for index in range(count))
+    handles = reader.each(lambda own, gpu: _ask_gpu(_identify, own, gpu, gpu["index"]), gpus)
     answer["gaps"] = reader.gaps()
     say("names and memory of the GPUs", answer)
+    known = list(zip(gpus, handles, strict=True))
     for stage, ask in (("state", _ask_state), ("processes", _ask_processes), ("NVLinks", nvml_links.ask_ports)):
-        for gpu, handle in zip(gpus, handles, strict=True):
-            if "error" not in gpu:
-                _ask_gpu(ask, reader, gpu, handle)
+        _ask_alive(ask, reader, known)
         answer["gaps"] = reader.gaps()
         say(f"{stage} of the GPUs", answer)
-    alive = [(gpu, handle) for gpu, handle in zip(gpus, handles, strict=True) if "error" not in gpu]
+    alive = [(gpu, handle) for gpu, handle in known if "error" not in gpu]
     answer["pairs"] = nvml_links.ask_pairs(reader, alive, LostGpuError)
     answer["gaps"] = reader.gaps()
     say("links between the GPUs", answer)
     driver["is_confidential_ready"] = nvml_condition.confidential_readiness(reader)
-    for gpu, handle in alive:
-        if "error" not in gpu:
-            _ask_gpu(nvml_condition.ask, reader, gpu, handle)
+    _ask_alive(nvml_condition.ask, reader, known)
     answer["gaps"] = reader.gaps()
 
 
@@ -145,6 +157,14 @@ def start(nvml: Any) -> dict[str, Any]:
         state = "no_library" if code == _LIBRARY_NOT_FOUND else "error"
         return {"nvml_state": state, "nvml_error_code": code, "nvml_message": str(error)}
     return {"nvml_state": "ok"}
+
+
+def _ask_alive(
+    ask: Callable[[Reader, dict[str, Any], Any], Any], reader: Reader, known: Sequence[tuple[dict[str, Any], Any]]
+) -> None:
+    """Ask every GPU something that has answered everything so far."""
+    alive = [(gpu, handle) for gpu, handle in known if "error" not in gpu]
+    reader.each(lambda own, one: _ask_gpu(ask, own, *one), alive)
 
 
 def _ask_gpu(ask: Callable[[Reader, dict[str, Any], Any], Any], reader: Reader, gpu: dict[str, Any], handle: Any) -> Any:

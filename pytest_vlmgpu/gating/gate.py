@@ -206,14 +206,8 @@ class Gate:
 
     def _judge_on_gpus(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
         hider = hider_of(self._config)
-        if hider is not None and hider.started_by:
-            return Verdict(
-                "error",
-                verdicts.FAULT,
-                f"{hider.started_by}, which has no marker of the plugin, started CUDA while GPUs were hidden from it "
-                "(vlm_hide_gpu_from_cpu_tests), so this process sees none any more: mark that test, or run with "
-                "pytest-xdist and one worker more than there are GPUs.",
-            )
+        if hider is not None and hider.started_by and (refusal := hider.refusal()):
+            return refusal
         needs = test.requirements
         needs_memory = not test.loads and (needs.needs_memory or needs.exclusive or bool(test.specs))
         max_age_s = MEMORY_AGE_S if needs_memory else HEALTH_AGE_S
@@ -255,8 +249,12 @@ class Gate:
         return self.own.ask_warm_hosts(self.reader.first())
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
-        """Take this process' GPUs, if that was not done; the refusal where there are none for it."""
-        return self.own.settle(machine, _planner_of(request)) or Verdict("run")
+        """Take this process' GPUs, if that was not done; the refusal where there are none for it, or none any more."""
+        refusal = self.own.settle(machine, _planner_of(request))
+        hider = hider_of(self._config)
+        if refusal is None and hider is not None:
+            refusal = hider.refusal()
+        return refusal or Verdict("run")
 
     def when_free(
         self, ask: Callable[[float], T], first: T, verdict_of: Callable[[T], Verdict], *, grace_s: float = GRACE_S

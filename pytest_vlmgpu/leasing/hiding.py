@@ -1,8 +1,8 @@
 """``vlm_hide_gpu_from_cpu_tests``: a test without a marker or fixture of the plugin sees no GPU, as far as that can be had.
 
 A process reads CUDA_VISIBLE_DEVICES once, when CUDA is started in it. So GPUs can be hidden from a test until then, and
-from the processes that it starts at any time; and a test that starts CUDA while they are hidden takes them from the gated
-tests that follow in its process.
+from the processes that it starts at any time; and a test that starts CUDA, or tries to, while they are hidden takes them
+from the gated tests that follow in its process: torch and the CUDA runtime remember that there were none (torch 2.11).
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from .. import verdicts
 from ..state import GATED_TEST, WATCHED_TEST
+from ..verdicts import Verdict
 from . import masks
+from .attempts import Attempts, counted_gpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -33,7 +36,9 @@ class Hider:
 
     def __init__(self) -> None:
         self.started_by = ""
-        """The first test that started CUDA while GPUs were hidden from it."""
+        """The first test that started CUDA while GPUs were hidden from it, so that this process has none any more."""
+        self._suspect = ""
+        """The first test that tried, or may have: it need not have taken the GPUs."""
         self.has_hidden = False
         """True once GPUs were hidden from a test."""
         self._restore: Callable[[], None] | None = None
@@ -50,11 +55,46 @@ class Hider:
         self._hide()
         self.has_hidden = True
         try:
-            return (yield)
+            if was_started or self._suspect:  # there is nothing to find out
+                return (yield)
+            return (yield from self._watch(item.nodeid))
         finally:
             self._show()
-            if not was_started and not self.started_by and masks.is_cuda_started():
-                self.started_by = item.nodeid
+
+    def _watch(self, name: str) -> Generator[None, object, object]:
+        """Run a test, and note whether it started CUDA, or tried."""
+        was_loaded = masks.is_driver_loaded()
+        attempts = Attempts()
+        try:
+            with attempts:
+                return (yield)
+        finally:
+            if masks.is_cuda_started():
+                self._suspect = self.started_by = name
+            elif attempts.has_failed or (masks.is_driver_loaded() and not was_loaded):
+                self._suspect = name
+
+    def refusal(self) -> Verdict | None:
+        """The error for every gated test once another test took the GPUs from this process.
+
+        Where one tried to start CUDA, torch is asked for its GPUs, which starts it: this process' GPUs are settled before.
+        """
+        if self._suspect and not self.started_by and self._restore is None:
+            gpus = counted_gpus()
+            if gpus == 0:
+                self.started_by = self._suspect
+            elif gpus is not None:
+                self._suspect = ""
+        if not self.started_by:
+            return None
+        return Verdict(
+            "error",
+            verdicts.FAULT,
+            f"{self.started_by}, which has no marker of the plugin, started CUDA while GPUs were hidden from it "
+            "(vlm_hide_gpu_from_cpu_tests), so this process sees none any more: give that test @pytest.mark.vlm_requires, "
+            "run with pytest-xdist and one worker more than there are GPUs, or leave the option away. (The first "
+            ".backward() of a process starts CUDA, on the CPU too.)",
+        )
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
@@ -79,8 +119,9 @@ class Hider:
     def _warn(self, item: pytest.Item) -> None:
         self._has_warned = True
         text = (
-            "vlmgpu: vlm_hide_gpu_from_cpu_tests: CUDA was started in this process before this test, so it and later ones "
-            "without a marker of the plugin see GPUs; with pytest-xdist and one worker more than GPUs they do not."
+            "vlmgpu: vlm_hide_gpu_from_cpu_tests: CUDA was started in this process before this test, so this and later "
+            "ones without a marker of the plugin can use its GPUs, whatever torch.cuda.is_available() tells them; with "
+            "pytest-xdist and one worker more than GPUs they cannot."
         )
         with warnings.catch_warnings():
             warnings.simplefilter("default")  # with -W error it would end the run

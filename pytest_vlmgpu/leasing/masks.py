@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +24,21 @@ def mask_for(names: Sequence[str]) -> dict[str, str]:
 
 def is_cuda_started() -> bool:
     """True when this process has read CUDA_VISIBLE_DEVICES for good (``cuInit``). It is not started by asking."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-    except OSError:  # not loaded by anything in this process
-        return False
+    library = _loaded_driver()
     count = ctypes.c_int()
-    return bool(library.cuDeviceGetCount(ctypes.byref(count)) != _NOT_INITIALIZED)
+    return library is not None and bool(library.cuDeviceGetCount(ctypes.byref(count)) != _NOT_INITIALIZED)
+
+
+def is_driver_loaded() -> bool:
+    """True when something in this process has loaded CUDA's driver library, which is what starts CUDA, or tries to."""
+    return _loaded_driver() is not None
+
+
+def _loaded_driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:  # not loaded by anything in this process
+        return None
 
 
 def apply(variables: Mapping[str, str]) -> Callable[[], None]:

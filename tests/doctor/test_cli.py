@@ -335,8 +335,11 @@ class FakeCollection:
     machine = load_machine(recorded("2xl4-idle"))
     waiting_for = ""
 
-    def __init__(self, *, with_torch: bool = True, fresh_torch: bool = False) -> None:
+    def __init__(
+        self, *, with_torch: bool = True, fresh_torch: bool = False, meanwhile: Callable[[bool], None] | None = None
+    ) -> None:
         self.with_torch = with_torch
+        self.meanwhile = meanwhile
 
     def __enter__(self) -> FakeCollection:
         return self
@@ -345,6 +348,8 @@ class FakeCollection:
         pass
 
     def without_torch(self) -> Machine:
+        if self.meanwhile is not None:
+            self.meanwhile(True)
         return msgspec.structs.replace(self.machine, torch=TorchView(state="not_asked", message="still being asked"))
 
     def complete(self) -> Machine:
@@ -491,7 +496,8 @@ def test_an_empty_log_is_bad_usage_in_json_too(run: Run, tmp_path: Path) -> None
 def test_only_errors_about_torch_ask_torch(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[bool] = []
 
-    def collect(*, with_torch: bool, fresh_torch: bool) -> Machine:
+    def collect(*, with_torch: bool, fresh_torch: bool, meanwhile: Callable[[bool], None]) -> Machine:
+        meanwhile(True)
         asked.append(with_torch)
         return load_machine(recorded("2xl4-idle"))
 

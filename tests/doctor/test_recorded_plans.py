@@ -1,4 +1,4 @@
-"""From a recorded machine and a catalogue model to a plan: two real GPUs on which another process holds memory."""
+"""From a recorded machine and a catalogue model to a plan: two real GPUs, parts of them taken, and eight free ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LAYERS_OF_AUTO = 16
 """On the first GPU, as device_map="auto" places this model on these machines. Measured: benchmarks/README.md."""
 
 
-def planned(machine: str, *, min_gpus: int = 1) -> Plan:
-    profile = load_profile("zai-org/GLM-4.1V-9B-Thinking", allow_network=False)
+def planned(machine: str, *, model: str = "zai-org/GLM-4.1V-9B-Thinking", min_gpus: int = 1) -> Plan:
+    profile = load_profile(model, allow_network=False)
     return plan(profile, load_machine(str(MACHINES / f"{machine}.json")), Workload(), Policy(min_gpus=min_gpus))
 
 
@@ -41,3 +41,18 @@ def test_the_ledger_of_a_taken_gpu_adds_up_and_names_what_others_hold() -> None:
         assert sum(line.size_bytes for line in stage.ledger) == stage.total_bytes
         (others,) = [line.size_bytes for line in stage.ledger if line.kind == "others"]
         assert 116 * GIB < others < 117 * GIB
+
+
+def test_a_model_that_one_of_eight_gpus_can_hold_leaves_the_others_alone() -> None:
+    made = planned("8xh200-recorded")
+
+    assert made.fits
+    assert [stage.gpu for stage in made.stages] == [0]
+
+
+def test_a_model_that_needs_two_of_eight_gpus_is_cut_once_and_crosses_nvlink() -> None:
+    made = planned("8xh200-recorded", model="Qwen/Qwen2.5-VL-72B-Instruct")
+
+    assert made.fits
+    assert len(made.stages) == 2
+    assert {link.nvlinks for link in load_machine(str(MACHINES / "8xh200-recorded.json")).links} == {18}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_vlmgpu.leasing.attempts import counted_gpus
 from pytest_vlmgpu.leasing.hiding import Hider
 
 from .projects import with_workers
@@ -180,9 +183,186 @@ def test_gated(vlm): pass
     result.stdout.fnmatch_lines(
         [
             "VLM712: test_x.py::test_starts, which has no marker of the plugin, started CUDA while GPUs were hidden from "
-            "it (vlm_hide_gpu_from_cpu_tests), so this process sees none any more: mark that test, *"
+            "it (vlm_hide_gpu_from_cpu_tests), so this process sees none any more: give that test "
+            "@pytest.mark.vlm_requires, run with pytest-xdist and one worker more than there are GPUs, or leave the *"
         ]
     )
+
+
+TORCH = """
+import sys, types
+import pytest_vlmgpu.leasing.masks as masks
+
+# torch as it was found on a real GPU: an attempt while no GPU is visible fails, and is_initialized() stays False; from then
+# on the process has none.
+class Driver:
+    is_blind = is_loaded = is_started = False
+
+def count():
+    Driver.is_loaded = True
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":
+        Driver.is_blind = True
+    Driver.is_started = not Driver.is_blind
+    return 0 if Driver.is_blind else 2
+
+def init():
+    if count() == 0:
+        raise RuntimeError("No CUDA GPUs are available")
+
+def make(cuda=True):
+    extension = types.ModuleType("torch._C")
+    if cuda:
+        extension._cuda_init, extension._cuda_getDeviceCount = init, count
+    return extension
+
+class Finder:
+    # Imports the stand-in as torch is imported: the extension first.
+    def find_spec(self, name, path, target=None):
+        import importlib.machinery
+        return importlib.machinery.ModuleSpec(name, self) if name == "torch.cuda" else None
+    def create_module(self, spec): return None
+    def exec_module(self, module): pass
+
+def late():
+    import importlib
+    sys.modules["torch"] = package = types.ModuleType("torch")
+    package.__path__ = []
+    sys.modules["torch._C"] = package._C = make()
+    importlib.import_module("torch.cuda")
+
+masks.is_cuda_started = lambda: Driver.is_started
+masks.is_driver_loaded = lambda: Driver.is_loaded
+sys.meta_path.append(Finder())
+if KIND != "late":
+    sys.modules["torch._C"] = make(cuda=KIND != "cpu")
+"""
+STARTS = """
+import os, sys
+import pytest
+from conftest import Driver, late
+def start():
+    if "torch._C" not in sys.modules: late()
+    sys.modules["torch._C"]._cuda_init()
+def test_first(): assert sys.modules["torch._C"]._cuda_init.__name__ == "init"
+def test_starts():
+    with pytest.raises(RuntimeError, match="No CUDA GPUs are available"): start()
+def test_again():
+    with pytest.raises(RuntimeError, match="No CUDA GPUs are available"): start()
+@pytest.mark.vlm_requires
+def test_gated(): start()
+def test_between(): pass
+@pytest.mark.vlm_requires
+def test_gated_too(): start()
+def teardown_module(): assert not hasattr(sys.modules["torch._C"]._cuda_init, "__wrapped__")
+"""
+TAKEN = "VLM712: test_x.py::{}, which has no marker of the plugin, started CUDA while GPUs were hidden from it *"
+
+
+@pytest.fixture
+def stand_in(suite: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A project with a stand-in for torch: ``early``, ``late`` (imported by the test that uses it) or for the ``cpu``."""
+    from pytest_vlmgpu.leasing import masks
+
+    monkeypatch.setattr(masks, "is_driver_loaded", masks.is_driver_loaded)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    for name in ("torch", "torch._C", "torch.cuda"):
+        monkeypatch.setitem(sys.modules, name, sys)  # to be put back by the end of the test
+        monkeypatch.delitem(sys.modules, name)
+
+    def make(kind: str) -> None:
+        suite.configure(f"import os\nKIND = {kind!r}\n{TORCH}")
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_an_attempt_that_failed_is_an_error_of_the_gated_tests_and_names_who_made_it(
+    suite: Any, stand_in: Callable[[str], None], kind: str
+) -> None:
+    stand_in(kind)
+    suite_text = STARTS if kind == "early" else STARTS.replace("def test_first", "def no_test")
+
+    result = suite.run(OPTION, test_x=suite_text)
+
+    result.assert_outcomes(passed=4 if kind == "early" else 3, errors=2)
+    result.stdout.fnmatch_lines([TAKEN.format("test_starts")])
+
+
+def test_who_made_torch_count_the_gpus_without_python_is_named_too(suite: Any, stand_in: Callable[[str], None]) -> None:
+    stand_in("early")
+
+    result = suite.run(
+        OPTION,
+        test_x=STARTS
+        + """
+import conftest
+def test_starts(): conftest.count()  # as C++ does, at the first backward()
+test_again = lambda: None
+""",
+    )
+
+    result.assert_outcomes(passed=4, errors=2)
+    result.stdout.fnmatch_lines([TAKEN.format("test_starts")])
+
+
+def test_who_only_loads_the_driver_takes_nothing(suite: Any, stand_in: Callable[[str], None]) -> None:
+    stand_in("early")
+
+    result = suite.run(
+        OPTION,
+        test_x=STARTS
+        + """
+def test_starts(): Driver.is_loaded = True
+test_again = lambda: None
+""",
+    )
+
+    result.assert_outcomes(passed=6, warnings=1)
+
+
+def test_without_a_hidden_attempt_torch_is_not_asked(suite: Any, stand_in: Callable[[str], None]) -> None:
+    stand_in("early")
+
+    result = suite.run(
+        OPTION,
+        test_x="""
+import pytest
+from conftest import Driver
+def test_plain(): pass
+@pytest.mark.vlm_requires
+def test_gated(): assert not Driver.is_loaded
+""",
+    )
+
+    result.assert_outcomes(passed=2)
+
+
+def test_a_torch_without_cuda_is_left_alone(suite: Any, stand_in: Callable[[str], None]) -> None:
+    stand_in("cpu")
+
+    result = suite.run(
+        OPTION,
+        test_x="""
+import pytest, sys
+from conftest import Driver
+def test_plain():
+    Driver.is_loaded = True  # by something else
+    assert not hasattr(sys.modules["torch._C"], "_cuda_init")
+@pytest.mark.vlm_requires
+def test_gated(): pass
+""",
+    )
+
+    result.assert_outcomes(passed=2)
+
+
+def test_a_count_that_raises_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> int:
+        raise RuntimeError("CUDA unknown error")
+
+    monkeypatch.setitem(sys.modules, "torch._C", SimpleNamespace(_cuda_getDeviceCount=fail))
+
+    assert counted_gpus() == 0
 
 
 def test_a_load_that_finds_no_gpu_says_that_they_were_hidden_before(suite: Any) -> None:

@@ -116,6 +116,7 @@ HEALTHY = [
     "4x3090-two-bridges",
     "8xa100-nvswitch",
     "8xb200-nvswitch",
+    "8xh200-recorded",
     "cache-in-memory",
     "ci-container",
     "confidential-ready",

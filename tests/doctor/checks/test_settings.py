@@ -370,6 +370,21 @@ def test_variable_of_the_container_runtime(environment: dict[str, str], state: s
     assert ask("VLM208", "container-short-of-a-gpu", host=host, environment=environment).state == state
 
 
+def test_gpus_of_the_container_that_this_process_may_not_open_are_only_mentioned(ask: Ask, said: Said, load: Load) -> None:
+    machine = load("8xh200-recorded")
+    two = replace(machine, gpus=machine.gpus[:2], links=machine.links[:1])
+    kept = ("/dev/nvidia0", "/dev/nvidia1", "/dev/nvidiactl", "/dev/nvidia-uvm")
+    forbidden = tuple(f"/dev/nvidia{index}" for index in range(2, 8))
+    text = "NVIDIA_VISIBLE_DEVICES='0,1,2,3,4,5,6,7' names 8 GPUs, but this container has 2"
+
+    gone = replace(two, driver=replace(two.driver, device_files=kept))
+    refused = replace(two, driver=replace(two.driver, forbidden_device_files=forbidden))
+
+    assert said(ask("VLM208", machine)) == []
+    assert said(ask("VLM208", gone)) == said(ask("VLM208", refused)) == [("info", f"{text}, as many as it may open.")]
+    assert said(ask("VLM208", two)) == [("warning", f"{text}.")]
+
+
 def test_variable_of_the_container_runtime_outside(ask: Ask, said: Said) -> None:
     outcome = ask("VLM208", "2xl4-idle", environment={"NVIDIA_VISIBLE_DEVICES": "0"})
     assert said(outcome) == [("info", "NVIDIA_VISIBLE_DEVICES='0' has no effect outside a container.")]

@@ -45,6 +45,23 @@ def test_answer_and_arguments_travel(tmp_path: Path) -> None:
     assert outcome.seconds > 0
 
 
+def test_a_child_does_not_wait_for_a_reader_that_is_busy(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "from pathlib import Path\n"
+        "def main(say, done):\n"
+        "    for _ in range(10): say('more', {'text': 'x' * 30_000})\n"
+        "    Path(done).touch()\n"
+        "    say('all', {'is_fine': True}, is_final=True)\n"
+    )
+    done = tmp_path / "done"
+    child = Child("program", {"done": str(done)}, environment=os.environ, deadline_s=60, folder=tmp_path)
+    until = time.monotonic() + 30
+    while not done.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert done.exists(), "it waits for somebody to read"
+    assert child.outcome().answer == {"is_fine": True}
+
+
 def test_bytes_of_old_bindings_become_text(tmp_path: Path) -> None:
     assert run(tmp_path, "say('all', {'name': b'Tesla T4'}, is_final=True)").answer == {"name": "Tesla T4"}
 

@@ -110,6 +110,99 @@ def test_two_h200_behind_nvswitch(view: View) -> None:
     assert [(link.label, link.path, link.p2p_read, link.p2p_write) for link in seen.links] == [("NV18", "PHB", "ok", "ok")]
 
 
+def test_eight_gpus_are_told_in_their_order_whoever_answers_first(view: View) -> None:
+    gpus = [
+        {**H200, "UUID": f"GPU-{index}", "PciInfo": f"00000000:00:{index:02X}.0", "DisplayActive": {"error": 3}}
+        for index in range(8)
+    ]
+    pairs = {f"{a}-{b}": {"ancestor": 30, "p2p": [0, 5, 0]} for a in range(8) for b in range(a + 1, 8) if (a, b) != (2, 5)}
+    seen = view({"gpus": gpus, "pairs": pairs})
+    assert [gpu.uuid for gpu in seen.gpus] == [f"GPU-{index}" for index in range(8)]
+    assert [(link.a, link.b) for link in seen.links] == [(a, b) for a in range(8) for b in range(a + 1, 8)]
+    assert {(link.label, link.p2p_read, link.p2p_write) for link in seen.links} == {
+        ("NV18", "ok", "not_supported"),
+        ("NV18", None, None),
+    }
+    displays = [f"gpus[{index}].display_active" for index in range(8)]
+    assert [gap.path for gap in seen.gaps] == [
+        *displays,
+        *(f"links[2-5].{field}" for field in ("path", "p2p_read", "p2p_write")),
+    ]
+
+
+def counting(double: ModuleType, monkeypatch: pytest.MonkeyPatch, *functions: str) -> list[str]:
+    """Names of these functions of the double, once for every call."""
+    called: list[str] = []
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*arguments: Any) -> Any:
+            called.append(name)
+            return function(*arguments)
+
+        return note
+
+    for name in functions:
+        monkeypatch.setattr(double, name, noting(name, getattr(double, name)))
+    return called
+
+
+@pytest.mark.parametrize(
+    ("second", "others", "asked"),
+    [
+        ({}, {}, 7),
+        ({"MigMode": [1, 1]}, {}, 7 + 6),  # GPU 1 is alone: it is asked about everybody
+        ({"ports": [*H200["ports"][:17], {"state": 0}]}, {}, 7 + 6),
+        ({"fabric": {"state": 3, "status": 0, "cliqueId": 7}}, {}, 7 + 6),
+        ({"fabric": {"state": 2, "status": 0, "cliqueId": 0}}, {}, 7 + 6),
+        ({}, {"0-4": {"ancestor": 30, "p2p": [5, 0, 0]}}, 28),
+        ({}, {"0-4": {"ancestor": 30, "p2p": {"error": 999}}}, 28),
+    ],
+)
+def test_behind_a_switch_peer_access_is_asked_of_the_first_gpu(
+    nvml_double: Double, monkeypatch: pytest.MonkeyPatch, second: dict[str, Any], others: dict[str, Any], asked: int
+) -> None:
+    gpus = [{**H200, "UUID": f"GPU-{index}", "PciInfo": f"00000000:00:{index:02X}.0"} for index in range(8)]
+    gpus[1].update(second)
+    pairs = {f"{a}-{b}": {"ancestor": 30, "p2p": [0, 0, 0]} for a in range(8) for b in range(a + 1, 8)} | others
+    double = nvml_double({"gpus": gpus, "pairs": pairs})
+    called = counting(double, monkeypatch, "nvmlDeviceGetP2PStatus", "nvmlDeviceGetTopologyCommonAncestor")
+    answer: dict[str, Any] = {"gpus": []}
+
+    nvml.read(double, answer, lambda *_: None)
+
+    assert called.count("nvmlDeviceGetP2PStatus") == 2 * asked
+    assert called.count("nvmlDeviceGetTopologyCommonAncestor") == 28
+    assert [(pair["a"], pair["b"]) for pair in answer["pairs"]] == [(a, b) for a in range(8) for b in range(a + 1, 8)]
+    told = {(pair["a"], pair["b"]): pair["p2p_read"] for pair in answer["pairs"]}
+    assert {name for name, read in told.items() if read != "ok"} == ({(0, 4)} if others else set())
+
+
+def test_ports_in_a_fabric_that_is_up_are_asked_for_what_differs(
+    nvml_double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double = nvml_double(changed(TWO_H200, fabric={"state": 2, "status": 0, "healthMask": 0, "cliqueId": 0}))
+    names = [f"nvmlDeviceGetNvLink{what}" for what in ("State", "Version", "RemoteDeviceType", "RemotePciInfo")]
+    called = counting(double, monkeypatch, *names)
+    nvml.read(double, {"gpus": []}, lambda *_, **__: None)
+    # The fabric of the second GPU is not up yet: its ports are asked where they lead.
+    assert [called.count(name) for name in names] == [36, 2, 1 + 18, 2]
+
+
+def test_one_lost_gpu_of_several_leaves_the_others_and_their_links(view: View) -> None:
+    gpus = [{**H200, "UUID": f"GPU-{index}", "PciInfo": f"00000000:00:{index:02X}.0"} for index in range(4)]
+    gpus[1]["ComputeMode"] = {"error": 15}
+    pairs = {f"{a}-{b}": {"ancestor": 30, "p2p": [0, 0, 0]} for a in range(4) for b in range(a + 1, 4)}
+    seen = view({"gpus": gpus, "pairs": pairs})
+    assert [gpu.error for gpu in seen.gpus] == [None, "GPU is lost", None, None]
+    assert [(link.a, link.b) for link in seen.links] == [(0, 2), (0, 3), (2, 3)]
+
+
+def test_addresses_of_switches_are_asked_where_they_can_be_seen(view: View) -> None:
+    ports = [{"state": 1, "version": 6, "type": 2, "address": f"00000000:C{link}:00.0"} for link in range(4)]
+    seen = view(changed(TWO_H200, ports=ports, link_count=4))
+    assert [port.remote_bus_id for port in seen.gpus[1].nvlinks] == [f"0000:c{link}:00.0" for link in range(4)]
+
+
 def test_four_3090_with_two_bridges(view: View) -> None:
     pairs = {f"{a}-{b}": {"ancestor": 40, "p2p": [1, 1, 5]} for a in range(4) for b in range(a + 1, 4)}
     pairs["0-1"] = pairs["2-3"] = {"ancestor": 20, "p2p": [0, 0, 0]}
