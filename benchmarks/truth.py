@@ -25,6 +25,7 @@ from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.order import Split
 from vlm_doctor.planner.problem import ask
+from vlm_doctor.planner.traced import IrregularError
 from vlm_doctor.planner.traced_footprint import trace_request
 from vlm_doctor.sources.trace import trace
 from vlm_doctor.workload import Workload
@@ -89,7 +90,11 @@ def main() -> None:
         machine = cuts.machine_of(frontier.cards_of(scenario))
         for (text, edge), by_gpu in sorted(found.items()):
             for tier, is_traced in (("scripts", False), ("traces", True)):
-                stages = priced(subject, machine, plan, workload_of(text, edge), is_traced=is_traced)
+                try:
+                    stages = priced(subject, machine, plan, workload_of(text, edge), is_traced=is_traced)
+                except IrregularError as error:
+                    print(f"{scenario} text {text} edge {edge} not traced: {error}")
+                    continue
                 for gpu, row in by_gpu.items():
                     stage, kind = stages[gpu], "images" if edge else "text"
                     for measure, told, was in (

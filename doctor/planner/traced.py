@@ -17,6 +17,9 @@ STEP = 512
 """Tokens from one traced length to the next."""
 _SHORTEST = 64
 """Text tokens of the shortest prompt traced."""
+_SHORT_SORT = 4096
+"""Keys that are sorted in place; a mixture of experts sorts as many for each token as experts read it.
+Source: should_use_small_sort of aten/src/ATen/native/cuda/Sort.h."""
 _ROW = 8
 """Lengths traced are one more than a multiple, so that rows of masks that are padded to whole vectors are padded most."""
 
@@ -25,15 +28,16 @@ class IrregularError(Exception):
     """The events of prompts of different length differ in more than sizes that are polynomials; the message is a phrase."""
 
 
-def lengths(image_tokens: int, window: int | None, steps: int) -> tuple[int, ...]:
+def lengths(image_tokens: int, window: int | None, steps: int, active_experts: int = 0) -> tuple[int, ...]:
     """Lengths of prompts to trace: four, and four more where a sliding window makes long prompts another program.
 
     Args:
         image_tokens: Of one prompt.
         window: Tokens of the sliding window; ``None`` when there is none.
         steps: Tokens to generate.
+        active_experts: That read each token, in a mixture of experts.
     """
-    least = image_tokens + _SHORTEST
+    least = max(image_tokens + _SHORTEST, _SHORT_SORT // active_experts + 1 if active_experts else 0)
     if window is None:
         return _four(least, STEP)
     beyond = _four(max(least, window + 1), STEP)

@@ -52,7 +52,7 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
         cudnn_width=min(widths, default=0) if workload.attention == "sdpa" else 0,
         layers=tuple(unit.key for unit in profile.units if unit.role == "layer"),
         tower=tuple(unit.key for unit in profile.units if unit.role in _TOWER_ROLES) if has_images else (),
-        lengths=lengths(load.tokens, profile.text.sliding_window, steps),
+        lengths=lengths(load.tokens, profile.text.sliding_window, steps, profile.text.active_experts),
         steps=steps,
         batch=workload.batch,
         images=workload.images if has_images else 0,

@@ -72,10 +72,11 @@ def test_short_prompts_have_no_less_than_a_byte() -> None:
     assert [event.size_bytes for event in Growth(shape).at(10).events] == [1, -1]
 
 
-@given(st.integers(0, 5000), st.none() | st.integers(1, 9000), st.integers(0, 2))
-def test_lengths_are_four_of_each_program(image_tokens: int, window: int | None, steps: int) -> None:
-    found = lengths(image_tokens, window, steps)
+@given(st.integers(0, 5000), st.none() | st.integers(1, 9000), st.integers(0, 2), st.integers(0, 16))
+def test_lengths_are_four_of_each_program(image_tokens: int, window: int | None, steps: int, experts: int) -> None:
+    found = lengths(image_tokens, window, steps, experts)
     assert min(found) > image_tokens
+    assert not experts or min(found) * experts > 4096, "few tokens of experts are sorted by another program"
     within = [tokens for tokens in found if window is not None and tokens <= window]
     assert len(within) in ((0, 4) if window is not None else (0,))
     assert len(found) - len(within) == 4
