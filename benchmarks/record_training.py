@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import accelerate.hooks
-import msgspec
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from traced_models import config_of
 
-from vlm_doctor.planner.allocator import SMALL_BYTES, Allocator, Block, OutOfMemoryError
+from vlm_doctor.planner.allocator import Allocator, Block, OutOfMemoryError
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.memory import Footprint
@@ -92,7 +90,7 @@ class Recorder(TorchDispatchMode):
         stage = self._forced if self._forced is not None else known[0] if known else self._last
         self._last = stage
         each = [one for one in tree_flatten(result)[0] if _is_meta(one)]
-        for size in _temporaries(func, given, each):
+        for size in _temporaries(func, each):
             self.make(size, stage, is_kept=False)
         for number, tensor in enumerate(each):
             is_list = isinstance(result, (list, tuple)) and len(known) >= len(each) > 1 and "foreach" in str(func)
@@ -125,7 +123,7 @@ def _is_meta(one: object) -> bool:
     return isinstance(one, torch.Tensor) and one.device.type == "meta"
 
 
-def _temporaries(func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> list[int]:
+def _temporaries(func: Any, made: list[torch.Tensor]) -> list[int]:
     """Bytes of what a kernel of CUDA makes for itself."""
     name = func.name()
     if name == "aten::_scaled_dot_product_flash_attention_backward":
@@ -154,9 +152,9 @@ class Moved(torch.autograd.Function):
             return gradient.clone(), None, None
 
 
-def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **fields: Any) -> Any:
+def attend(query: Any, key: Any, value: Any, **fields: Any) -> Any:
     """Attention as flash attention does it, whatever the device is."""
-    assert attn_mask is None, "a mask"
+    assert fields.get("attn_mask") is None, "a mask"
     return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
 
 
@@ -266,7 +264,7 @@ class Trial:
     def _dispatch(self) -> None:
         hooks, recorder = accelerate.hooks, self.recorder
 
-        def send(values: Any, stage: int, non_blocking: bool = False, skip_keys: Any = None) -> Any:
+        def send(values: Any, stage: int, **_: Any) -> Any:
             def one(tensor: torch.Tensor) -> torch.Tensor:
                 if not _is_meta(tensor) or recorder.stage(tensor) == stage:
                     return tensor
@@ -279,7 +277,7 @@ class Trial:
             return None if first is None else recorder.stage(first)
 
         hooks.send_to_device, hooks.find_device = send, find
-        hooks.set_module_tensor_to_device = lambda *args, **fields: None
+        hooks.set_module_tensor_to_device = lambda *_, **__: None
         execution = {**self.owner, "": self.owner[next(iter(self.owner))]}
         hooks.attach_align_device_hook_on_blocks(
             self.model,
@@ -335,7 +333,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.nn.functional.scaled_dot_product_attention = attend
     # Looks at values; a prompt of one text has no packed sequences.
-    transformers.masking_utils.find_packed_sequence_indices = lambda positions: None
+    transformers.masking_utils.find_packed_sequence_indices = lambda _: None
     rows = json.loads(options.rows.read_text()) if options.rows else []
     names = list(options.scenarios)
     measured: dict[str, list[Any]] = {}

@@ -68,9 +68,7 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
             "fragmentation",
             "allocator fragmentation",
             need.fragmentation_bytes,
-            "torch's allocator, replayed: least memory in which the stage runs"
-            if problem.replay
-            else "share of the largest temporary and of the KV cache, fitted to measured out-of-memory limits",
+            _fragmentation_source(problem),
         ),
         _line("headroom", "headroom", budget.headroom_bytes, budget.headroom_source),
     ]
@@ -105,6 +103,15 @@ def activations_source(problem: Problem) -> str:
     if problem.replay and problem.traces is None:
         return "every tensor of the real code, replayed"
     return problem.footprint.source
+
+
+def _fragmentation_source(problem: Problem) -> str:
+    """Where the figure for fragmentation comes from."""
+    if problem.replay:
+        return "torch's allocator, replayed: least memory in which the stage runs"
+    if problem.workload.training is not None:
+        return "shares of the worst moments of a step, fitted to recorded steps in torch's allocator"
+    return "share of the largest temporary and of the KV cache, fitted to measured out-of-memory limits"
 
 
 def _training(size_bytes: int) -> list[LedgerLine]:
