@@ -6,6 +6,7 @@ A scenario is a model, a method and the tokens of the prompt, as in ``training_s
 ``qwen:lora:2048:14+14``. The real code of transformers, peft and accelerate's hooks runs on meta tensors; each tensor knows
 the stage that it is on. What comes and goes there in two steps of torch's AdamW goes through ``planner/allocator.py``:
 peak allocated and reserved of each stage and, with ``--limit``, the least memory in which the second step still runs.
+``qwen:lora:edge:16+12`` plans for cards with so many GiB free and tells whether what is promised runs, and how much more.
 ``--rows`` puts the measured ones of a run of ``training_step.py`` beside that. Every row has the plan's figures too.
 
 Kernels of CUDA make temporaries that no meta tensor tells of; those of attention are added by hand. Needs torch,
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,14 +32,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from traced_models import config_of
 
+from vlm_doctor.planner import plan
 from vlm_doctor.planner.allocator import Allocator, Block, OutOfMemoryError
+from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.memory import Footprint
+from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.model_profile import build_profile
 from vlm_doctor.units import MIB
-from vlm_doctor.workload import Training, Workload
+from vlm_doctor.workload import Policy, Training, Workload
 
 MODELS = {
     "glm": "glm-4.1v-9b",
@@ -158,19 +163,25 @@ def attend(query: Any, key: Any, value: Any, **fields: Any) -> Any:
     return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
 
 
+def training_of(method: str) -> Training:
+    """``lora``, ``lora64`` for another rank than 16, or ``full``; with a plus, without checkpoints."""
+    rank = re.search(r"\d+", method)
+    return Training(
+        method="lora" if method.startswith("lora") else "full",
+        lora_rank=int(rank[0]) if rank else RANK,
+        gradient_checkpointing="+" not in method,
+    )
+
+
 class Trial:
     """A model on meta, placed and trained."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        short, self.method, tokens, layers = name.split(":")
+        short, method, tokens, layers = name.split(":")
         self.tokens = int(tokens)
         self.layers = tuple(map(int, layers.split("+")))
-        self.training = Training(
-            method="lora" if self.method.startswith("lora") else "full",
-            lora_rank=RANK,
-            gradient_checkpointing="+" not in self.method,
-        )
+        self.training = training_of(method)
         config = config_of(MODELS[short])
         with torch.device("meta"):
             self.model = transformers.AutoModelForImageTextToText.from_config(
@@ -196,6 +207,13 @@ class Trial:
             self.owner.update({unit.key: stage for unit in atom.units})
         self.recorder = Recorder()
 
+    def place(self, run_ends: list[int]) -> None:
+        """Stages that end behind so many atoms, in place of those that the layers tell."""
+        self.runs = list(zip([0, *run_ends], run_ends, strict=False))
+        self.layers = tuple(sum(atom.layers for atom in self.atoms[first:end]) for first, end in self.runs)
+        for stage, (first, end) in enumerate(self.runs):
+            self.owner.update({unit.key: stage for atom in self.atoms[first:end] for unit in atom.units})
+
     def _stage_of(self, key: str) -> int:
         key = key.removeprefix("base_model.model.").replace(".base_layer", "")
         while key not in self.owner:
@@ -214,7 +232,9 @@ class Trial:
             model.requires_grad_(False)
             text = r".*language_model.*\.(\w+_proj|gate_up_proj)"
             model = get_peft_model(
-                model, LoraConfig(r=RANK, target_modules=text, task_type="CAUSAL_LM"), low_cpu_mem_usage=True
+                model,
+                LoraConfig(r=self.training.lora_rank, target_modules=text, task_type="CAUSAL_LM"),
+                low_cpu_mem_usage=True,
             )
             model.enable_input_require_grads()
         else:
@@ -324,6 +344,38 @@ class Trial:
         return high
 
 
+def edge(name: str) -> None:
+    """The longest prompt that a plan promises on H200s with so much free, and whether the recorded step runs so far."""
+    short, method, _, free = name.split(":")
+    sizes = free.split("+")
+    policy = Policy(min_gpus=len(sizes), max_gpus=len(sizes), headroom_fraction=0, headroom_min_bytes=0)
+    machine = load_machine(f"{len(sizes)}xH200:nvlink:free=" + ",".join(f"{size}GiB" for size in sizes))
+    first = Trial(f"{short}:{method}:256:1")
+    planned = plan(first.profile, machine, first.workload, policy)
+    if not planned.fits:
+        print(f"{name:28}does not fit: {planned.shortage.message if planned.shortage else ''}", flush=True)
+        return
+    rooms = {one.gpu.index: one.available_bytes + WORKSPACE_BYTES for one in budgets(machine, policy).usable}
+    units, ends = 0, []
+    counts = [len(stage.keys) for stage in planned.stages]
+    for number, atom in enumerate(first.atoms, start=1):
+        units += len(atom.units)
+        if units == sum(counts[: len(ends) + 1]):
+            ends.append(number)
+    promised = planned.longest_prompt_tokens or 0
+    for share in (1.0, 1.1, 1.2, 1.35, 1.5):
+        trial = Trial(f"{short}:{method}:{int(promised * share)}:1")
+        trial.place(ends)
+        trial.record()
+        room = [rooms[stage.gpu] for stage in planned.stages]
+        limits = [trial.limit(number) for number in range(len(room))]
+        runs = all(limit <= most for limit, most in zip(limits, room, strict=True))
+        left = "  ".join(f"{limit / 1e6:,.0f} of {most / 1e6:,.0f}" for limit, most in zip(limits, room, strict=True))
+        print(f"{name:28}{trial.layers} {trial.tokens} tokens {share:4} {'runs' if runs else 'fails':6} {left}", flush=True)
+        if not runs:
+            return
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--limit", action="store_true")
@@ -335,7 +387,12 @@ def main() -> None:
     # Looks at values; a prompt of one text has no packed sequences.
     transformers.masking_utils.find_packed_sequence_indices = lambda _: None
     rows = json.loads(options.rows.read_text()) if options.rows else []
-    names = list(options.scenarios)
+    names = [name for name in options.scenarios if ":edge:" not in name]
+    for name in options.scenarios:
+        if name not in names:
+            edge(name)
+    if options.scenarios and not names:
+        return
     measured: dict[str, list[Any]] = {}
     for row in rows:
         name = ":".join((*row["scenario"].split(":")[:3], "+".join(map(str, row["layers"]))))
