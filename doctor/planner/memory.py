@@ -346,7 +346,9 @@ class Footprint:
         return Counter(kinds[: holding.layers])
 
     def _step_work(self, text_tokens: int) -> step.StepWork:
-        return step.step_work(set(self._following), self.profile, self.workload, self.images, text_tokens)
+        return step.step_work(
+            set(self._following), self.profile, self.workload, self.images, text_tokens, release=self.release
+        )
 
     def _step_needs(self, text_tokens: int) -> Callable[[int, int], int]:
         """Prices of a training step."""

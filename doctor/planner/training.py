@@ -17,6 +17,7 @@ from ..workload import Training, Workload
 from .image_tokens import ImageLoad
 from .layer_work import LayerKind, coefficient_of
 from .prompt_work import JOINED_GATE_AND_UP
+from .release import Release, is_before_5
 from .weights import computed_item_bytes, unit_bytes
 
 _ADAPTER_BYTES = 4
@@ -35,8 +36,16 @@ _HEAD_NORMS = frozenset({"gemma3_text", "gemma4_text", "qwen3", "qwen3_vl_text",
 """Text bodies that norm queries and keys."""
 _WORKSPACE_BYTES = 32 * MIB
 """Source: ``data/contexts.py``; the smaller one of older cards makes no difference."""
-_TOWER_HIDDEN, _TOWER_WIDTH = 14, 3
-"""Elements that a block of a vision tower keeps for each patch, in multiples of its hidden size and of its MLP's width."""
+_TOWER_KEEPS = {"full": (15, 4), "lora": (10, 3)}
+"""Elements that a block of a vision tower keeps for each patch, in multiples of its hidden size and of its MLP's width,
+where it is trained and where it is only passed. Counted (saved tensors of autograd, transformers 5.23): Qwen2.5-VL 15 and 4,
+10 and 3; CLIP 8 and 3, 6 and 2; GLM-4.1V 15 and 4; Qwen3-VL 11 and 2."""
+_WIDE_AS_TEXT = frozenset({"glm4v", "glm4v_moe", "glm46v"})
+"""Families whose tower has an MLP as wide as the text's hidden states. Source: Glm4vVisionMLP (``out_hidden_size``)."""
+_SEPARATE_TOWERS = frozenset({*_WIDE_AS_TEXT, "qwen3_vl", "qwen3_vl_moe"})
+"""Families whose tower no gradient passes where adapters are trained: ``enable_input_require_grads`` of transformers 5 asks
+every submodel for its input embedding, which these towers do not name. Seen: their output requires no gradient, that of
+Qwen2.5-VL's and of CLIP does. Before 5 it asked the text body alone."""
 
 
 class Waste(NamedTuple):
@@ -170,9 +179,15 @@ def _adapted_edges(kind: LayerKind, profile: ModelProfile) -> int:
 
 
 def step_work(
-    kinds: set[LayerKind], profile: ModelProfile, workload: Workload, images: ImageLoad, text_tokens: int
+    kinds: set[LayerKind],
+    profile: ModelProfile,
+    workload: Workload,
+    images: ImageLoad,
+    text_tokens: int,
+    *,
+    release: Release = None,
 ) -> StepWork:
-    """Bytes of one forward and backward pass."""
+    """Bytes of one forward and backward pass, with a release of transformers."""
     training, item = workload.training, computed_item_bytes(profile, workload)
     assert training is not None
     tokens = (text_tokens + images.tokens) * workload.batch
@@ -186,7 +201,8 @@ def step_work(
             kept += text.heads * (text_tokens + images.tokens) ** 2 * workload.batch * (item + 4)
         saved[kind], layer[kind] = tokens * text.hidden * item if is_checkpointed else kept, kept
     flowing = tokens * _flowing_bytes(profile, item, training)
-    tower_saved, tower_backward = (0, 0) if is_lora else _tower(profile, workload, images, item, is_checkpointed)
+    is_passed = not is_lora or not (is_before_5(release) or profile.model_type in _SEPARATE_TOWERS)
+    tower_saved, tower_backward = _tower(profile, workload, images, training) if is_passed else (0, 0)
     final_norm = tokens * text.hidden * (4 if is_lora else 4 + 2 * item)
     loss = tokens * text.vocabulary * _LOSS_BYTES + final_norm
     logits = tokens * text.vocabulary * item
@@ -233,17 +249,17 @@ def _saved_bytes(kind: LayerKind, profile: ModelProfile, item: int, training: Tr
     return 4 * normed + attention + mlp + 4 * adapted + 4 * 7 * training.lora_rank
 
 
-def _tower(
-    profile: ModelProfile, workload: Workload, images: ImageLoad, item: int, is_checkpointed: bool
-) -> tuple[int, int]:
+def _tower(profile: ModelProfile, workload: Workload, images: ImageLoad, training: Training) -> tuple[int, int]:
     """Bytes that all blocks of the vision tower keep, and that one needs on its way backward."""
-    vision = profile.vision
+    vision, item = profile.vision, computed_item_bytes(profile, workload)
     if vision is None:
         return 0, 0
     patches = images.sequences * images.patches * workload.batch
-    block = patches * (_TOWER_HIDDEN * vision.hidden + _TOWER_WIDTH * vision.intermediate) * item
-    flowing = 2 * patches * vision.intermediate * item
-    if is_checkpointed:
+    width = profile.text.hidden if profile.model_type in _WIDE_AS_TEXT else vision.intermediate
+    of_hidden, of_width = _TOWER_KEEPS[training.method]
+    block = patches * (of_hidden * vision.hidden + of_width * width) * item
+    flowing = 2 * patches * width * item
+    if training.gradient_checkpointing:
         return patches * vision.hidden * item * vision.layers, block + flowing
     return block * vision.layers, flowing
 

@@ -181,17 +181,29 @@ def test_the_levers_of_the_guides_are_worth_gibibytes() -> None:
 
 def test_full_training_of_the_tower_keeps_what_it_did() -> None:
     shapes: dict[str, Any] = {"images": 1, "image_height": 1120, "text_tokens": 64}
-    block = 6400 * (14 * 1536 + 3 * 13696) * 2
+    block = 6400 * (15 * 1536 + 4 * 4096) * 2
     workload = Workload(**shapes, training=Training(method="full", gradient_checkpointing=False))
     load = image_load(glm41v_9b(), workload)
     work = step_work({DENSE}, glm41v_9b(), workload, load, 64)
-    assert (work.tower_saved, work.tower_backward) == (24 * block, 2 * 6400 * 13696 * 2)
+    assert (work.tower_saved, work.tower_backward) == (24 * block, 2 * 6400 * 4096 * 2)
     checkpointed = msgspec.structs.replace(workload, training=Training(method="full"))
     work = step_work({DENSE}, glm41v_9b(), checkpointed, load, 64)
-    assert (work.tower_saved, work.tower_backward) == (24 * 6400 * 1536 * 2, block + 2 * 6400 * 13696 * 2)
+    assert (work.tower_saved, work.tower_backward) == (24 * 6400 * 1536 * 2, block + 2 * 6400 * 4096 * 2)
     adapted = msgspec.structs.replace(workload, training=Training())
     assert step_work({DENSE}, glm41v_9b(), adapted, load, 64).tower_saved == 0
     assert step_work({DENSE}, glm41v_9b(vision=None), workload, load, 64).tower_saved == 0
+
+
+def test_adapters_keep_what_a_tower_did_where_gradients_pass_it() -> None:
+    """transformers 5 lets them begin at the tower's own embedding."""
+    profile = llava_13b()
+    workload = Workload(images=1, training=Training(gradient_checkpointing=False))
+    load = image_load(profile, workload)
+    assert profile.vision is not None
+    block = load.sequences * load.patches * (10 * profile.vision.hidden + 3 * profile.vision.intermediate) * 2
+    assert step_work({DENSE}, profile, workload, load, 64).tower_saved == profile.vision.layers * block
+    assert step_work({DENSE}, profile, workload, load, 64, release=(4, 57)).tower_saved == 0
+    assert step_work({DENSE}, glm41v_9b(), workload, image_load(glm41v_9b(), workload), 64).tower_saved == 0
 
 
 @pytest.mark.parametrize(
