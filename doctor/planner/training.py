@@ -38,8 +38,8 @@ _WORKSPACE_BYTES = 32 * MIB
 """Source: ``data/contexts.py``; the smaller one of older cards makes no difference."""
 _TOWER_KEEPS = {"full": (15, 4), "lora": (10, 3)}
 """Elements that a block of a vision tower keeps for each patch, in multiples of its hidden size and of its MLP's width,
-where it is trained and where it is only passed. Counted (saved tensors of autograd, transformers 5.23): Qwen2.5-VL 15 and 4,
-10 and 3; CLIP 8 and 3, 6 and 2; GLM-4.1V 15 and 4; Qwen3-VL 11 and 2."""
+where it is trained and where it is only passed. Counted (saved tensors of autograd, transformers 5.23): Qwen2.5-VL 15 and
+4, 10 and 3; CLIP 8 and 3, 6 and 2; GLM-4.1V 15 and 4; Qwen3-VL 11 and 2."""
 _WIDE_AS_TEXT = frozenset({"glm4v", "glm4v_moe", "glm46v"})
 """Families whose tower has an MLP as wide as the text's hidden states. Source: Glm4vVisionMLP (``out_hidden_size``)."""
 _SEPARATE_TOWERS = frozenset({*_WIDE_AS_TEXT, "qwen3_vl", "qwen3_vl_moe"})
