@@ -63,7 +63,7 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
         ),
         _line("activations", f"activations, largest while {need.moment}", work_bytes, activations_source(problem)),
         *_copies(copy_bytes),
-        *_training(need.training_bytes),
+        *_training(footprint, need.training_bytes),
         _line(
             "fragmentation",
             "allocator fragmentation",
@@ -114,11 +114,13 @@ def _fragmentation_source(problem: Problem) -> str:
     return "share of the largest temporary and of the KV cache, fitted to measured out-of-memory limits"
 
 
-def _training(size_bytes: int) -> list[LedgerLine]:
+def _training(footprint: Footprint, size_bytes: int) -> list[LedgerLine]:
     """What a training step keeps beside the weights."""
     if not size_bytes:
         return []
     source = "trained elements x bytes of gradient and of the optimizer's states"
+    if footprint.profile.vision is not None and not footprint.workload.images:
+        source += "; the vision tower has none, as no prompt has an image"
     return [_line("training", "adapters, gradients and optimizer states", size_bytes, source)]
 
 

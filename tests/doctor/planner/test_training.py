@@ -334,6 +334,16 @@ def test_a_step_that_fits_nowhere_ends_in_a_shortage() -> None:
     assert planned.shortage is not None
 
 
+def test_the_ledger_tells_that_a_tower_is_left_out() -> None:
+    profile = load_profile("Qwen/Qwen2.5-VL-7B-Instruct", allow_network=False)
+    for images, is_left_out in ((0, True), (1, False)):
+        workload = Workload(images=images, training=Training(method="full"))
+        planned = plan(profile, load_machine("2xH200"), workload)
+        lines = {line.kind: line.source for line in planned.stages[0].ledger}
+        assert lines["training"].endswith("no prompt has an image") == is_left_out
+        assert "recorded steps" in lines["fragmentation"]
+
+
 def test_a_trained_sum_is_made_of_its_parts() -> None:
     one, two = Trained(1, 2, 3, 4), Trained(10, 20, 30, 40)
     assert one + two == (11, 22, 33, 44)
