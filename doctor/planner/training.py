@@ -1,8 +1,9 @@
 """What one optimizer step needs beside the weights: adapters, gradients, optimizer states, and what backward keeps.
 
 Counted on real steps of transformers 5.23 and torch 2.13 (``benchmarks/count_training.py``), and held against recorded ones
-at true size and measured ones (tests/doctor/planner/test_training_recorded.py); the comments tell the tensors apart. Symbols: T tokens of all prompts, H hidden, I width of the MLP, Q and K widths of queries and keys, V
-vocabulary, b bytes an element, r rank of the adapters.
+at true size and measured ones (tests/doctor/planner/test_training_recorded.py); the comments tell the tensors apart.
+Symbols: T tokens of all prompts, H hidden, I width of the MLP, Q and K widths of queries and keys, V vocabulary, b bytes an
+element, r rank of the adapters.
 """
 
 from __future__ import annotations
