@@ -63,14 +63,12 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
         ),
         _line("activations", f"activations, largest while {need.moment}", work_bytes, activations_source(problem)),
         *_copies(copy_bytes),
-        *_training(need.training_bytes),
+        *_training(footprint, need.training_bytes),
         _line(
             "fragmentation",
             "allocator fragmentation",
             need.fragmentation_bytes,
-            "torch's allocator, replayed: least memory in which the stage runs"
-            if problem.replay
-            else "share of the largest temporary and of the KV cache, fitted to measured out-of-memory limits",
+            _fragmentation_source(problem),
         ),
         _line("headroom", "headroom", budget.headroom_bytes, budget.headroom_source),
     ]
@@ -107,11 +105,22 @@ def activations_source(problem: Problem) -> str:
     return problem.footprint.source
 
 
-def _training(size_bytes: int) -> list[LedgerLine]:
+def _fragmentation_source(problem: Problem) -> str:
+    """Where the figure for fragmentation comes from."""
+    if problem.replay:
+        return "torch's allocator, replayed: least memory in which the stage runs"
+    if problem.workload.training is not None:
+        return "shares of the worst moments of a step, fitted to recorded steps in torch's allocator"
+    return "share of the largest temporary and of the KV cache, fitted to measured out-of-memory limits"
+
+
+def _training(footprint: Footprint, size_bytes: int) -> list[LedgerLine]:
     """What a training step keeps beside the weights."""
     if not size_bytes:
         return []
     source = "trained elements x bytes of gradient and of the optimizer's states"
+    if footprint.profile.vision is not None and not footprint.workload.images:
+        source += "; the vision tower has none, as no prompt has an image"
     return [_line("training", "adapters, gradients and optimizer states", size_bytes, source)]
 
 

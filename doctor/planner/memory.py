@@ -16,7 +16,7 @@ import msgspec
 
 from ..model import ModelProfile
 from ..units import MIB
-from ..workload import Workload
+from ..workload import Training, Workload
 from . import training as step
 from .constraints import Atom
 from .image_tokens import ImageLoad
@@ -46,9 +46,6 @@ model families through a model of torch's caching allocator (74 to 100 %, 89 % o
 last three readings within 5 %. A much closer formula cannot be had: what is lost jumps between 0.15 and 0.55 of a layer's
 work from one cut to the next.
 """
-FRAGMENTATION_OF_TRAINING = 0.1
-"""Share of the activations of a training step, which come and go in the same order at each step, in few sizes. A guess on
-the careful side; not measured."""
 
 
 class _Column(NamedTuple):
@@ -125,7 +122,7 @@ class Footprint:
         """For each kind of layer, how many of it the first so many atoms have."""
         self._loading = [loading_bytes(atom.units, profile, workload, release) for atom in atoms]
         self._trained = [step.Trained()]
-        self._largest_step = [step.largest_step_bytes(atom.units, workload.training) for atom in atoms]
+        self._largest_step = [step.largest_step_bytes(atom.units, workload) for atom in atoms]
         for atom in atoms:
             own = (step.trained(unit, self._kind_of.get(unit.key), profile, workload) for unit in atom.units)
             self._trained.append(sum(own, self._trained[-1]))
@@ -136,7 +133,10 @@ class Footprint:
     def changed(self, workload: Workload, images: ImageLoad, *, is_bare: bool) -> Footprint:
         """The same parts for another workload; their weights are summed up again only where they change."""
         same = ("dtype", "quantization", "training")
-        if any(getattr(workload, field) != getattr(self.workload, field) for field in same):
+        has_images = bool(workload.images), bool(self.workload.images)
+        if any(getattr(workload, field) != getattr(self.workload, field) for field in same) or (
+            workload.training is not None and len({*has_images}) > 1
+        ):
             return type(self)(
                 self.profile, workload, images, self.atoms, self.offloaded, is_bare=is_bare, release=self.release
             )
@@ -277,8 +277,12 @@ class Footprint:
         if self.workload.training is not None:
             held = self.weights_of(first, end) + (0 if first else self.copy_bytes)
             works = self.work(text_tokens), self._step_work(text_tokens)
-            peak = _of_step(held, self._run_peak(first, end, works), max(self._loading[first:end]))
-            return msgspec.structs.replace(peak, fragmentation_bytes=total - peak.total_bytes)
+            worst = self._run_peak(first, end, works)
+            peak = _of_step(held, worst, max(self._loading[first:end]))
+            reserved = held + worst.reserved + (0 if self.is_bare else FRAGMENTATION_BYTES)
+            return msgspec.structs.replace(
+                peak, fragmentation_bytes=total - peak.total_bytes, reserved_bytes=max(total, reserved)
+            )
         executes_guests = not first
         units = [unit for atom in self.atoms[first:end] for unit in atom.units]
         if executes_guests:
@@ -347,21 +351,22 @@ class Footprint:
         return Counter(kinds[: holding.layers])
 
     def _step_work(self, text_tokens: int) -> step.StepWork:
-        return step.step_work(set(self._following), self.profile, self.workload, self.images, text_tokens)
+        return step.step_work(
+            set(self._following), self.profile, self.workload, self.images, text_tokens, release=self.release
+        )
 
     def _step_needs(self, text_tokens: int) -> Callable[[int, int], int]:
         """Prices of a training step."""
         works = self.work(text_tokens), self._step_work(text_tokens)
         weights, copy_bytes = self._weights, self.copy_bytes
         constant = 0 if self.is_bare else FRAGMENTATION_BYTES
-        share = self._step_share()
         known: dict[tuple[int, int], int] = {}
 
         def need(first: int, end: int) -> int:
             if (first, end) not in known:
-                fixed, activations, _ = self._run_peak(first, end, works)
+                worst = self._run_peak(first, end, works)
                 held = weights[end] - weights[first] + (0 if first else copy_bytes)
-                most = fixed + math.ceil((1 + share) * activations) + constant
+                most = worst.kept + worst.work + worst.lost + constant
                 known[first, end] = held + max(most, *self._loading[first:end])
             return known[first, end]
 
@@ -374,7 +379,9 @@ class Footprint:
         if training.method == "lora":
             part, whole = holding.layers, self._layers[-1]
         else:
-            part, whole = holding.weights_bytes, self._weights[-1]
+            # Where the tower is not trained, whoever has it is told too much, and nobody too little.
+            whole = self._trained[-1].gradients
+            part = min(holding.weights_bytes, whole)
         own = step.Trained(*(-(-size * part // max(1, whole)) for size in self._trained[-1]))
         forward = self.work(text_tokens)
         kinds = self._held_kinds(holding, forward)
@@ -382,7 +389,7 @@ class Footprint:
         peak = self._step_peak(holding, kinds, fixed, (forward, self._step_work(text_tokens)))
         return _of_step(holding.weights_bytes, peak, holding.loading_bytes)
 
-    def _run_peak(self, first: int, end: int, works: tuple[Work, step.StepWork]) -> tuple[int, int, str]:
+    def _run_peak(self, first: int, end: int, works: tuple[Work, step.StepWork]) -> step.Peak:
         """:meth:`_step_peak` of a run of atoms."""
         kinds = Counter({kind: number for kind, sums in self._counts.items() if (number := sums[end] - sums[first])})
         if not first:
@@ -400,8 +407,8 @@ class Footprint:
 
     def _step_peak(
         self, holding: Holding, kinds: Counter[LayerKind], fixed: step.Trained, works: tuple[Work, step.StepWork]
-    ) -> tuple[int, int, str]:
-        """What is kept for training, what is worked with at the worst moment of a step, and what happens then.
+    ) -> step.Peak:
+        """The worst moment of a step.
 
         Args:
             holding: What the device holds.
@@ -421,23 +428,26 @@ class Footprint:
             again=again,
             last=layer,
             loss=work.loss if holding.has_head else 0,
+            largest=work.largest if holding.has_head else 0,
+            logits=work.logits if holding.has_embedding and not holding.has_head else 0,
             held=forward.held if holding.has_embedding else 0,
             encode=forward.encode if holding.has_tower else 0,
             tower=work.tower_backward if holding.has_tower else 0,
-            wasted=self._step_share(),
+            waste=self._step_waste(training),
         )
 
-    def _step_share(self) -> float:
-        """Of the activations of a training step, what the allocator wastes."""
-        return 0 if self.is_bare or self.workload.allocator == "expandable" else FRAGMENTATION_OF_TRAINING
+    def _step_waste(self, training: Training) -> step.Waste:
+        """What the allocator wastes in a training step."""
+        if self.is_bare or self.workload.allocator == "expandable":
+            return step.Waste()
+        return step.WASTE[training.method]
 
 
-def _of_step(weights_bytes: int, peak: tuple[int, int, str], loading_bytes: int) -> StageNeed:
+def _of_step(weights_bytes: int, peak: step.Peak, loading_bytes: int) -> StageNeed:
     """What a training step needs, or what loading does, before anything of the step is there."""
-    kept, activations, moment = peak
-    if loading_bytes > kept + activations:
+    if loading_bytes > peak.kept + peak.work:
         return StageNeed(weights_bytes, 0, loading_bytes, 0, "the weights are loaded")
-    return StageNeed(weights_bytes, 0, activations, 0, moment, kept)
+    return StageNeed(weights_bytes, 0, peak.work, 0, peak.moment, peak.kept)
 
 
 def _following(has: Sequence[bool]) -> list[int]:

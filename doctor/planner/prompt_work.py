@@ -19,7 +19,7 @@ from .release import Release
 from .vision_work import vision_bytes
 from .weights import computed_item_bytes
 
-_JOINED_GATE_AND_UP = 4
+JOINED_GATE_AND_UP = 4
 """``TextCoefficient.intermediate_multiple`` of bodies whose gate and up are one weight."""
 _PRODUCT_BYTES, _PRODUCT_OF_JOINED_BYTES = 4, 10
 """A token and unit of the MLP's width, in 8 bit. The widest product is in int32 (4 bytes), in float16 and in the model's
@@ -141,7 +141,7 @@ def _quantization_temporary(profile: ModelProfile, workload: Workload, tokens: i
     weight in use for long prompts; where bitsandbytes computes in float32, to that, with input and output in it as well.
     """
     text = profile.text
-    is_joined = coefficient_of(profile).intermediate_multiple >= _JOINED_GATE_AND_UP
+    is_joined = coefficient_of(profile).intermediate_multiple >= JOINED_GATE_AND_UP
     width = (1 + is_joined) * text.intermediate
     if "int8" in (workload.quantization, profile.computes_in):
         return (_PRODUCT_OF_JOINED_BYTES if is_joined else _PRODUCT_BYTES) * tokens * text.intermediate
