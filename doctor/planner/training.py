@@ -52,7 +52,7 @@ Qwen2.5-VL's and of CLIP does. Before 5 it asked the text body alone."""
 class Waste(NamedTuple):
     """Shares that torch's allocator wastes in a training step, on top of what lives.
 
-    Fitted to 47 stages of recorded steps of Qwen2.5-VL 7B, GLM-4.1V 9B and LLaVA-1.5 (512 to 16,384 tokens, one to three
+    Fitted to 57 stages of recorded steps of Qwen2.5-VL 7B, GLM-4.1V 9B and LLaVA-1.5 (512 to 16,384 tokens, one to three
     stages, all methods), replayed (``benchmarks/record_training.py``): no stage runs out of memory in what is said to
     suffice. The same replays meet peaks of allocated and reserved memory of steps on two H200s within 1 and 3 %.
     """
