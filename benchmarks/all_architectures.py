@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="architectures at a time")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds in all; what is left then is said to be left")
     parser.add_argument("--cuts", action="store_true", help="also every other cut that the planner may make")
+    parser.add_argument("--turned", action="store_true", help="also each map with its two devices exchanged")
     parser.add_argument("--remote", action="store_true", help="the families that bring code of their own instead")
     parser.add_argument("families", nargs="*", help="model_type; all when none is given")
     options = parser.parse_args()

@@ -224,7 +224,7 @@ def _load_model(
     if plan is not None:
         work = plan.workload
         kinds = {"attention": work.attention, "quantization": work.quantization, "dtype": options["dtype"]}
-        options.update(workload_options(transformers, **kinds))
+        options.update(workload_options(transformers, **kinds, config=config, device_map=orders.device_map))
     model, problems = loader.from_pretrained(
         source.name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )
