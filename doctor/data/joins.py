@@ -248,6 +248,11 @@ MASKED_AT_INPUTS: Mapping[str, Masked] = {
         "model",
         since=(5, 18),
     ),
+    "emu3": Masked(
+        "generate with inputs_embeds.masked_scatter(special_image_mask, image_features) in modeling_emu3.py",
+        "model",
+        since=(5, 18),
+    ),
     "gemma3n": Masked(
         "torch.where(expanded_vision_mask, vision_embeds, inputs_embeds) in modeling_gemma3n.py", "model", in_text=True
     ),
@@ -262,8 +267,9 @@ MASKED_AT_INPUTS: Mapping[str, Masked] = {
     "molmo": Masked("x[batch_idx[valid], image_input_idx[valid]] in modeling_molmo.py"),
 }
 """Families that mark the places of an image by token ids or types, which stay with the inputs, and use the mark where the
-embedding is, or whose ``generate`` has made the image's features before (Chameleon: between 5.17 and 5.20), which then come
-with the inputs. Run on two devices with transformers 5.17 or 5.23, of the checkpoints' own code stand-ins."""
+embedding is; or whose ``generate`` has made the image's features before, which then come with the inputs (Chameleon, and
+Emu3 as read: in 5.20, not yet in 5.17). Run on two devices with transformers 5.17 or 5.23, of the checkpoints' own code
+stand-ins."""
 
 
 class AtInputs(NamedTuple):

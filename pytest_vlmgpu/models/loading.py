@@ -10,7 +10,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from vlm_doctor.probes.loading import auto_class, workload_options
+from vlm_doctor.probes.loading import auto_class, send_inputs_to_first, workload_options
 
 from ..watching.meter import driver_info, empty_cache
 from .failures import Allocation, LoadFailure, broken_torch, check_weights, explained, needs_remote_code
@@ -228,6 +228,7 @@ def _load_model(
     model, problems = loader.from_pretrained(
         source.name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )
+    send_inputs_to_first(model, orders.device_map)
     return model, problems
 
 
