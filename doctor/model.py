@@ -261,6 +261,8 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     broken_calls: tuple[str, ...] | None = None
     """What the checkpoint's own code relies on and some releases of transformers lack (names of ``data/removed_calls.py``);
     ``None`` where its code was not at hand."""
+    moved_joins: tuple[str, ...] | None = None
+    """What that code moves itself before joining it (``moves`` in ``data/joins.py``); ``None`` where it was not at hand."""
     files: tuple[str, ...] = ()
     """Checkpoint files the headers were read from."""
     registered: dict[str, tuple[Registered, ...]] = {}

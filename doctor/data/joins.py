@@ -27,14 +27,25 @@ class Join(NamedTuple):
     """Where in ``moves`` the tensor comes from that is joined; empty for all of it."""
     when: str = ""
     """What alone fails, where others do not: the rest of a sentence. The map may do then."""
+    patch: str = ""
+    """Regular expression of the newer code, where ``is_patched``."""
 
 
 _EVA = "torch.cat((boi, x, eoi)) in visual.py"
+_MOVED = r"self\.{0}(?:\.expand\([^()]{{0,80}}\))?\s{{0,40}}\.to\("
+
+
+def is_moved(join: Join, moved: tuple[str, ...] | None) -> bool:
+    """Whether the checkpoint's code is known to move one of the two itself."""
+    return join.is_patched and moved is not None and join.moves in moved
 
 
 def _eva_tower(body: str, *, is_patched: bool, source: str) -> tuple[Join, ...]:
     tower = f"{body}.vision"
-    return tuple(Join(f"{tower}.{name}", f"{tower}.linear_proj", _EVA, is_patched, source) for name in ("boi", "eoi"))
+    return tuple(
+        Join(f"{tower}.{name}", f"{tower}.linear_proj", _EVA, is_patched, source, patch=_MOVED.format(name))
+        for name in ("boi", "eoi")
+    )
 
 
 _INTERNVL = "input_embeds[selected] * 0.0 + vit_embeds in modeling_internvl_chat.py"
@@ -103,6 +114,7 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
             True,
             "GLM-4#32, #67, #75, #295",
             "transformer.vision.linear_proj",
+            patch=r"images_features(?:\[[^\[\]]{0,80}\])?\s{0,40}\.to\(",
         ),
     ),
     "minicpmv": (Join("resampler", "llm.model.embed_tokens", "scatter_ in modeling_minicpmv.py", False, "MiniCPM-V#100"),),

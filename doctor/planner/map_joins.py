@@ -18,6 +18,7 @@ from ..data.joins import (
     TOWER_WINDOWED,
     AtInputs,
     Join,
+    is_moved,
 )
 from ..findings import Finding, Severity
 from .map_devices import shown
@@ -46,7 +47,7 @@ def broken_joins(question: Question, layout: Layout) -> list[tuple[Join, set[Dev
     found = []
     for join in JOINS.get(question.profile.model_type, ()):
         one, other = _joined_on(layout, join.result or join.moves), layout.runs_on(join.meets)
-        if one and other and one != other:
+        if one and other and one != other and not is_moved(join, question.profile.moved_joins):
             found.append((join, one | other))
     return found
 
@@ -63,12 +64,14 @@ def parted_joins(question: Question, layout: Layout) -> Iterator[Finding]:
         sides = _joined_on(layout, join.result or join.moves), layout.runs_on(join.meets)
         one, other = (listed(sorted(map(shown, side))) for side in sides)
         says = f"{join.where} says {mismatch(devices)}"
+        # Where its code was searched and lacks the newer lines, it is one of the older revisions.
+        may_be_newer = join.is_patched and question.profile.moved_joins is None
         yield finding(
             question,
             "VLM615",
-            "warning" if join.is_patched or join.when else "error",
+            "warning" if may_be_newer or join.when else "error",
             f"{join.moves} is on {one}, and what it is joined with, {join.meets}, on {other}: "
-            + (f"in older revisions of the checkpoint's code {says}" if join.is_patched else f"{join.when}{says}"),
+            + (f"in older revisions of the checkpoint's code {says}" if may_be_newer else f"{join.when}{says}"),
             cause="Hooks move what goes into a module, never a bare parameter or two results that are joined.",
             fix=f"Put {join.moves} where {join.meets} is.",
             seen=[(key, layout.device_map[key]) for key in (join.moves, join.meets) if key in layout.device_map],

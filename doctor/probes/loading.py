@@ -79,31 +79,6 @@ def _loses_hooks(transformers: Any, config: Any, device_map: Mapping[str, int | 
     return method == "compressed-tensors" and is_parted and not transformers.__version__.startswith("4.")
 
 
-def send_inputs_to_first(model: Any, device_map: Mapping[str, int | str] | str | None) -> None:
-    """Have accelerate bring the inputs to the first GPU of a plan's map, where it has chosen another.
-
-    ``dispatch_model`` takes the lowest number of a map for the device of the inputs, and computes there what is offloaded;
-    the first stage may be on another GPU. Many a class makes masks of its inputs and uses them beside its embedding.
-
-    Args:
-        model: Loaded by the map.
-        device_map: Module path to CUDA ordinal or ``cpu``, in execution order; anything else is left alone.
-    """
-    if not isinstance(device_map, Mapping) or getattr(model, "_hf_hook", None) is None:
-        return
-    ordinals = [device for device in device_map.values() if isinstance(device, int)]
-    if not ordinals or ordinals[0] == model._hf_hook.execution_device:
-        return
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        if getattr(hook, "offload", False):
-            hook.execution_device = ordinals[0]
-    skip = getattr(model, "_skip_keys_device_placement", None)
-    add_hook_to_module(model, AlignDevicesHook(ordinals[0], io_same_device=True, skip_keys=skip))
-
-
 def load_processor(transformers: Any, name: str, revision: str | None, config: Any, *, trust_remote_code: bool) -> Any:
     """The processor of a checkpoint; without torchvision the same processor, for images only.
 

@@ -10,10 +10,11 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from vlm_doctor.probes.loading import auto_class, send_inputs_to_first, workload_options
+from vlm_doctor.probes.loading import auto_class, workload_options
 
 from ..watching.meter import driver_info, empty_cache
 from .failures import Allocation, LoadFailure, broken_torch, check_weights, explained, needs_remote_code
+from .first_stage import send_inputs_to_first
 from .keepers import holder_of
 from .loaded import LoadedVlm
 from .placing import (

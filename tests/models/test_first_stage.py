@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 
 from accelerate import dispatch_model  # noqa: E402
 
-from vlm_doctor.probes.loading import send_inputs_to_first  # noqa: E402
+from pytest_vlmgpu.models.first_stage import send_inputs_to_first  # noqa: E402
 
 from .fake_devices import FakeDevices, place_of  # noqa: E402
 
@@ -60,7 +60,7 @@ def test_a_first_stage_of_another_number_than_the_lowest_gets_the_inputs() -> No
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("device_map", [{"newline": 0, "embed": 0, "head": 1}, "auto", None, {"": "cpu"}])
+@pytest.mark.parametrize("device_map", [{"newline": 0, "embed": 0, "head": 1}, "auto", {}, {"": "cpu"}])
 def test_where_accelerate_is_right_or_no_map_is_given_nothing_changes(device_map: Any) -> None:
     with FakeDevices():
         model = placed({"newline": 0, "embed": 0, "head": 1})
