@@ -260,15 +260,12 @@ MASKED_AT_INPUTS: Mapping[str, Masked] = {
         "model",
         since=(5, 18),
     ),
-    "emu3": Masked(
-        "generate with inputs_embeds.masked_scatter(special_image_mask, image_features) in modeling_emu3.py",
-        "model",
-        since=(5, 18),
-    ),
     "gemma3n": Masked(
         "torch.where(expanded_vision_mask, vision_embeds, inputs_embeds) in modeling_gemma3n.py", "model", in_text=True
     ),
-    "git": Masked("torch.cat([torch.ones_like(image_token_type_ids), attention_mask]) in modeling_git.py", "git"),
+    "git": Masked(
+        "torch.cat([torch.ones_like(image_token_type_ids), attention_mask]) in modeling_git.py", "git", since=(5, 0)
+    ),
     "kosmos-2": Masked("inputs_embeds[img_input_mask] in modeling_kosmos2.py", "text_model.model"),
     "kosmos-2.5": Masked("inputs_embeds[image_embeds_position_mask == 1] in modeling_kosmos2_5.py", "text_model.model"),
     "cogvlm": Masked("inputs_embeds.index_put([token_type_ids == VISION_TOKEN_TYPE]) in modeling_cogvlm.py", "model"),
@@ -279,9 +276,8 @@ MASKED_AT_INPUTS: Mapping[str, Masked] = {
     "molmo": Masked("x[batch_idx[valid], image_input_idx[valid]] in modeling_molmo.py"),
 }
 """Families that mark the places of an image by token ids or types, which stay with the inputs, and use the mark where the
-embedding is; or whose ``generate`` has made the image's features before, which then come with the inputs (Chameleon, and
-Emu3 as read: in 5.20, not yet in 5.17). Run on two devices with transformers 5.17 or 5.23, of the checkpoints' own code
-stand-ins."""
+embedding is; or whose ``generate`` has made the image's features before, which then come with the inputs (Chameleon:
+in 5.20, not yet in 5.17). Run on two devices with transformers 5.17 or 5.23, of the checkpoints' own code stand-ins."""
 
 
 class AtInputs(NamedTuple):

@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from vlm_doctor.data.joins import WHOLE
+from vlm_doctor.data.joins import MASKED_AT_INPUTS, WHOLE
 from vlm_doctor.device_map import MapCheck
 from vlm_doctor.machine import Libraries, Machine, Package
 from vlm_doctor.model import ModelProfile
-from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.constraints import can_break_tower, chain
 from vlm_doctor.planner.map_check import check_map
 from vlm_doctor.planner.planning import plan
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
@@ -215,6 +215,14 @@ def test_masks_made_at_the_inputs_want_the_embedding_there() -> None:
     assert "block_sequence_ids" in found.findings[0].message
     assert errors(checked(profile("llava", CLIP), moved=text)) == []
     assert errors(checked(model, moved=["model.language_model.layers.1"])) == []
+
+
+@pytest.mark.parametrize("family", sorted(MASKED_AT_INPUTS))
+def test_the_tower_of_a_family_with_such_a_mask_is_never_cut(family: str) -> None:
+    tower = [f"model.vision_tower.encoder.layers.{n}.{part}.weight" for n in range(3) for part in ("self_attn", "mlp")]
+
+    assert can_break_tower(profile("llava", tower))
+    assert not can_break_tower(profile(family, tower))
 
 
 def test_a_tower_whose_result_is_sorted_at_the_inputs_ends_there() -> None:
