@@ -153,7 +153,7 @@ def on_gpus(results: dict[str, Any]) -> str:
     which = f" ({', '.join(f'`{name}`' for name in ours)})" if ours else ""
     return (
         f"On two H200s ({versions}), where {len(rows)} of {len(results['rows'])} ran: the planner's map is equal for "
-        f"{equal} and crashes on {len(ours)}{which}; a map of accelerate or transformers crashes on {len(theirs)}."
+        f"{equal} and fails on {len(ours)}{which}; a map of accelerate or transformers fails on {len(theirs)}."
     )
 
 
