@@ -254,7 +254,7 @@ class Masked(NamedTuple):
 
 
 MASKED_AT_INPUTS: Mapping[str, Masked] = {
-    "paligemma": Masked("block_sequence_ids[batch_idx, q_idx] in masking_utils.py", "model"),
+    "paligemma": Masked("block_sequence_ids[batch_idx, q_idx] in masking_utils.py", "model", since=(5, 0)),
     "chameleon": Masked(
         "generate with inputs_embeds.masked_scatter(special_image_mask, image_features) in modeling_chameleon.py",
         "model",

@@ -215,6 +215,10 @@ def test_masks_made_at_the_inputs_want_the_embedding_there() -> None:
     assert "block_sequence_ids" in found.findings[0].message
     assert errors(checked(profile("llava", CLIP), moved=text)) == []
     assert errors(checked(model, moved=["model.language_model.layers.1"])) == []
+    old = check_map(one_key_each(model, {"moved": text}), model, with_transformers(ROOM, "4.57.6"), Workload(images=0))
+    assert errors(old) == []
+    whole: dict[str, int | str] = {"model": 1, "lm_head": 0}
+    assert errors(check_map(whole, model, ROOM, Workload(images=0))) == []
 
 
 @pytest.mark.parametrize("family", sorted(MASKED_AT_INPUTS))
