@@ -51,6 +51,7 @@ class Trial:
         self.devices: list[str] = options.devices.split(",")
         self.is_fake = options.devices == FAKE
         self.with_cuts: bool = options.cuts
+        self.with_turned: bool = options.turned
         self.row = row
         self.folder = tempfile.TemporaryDirectory(prefix="tiny-")
 
@@ -155,6 +156,8 @@ class Trial:
         used = sorted(set(planned.device_map.values()))
         self.row.add(plan={"fits": planned.fits, "devices": used, "share": self.share(planned.device_map)})
         self.row["plan"].update(self.judge(planned.device_map))
+        if self.with_turned:
+            self.row["plan"]["turned"] = self.judge(_turned(planned.device_map))
         self.row.add()
 
     def workload(self) -> Any:
@@ -188,7 +191,10 @@ class Trial:
             }
             self.row.add(**{name: entry})
             if len(entry["devices"]) > 1 and set(entry["devices"]) <= {"0", "1"}:
-                entry.update(self.judge(device_map), map={key: int(device) for key, device in device_map.items()})
+                numbers = {key: int(device) for key, device in device_map.items()}
+                entry.update(self.judge(device_map), map=numbers)
+                if self.with_turned:
+                    entry["turned"] = self.judge(_turned(numbers))
             self.row.add()
 
     def half_and_half(self) -> dict[str, Any]:
@@ -336,20 +342,33 @@ class Trial:
             return self.on_fake_devices(device_map, inputs)
         import torch
 
-        from vlm_doctor.planner.map_devices import main_device
-
-        real = {key: self.devices[device] for key, device in device_map.items()}
+        real, first = self.on_real_devices(device_map)
         try:
-            model = _plain(self.kind.from_pretrained(self.folder.name, device_map=real, **self.options()))
+            model = self.loaded_by(real)
         except Exception as error:  # noqa: BLE001 - the library's own failure is the result
             return {"failed": said(error), "module": "", "logits": None, "tokens": None}
-        first = self.devices[int(main_device(device_map.values()) or 0)]
         found = self.answer(model, _moved(inputs, first))
         del model
         if found["failed"]:
             self.check_devices()
         torch.cuda.empty_cache()
         return found
+
+    def on_real_devices(self, device_map: dict[str, Any]) -> tuple[dict[str, int], str]:
+        """The map in ordinals, and where accelerate sends the inputs.
+
+        Ordinals are what plans and ``auto`` give. For texts such as ``cuda:1`` accelerate takes the first of a set of them,
+        which is another one in every process.
+        """
+        from vlm_doctor.planner.map_devices import main_device
+
+        ordinals = [int(device.rpartition(":")[2]) for device in self.devices]
+        real = {key: ordinals[device] for key, device in device_map.items()}
+        return real, f"cuda:{main_device(real.values())}"
+
+    def loaded_by(self, device_map: dict[str, int]) -> Any:
+        """The model as transformers places it."""
+        return _plain(self.kind.from_pretrained(self.folder.name, device_map=device_map, **self.options()))
 
     def check_devices(self) -> None:
         """Some errors (an assertion in a kernel) leave CUDA unusable in this process; what follows is not to blame."""
@@ -408,6 +427,11 @@ def _load_at(model: Any, places: dict[str, Any]) -> None:
         key = owner(places, name)
         if key is not None:
             tensor.data = tensor.data.to(places[key])
+
+
+def _turned(device_map: dict[str, Any]) -> dict[str, int]:
+    """The two devices exchanged: accelerate sends the inputs to the lower number all the same."""
+    return {key: 1 - int(device) for key, device in device_map.items()}
 
 
 def _moved(inputs: Any, device: Any) -> Any:

@@ -263,9 +263,9 @@ class Case:
         import torch
 
         devices = self.tiny.devices
-        names: Any = {
-            key: devices[min(int(gpu), len(devices) - 1) if is_split else 0] for key, gpu in self.placed().items()
-        }
+        # Ordinals, as plans have them: of texts accelerate takes any as the device of the inputs.
+        places: list[Any] = ["cpu" if device == "cpu" else int(device.rpartition(":")[2]) for device in devices]
+        names: Any = {key: places[min(int(gpu), len(places) - 1) if is_split else 0] for key, gpu in self.placed().items()}
         if not self.takes_map:
             names = {"": "cpu"} if self.package == "torchao" else None
         options = {"quantization_config": config} if config is not None else {}
@@ -360,7 +360,7 @@ class Case:
 
 COMPRESSED: dict[str, tuple[str, dict[str, Any]]] = {
     "ct-pack-int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}),
-    "ct-int8": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "ct-int8": ("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
     "ct-float8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
 }
 """Checkpoints of compressed-tensors: its name for the format, its arguments for the weights."""
@@ -398,16 +398,35 @@ def compressed(tiny: Tiny, name: str) -> Iterator[dict[str, Any]]:
             path = Path(folder, "config.json")
             section = {**made.model_dump(exclude_none=True, mode="json"), "quant_method": "compressed-tensors"}
             path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": section}))
-            case = Case(tiny, folder, None, "compressed-tensors")
-            row.update(stored_bytes=case.profile.stored_bytes, elements=case.profile.elements)
-            again = case.load(None)
-            row["loaded_before_a_pass_bytes"] = sum(size_bytes for _, size_bytes in tensor_bytes(again))
-            logits(again, case.inputs(), tiny.devices[0])
-            row.update(case.compare(again, is_planned=True))
-            row.update(case.run(again, lambda: None))
+            for config, kind in ((None, name), (unpacking(), f"{name}-unpacked")):
+                if kind == name or config is not None:
+                    yield read_compressed(tiny, folder, {**row, "method": kind}, config)
+    except Exception as error:  # noqa: BLE001 - the library's own failure is the result
+        yield {**row, "failed": said(error), "seconds": round(time.monotonic() - started, 2)}
+
+
+def unpacking() -> Any:
+    """What has the weights unpacked while they are loaded; ``None`` before transformers 5, which always does so."""
+    import transformers
+
+    is_old = transformers.__version__.startswith("4.")
+    return None if is_old else transformers.CompressedTensorsConfig(dequantize=True)
+
+
+def read_compressed(tiny: Tiny, folder: str, row: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Load such a checkpoint and hold it to the plan."""
+    started = time.monotonic()
+    try:
+        case = Case(tiny, folder, None, "compressed-tensors")
+        row.update(stored_bytes=case.profile.stored_bytes, elements=case.profile.elements)
+        again = case.load(config)
+        row["loaded_before_a_pass_bytes"] = sum(size_bytes for _, size_bytes in tensor_bytes(again))
+        logits(again, case.inputs(), tiny.devices[0])
+        row.update(case.compare(again, is_planned=True))
+        row.update(case.run(again, lambda: config))
     except Exception as error:  # noqa: BLE001 - the library's own failure is the result
         row["failed"] = said(error)
-    yield {**row, "seconds": round(time.monotonic() - started, 2)}
+    return {**row, "seconds": round(time.monotonic() - started, 2)}
 
 
 def tensor_bytes(model: Any) -> Iterator[tuple[str, int]]:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from architecture_trial import Trial, said
+from architecture_trial import Trial
 
 
 class RemoteTrial(Trial):
@@ -90,26 +90,9 @@ class RemoteTrial(Trial):
 
         return tiny_remote.load(Path(self.folder.name), self.family, attn_implementation="eager", **options)
 
-    def placed(self, device_map: dict[str, Any], inputs: Any) -> dict[str, Any]:
-        """The answer of the model as the map places it."""
-        if self.is_fake:
-            return self.on_fake_devices(device_map, inputs)
-        import torch
-
-        from vlm_doctor.planner.map_devices import main_device
-
-        real = {key: self.devices[device] for key, device in device_map.items()}
-        try:
-            model = self.loaded({"device_map": real})
-        except Exception as error:  # noqa: BLE001 - the library's own failure is the result
-            return {"failed": said(error), "module": "", "logits": None, "tokens": None}
-        first = self.devices[int(main_device(device_map.values()) or 0)]
-        found = self.answer(model, {name: value.to(first) for name, value in inputs.items()})
-        del model
-        if found["failed"]:
-            self.check_devices()
-        torch.cuda.empty_cache()
-        return found
+    def loaded_by(self, device_map: dict[str, int]) -> Any:
+        """The model as transformers places it."""
+        return self.loaded({"device_map": device_map})
 
 
 def _tells(text: str, module: str) -> bool:

@@ -242,6 +242,8 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     computes_in: Literal["int8", "float32"] | None = None
     """What the linear layers of such a checkpoint compute in where it is not the type of the hidden states: those of
     bitsandbytes in 8 bit, and in 4 bit where config.json says ``float32`` or nothing."""
+    one_gpu: str | None = None
+    """Why the machine's libraries cannot run it on several GPUs; ``None`` where they can, or where no machine is known."""
     tensors: dict[str, tuple[str, int]] = {}
     """Parameter name in the class to stored dtype and elements, so that a key inside a unit can be judged; empty where only
     the units are known."""
@@ -259,6 +261,8 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     broken_calls: tuple[str, ...] | None = None
     """What the checkpoint's own code relies on and some releases of transformers lack (names of ``data/removed_calls.py``);
     ``None`` where its code was not at hand."""
+    moved_joins: tuple[str, ...] | None = None
+    """What that code moves itself before joining it (``moves`` in ``data/joins.py``); ``None`` where it was not at hand."""
     files: tuple[str, ...] = ()
     """Checkpoint files the headers were read from."""
     registered: dict[str, tuple[Registered, ...]] = {}

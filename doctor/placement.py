@@ -234,3 +234,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What was assumed."""
     is_remote_code: bool = False
     needs_quantization: str | None = None
+    """``quant_method`` of the checkpoint, or what the workload quantizes to."""
+
+    @property
+    def loses_hooks(self) -> bool:
+        """True for a model of compressed-tensors on several devices, which transformers 5 must unpack while it loads."""
+        return self.needs_quantization == "compressed-tensors" and len(set(self.device_map.values())) > 1

@@ -23,6 +23,8 @@ from vlm_doctor.sources.allocation_scripts import body_script, tower_script
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
 RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
+ON_GPUS = RESULTS.with_name("2xh200-architectures.json")
+"""The rows as the benchmark wrote them on real GPUs."""
 COUNTS = ROOT / "tests" / "doctor" / "model" / "image_counts.json"
 HEAD = """# Architectures
 
@@ -104,7 +106,8 @@ def render(results: dict[str, Any]) -> str:
     """The page."""
     rows = {row["family"]: row for row in results["rows"]}
     versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
-    head = HEAD.format(versions=versions, devices=results["devices"], counts=_counts(list(rows.values())))
+    counts = f"{_counts(list(rows.values()))}\n\n{on_gpus(brief(json.loads(ON_GPUS.read_text())))}"
+    head = HEAD.format(versions=versions, devices=results["devices"], counts=counts)
     lines = (f"{_line(family, rows.get(family, {}))}\n" for family in sorted(ARCHITECTURES))
     return head + "".join(lines) + remote_rows.section()
 
@@ -137,6 +140,20 @@ def _counts(rows: list[dict[str, Any]]) -> str:
     return (
         f"Of {len(ran)} architectures that were run, the planner's map crashes on {len(crashed['planner'])}; a map of "
         f"accelerate or transformers crashes on {len(libraries)}."
+    )
+
+
+def on_gpus(results: dict[str, Any]) -> str:
+    """How the same went on real GPUs, in a few sentences."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(results["versions"].items()))
+    rows = [row for row in results["rows"] if "planner" in row]
+    ours = [row["family"] for row in rows if row["planner"].startswith("crashes")]
+    equal = sum(row["planner"] == "equal" for row in rows)
+    theirs = {row["family"] for row in rows for name in ("accelerate", "auto") if row[name].startswith("crashes")}
+    which = f" ({', '.join(f'`{name}`' for name in ours)})" if ours else ""
+    return (
+        f"On two H200s ({versions}), where {len(rows)} of {len(results['rows'])} ran: the planner's map is equal for "
+        f"{equal} and fails on {len(ours)}{which}; a map of accelerate or transformers fails on {len(theirs)}."
     )
 
 

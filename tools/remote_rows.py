@@ -10,8 +10,8 @@ from vlm_doctor.data.image_rules import IMAGE_RULES
 from vlm_doctor.data.removed_calls import BREAKS, NATIVE, PUBLISHED, Break
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "remote.json"
-OTHERS = ("remote-4.json",)
-"""Beside it, with other releases of the libraries: a line each."""
+OTHERS = ("remote-4.json", "2xh200-remote.json")
+"""Beside it, with other releases of the libraries, and on GPUs (as the benchmark wrote it): a line each."""
 _MAPS = ("plan", "accelerate", "auto", "quarters")
 _BAD = ("crashes", "fails", "differs")
 _FAMILY = {"cogvlm2": "cogvlm"}
@@ -54,13 +54,16 @@ def section(results: dict[str, Any] | None = None) -> str:
 def _line(path: Path) -> str:
     """How the same went with another release."""
     results = json.loads(path.read_text())
+    if any(isinstance(row["plan"], dict) for row in results["rows"]):
+        results = brief(results)
     rows = results["rows"]
     equal = sum(row["plan"] == "equal" for row in rows)
     theirs = [row["family"] for row in rows if any(row[name].startswith(_BAD) for name in _MAPS[1:])]
     release = results["versions"]["transformers"]
+    where = "" if results["devices"] == "fake" else " on two H200s"
     return (
-        f"\nWith transformers {release} the planner's map is equal for {equal} of {len(rows)}, and a map of the libraries "
-        f"fails on {len(theirs)}.\n"
+        f"\nWith transformers {release}{where} the planner's map is equal for {equal} of {len(rows)}, and a map of the "
+        f"libraries fails on {len(theirs)}.\n"
     )
 
 

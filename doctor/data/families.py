@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .image_rules import IMAGE_RULES, ImageConstants
+from .joins import MASKED_AT_INPUTS
 from .linear_weights import QUANTIZED, UNQUANTIZED
 
 Rename = tuple[str, str]
@@ -287,16 +288,15 @@ FLAT_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "siglip2_vi
 ``vision_tower.vision_model.encoder`` is ``vision_tower.encoder``. Source: ``PrefixChange`` of ``CLIPVisionModel`` and the
 classes that share it, ``conversion_mapping.py``."""
 
-WHOLE_TOWERS = frozenset(
-    {"cogagent", "cogvlm", "deepseek_vl_v2", "internvl_chat", "kimi_vl"}
-    | {"deepseek_ocr2", "florence2", "mllama", "molmo", "molmo2", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"}
-    | {"unlimited_ocr", "vipllava"}
+WHOLE_TOWERS = frozenset(MASKED_AT_INPUTS) | frozenset(
+    {"deepseek_ocr2", "florence2", "mllama", "molmo2", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "unlimited_ocr"}
+    | {"vipllava"}
 )
 """Families whose tower no cut may part: their code stacks or joins the outputs of several blocks, or of two encoders, which
 would be on several GPUs (``torch.stack`` in modeling_mllama.py, ``torch.cat`` in the others). Florence-2's blocks take
-turns with the convolutions of another list. Qwen Omni names the encoder itself in ``_no_split_modules``. The
-first five write image features into the embeddings by a mask of the inputs (``MASKED_AT_INPUTS``): the embedding must be
-where the inputs are, which is where a tower begins."""
+turns with the convolutions of another list. Qwen Omni names the encoder itself in ``_no_split_modules``. Those of
+``MASKED_AT_INPUTS`` want the embedding where the inputs are, and that is where a tower begins.
+"""
 
 _ROTARY_POS_EMB = (
     *(

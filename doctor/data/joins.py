@@ -27,14 +27,25 @@ class Join(NamedTuple):
     """Where in ``moves`` the tensor comes from that is joined; empty for all of it."""
     when: str = ""
     """What alone fails, where others do not: the rest of a sentence. The map may do then."""
+    patch: str = ""
+    """Regular expression of the newer code, where ``is_patched``."""
 
 
 _EVA = "torch.cat((boi, x, eoi)) in visual.py"
+_MOVED = r"self\.{0}(?:\.expand\([^()]{{0,80}}\))?\s{{0,40}}\.to\("
+
+
+def is_moved(join: Join, moved: tuple[str, ...] | None) -> bool:
+    """Whether the checkpoint's code is known to move one of the two itself."""
+    return join.is_patched and moved is not None and join.moves in moved
 
 
 def _eva_tower(body: str, *, is_patched: bool, source: str) -> tuple[Join, ...]:
     tower = f"{body}.vision"
-    return tuple(Join(f"{tower}.{name}", f"{tower}.linear_proj", _EVA, is_patched, source) for name in ("boi", "eoi"))
+    return tuple(
+        Join(f"{tower}.{name}", f"{tower}.linear_proj", _EVA, is_patched, source, patch=_MOVED.format(name))
+        for name in ("boi", "eoi")
+    )
 
 
 _INTERNVL = "input_embeds[selected] * 0.0 + vit_embeds in modeling_internvl_chat.py"
@@ -103,6 +114,7 @@ JOINS: Mapping[str, tuple[Join, ...]] = {
             True,
             "GLM-4#32, #67, #75, #295",
             "transformer.vision.linear_proj",
+            patch=r"images_features(?:\[[^\[\]]{0,80}\])?\s{0,40}\.to\(",
         ),
     ),
     "minicpmv": (Join("resampler", "llm.model.embed_tokens", "scatter_ in modeling_minicpmv.py", False, "MiniCPM-V#100"),),
@@ -227,22 +239,82 @@ TOWER_WINDOWED = frozenset({"qwen2_5_vl"})
 """Families whose tower sorts its patches into windows and back, in 4.57 by an index that stays with the inputs: there the
 first part and the merger must be at the inputs in any case."""
 
-MASKED_AT_INPUTS: Mapping[str, str] = {
-    "paligemma": "block_sequence_ids[batch_idx, q_idx] in masking_utils.py",
-    "cogvlm": "inputs_embeds.index_put([token_type_ids == VISION_TOKEN_TYPE]) in modeling_cogvlm.py",
-    "cogagent": "inputs_embeds.index_put([token_type_ids == VISION_TOKEN_TYPE]) in modeling_cogagent.py",
-    "deepseek_vl_v2": "masked_scatter_ by images_seq_mask in modeling_deepseek_vl_v2.py",
-    "internvl_chat": "input_embeds[input_ids == img_context_token_id] in modeling_internvl_chat.py",
-    "kimi_vl": "inputs_embeds[input_ids == image_token_index] in modeling_kimi_vl.py",
+
+class Masked(NamedTuple):
+    """A family that uses a mask of its inputs where the embedding is."""
+
+    where: str
+    """The operation, for the message."""
+    module: str = ""
+    """Whose forward it is in: where that has a key, its hook takes the mask along. Empty for the model itself."""
+    in_text: bool = False
+    """True where it is so for a text alone, too."""
+    since: tuple[int, int] = (0, 0)
+    """First transformers in which it is so."""
+
+
+MASKED_AT_INPUTS: Mapping[str, Masked] = {
+    "paligemma": Masked("block_sequence_ids[batch_idx, q_idx] in masking_utils.py", "model", since=(5, 0)),
+    "chameleon": Masked(
+        "generate with inputs_embeds.masked_scatter(special_image_mask, image_features) in modeling_chameleon.py",
+        "model",
+        since=(5, 18),
+    ),
+    "gemma3n": Masked(
+        "torch.where(expanded_vision_mask, vision_embeds, inputs_embeds) in modeling_gemma3n.py", "model", in_text=True
+    ),
+    "git": Masked(
+        "torch.cat([torch.ones_like(image_token_type_ids), attention_mask]) in modeling_git.py", "git", since=(5, 0)
+    ),
+    "kosmos-2": Masked("inputs_embeds[img_input_mask] in modeling_kosmos2.py", "text_model.model"),
+    "kosmos-2.5": Masked("inputs_embeds[image_embeds_position_mask == 1] in modeling_kosmos2_5.py", "text_model.model"),
+    "cogvlm": Masked("inputs_embeds.index_put([token_type_ids == VISION_TOKEN_TYPE]) in modeling_cogvlm.py", "model"),
+    "cogagent": Masked("inputs_embeds.index_put([token_type_ids == VISION_TOKEN_TYPE]) in modeling_cogagent.py", "model"),
+    "deepseek_vl_v2": Masked("masked_scatter_ by images_seq_mask in modeling_deepseek_vl_v2.py"),
+    "internvl_chat": Masked("input_embeds[input_ids == img_context_token_id] in modeling_internvl_chat.py"),
+    "kimi_vl": Masked("inputs_embeds[input_ids == image_token_index] in modeling_kimi_vl.py"),
+    "molmo": Masked("x[batch_idx[valid], image_input_idx[valid]] in modeling_molmo.py"),
 }
 """Families that mark the places of an image by token ids or types, which stay with the inputs, and use the mark where the
-embedding is. PaliGemma and stand-ins for the others were run on two devices with transformers 5.17 and 5.23."""
+embedding is; or whose ``generate`` has made the image's features before, which then come with the inputs (Chameleon:
+in 5.20, not yet in 5.17). Run on two devices with transformers 5.17 or 5.23, of the checkpoints' own code stand-ins."""
 
-TOWER_EXIT: Mapping[str, tuple[str, str]] = {
-    "kimi_k25": ("final_layernorm", "hidden_states[merge_index] in modeling_kimi_k25.py"),
+
+class AtInputs(NamedTuple):
+    """A part of a vision tower whose result the tower joins with what it has made of its inputs."""
+
+    part: str
+    """Path below the tower; the module around it makes the other side, where its own inputs are."""
+    what: str
+    """The other side, in words, with its verb."""
+    where: str
+    """The operation, for the message."""
+    since: tuple[int, int] = (0, 0)
+    """First transformers that does so."""
+
+
+def _weighed(family: str, part: str = "pos_embed") -> AtInputs:
+    where = f"self.{part.rpartition('.')[2]}(interp_indices) * interp_weights in modeling_{family}.py"
+    return AtInputs(part, "the weights of its positions stay", where, (5, 0))
+
+
+TOWER_AT_INPUTS: Mapping[str, AtInputs] = {
+    "kimi_k25": AtInputs(
+        "final_layernorm", "the index that sorts its result stays", "hidden_states[merge_index] in modeling_kimi_k25.py"
+    ),
+    **{family: _weighed(family) for family in ("cohere_compass", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")},
+    "qwen4_exp": _weighed("qwen4_exp"),
+    "cosmos3_omni": _weighed("qwen3_vl"),
+    "qwen3_omni_moe_thinker": _weighed("qwen3_omni_moe"),
+    **{name: _weighed(name, "position_embedding_table") for name in ("muse_glimmer", "muse_spark")},
 }
-"""Families whose tower sorts its result by an index that stays with the inputs: the last part, and the line. Only a tower
-with a key of its own, whose hook moves the index too, may end elsewhere. Run on two devices with transformers 5.23."""
+"""Families whose tower joins the result of a part with a tensor made of its inputs, which stays where they are: only a key
+of the tower itself, whose hook moves the inputs, brings the two together. Run on two devices with transformers 5.17 and
+5.23 (muse_spark: read); 4.57 makes the weights where the table is."""
+
+FED_IN_TURN: Mapping[str, str] = {"kimi_k25": "patch_embed", "kosmos-2.5": "embeddings"}
+"""Families to a module of their tower that gives the result of one part to the next, or brings the results together itself,
+so that it may be cut though it is called an embedding. Run on two devices with transformers 5.17 and 5.23."""
 
 TOWER_TABLES: Mapping[str, str] = {"glm4v": "embeddings", "glm4v_moe": "embeddings"}
 """Part of such a tower that uses the weight of a module in it without calling the module, so that only a key of the part

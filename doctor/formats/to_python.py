@@ -53,32 +53,37 @@ def snippet(plan: Plan, libraries: Libraries | None = None, *, is_live: bool = F
     if not plan.fits:
         why = plan.shortage.message if plan.shortage else "The model does not fit."
         return f"raise SystemExit({literal(why)})\n"
+    quantization = _quantization(plan, libraries)
     blocks = [
         _environment(plan, is_live=is_live),
-        _imports(plan),
+        _imports(plan, quantization),
         f"MODEL = {literal(plan.model)}",
         device_map_source(plan),
     ]
     if plan.offloaded is not None:
         blocks.append(f"# {_inert(plan.offloaded.cost)}")
-    quantization = _quantization(plan)
     if quantization:
-        blocks.append(quantization)
-    blocks.append(_loading(plan, dtype_argument(libraries)))
+        blocks.append(f"quantization = {quantization}")
+    blocks.append(_loading(plan, dtype_argument(libraries), is_quantized=quantization is not None))
     return "\n\n".join(blocks) + "\n"
 
 
 def dtype_argument(libraries: Libraries | None) -> str:
     """Name of the argument that sets the dtype in the installed transformers: ``dtype``, or ``torch_dtype`` before 4.56."""
+    return "torch_dtype" if _is_before(libraries, DTYPE_SINCE) else "dtype"
+
+
+def _is_before(libraries: Libraries | None, version: str) -> bool:
+    """True when the installed transformers is known to be older."""
     installed = libraries.version("transformers") if libraries else None
     if installed is None:
-        return "dtype"
+        return False
     from packaging.version import InvalidVersion, Version
 
     try:
-        return "torch_dtype" if Version(installed) < Version(DTYPE_SINCE) else "dtype"
+        return Version(installed) < Version(version)
     except InvalidVersion:
-        return "dtype"
+        return False
 
 
 def device_map_source(plan: Plan) -> str:
@@ -132,21 +137,23 @@ def _model_class(plan: Plan) -> str:
     return "AutoModelForCausalLM" if plan.is_remote_code else "AutoModelForImageTextToText"
 
 
-def _imports(plan: Plan) -> str:
-    names = [_model_class(plan), "AutoProcessor", *(["BitsAndBytesConfig"] if plan.workload.quantization else [])]
+def _imports(plan: Plan, quantization: str | None) -> str:
+    names = [_model_class(plan), "AutoProcessor", *([quantization.partition("(")[0]] if quantization else [])]
     return f"from transformers import {', '.join(names)}"
 
 
-def _quantization(plan: Plan) -> str | None:
+def _quantization(plan: Plan, libraries: Libraries | None) -> str | None:
     arguments = {
         "int8": "load_in_8bit=True",
         "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype={literal(plan.dtype)}',
     }
     kind = plan.workload.quantization
-    return f"quantization = BitsAndBytesConfig({arguments[kind]})" if kind else None
+    if kind is None and plan.loses_hooks and not _is_before(libraries, "5"):
+        return "CompressedTensorsConfig(dequantize=True)"
+    return f"BitsAndBytesConfig({arguments[kind]})" if kind else None
 
 
-def _loading(plan: Plan, dtype: str) -> str:
+def _loading(plan: Plan, dtype: str, *, is_quantized: bool) -> str:
     trust = ["trust_remote_code=True"] if plan.is_remote_code else []
     source = ["MODEL", *([f"revision={literal(plan.revision)}"] if plan.revision else [])]
     lines = ["# The class of this model comes with the checkpoint: read that code before you run it."] if trust else []
@@ -160,7 +167,7 @@ def _loading(plan: Plan, dtype: str) -> str:
             if trust and plan.workload.attention == "sdpa"
             else [f"attn_implementation={literal(attention_word(plan.workload.attention))}"]
         ),
-        *(["quantization_config=quantization"] if plan.workload.quantization else []),
+        *(["quantization_config=quantization"] if is_quantized else []),
         *trust,
     ]
     lines += [

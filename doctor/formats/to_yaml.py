@@ -47,6 +47,9 @@ def _loading(plan: Plan, *, is_live: bool) -> list[str]:
     lines = [_entry("dtype", plan.dtype), _entry("attn_implementation", attention_word(plan.workload.attention))]
     if plan.workload.quantization:
         lines.append(_entry("quantization", plan.workload.quantization))
+    elif plan.loses_hooks:
+        lines.append("# With transformers 5: quantization_config=CompressedTensorsConfig(dequantize=True).")
+        lines.append(_entry("dequantize", True))
     lines += [
         _entry("trust_remote_code", plan.is_remote_code),
         _entry("prompt_tokens", plan.prompt_tokens),

@@ -16,7 +16,7 @@ from .order import Split
 from .own_code import about_own_code
 from .problem import Problem
 from .quantized_rules import UNPACK_WHILE_LOADING, about_quantization, loses_hooks
-from .release import is_before_5
+from .release import is_before_5, release_of
 from .search import Choice
 
 _PARTS: dict[Role, str] = {
@@ -283,9 +283,11 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
     if profile.quantization and workload.dtype:
         result.append(f"The checkpoint is quantized ({profile.quantization}): those weights keep their type.")
     result += about_quantization(profile, workload)
-    lost = loses_hooks(profile, problem.machine) if choice and len(choice.split.gpus) > 1 else None
+    lost = loses_hooks(profile, release_of(problem.machine)) if choice and len(choice.split.gpus) > 1 else None
     if lost:
         result.append(f"{lost[0].upper()}{lost[1:]}. {UNPACK_WHILE_LOADING}")
+    if profile.one_gpu:
+        result.append(f"All of the model stays on one GPU: {profile.one_gpu}.")
     positions = profile.text.max_positions
     if positions is not None:
         needed = workload.text_tokens + footprint.images.tokens + workload.new_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..data.joins import JOINS
+from ..data.joins import JOINS, is_moved
 from ..model import ModelProfile, Registered
 from ..placement import CutBlock
 from .auto_replay import Device, Placed
@@ -64,7 +64,8 @@ def _parted_joins(profile: ModelProfile, items: Sequence[Registered], placed: Pl
     found = []
     for join in JOINS.get(profile.model_type, ()):
         one, other = (_on(items, placed, key) for key in (join.result or join.moves, join.meets))
-        if one and other and not one & other and not join.is_patched and not join.when:
+        may_be_moved = join.is_patched and (profile.moved_joins is None or is_moved(join, profile.moved_joins))
+        if one and other and not one & other and not may_be_moved and not join.when:
             found.append(join.moves)
     return found
 

@@ -11,6 +11,7 @@ from ..data.joins import TOWER_WINDOWED
 from ..machine import Machine
 from ..model import LinearWeights, ModelProfile, Unit
 from .quantized import unpacked
+from .quantized_rules import why_not_unpacked
 from .release import Release, is_before_5, release_for, release_of
 
 
@@ -22,7 +23,8 @@ def as_loaded(profile: ModelProfile, machine: Machine) -> ModelProfile:
         found = _with_single_experts(found)
     if is_before_5(release):
         found = _with_packed_words(found)
-    return unpacked(found, machine)
+    why = why_not_unpacked(found, release)
+    return unpacked(found if why is None else msgspec.structs.replace(found, one_gpu=why), machine)
 
 
 def _with_single_experts(profile: ModelProfile) -> ModelProfile:

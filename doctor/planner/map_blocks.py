@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
+from ..data.joins import FED_IN_TURN
 from ..findings import Finding
 from .map_devices import shown
 from .map_keys import has_inner_conflict
@@ -235,7 +236,9 @@ def _cut_module(question: Question, layout: Layout, piece: Piece) -> Iterator[Fi
     devices = layout.runs_on(piece.key)
     if len(devices) < 2 or _has_conflict(layout, piece.key):
         return
-    is_sum = "embed" in piece.key.rpartition(".")[2] or _parts_a_product(layout, piece.key)
+    last = piece.key.rpartition(".")[2]
+    is_fed_in_turn = last == FED_IN_TURN.get(question.profile.model_type)
+    is_sum = ("embed" in last and not is_fed_in_turn) or _parts_a_product(layout, piece.key)
     yield finding(
         question,
         "VLM614",

@@ -11,12 +11,14 @@ from ..data.joins import (
     LOGITS_MOVED,
     MASKED_AT_INPUTS,
     PAIRED_LAYERS,
+    TOWER_AT_INPUTS,
     TOWER_ENTRY,
-    TOWER_EXIT,
     TOWER_ROTARY,
     TOWER_TABLES,
     TOWER_WINDOWED,
+    AtInputs,
     Join,
+    is_moved,
 )
 from ..findings import Finding, Severity
 from .map_devices import shown
@@ -34,7 +36,7 @@ def about_joins(question: Question, layout: Layout) -> Iterator[Finding]:
     yield from parted_mask(question, layout)
     yield from parted_parameters(question, layout)
     yield from parted_positions(question, layout)
-    yield from parted_exit(question, layout)
+    yield from parted_from_inputs(question, layout)
     yield from parted_ties(question, layout)
     yield from parted_logits(question, layout)
     yield from hops(question, layout)
@@ -45,7 +47,7 @@ def broken_joins(question: Question, layout: Layout) -> list[tuple[Join, set[Dev
     found = []
     for join in JOINS.get(question.profile.model_type, ()):
         one, other = _joined_on(layout, join.result or join.moves), layout.runs_on(join.meets)
-        if one and other and one != other:
+        if one and other and one != other and not is_moved(join, question.profile.moved_joins):
             found.append((join, one | other))
     return found
 
@@ -62,12 +64,14 @@ def parted_joins(question: Question, layout: Layout) -> Iterator[Finding]:
         sides = _joined_on(layout, join.result or join.moves), layout.runs_on(join.meets)
         one, other = (listed(sorted(map(shown, side))) for side in sides)
         says = f"{join.where} says {mismatch(devices)}"
+        # Where its code was searched and lacks the newer lines, it is one of the older revisions.
+        may_be_newer = join.is_patched and question.profile.moved_joins is None
         yield finding(
             question,
             "VLM615",
-            "warning" if join.is_patched or join.when else "error",
+            "warning" if may_be_newer or join.when else "error",
             f"{join.moves} is on {one}, and what it is joined with, {join.meets}, on {other}: "
-            + (f"in older revisions of the checkpoint's code {says}" if join.is_patched else f"{join.when}{says}"),
+            + (f"in older revisions of the checkpoint's code {says}" if may_be_newer else f"{join.when}{says}"),
             cause="Hooks move what goes into a module, never a bare parameter or two results that are joined.",
             fix=f"Put {join.moves} where {join.meets} is.",
             seen=[(key, layout.device_map[key]) for key in (join.moves, join.meets) if key in layout.device_map],
@@ -128,19 +132,25 @@ def parted_pairs(question: Question, layout: Layout) -> Iterator[Finding]:
 
 def parted_mask(question: Question, layout: Layout) -> Iterator[Finding]:
     """A mask of images that is made of tensors at the inputs and at the embedding."""
-    where, first = MASKED_AT_INPUTS.get(question.profile.model_type), layout.role_device("embedding")
-    if where is None or first is None or not layout.dispatches or first == layout.main:
+    rule, first = MASKED_AT_INPUTS.get(question.profile.model_type), layout.role_device("embedding")
+    is_older = rule is not None and question.release is not None and question.release < rule.since
+    if rule is None or first is None or not layout.dispatches or is_older:
+        return
+    hooked = layout.hook_device(rule.module) if rule.module else None
+    home = layout.main if hooked is None else hooked
+    if first == home:
         return
     embedding = next(unit.key for unit in question.profile.units if unit.role == "embedding")
+    given = "in any case" if rule.in_text else "with an image"
     yield finding(
         question,
         "VLM615",
         "error",
-        f"{embedding} is on {shown(first)} and the inputs are on {shown(layout.main)}: with an image {where} says "
-        f"{mismatch({first, layout.main})}",
+        f"{embedding} is on {shown(first)} and the inputs are on {shown(home)}: {given} {rule.where} says "
+        f"{mismatch({first, home})}",
         cause="What marks the places of the image stays with the inputs, and nothing moves it to the embedding.",
-        fix=f"Put the token embedding on {shown(layout.main)}.",
-        devices={first, layout.main},
+        fix=f"Put the token embedding on {shown(home)}.",
+        devices={first, home},
     )
 
 
@@ -216,32 +226,39 @@ def parted_positions(question: Question, layout: Layout) -> Iterator[Finding]:
             )
 
 
-def exit_of_broken_tower(question: Question, layout: Layout) -> tuple[str, str] | None:
-    """The last part of a tower without a key of its own whose result is sorted at the inputs, and the line."""
-    part, where = TOWER_EXIT.get(question.profile.model_type, ("", ""))
-    for unit in question.profile.units:
-        if part and unit.role == "vision" and layout.dispatches and not layout.is_hooked(unit.key):
-            return f"{unit.key}.{part}", where
-    return None
+def part_at_inputs(question: Question, layout: Layout) -> tuple[str, Device, AtInputs] | None:
+    """A part of the tower, and where its result is joined with what is made of the inputs of the module around it."""
+    rule = TOWER_AT_INPUTS.get(question.profile.model_type)
+    if rule is None or not layout.dispatches or (question.release is not None and question.release < rule.since):
+        return None
+    tower = next((unit.key for unit in question.profile.units if unit.role == "vision"), None)
+    if tower is None:
+        return None
+    part = f"{tower}.{rule.part}"
+    around = layout.hook_device(part.rpartition(".")[0])
+    return part, layout.main if around is None else around, rule
 
 
-def parted_exit(question: Question, layout: Layout) -> Iterator[Finding]:
-    """A tower in parts that ends elsewhere than at the inputs."""
-    part, where = exit_of_broken_tower(question, layout) or ("", "")
-    there = layout.runs_on(part) if part else set()
-    if there and there != {layout.main}:
-        yield finding(
-            question,
-            "VLM615",
-            "error",
-            f"{part.rpartition('.')[0]} is in parts, and {part} is on {listed(sorted(map(shown, there)))} while the index "
-            f"that sorts its result stays with the inputs on {shown(layout.main)}: {where} says "
-            f"{mismatch(there | {layout.main})}",
-            cause="Only a tower with a key of its own has a hook that moves all its inputs.",
-            fix=f"Put {part} on {shown(layout.main)}, or give the tower one key.",
-            seen=[(part, layout.device_map[part])] if part in layout.device_map else (),
-            devices=there | {layout.main},
-        )
+def parted_from_inputs(question: Question, layout: Layout) -> Iterator[Finding]:
+    """A part of the tower on another device than what its result is joined with."""
+    found = part_at_inputs(question, layout)
+    there = layout.runs_on(found[0]) if found else set()
+    if found is None or not there or there == {found[1]}:
+        return
+    part, home, rule = found
+    tower = part.removesuffix(f".{rule.part}")
+    yield finding(
+        question,
+        "VLM615",
+        "error",
+        f"{tower} is in parts, and {part} is on {listed(sorted(map(shown, there)))} while {rule.what} with "
+        f"the inputs on {shown(home)}: "
+        f"{rule.where} says {mismatch(there | {home})}",
+        cause="Only a tower with a key of its own has a hook that moves all its inputs.",
+        fix=f"Put {part} on {shown(home)}, or give the tower one key.",
+        seen=[(part, layout.device_map[part])] if part in layout.device_map else (),
+        devices=there | {home},
+    )
 
 
 def parted_ties(question: Question, layout: Layout) -> Iterator[Finding]:

@@ -22,11 +22,11 @@ Device = int | str
 class Layout:
     """A model as a map lays it out."""
 
-    def __init__(self, anatomy: Anatomy, device_map: Mapping[str, Device]) -> None:
-        """Take a map with devices in one spelling."""
+    def __init__(self, anatomy: Anatomy, device_map: Mapping[str, Device], main: Device | None = None) -> None:
+        """Take a map with devices in one spelling; the inputs go to ``main``, or else to the first of its numbers."""
         self.anatomy = anatomy
         self.device_map = device_map
-        self.main = main_device(device_map.values())
+        self.main = main_device(device_map.values()) if main is None else main
         self.dispatches = len(set(device_map.values())) > 1 or "disk" in device_map.values()
         self.module_keys = {key for key in device_map if anatomy.names.is_module(key)}
 

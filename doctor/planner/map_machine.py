@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import pairwise, permutations
 
+from ..data.quantization_rules import ONE_DEVICE
 from ..device_map import DeviceUse
 from ..findings import Finding
 from ..topology import WORST_RANK, link_rank
 from ..units import format_gib
 from .map_devices import OFF_GPU, shown, spelled
-from .map_joins import path
+from .map_joins import about_joins, path
 from .map_layout import Layout
 from .map_question import Question, finding
-from .quantized_rules import UNPACK_WHILE_LOADING, loses_hooks, method_of, refusal, why_on_one_gpu
+from .quantized_rules import UNPACK_WHILE_LOADING, loses_hooks, method_of, refusal, why_not_unpacked
 from .wording import listed
 
 _MOST_PERMUTED = 6
@@ -23,7 +24,7 @@ _MOST_PERMUTED = 6
 def about_devices(question: Question, layout: Layout, given: Mapping[str, int | str]) -> Iterator[Finding]:
     """VLM617, VLM618 and VLM619."""
     yield from unusable_devices(question, layout, given)
-    yield from misleading_spelling(question, given)
+    yield from misleading_spelling(question, layout, given)
     yield from off_gpu(question, layout)
     yield from parted_in_vain(question, layout)
 
@@ -34,7 +35,7 @@ def parted_in_vain(question: Question, layout: Layout) -> Iterator[Finding]:
     if len(gpus) < 2:
         return
     parted = f"The map parts the model over {listed([shown(gpu) for gpu in gpus])}"
-    why = why_on_one_gpu(question.profile)
+    why = ONE_DEVICE.get(question.profile.quantization or "")
     if why is not None:
         yield finding(
             question,
@@ -45,15 +46,18 @@ def parted_in_vain(question: Question, layout: Layout) -> Iterator[Finding]:
             fix="Put the whole model on one GPU.",
             devices=gpus,
         )
-    lost = loses_hooks(question.profile, question.machine)
+    lost = loses_hooks(question.profile, question.release)
     if lost is not None:
+        too_old = why_not_unpacked(question.profile, question.release)
         yield finding(
             question,
             "VLM626",
-            "warning",
-            f"{parted}, and {lost}.",
+            "error" if too_old else "warning",
+            f"{parted}, and {too_old or lost}.",
             cause="\"'...' object has no attribute '_hf_hook'\" (AttributeError).",
-            fix=UNPACK_WHILE_LOADING,
+            fix=UNPACK_WHILE_LOADING
+            if too_old is None
+            else "Put the whole model on one GPU, or install that transformers.",
             devices=gpus,
         )
 
@@ -93,7 +97,7 @@ def _numbered(question: Question) -> str:
     return listed([f"GPU {gpu} as cuda:{number}" for number, gpu in enumerate(question.gpus)], most=8)
 
 
-def misleading_spelling(question: Question, given: Mapping[str, int | str]) -> Iterator[Finding]:
+def misleading_spelling(question: Question, layout: Layout, given: Mapping[str, int | str]) -> Iterator[Finding]:
     """Texts where numbers are meant."""
     values = {key: spelled(value) for key, value in given.items()}
     refused = [key for key, value in values.items() if value.problem and isinstance(value.device, int)]
@@ -119,15 +123,27 @@ def misleading_spelling(question: Question, given: Mapping[str, int | str]) -> I
             seen=[(key, given[key]) for key in (texts[0], numbers[0])],
         )
     elif len({values[key].device for key in texts}) > 1:
+        fault = _fault_by_chance(question, layout)
         yield finding(
             question,
             "VLM618",
-            "warning",
-            f"Devices are given as texts, such as {given[texts[0]]!r}.",
+            "error" if fault else "warning",
+            f"Devices are given as texts, such as {given[texts[0]]!r}." + (f" In some runs {fault}" if fault else ""),
             cause="accelerate sends the inputs to the first of a set of devices; for texts that changes from run to run.",
             fix="Write numbers only.",
             seen=[(texts[0], given[texts[0]])],
         )
+
+
+def _fault_by_chance(question: Question, layout: Layout) -> str:
+    """What is wrong where accelerate sends the inputs to another GPU of the map, and is not where they go to the lowest."""
+    known = {found.message for found in about_joins(question, layout) if found.severity == "error"}
+    for main in sorted({device for device in layout.device_map.values() if isinstance(device, int)} - {layout.main}):
+        other = Layout(layout.anatomy, layout.device_map, main)
+        for found in about_joins(question, other):
+            if found.severity == "error" and found.message not in known:
+                return found.message
+    return ""
 
 
 def off_gpu(question: Question, layout: Layout) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from .map_devices import OFF_GPU, main_device, shown
 from .map_joins import (
     broken_joins,
     entry_of_broken_tower,
-    exit_of_broken_tower,
+    part_at_inputs,
     parts_at_inputs,
     tower_of_joined_blocks,
 )
@@ -93,8 +93,9 @@ def _join(question: Question, layout: Layout, place: Place) -> None:
         # The positions of the patches stay at the inputs.
         parts = {broken[1], *parts_at_inputs(question, layout, *broken)} & place.keys()
         place.update(dict.fromkeys(parts, main_device(place.values())))
-    last, _ = exit_of_broken_tower(question, layout) or ("", "")
-    place.update({last: main_device(place.values())} if last in place else {})
+    met = part_at_inputs(question, layout)
+    if met is not None and met[0] in place:
+        place[met[0]] = main_device(place.values()) if not layout.is_hooked(met[0].rpartition(".")[0]) else met[1]
     weightless = [unit.key for unit in profile.units if not unit.elements and unit.role == "other"]
     place.update({key: place[first] for key in weightless if first is not None and key not in layout.device_of})
 

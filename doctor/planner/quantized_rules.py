@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from ..data.quantization_rules import OFF_GPU_REFUSED, ONE_DEVICE, OffGpu
-from ..machine import Machine
 from ..model import ModelProfile
 from ..units import format_gib
 from ..workload import Workload
-from .release import is_before_5, release_of
+from .release import Release, is_before_5
 from .weights import loaded_dtype, quantized_bytes, stays_float32, unit_bytes
 from .wording import listed
 
@@ -32,17 +31,17 @@ def method_of(profile: ModelProfile, workload: Workload) -> str | None:
 
 def why_on_one_gpu(profile: ModelProfile) -> str | None:
     """Why a quantized model cannot be parted; ``None`` where it can."""
-    return ONE_DEVICE.get(profile.quantization or "")
+    return ONE_DEVICE.get(profile.quantization or "") or profile.one_gpu
 
 
-def loses_hooks(profile: ModelProfile, machine: Machine) -> str | None:
-    """What makes a parted model fail at its first pass; ``None`` where nothing does.
+def loses_hooks(profile: ModelProfile, release: Release) -> str | None:
+    """What makes a parted model fail at its first pass, unless it is unpacked while it loads; ``None`` where nothing does.
 
     compressed-tensors from 0.15 on, which transformers 5 asks for, unpacks all weights in a hook before the first pass, and
     takes accelerate's hooks away for that, the one that is running included (``decompress_model`` and ``remove_accelerate``
-    of 0.20). Seen on stand-ins for GPUs.
+    of 0.20). Run on two H200s with transformers 5.17 (31 of 42 checkpoints; the other 11 fail on one device, too).
     """
-    if profile.quantization != "compressed-tensors" or is_before_5(release_of(machine)):
+    if profile.quantization != "compressed-tensors" or is_before_5(release):
         return None
     return (
         "compressed-tensors unpacks the weights at the first pass and takes accelerate's hooks away, which a model on "
@@ -50,6 +49,20 @@ def loses_hooks(profile: ModelProfile, machine: Machine) -> str | None:
     )
 
 
+def why_not_unpacked(profile: ModelProfile, release: Release) -> str | None:
+    """Why a model that loses its hooks cannot be unpacked while it is loaded; ``None`` where it can, or need not.
+
+    Before transformers 5.23 ``dequantize=True`` unpacks after accelerate has set its hooks, and takes them away then
+    (``_process_model_after_weight_loading`` of quantizer_compressed_tensors.py, 5.17 to 5.22).
+    """
+    lost = loses_hooks(profile, release)
+    if lost is None or release is None or release >= UNPACKS_FIRST:
+        return None
+    return f"{lost}; transformers {UNPACKS_FIRST[0]}.{UNPACKS_FIRST[1]} can unpack them while it loads"
+
+
+UNPACKS_FIRST = (5, 23)
+"""First transformers that unpacks compressed-tensors before the hooks are set."""
 UNPACK_WHILE_LOADING = (
     "Load with quantization_config=CompressedTensorsConfig(dequantize=True): it unpacks while loading, and takes no more "
     "memory than after a first pass."

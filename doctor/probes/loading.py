@@ -7,6 +7,7 @@ transformers and torch are given, not imported: whoever calls has imported them.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 _REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
@@ -34,7 +35,15 @@ def auto_class(transformers: Any, config: Any) -> Any | None:
     return None if name is None else getattr(transformers, name)
 
 
-def workload_options(transformers: Any, *, attention: str, quantization: str | None, dtype: Any) -> dict[str, Any]:
+def workload_options(
+    transformers: Any,
+    *,
+    attention: str,
+    quantization: str | None,
+    dtype: Any,
+    config: Any = None,
+    device_map: Mapping[str, int | str] | str | None = None,
+) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` on which a plan's figures rest beyond the map and the dtype.
 
     Args:
@@ -43,6 +52,9 @@ def workload_options(transformers: Any, *, attention: str, quantization: str | N
         quantization: ``int8``, ``nf4`` or ``None``.
         dtype: That the model is loaded in: torch's own, its name, or ``auto``. Layers in 4 bit compute in it; by default
             they would in float32, and unpack each weight in float32 too.
+        config: Of the checkpoint.
+        device_map: The plan's, with which a model of compressed-tensors on several devices is unpacked while it is loaded:
+            at its first pass it would lose accelerate's hooks.
     """
     options: dict[str, Any] = {}
     if attention in _ATTENTION:
@@ -55,7 +67,16 @@ def workload_options(transformers: Any, *, attention: str, quantization: str | N
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=None if dtype == "auto" else dtype,
         )
+    elif _loses_hooks(transformers, config, device_map):
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     return options
+
+
+def _loses_hooks(transformers: Any, config: Any, device_map: Mapping[str, int | str] | str | None) -> bool:
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    is_parted = isinstance(device_map, Mapping) and len(set(device_map.values())) > 1
+    return method == "compressed-tensors" and is_parted and not transformers.__version__.startswith("4.")
 
 
 def load_processor(transformers: Any, name: str, revision: str | None, config: Any, *, trust_remote_code: bool) -> Any:

@@ -123,7 +123,8 @@ class _Trial:
                 f"transformers {transformers.__version__} does not know model_type {config.model_type!r} as a "
                 "vision-language model"
             )
-        options = workload_options(transformers, attention=attention, quantization=quantization, dtype=dtype)
+        kinds = {"attention": attention, "quantization": quantization, "dtype": dtype}
+        options = workload_options(transformers, **kinds, config=config, device_map=device_map)
         options["dtype"] = dtype if dtype == "auto" else getattr(self._torch, dtype)
         if device_map is not None:
             options["device_map"] = device_map

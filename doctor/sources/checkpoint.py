@@ -79,5 +79,7 @@ class Checkpoint(NamedTuple):
     """Name of a tensor that is the same memory as another, to that one's; only files of ``torch.save`` say so."""
     broken_calls: tuple[str, ...] | None = None
     """What code beside it relies on (``data/removed_calls.py``); ``None`` where there is no code."""
+    moved_joins: tuple[str, ...] | None = None
+    """What that code moves itself before it is joined (``data/joins.py``); ``None`` where there is no code."""
     prompts: Mapping[str, Any] = {}
     """processor_config.json without its parts: what counts the tokens of images in a prompt."""

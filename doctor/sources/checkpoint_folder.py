@@ -49,7 +49,7 @@ def read_folder(folder: Path) -> Checkpoint:
     """
     try:
         checkpoint = _read(folder)
-        return checkpoint._replace(broken_calls=_calls(folder)) if checkpoint.config.get("auto_map") else checkpoint
+        return _with_code(checkpoint, folder) if checkpoint.config.get("auto_map") else checkpoint
     except OSError as error:
         # Where a folder on the way may not be entered, or a name is too long, even looking for a file raises.
         raise ModelFileError(f"{folder}: {unreadable(error, again=_AGAIN)}.") from error
@@ -73,11 +73,13 @@ def _read(folder: Path) -> Checkpoint:
     return Checkpoint(config, tensors, tuple(shards), images, tuple(notes), prompts=prompts)
 
 
-def _calls(folder: Path) -> tuple[str, ...] | None:
+def _with_code(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The checkpoint with what its own code does, where that is beside it."""
     # Late: few checkpoints bring code.
-    from .own_code import broken_calls
+    from .own_code import broken_calls, moved_joins
 
-    return broken_calls(folder)
+    calls = broken_calls(folder)
+    return checkpoint if calls is None else checkpoint._replace(broken_calls=calls, moved_joins=moved_joins(folder))
 
 
 def _read_torch_files(folder: Path, config: dict[str, Any]) -> Checkpoint:

@@ -112,6 +112,7 @@ def build_profile(
         tower_script=None if is_remote_code or rules.vision_multiples else tower_script(model_type, _vision_type(config)),
         files=checkpoint.files,
         broken_calls=checkpoint.broken_calls,
+        moved_joins=checkpoint.moved_joins,
         registered=registered(named, units, config, model_type=model_type, is_remote_code=is_remote_code),
         notes=tuple(notes),
     )

@@ -6,6 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
+from ..data.joins import JOINS
 from ..data.removed_calls import BREAKS
 from .regular_file import read_text
 
@@ -24,6 +25,13 @@ def broken_calls(folder: Path) -> tuple[str, ...] | None:
     if not any(name.startswith("modeling_") for name in texts):
         return None
     return tuple(sorted(name for name, found in BREAKS.items() if _concerns(name, texts, is_missing=found.is_missing)))
+
+
+def moved_joins(folder: Path) -> tuple[str, ...]:
+    """What the code of a folder moves itself before it is joined: ``Join.moves`` of :data:`JOINS`."""
+    texts = _texts(folder).values()
+    patched = {join.moves: join.patch for joins in JOINS.values() for join in joins if join.is_patched}
+    return tuple(moves for moves, patch in patched.items() if any(re.search(patch, text) for text in texts))
 
 
 def gone(transformers: Path) -> frozenset[str]:
@@ -69,4 +77,4 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(BREAKS[name].code)
 
 
-__all__ = ["broken_calls", "gone"]
+__all__ = ["broken_calls", "gone", "moved_joins"]

@@ -14,6 +14,7 @@ from vlm_doctor.probes.loading import auto_class, workload_options
 
 from ..watching.meter import driver_info, empty_cache
 from .failures import Allocation, LoadFailure, broken_torch, check_weights, explained, needs_remote_code
+from .first_stage import send_inputs_to_first
 from .keepers import holder_of
 from .loaded import LoadedVlm
 from .placing import (
@@ -224,10 +225,11 @@ def _load_model(
     if plan is not None:
         work = plan.workload
         kinds = {"attention": work.attention, "quantization": work.quantization, "dtype": options["dtype"]}
-        options.update(workload_options(transformers, **kinds))
+        options.update(workload_options(transformers, **kinds, config=config, device_map=orders.device_map))
     model, problems = loader.from_pretrained(
         source.name, config=config, trust_remote_code=trust_remote_code, output_loading_info=True, **options
     )
+    send_inputs_to_first(model, orders.device_map)
     return model, problems
 
 

@@ -180,13 +180,15 @@ def test_the_order_of_registration_is_known(family: str, folders: Mapping[str, P
 
 def test_on_two_devices_it_answers_as_on_one(family: str, tmp_path: Path) -> None:
     row = Row(tmp_path / "row.json", family)
-    RemoteTrial(family, argparse.Namespace(devices="fake", cuts=False), row).run()
+    RemoteTrial(family, argparse.Namespace(devices="fake", cuts=False, turned=True), row).run()
 
     assert row["alone"] == {"text": "", "image": ""}
     assert (row["plan"]["crashes"], row["plan"]["equal"]) == (False, True)
     assert row["plan"]["check"]["errors"] == {}
-    for name in ("accelerate", "auto", "quarters"):
-        entry = row[name]
+    entries = {name: row[name] for name in ("accelerate", "auto", "quarters")}
+    # With the devices exchanged accelerate sends the inputs to the other: masks that the code makes of them stay there.
+    entries |= {f"{name}, turned": row[name].get("turned", {}) for name in ("plan", "accelerate", "auto")}
+    for name, entry in entries.items():
         if entry.get("crashes"):
             assert entry["named"], (name, entry["runs"], entry["check"])
         elif "runs" in entry:

@@ -59,7 +59,7 @@ SMALL = {
     "pad_token_id": 0,
 }
 GRID = ("glm4v", "glm4v_moe", "qwen3_vl", "qwen3_vl_moe", "glm46v", "qwen3_5", "glm_ocr")
-PIXELS = ("llava", "gemma3", "internvl", "paligemma", "got_ocr2")
+PIXELS = ("llava", "gemma3", "internvl", "got_ocr2")
 """Families whose tower takes patches with a grid, or squares of pixels."""
 
 

@@ -111,3 +111,13 @@ def test_plain_words_stay_plain_and_doubtful_ones_are_quoted() -> None:
         "model.layers.1", "zai-org/GLM", '"no"', '""', '"1"', '"a b"', '"q\\""', '"\\u2028"',
     ]  # fmt: skip
     assert scalar("\x07\U0001f600\n") == '"\\x07\\U0001F600\\n"'
+
+
+@pytest.mark.models
+def test_what_must_be_unpacked_while_it_loads_is_written(plan_report: Report) -> None:
+    parted = {"model": 0, "lm_head": 1}
+    data = read(render(with_plan(plan_report, needs_quantization="compressed-tensors", device_map=parted), "yaml"))
+    whole = read(render(with_plan(plan_report, needs_quantization="compressed-tensors", device_map={"": 0}), "yaml"))
+
+    assert data["dequantize"] is True
+    assert "dequantize" not in whole

@@ -447,6 +447,17 @@ def test_modules_that_add_their_parts_must_be_whole() -> None:
     assert "VLM614" in codes(in_turn, "warning")
 
 
+def test_code_that_was_searched_says_whether_it_is_an_older_revision() -> None:
+    apart: Map = {**split(GLM4V, 20), "transformer.embedding.word_embeddings": 1}
+    older, newer = (msgspec.structs.replace(GLM4V, moved_joins=moved) for moved in ((), ("transformer.vision",)))
+
+    assert "in older revisions" in said(judged(apart, GLM4V), "VLM615")
+    assert codes(judged(apart, GLM4V), "error") == []
+    assert "VLM615" in codes(judged(apart, older), "error")
+    assert "older revisions" not in said(judged(apart, older), "VLM615")
+    assert "VLM615" not in codes(judged(apart, newer))
+
+
 def test_joined_tensors_are_judged_by_the_familys_code() -> None:
     apart: Map = {**split(GLM4V, 20), "transformer.embedding.word_embeddings": 1}
 

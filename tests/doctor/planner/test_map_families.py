@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import pytest
 
-from vlm_doctor.data.joins import WHOLE
+from vlm_doctor.data.joins import MASKED_AT_INPUTS, WHOLE
 from vlm_doctor.device_map import MapCheck
+from vlm_doctor.machine import Libraries, Machine, Package
 from vlm_doctor.model import ModelProfile
-from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.constraints import can_break_tower, chain
 from vlm_doctor.planner.map_check import check_map
 from vlm_doctor.planner.planning import plan
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
@@ -50,6 +52,12 @@ def profile(model_type: str, tower: list[str], body: str = "model.language_model
     }
     tensors = {name: StoredTensor("BF16", (256, 64), 256 * 64 * 2) for name in names}
     return build_profile(Checkpoint(config, tensors), name="tiny", origin="checkpoint")
+
+
+def with_transformers(where: Machine, version: str) -> Machine:
+    """The machine, with a release of transformers."""
+    packages = (Package(name="transformers", version=version),)
+    return msgspec.structs.replace(where, libraries=Libraries(python="3.11", executable="python", packages=packages))
 
 
 def checked(model: ModelProfile, **second: Any) -> MapCheck:
@@ -207,6 +215,18 @@ def test_masks_made_at_the_inputs_want_the_embedding_there() -> None:
     assert "block_sequence_ids" in found.findings[0].message
     assert errors(checked(profile("llava", CLIP), moved=text)) == []
     assert errors(checked(model, moved=["model.language_model.layers.1"])) == []
+    old = check_map(one_key_each(model, {"moved": text}), model, with_transformers(ROOM, "4.57.6"), Workload(images=0))
+    assert errors(old) == []
+    whole: dict[str, int | str] = {"model": 1, "lm_head": 0}
+    assert errors(check_map(whole, model, ROOM, Workload(images=0))) == []
+
+
+@pytest.mark.parametrize("family", sorted(MASKED_AT_INPUTS))
+def test_the_tower_of_a_family_with_such_a_mask_is_never_cut(family: str) -> None:
+    tower = [f"model.vision_tower.encoder.layers.{n}.{part}.weight" for n in range(3) for part in ("self_attn", "mlp")]
+
+    assert can_break_tower(profile("llava", tower))
+    assert not can_break_tower(profile(family, tower))
 
 
 def test_a_tower_whose_result_is_sorted_at_the_inputs_ends_there() -> None:
@@ -219,6 +239,70 @@ def test_a_tower_whose_result_is_sorted_at_the_inputs_ends_there() -> None:
     assert found.corrected is not None
     assert errors(check_map(found.corrected, model, ROOM, Workload(images=0))) == []
     assert errors(checked(model, moved=["model.vision_tower"])) == []
+
+
+POSITIONS = ("model.visual.patch_embed.proj", "model.visual.pos_embed", "model.visual.merger.linear_fc1")
+BLOCKS = [f"model.visual.blocks.{n}.{part}.weight" for n in range(2) for part in ("attn", "mlp")]
+
+
+@pytest.mark.parametrize(("release", "is_error"), [("5.17.0", True), ("5.23.0", True), ("4.57.6", False)])
+def test_a_table_of_positions_is_weighed_where_the_inputs_of_the_tower_are(release: str, is_error: bool) -> None:
+    model = profile("qwen3_vl_moe", [*BLOCKS, *(f"{part}.weight" for part in POSITIONS)])
+    where = with_transformers(ROOM, release)
+    text: dict[str, int | str] = {unit.key: 0 for unit in model.units if unit.key != "model.visual"}
+    rest: dict[str, int | str] = {"model.visual.blocks": 1, "model.visual.merger": 1, "model.visual.rotary_pos_emb": 1}
+    parts = {**text, **rest, "model.visual.patch_embed": 1, "model.visual.pos_embed": 1}
+
+    found = check_map(parts, model, where, Workload(images=0))
+
+    assert errors(found) == (["VLM615"] if is_error else [])
+    if is_error:
+        assert "model.visual.pos_embed is on cuda:1 while the weights of its positions stay" in found.findings[0].message
+        assert found.corrected is not None
+        assert errors(check_map(found.corrected, model, where, Workload(images=0))) == []
+    assert errors(check_map({**parts, "model.visual.pos_embed": 0}, model, where, Workload(images=0))) == []
+    assert errors(check_map({**text, "model.visual": 1}, model, where, Workload(images=0))) == []
+    cut = {**text, "model.visual": 1, "model.visual.pos_embed": 0}
+    assert ("VLM615" in errors(check_map(cut, model, where, Workload(images=0)))) == is_error
+
+
+def test_a_map_of_texts_is_judged_wherever_accelerate_may_send_the_inputs() -> None:
+    model = profile("git", CLIP)
+    numbers = one_key_each(model, {"moved": ["model.language_model.norm", "lm_head", "model.language_model.layers.1"]})
+    texts = {key: f"cuda:{device}" for key, device in numbers.items()}
+    harmless = profile("llava", CLIP)
+
+    found = check_map(texts, model, ROOM, Workload(images=0))
+
+    assert errors(check_map(numbers, model, ROOM, Workload(images=0))) == []
+    assert errors(found) == ["VLM618"]
+    assert "In some runs model.language_model.embed_tokens is on cuda:0 and the inputs are on cuda:1" in (
+        found.findings[0].message
+    )
+    assert found.corrected == numbers
+    assert errors(check_map(texts, harmless, ROOM, Workload(images=0))) == []
+    turned = {key: f"cuda:{1 - int(device)}" for key, device in numbers.items()}
+    assert "VLM615" in errors(check_map(turned, model, ROOM, Workload(images=0)))
+
+
+@pytest.mark.parametrize(
+    ("family", "parts"),
+    [("kimi_k25", ("patch_embed.proj", "patch_embed.pos_emb")), ("kosmos-2.5", ("embeddings.row", "embeddings.column"))],
+)
+def test_what_is_called_an_embedding_and_feeds_one_part_with_the_other_may_be_cut(
+    family: str, parts: tuple[str, str]
+) -> None:
+    tower = "model.vision_tower"
+    names = [f"{tower}.layers.{n}.{part}.weight" for n in range(2) for part in ("self_attn", "mlp")]
+
+    def found(model_type: str) -> list[str]:
+        model = profile(model_type, [*names, *(f"{tower}.{part}.weight" for part in parts)])
+        device_map: dict[str, int | str] = {unit.key: 0 for unit in model.units if unit.key != tower}
+        device_map |= {f"{tower}.layers": 0, f"{tower}.{parts[0]}": 1, f"{tower}.{parts[1]}": 0}
+        return errors(check_map(device_map, model, ROOM, Workload(images=0)))
+
+    assert found("llava") == ["VLM614"]
+    assert found(family) == []
 
 
 def test_layers_of_two_bodies_that_share_a_cache_are_in_pairs() -> None:

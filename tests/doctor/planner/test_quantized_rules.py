@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from vlm_doctor.formats.to_python import snippet
 from vlm_doctor.machine import Libraries, Machine, Package
 from vlm_doctor.model import LinearWeights, ModelProfile
 from vlm_doctor.planner import plan
@@ -160,3 +161,38 @@ def test_hooks_that_compressed_tensors_takes_away_are_missed_where_the_model_is_
     noted = [note for note in plan(profile, where, policy=Policy(min_gpus=2)).notes if "dequantize=True" in note]
     assert noted[0].startswith("Compressed-tensors unpacks the weights at the first pass and takes")
     assert not [note for note in plan(profile, where).notes if "dequantize=True" in note]
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.17.0", "5.22.1"])
+def test_a_plan_parts_no_model_of_compressed_tensors_that_would_lose_its_hooks(version: str) -> None:
+    profile, where = glm41v_9b(quantization="compressed-tensors"), with_transformers(version)
+
+    made = plan(profile, where, policy=Policy(max_gpus=2))
+    forced = plan(profile, where, policy=Policy(min_gpus=2, max_gpus=2))
+    parted = {unit.key: int(unit.role in ("norm", "head")) for unit in profile.units}
+    judged = [finding for finding in check_map(parted, profile, where).findings if finding.code == "VLM626"]
+
+    assert made.fits
+    assert set(made.device_map.values()) == {0}
+    assert not forced.fits
+    for found in (made, forced):
+        assert any("one GPU: compressed-tensors unpacks" in note and "5.23 can" in note for note in found.notes)
+    assert [finding.severity for finding in judged] == ["error"]
+    assert judged[0].fix is not None
+    assert "one GPU" in judged[0].fix.text
+
+
+@pytest.mark.parametrize(("version", "is_unpacked"), [("5.23.0", True), ("4.57.6", False)])
+def test_what_a_plan_parts_all_the_same_is_unpacked_while_it_is_loaded(version: str, is_unpacked: bool) -> None:
+    profile, where = glm41v_9b(quantization="compressed-tensors"), with_transformers(version)
+
+    made = plan(profile, where, policy=Policy(min_gpus=2, max_gpus=2))
+    whole = plan(profile, where)
+
+    assert made.fits
+    assert len(made.stages) == 2
+    assert ("quantization_config=quantization" in snippet(made, where.libraries)) == is_unpacked
+    assert (
+        "import AutoModelForImageTextToText, AutoProcessor, CompressedTensorsConfig" in snippet(made, where.libraries)
+    ) == (is_unpacked)
+    assert "CompressedTensorsConfig" not in snippet(whole, where.libraries)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 
-from vlm_doctor.sources.own_code import broken_calls, gone
+from vlm_doctor.sources.checkpoint_folder import read_folder
+from vlm_doctor.sources.own_code import broken_calls, gone, moved_joins
 
 PHI = """
 from transformers.cache_utils import Cache, DynamicCache
@@ -79,3 +81,32 @@ def test_of_much_code_that_of_models_is_read_first(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text("#" * 600_000)
     (tmp_path / "modeling_z.py").write_text("x.get_usable_length(1)\n")
     assert broken_calls(tmp_path) == ("get_usable_length",)
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("torch.cat((inputs_embeds[i, :boi], images_features[i].to(inputs_embeds.device)))", ("transformer.vision",)),
+        ("torch.cat((inputs_embeds[i, :boi], images_features[i], inputs_embeds[i, eoi + 1 :]))", ()),
+        ("images_features = images_features.to(inputs_embeds.device)", ("transformer.vision",)),
+        ("boi = self.boi.expand(x.shape[0], -1, -1).to(x.device)", ("transformer.vision.boi",)),
+        ("eoi = self.eoi.to(x.device).expand(x.shape[0], -1, -1)", ("transformer.vision.eoi",)),
+        ("boi = self.boi.expand(x.shape[0], -1, -1)", ()),
+    ],
+)
+def test_what_newer_code_moves_before_it_is_joined_is_seen(tmp_path: Path, code: str, found: tuple[str, ...]) -> None:
+    (tmp_path / "modeling_chatglm.py").write_text(code)
+
+    assert moved_joins(tmp_path) == found
+    assert moved_joins(tmp_path / "nowhere") == ()
+
+
+def test_a_checkpoint_knows_what_the_code_beside_it_moves(tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling_chatglm.ChatGLM"}}))
+    unknown = read_folder(tmp_path).moved_joins
+    (tmp_path / "modeling_chatglm.py").write_text("images_features[i].to(inputs_embeds.device)")
+
+    assert unknown is None
+    assert read_folder(tmp_path).moved_joins == ("transformer.vision",)
