@@ -23,6 +23,10 @@ _COUNT = "_cuda_getDeviceCount"
 _STARTERS = ("_cuda_init", _COUNT)
 """Functions of the extension through which Python starts CUDA, and C++ where it does so lazily (``device_lazy_init``). A
 build for the CPU has none. Source: torch/cuda/__init__.py, torch 2.4 to 2.13."""
+_AUTOGRAD = "torch.autograd"
+_BACKWARD = "_engine_run_backward"
+"""Through which every backward pass goes: the first one has C++ count the GPUs, also where all tensors are the CPU's.
+Source: torch/autograd/__init__.py; seen with torch 2.11, which found no GPU in that process from then on."""
 
 
 class Attempts:
@@ -30,9 +34,8 @@ class Attempts:
 
     def __init__(self) -> None:
         self.has_failed = False
-        """True once CUDA was to be started, and no GPU was found."""
-        self._wrapped: dict[str, Callable[..., Any]] = {}
-        self._extension: ModuleType | None = None
+        """True once CUDA was to be started, and no GPU was found; or GPUs were counted where nobody sees the result."""
+        self._wrapped: list[tuple[ModuleType, str, Callable[..., Any]]] = []
 
     def __enter__(self) -> Attempts:
         if not self._look_on():
@@ -42,27 +45,37 @@ class Attempts:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        for name, function in self._wrapped.items():
-            setattr(self._extension, name, function)
+        for module, name, function in self._wrapped:
+            setattr(module, name, function)
         self._wrapped.clear()
 
     def find_spec(self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None) -> ModuleSpec | None:
         """Look on at a torch that is being imported; every module is found by others."""
-        if name == _PACKAGE:
+        if name.startswith(_PACKAGE):
             self._look_on()
         return None
 
     def _look_on(self) -> bool:
-        extension = sys.modules.get(_EXTENSION)
-        if extension is None:
-            return False
-        self._extension = extension
         for name in _STARTERS:
-            function = getattr(extension, name, None)
-            if function is not None and name not in self._wrapped:
-                self._wrapped[name] = function
-                setattr(extension, name, self._noting(function))
-        return True
+            self._wrap(_EXTENSION, name, self._noting)
+        self._wrap(_AUTOGRAD, _BACKWARD, self._counting)
+        return _EXTENSION in sys.modules
+
+    def _wrap(self, owner: str, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        module = sys.modules.get(owner)
+        function = getattr(module, name, None)
+        if module is None or function is None or any((module, name) == done[:2] for done in self._wrapped):
+            return
+        self._wrapped.append((module, name, function))
+        setattr(module, name, wrapper(function))
+
+    def _counting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counting(*arguments: Any, **options: Any) -> Any:
+            self.has_failed = True
+            return function(*arguments, **options)
+
+        return counting
 
     def _noting(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -20,7 +20,7 @@ def options(version: str, stored: Any, device_map: Any, quantization: str | None
         BitsAndBytesConfig=lambda **fields: ("bitsandbytes", fields),
     )
     config = SimpleNamespace() if stored is None else SimpleNamespace(quantization_config=stored)
-    kinds = {"attention": "sdpa", "quantization": quantization, "dtype": "bfloat16"}
+    kinds: dict[str, Any] = {"attention": "sdpa", "quantization": quantization, "dtype": "bfloat16"}
     return workload_options(transformers, **kinds, config=config, device_map=device_map)
 
 

@@ -19,7 +19,7 @@ from pytest_vlmgpu.models.first_stage import send_inputs_to_first  # noqa: E402
 from .fake_devices import FakeDevices, place_of  # noqa: E402
 
 
-class Masking(torch.nn.Module):  # type: ignore[misc]
+class Masking(torch.nn.Module):  # type: ignore[misc, name-defined]
     """Uses a mask of its inputs beside its embedding, as Gemma 3n, GIT and others do; and has a bare parameter."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ def test_a_model_without_hooks_is_left_alone() -> None:
 
 
 def test_what_is_offloaded_is_computed_on_the_first_stage() -> None:
-    device_map = {"newline": 1, "embed": 1, "head": "cpu"}
+    device_map: dict[str, int | str] = {"newline": 1, "embed": 1, "head": "cpu"}
     with FakeDevices():
         model = Masking()
         model.embed.to(torch.device("cuda", 1))

@@ -100,6 +100,26 @@ def test_an_attached_model_is_the_loaded_one(
     assert answers[0] == answers[1]
 
 
+def test_hooks_come_off_modules_of_every_kind(tiny_vlms: Mapping[str, Path]) -> None:
+    """Lists of layers have a forward of another name, under which nobody finds it again."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = load(str(tiny_vlms["llava"]), None).model
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    assert lists
+    for module in (model, *lists):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+
+    other = put_together(model, tiny_vlms["llava"])
+
+    assert not any("forward" in vars(module) for module in (*model.modules(), *other.modules()))
+    with torch.no_grad():
+        assert other(input_ids=ids).logits.tolist() == expected.tolist()
+
+
 def test_tied_weights_stay_one_parameter(tiny_vlms: Mapping[str, Path]) -> None:
     model = load(str(tiny_vlms["llava"]), None).model
     model.get_output_embeddings().weight = model.get_input_embeddings().weight

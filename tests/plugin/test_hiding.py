@@ -215,6 +215,9 @@ def make(cuda=True):
         extension._cuda_init, extension._cuda_getDeviceCount = init, count
     return extension
 
+def backward(*tensors, **options):
+    count()
+
 class Finder:
     # Imports the stand-in as torch is imported: the extension first.
     def find_spec(self, name, path, target=None):
@@ -228,6 +231,7 @@ def late():
     sys.modules["torch"] = package = types.ModuleType("torch")
     package.__path__ = []
     sys.modules["torch._C"] = package._C = make()
+    sys.modules["torch.autograd"] = types.SimpleNamespace(_engine_run_backward=backward)
     importlib.import_module("torch.cuda")
 
 masks.is_cuda_started = lambda: Driver.is_started
@@ -235,6 +239,7 @@ masks.is_driver_loaded = lambda: Driver.is_loaded
 sys.meta_path.append(Finder())
 if KIND != "late":
     sys.modules["torch._C"] = make(cuda=KIND != "cpu")
+    sys.modules["torch.autograd"] = types.SimpleNamespace(_engine_run_backward=backward)
 """
 STARTS = """
 import os, sys
@@ -265,7 +270,7 @@ def stand_in(suite: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
 
     monkeypatch.setattr(masks, "is_driver_loaded", masks.is_driver_loaded)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    for name in ("torch", "torch._C", "torch.cuda"):
+    for name in ("torch", "torch._C", "torch.cuda", "torch.autograd"):
         monkeypatch.setitem(sys.modules, name, sys)  # to be put back by the end of the test
         monkeypatch.delitem(sys.modules, name)
 
@@ -302,6 +307,30 @@ test_again = lambda: None
     )
 
     result.assert_outcomes(passed=4, errors=2)
+    result.stdout.fnmatch_lines([TAKEN.format("test_starts")])
+
+
+@pytest.mark.parametrize("kind", ["early", "late"])
+def test_a_backward_pass_whose_count_nobody_sees_is_named_though_the_driver_was_there(
+    suite: Any, stand_in: Callable[[str], None], kind: str
+) -> None:
+    stand_in(kind)
+
+    result = suite.run(
+        OPTION,
+        test_x=STARTS.replace("def test_first", "def no_test")
+        + """
+import conftest
+Driver.is_loaded = True
+def test_starts():
+    if "torch._C" not in sys.modules: late()
+    sys.modules["torch.autograd"]._engine_run_backward("tensor", allow_unreachable=True)
+test_again = lambda: None
+def teardown_module(): assert sys.modules["torch.autograd"]._engine_run_backward is conftest.backward
+""",
+    )
+
+    result.assert_outcomes(passed=3, errors=2)
     result.stdout.fnmatch_lines([TAKEN.format("test_starts")])
 
 
