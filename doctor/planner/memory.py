@@ -359,7 +359,7 @@ class Footprint:
         """Prices of a training step."""
         works = self.work(text_tokens), self._step_work(text_tokens)
         weights, copy_bytes = self._weights, self.copy_bytes
-        constant = 0 if self.is_bare else FRAGMENTATION_BYTES
+        constant = 0 if self.is_bare else step.SLACK_BYTES
         known: dict[tuple[int, int], int] = {}
 
         def need(first: int, end: int) -> int:

@@ -15,8 +15,18 @@ from vlm_doctor.planner import plan
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.layer_work import LayerKind
-from vlm_doctor.planner.memory import FRAGMENTATION_BYTES, Footprint, Holding, StageNeed
-from vlm_doctor.planner.training import WASTE, Peak, Trained, Waste, largest_step_bytes, peak, step_work, trained
+from vlm_doctor.planner.memory import Footprint, Holding, StageNeed
+from vlm_doctor.planner.training import (
+    SLACK_BYTES,
+    WASTE,
+    Peak,
+    Trained,
+    Waste,
+    largest_step_bytes,
+    peak,
+    step_work,
+    trained,
+)
 from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.units import GIB, MIB
@@ -250,8 +260,8 @@ def test_eager_attention_keeps_scores_for_backward() -> None:
 
 def test_an_allocator_that_expands_wastes_less() -> None:
     native, expandable = (whole(glm41v_9b(), Training(), allocator=kind) for kind in ("native", "expandable"))
-    assert expandable.fragmentation_bytes == FRAGMENTATION_BYTES
-    assert native.fragmentation_bytes > 2 * FRAGMENTATION_BYTES
+    assert expandable.fragmentation_bytes == SLACK_BYTES
+    assert native.fragmentation_bytes > SLACK_BYTES + 64 * MIB
     workload = Workload(images=0, training=Training())
     atoms = chain(glm41v_9b()).atoms
     bare = Footprint(glm41v_9b(), workload, image_load(glm41v_9b(), workload), atoms, is_bare=True)
