@@ -86,9 +86,9 @@ WASTE = {
 }
 """By method."""
 SLACK_BYTES = 256 * MIB
-"""Left free for what recorded steps do not tell. With 64 MiB, LLaVA-1.5 13B without checkpoints on 2 x 23.5 GiB was promised
-1,421 tokens and ran out of memory, 40 MiB short at least, on an H200; two others, with checkpoints, ran what they were
-promised, and not a tenth more."""
+"""Left free for what recorded steps do not tell. With 64 MiB, LLaVA-1.5 13B without checkpoints on 2 x 23.5 GiB was
+promised 1,421 tokens and ran out of memory, 40 MiB short at least, on an H200; two others, with checkpoints, ran what they
+were promised, and not a tenth more."""
 
 
 class Trained(NamedTuple):
