@@ -2,7 +2,7 @@
 
     python benchmarks/truth.py [benchmarks/results/2xh200-frontier.json]
 
-Rows of that file are readings of two GPUs: a model, a map, a prompt or an image, and most that torch had allocated and
+Rows of that file are readings of GPUs: a model, a map, a prompt or an image, and most that torch had allocated and
 reserved on each GPU. Here the same stages are priced anew, once by the scripts (or formulas) of the planner and
 once from the model's own code, traced without weights by the installed transformers. Needs no GPU; some minutes.
 """
@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,15 @@ def workload_of(text: int, edge: int) -> Workload:
 
 
 def split_with(layers: list[int], gpus: list[int], atoms: Any) -> Split:
-    """The split of two GPUs with so many layers on the first."""
-    count = 0
-    for end, atom in enumerate(atoms, start=1):
+    """The split with so many layers on each GPU."""
+    wanted, ends, count = list(accumulate(layers))[:-1], [], 0
+    for end, atom in enumerate(atoms):
+        has_layer = any(unit.role == "layer" for unit in atom.units)
+        # A stage ends where the first layer of the next one is.
+        if has_layer and len(ends) < len(wanted) and count == wanted[len(ends)]:
+            ends.append(end)
         count += sum(unit.role == "layer" for unit in atom.units)
-        if count == layers[0] and end < len(atoms) and any(unit.role == "layer" for unit in atoms[end].units):
-            return Split(tuple(gpus), (end, len(atoms)))
-    raise ValueError(f"no split has {layers} layers")
+    return Split(tuple(gpus), (*ends, len(atoms)))
 
 
 def priced(subject: Any, machine: Any, plan: dict[str, Any], workload: Workload, *, is_traced: bool) -> dict[int, Any]:
@@ -84,7 +87,7 @@ def main() -> None:
     rows = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else ROWS).read_text())
     errors: dict[tuple[str, str, str], list[float]] = {}
     for scenario, plan, found in readings(rows):
-        if len(plan["gpus"]) != 2 or 0 in plan["layers"]:
+        if 0 in plan["layers"]:  # the cut is inside of what comes before the layers
             continue
         subject = cuts.subject(frontier.MODELS[scenario.partition(":")[0]])
         machine = cuts.machine_of(frontier.cards_of(scenario))
