@@ -76,6 +76,10 @@ class Parametrizing:
         self._is_several = False
         """Markers of that parent, and of what it is in, may name more than one model."""
 
+    def __dir__(self) -> list[str]:
+        """The hook alone: pytest looks at everything that a plugin lists."""
+        return ["pytest_generate_tests"]
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Name the models; pytest keeps one value of such a parameter at a time."""
         if "vlm" in metafunc.fixturenames and self._may_name_several(metafunc.definition):

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from .watching.vram import VramMeter
 
 
+def __dir__() -> list[str]:
+    """Fixtures alone: pytest looks at everything that a plugin lists, twice."""
+    return [name for name in globals() if name.lstrip("_").startswith("vlm")]
+
+
 @pytest.fixture(scope="session")
 def vlm_machine(request: pytest.FixtureRequest) -> Machine:
     """The machine that decides which tests run: this one, or that of --vlm-machine."""

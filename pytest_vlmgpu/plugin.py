@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 _SUMMARY = "vlmgpu-summary"
 
 
+def __dir__() -> list[str]:
+    """Hooks alone: pytest looks at everything that a plugin lists, twice, whether it is a hook or a fixture."""
+    return [name for name in globals() if name.startswith("pytest_")]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare options and ini keys."""
     declare.add_options(parser)
