@@ -15,6 +15,7 @@ from vlm_doctor.planner import plan
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.layer_work import LayerKind
+from vlm_doctor.planner.map_check import check_map
 from vlm_doctor.planner.memory import Footprint, Holding, StageNeed
 from vlm_doctor.planner.training import (
     SLACK_BYTES,
@@ -32,7 +33,7 @@ from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Optimizer, Training, Workload
 
-from .profiles import glm41v_9b, llava_13b, unit
+from .profiles import glm41v_9b, llava_13b, machine, unit
 
 DENSE, EXPERTS = LayerKind("full", has_experts=False), LayerKind("full", has_experts=True)
 
@@ -250,6 +251,24 @@ def test_logits_come_back_to_where_the_model_begins() -> None:
     held = made.work(2048).held
     assert first.activations_bytes == held + 2 * 2048 * glm41v_9b().text.vocabulary + 32 * MIB
     assert made.detail(0, 42, 2048).moment == "the loss is computed"
+
+
+def test_a_map_that_puts_the_embedding_beside_the_head_is_told_what_is_lost_beside_the_loss() -> None:
+    """Such a GPU is no stage of the planner, and none of its stages loses the same."""
+    profile = load_profile("Qwen/Qwen2.5-VL-7B-Instruct", allow_network=False)
+    workload = Workload(images=0, text_tokens=8192, training=Training())
+    device_map = {unit.key: int(unit.role == "layer") for unit in profile.units}
+    checked = check_map(device_map, profile, machine([79.0, 79.0]), workload)
+    made = Footprint(profile, workload, image_load(profile, workload), chain(profile).atoms)
+    ends = Holding(
+        weights_bytes=checked.devices[0].weights_bytes, layers=0, has_tower=True, has_embedding=True, has_head=True
+    )
+    largest = 4 * 8192 * profile.text.vocabulary
+    lost = made.lost_of(ends, (0, 1), 8192)
+    assert lost >= largest + SLACK_BYTES
+    assert checked.devices[0].need_bytes == made.need_of(ends, 8192).total_bytes + lost
+    # Where loading takes more than the step, nothing is lost on top.
+    assert made.lost_of(msgspec.structs.replace(ends, loading_bytes=100 * GIB), (0, 1), 8192) == 0
 
 
 def test_eager_attention_keeps_scores_for_backward() -> None:
