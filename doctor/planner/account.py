@@ -119,7 +119,9 @@ def _training(footprint: Footprint, size_bytes: int) -> list[LedgerLine]:
     if not size_bytes:
         return []
     source = "trained elements x bytes of gradient and of the optimizer's states"
-    if footprint.profile.vision is not None and not footprint.workload.images:
+    workload = footprint.workload
+    is_full = workload.training is not None and workload.training.method == "full"
+    if is_full and footprint.profile.vision is not None and not workload.images:
         source += "; the vision tower has none, as no prompt has an image"
     return [_line("training", "adapters, gradients and optimizer states", size_bytes, source)]
 
@@ -286,7 +288,7 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
     lost = loses_hooks(profile, release_of(problem.machine)) if choice and len(choice.split.gpus) > 1 else None
     if lost:
         result.append(f"{lost[0].upper()}{lost[1:]}. {UNPACK_WHILE_LOADING}")
-    if profile.one_gpu:
+    if profile.one_gpu and len(problem.budgets) > 1:
         result.append(f"All of the model stays on one GPU: {profile.one_gpu}.")
     positions = profile.text.max_positions
     if positions is not None:

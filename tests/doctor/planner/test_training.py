@@ -365,9 +365,9 @@ def test_a_step_that_fits_nowhere_ends_in_a_shortage() -> None:
 
 def test_the_ledger_tells_that_a_tower_is_left_out() -> None:
     profile = load_profile("Qwen/Qwen2.5-VL-7B-Instruct", allow_network=False)
-    for images, is_left_out in ((0, True), (1, False)):
-        workload = Workload(images=images, training=Training(method="full"))
-        planned = plan(profile, load_machine("2xH200"), workload)
+    whole, adapters = Training(method="full"), Training(method="lora")
+    for training, images, is_left_out in ((whole, 0, True), (whole, 1, False), (adapters, 0, False)):
+        planned = plan(profile, load_machine("2xH200"), Workload(images=images, training=training))
         lines = {line.kind: line.source for line in planned.stages[0].ledger}
         assert lines["training"].endswith("no prompt has an image") == is_left_out
         assert "recorded steps" in lines["fragmentation"]
