@@ -57,7 +57,8 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
         *_weights(footprint, units),
         _line(
             "kv_cache",
-            f"KV cache of {tokens + workload.new_tokens:,} tokens" + (f" x {workload.batch}" if workload.batch > 1 else ""),
+            f"KV cache of {tokens + workload.answer_tokens:,} tokens"
+            + (f" x {workload.batch}" if workload.batch > 1 else ""),
             need.kv_cache_bytes,
             _cache_source(footprint),
         ),
@@ -292,9 +293,10 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
         result.append(f"All of the model stays on one GPU: {profile.one_gpu}.")
     positions = profile.text.max_positions
     if positions is not None:
-        needed = workload.text_tokens + footprint.images.tokens + workload.new_tokens
+        needed = workload.text_tokens + footprint.images.tokens + workload.answer_tokens
         if needed > positions:
-            result.append(f"Prompt and answer take {needed:,} tokens, more than the {positions:,} positions of the model.")
+            what = "Prompt and answer take" if workload.answer_tokens else "The prompt takes"
+            result.append(f"{what} {needed:,} tokens, more than the {positions:,} positions of the model.")
         elif choice and choice.text_tokens >= problem.most_text_tokens:
             result.append(f"The longest prompt is set by the model's {positions:,} positions, not by memory.")
     if choice and problem.offloaded and not problem.knows_host_memory:

@@ -373,6 +373,17 @@ def test_the_ledger_tells_that_a_tower_is_left_out() -> None:
         assert "recorded steps" in lines["fragmentation"]
 
 
+def test_a_step_makes_no_answer_that_would_need_positions() -> None:
+    profile = load_profile("llava-hf/llava-1.5-7b-hf", allow_network=False)
+    positions = profile.text.max_positions
+    for tokens, is_too_long in ((512, False), (4096, False), (4097, True)):
+        planned = plan(profile, load_machine("80GiB"), Workload(images=0, text_tokens=tokens, training=Training()))
+        assert planned.longest_prompt_tokens == max(4096, tokens)
+        noted = [note for note in planned.notes if "positions" in note]
+        assert noted[0].startswith("The prompt takes 4,097" if is_too_long else "The longest prompt is set by")
+    assert positions == 4096
+
+
 def test_a_trained_sum_is_made_of_its_parts() -> None:
     one, two = Trained(1, 2, 3, 4), Trained(10, 20, 30, 40)
     assert one + two == (11, 22, 33, 44)
