@@ -53,6 +53,11 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     allocator: Literal["native", "expandable"] = "native"
     """torch's caching allocator as it is, or with ``expandable_segments:True``."""
 
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens behind the prompt: ``new_tokens``, and none in a training step."""
+        return 0 if self.training is not None else self.new_tokens
+
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose among the placements that fit."""

@@ -158,7 +158,7 @@ _PIXTRAL = VisionCoefficient(3, 5.8, False, _COUNTED, pair_elements=1)
 """It joins the patches of all images in one sequence, with a mask that keeps images apart."""
 
 _OF_EVA = VisionCoefficient(2, 4, False, "counted, and measured on an H200")
-"""EVA2-CLIP of CogVLM, CogVLM2, CogAgent and GLM-4V-9B: 6,401 patches take 497 MiB, 9,217 take 667."""
+"""EVA2-CLIP of CogVLM, CogVLM2 and GLM-4V-9B: 6,401 patches take 497 MiB, 9,217 take 667."""
 
 VISION: dict[str, VisionCoefficient] = {
     "aria": VisionCoefficient(0, 13.9, False, _COUNTED),
@@ -200,6 +200,9 @@ Source: modeling_cogvlm.py (CogVLM, CogAgent, CogVLM2) and modeling_chatglm.py (
 
 _REMOTE_CODE = {"CogVLM": "cogvlm", "CogAgent": "cogvlm", "ChatGLM": "chatglm"}
 """Beginnings of class names. Their model types differ between releases."""
+_EVA_CLASSES = ("CogVLM", "ChatGLM")
+"""The same, of those with no other tower than EVA2-CLIP. CogAgent's second one was not measured, and what
+``image_rules.py`` counts for it is in patches of the careful default."""
 
 
 def text_coefficient(model_type: str, body: str = "", architecture: str = "") -> TextCoefficient:
@@ -218,4 +221,4 @@ def text_coefficient(model_type: str, body: str = "", architecture: str = "") ->
 
 def vision_coefficient(model_type: str, architecture: str = "") -> VisionCoefficient:
     """The coefficient of a vision tower. Arguments: see :func:`text_coefficient`."""
-    return _OF_EVA if architecture.startswith(tuple(_REMOTE_CODE)) else VISION.get(model_type, DEFAULT_VISION)
+    return _OF_EVA if architecture.startswith(_EVA_CLASSES) else VISION.get(model_type, DEFAULT_VISION)

@@ -32,7 +32,7 @@ class Join(NamedTuple):
 
 
 _EVA = "torch.cat((boi, x, eoi)) in visual.py"
-_MOVED = r"self\.{0}(?:\.expand\([^()]{{0,80}}\))?\s{{0,40}}\.to\("
+_MOVED = r"self\.{0}(?:\.expand\((?:[^()]|\([^()]{{0,20}}\)){{0,80}}\))?\s{{0,40}}\.to\("
 
 
 def is_moved(join: Join, moved: tuple[str, ...] | None) -> bool:

@@ -124,7 +124,7 @@ def _write_limits(page: Page, plan: Plan) -> None:
     others = [f"batch {limits.batch:,}"]
     if plan.workload.training is None:
         others.insert(0, f"{limits.new_tokens:,} new tokens")
-    if limits.images is not None:
+    if limits.images:
         others.append(f"{limits.images:,} {'image' if limits.images == 1 else 'images'} in each prompt")
     if limits.image_edge is not None:
         others.append(f"images of {limits.image_edge:,} x {limits.image_edge:,} pixels")

@@ -57,7 +57,8 @@ def _stage(problem: Problem, run: tuple[int, int], budget: Budget, need: StageNe
         *_weights(footprint, units),
         _line(
             "kv_cache",
-            f"KV cache of {tokens + workload.new_tokens:,} tokens" + (f" x {workload.batch}" if workload.batch > 1 else ""),
+            f"KV cache of {tokens + workload.answer_tokens:,} tokens"
+            + (f" x {workload.batch}" if workload.batch > 1 else ""),
             need.kv_cache_bytes,
             _cache_source(footprint),
         ),
@@ -119,7 +120,9 @@ def _training(footprint: Footprint, size_bytes: int) -> list[LedgerLine]:
     if not size_bytes:
         return []
     source = "trained elements x bytes of gradient and of the optimizer's states"
-    if footprint.profile.vision is not None and not footprint.workload.images:
+    workload = footprint.workload
+    is_full = workload.training is not None and workload.training.method == "full"
+    if is_full and footprint.profile.vision is not None and not workload.images:
         source += "; the vision tower has none, as no prompt has an image"
     return [_line("training", "adapters, gradients and optimizer states", size_bytes, source)]
 
@@ -286,13 +289,14 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
     lost = loses_hooks(profile, release_of(problem.machine)) if choice and len(choice.split.gpus) > 1 else None
     if lost:
         result.append(f"{lost[0].upper()}{lost[1:]}. {UNPACK_WHILE_LOADING}")
-    if profile.one_gpu:
+    if profile.one_gpu and len(problem.budgets) > 1:
         result.append(f"All of the model stays on one GPU: {profile.one_gpu}.")
     positions = profile.text.max_positions
     if positions is not None:
-        needed = workload.text_tokens + footprint.images.tokens + workload.new_tokens
+        needed = workload.text_tokens + footprint.images.tokens + workload.answer_tokens
         if needed > positions:
-            result.append(f"Prompt and answer take {needed:,} tokens, more than the {positions:,} positions of the model.")
+            what = "Prompt and answer take" if workload.answer_tokens else "The prompt takes"
+            result.append(f"{what} {needed:,} tokens, more than the {positions:,} positions of the model.")
         elif choice and choice.text_tokens >= problem.most_text_tokens:
             result.append(f"The longest prompt is set by the model's {positions:,} positions, not by memory.")
     if choice and problem.offloaded and not problem.knows_host_memory:

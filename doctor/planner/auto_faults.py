@@ -39,8 +39,8 @@ def cut_blocks(items: Sequence[Registered], placed: Placed, gpus: Sequence[int])
 def parted_parameters(profile: ModelProfile, items: Sequence[Registered], placed: Placed) -> tuple[str, ...]:
     """Bare parameters of a tower of remote code on another device than the tower's last module, and other parted joins.
 
-    Such code joins them with the tower's output (``boi`` and ``eoi`` of GLM-4V-9B and CogVLM: GLM-4#350); the classes of
-    transformers itself move them first.
+    Such code joins them with the tower's output (``boi`` and ``eoi`` of GLM-4V-9B and CogVLM: GLM-4#350), unless a newer
+    revision is known to move them first, as the classes of transformers itself do.
     """
     if not profile.is_remote_code:
         return ()
@@ -55,6 +55,7 @@ def parted_parameters(profile: ModelProfile, items: Sequence[Registered], placed
                 if item.is_parameter
                 and item.unit.key.rpartition(".")[0] == unit.key
                 and placed.devices[item.unit.key] != last
+                and item.unit.key not in (profile.moved_joins or ())
             ]
     return tuple(dict.fromkeys([*parted, *_parted_joins(profile, items, placed)]))
 

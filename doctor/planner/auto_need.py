@@ -41,8 +41,10 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
             return 0
         if self.is_stage:
             return self.footprint.needs(text_tokens)(*self.run)
-        fragmentation_bytes = self.footprint.detail(*self.run, text_tokens).fragmentation_bytes if self._has_work else 0
-        return self.footprint.need_of(self.holding, text_tokens).total_bytes + fragmentation_bytes
+        # A head alone loses nothing, but in a training step beside the loss.
+        loses = self._has_work or self.footprint.workload.training is not None
+        lost = self.footprint.lost_of(self.holding, self.run, text_tokens) if loses else 0
+        return self.footprint.need_of(self.holding, text_tokens).total_bytes + lost
 
     @property
     def _has_work(self) -> bool:

@@ -120,7 +120,7 @@ def _need(problem: Problem, layout: Layout, device: Device, holding: Holding, bu
         run = (max(1, atoms - 1 - holding.layers), atoms)
     else:
         run = (1, max(2, min(atoms, 1 + holding.layers)))
-    lost = footprint.detail(*run, text_tokens).fragmentation_bytes if atoms > 1 else 0
+    lost = footprint.lost_of(holding, run, text_tokens) if atoms > 1 else 0
     return footprint.need_of(holding, text_tokens).total_bytes + lost
 
 

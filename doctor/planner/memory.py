@@ -135,7 +135,7 @@ class Footprint:
         same = ("dtype", "quantization", "training")
         has_images = bool(workload.images), bool(self.workload.images)
         if any(getattr(workload, field) != getattr(self.workload, field) for field in same) or (
-            workload.training is not None and len({*has_images}) > 1
+            workload.training is not None and has_images[0] != has_images[1]
         ):
             return type(self)(
                 self.profile, workload, images, self.atoms, self.offloaded, is_bare=is_bare, release=self.release
@@ -359,7 +359,7 @@ class Footprint:
         """Prices of a training step."""
         works = self.work(text_tokens), self._step_work(text_tokens)
         weights, copy_bytes = self._weights, self.copy_bytes
-        constant = 0 if self.is_bare else step.SLACK_BYTES
+        constant = self._step_slack_bytes
         known: dict[tuple[int, int], int] = {}
 
         def need(first: int, end: int) -> int:
@@ -372,8 +372,30 @@ class Footprint:
 
         return need
 
+    def lost_of(self, holding: Holding, run: tuple[int, int], text_tokens: int) -> int:
+        """What the allocator loses on a device that is no stage of the planner.
+
+        Args:
+            holding: What the device holds. Of a training step it tells all: the most is lost beside the loss.
+            run: Atoms of a stage of the same kind, which otherwise lends its own loss.
+            text_tokens: Of one prompt.
+        """
+        if self.workload.training is None:
+            return self.detail(*run, text_tokens).fragmentation_bytes
+        worst = self._holding_peak(holding, text_tokens)
+        live = worst.kept + worst.work
+        return max(0, live + worst.lost + self._step_slack_bytes - max(live, holding.loading_bytes))
+
+    @property
+    def _step_slack_bytes(self) -> int:
+        return 0 if self.is_bare else step.SLACK_BYTES
+
     def _step_need_of(self, holding: Holding, text_tokens: int) -> StageNeed:
         """What a device needs for its part of a training step."""
+        return _of_step(holding.weights_bytes, self._holding_peak(holding, text_tokens), holding.loading_bytes)
+
+    def _holding_peak(self, holding: Holding, text_tokens: int) -> step.Peak:
+        """:meth:`_step_peak` of a device that is told by what it holds."""
         training = self.workload.training
         assert training is not None
         if training.method == "lora":
@@ -386,8 +408,7 @@ class Footprint:
         forward = self.work(text_tokens)
         kinds = self._held_kinds(holding, forward)
         fixed = own._replace(step=own.step + max(self._largest_step))
-        peak = self._step_peak(holding, kinds, fixed, (forward, self._step_work(text_tokens)))
-        return _of_step(holding.weights_bytes, peak, holding.loading_bytes)
+        return self._step_peak(holding, kinds, fixed, (forward, self._step_work(text_tokens)))
 
     def _run_peak(self, first: int, end: int, works: tuple[Work, step.StepWork]) -> step.Peak:
         """:meth:`_step_peak` of a run of atoms."""

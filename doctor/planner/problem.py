@@ -124,7 +124,7 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         positions = self.profile.text.max_positions
         if positions is None:
             return MAX_TOKENS
-        return positions - self.workload.new_tokens - self.footprint.images.tokens
+        return positions - self.workload.answer_tokens - self.footprint.images.tokens
 
     def changed(self, **fields: Any) -> Problem:
         """The same question with other fields of the workload."""

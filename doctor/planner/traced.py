@@ -63,7 +63,6 @@ class Growth:
     def __init__(self, runs: Sequence[Trace]) -> None:
         self.shape = runs[0]
         """The first run: all but sizes holds for every length."""
-        self.shortest = runs[0].tokens
         self._lengths = tuple(run.tokens for run in runs[:3])
         for run in runs[1:]:
             if not _is_alike(run, self.shape):

@@ -234,6 +234,18 @@ def test_quantization_and_every_token_s_logits_are_named(plan_report: Report) ->
     assert "Longest prompt" not in text
 
 
+def test_no_image_is_no_way_to_grow(plan_report: Report) -> None:
+    """Where the prompt has no image and none would fit."""
+    plan = plan_report.plan
+    assert plan is not None
+    assert plan.limits is not None
+    limits = msgspec.structs.replace(plan.limits, images=0, image_edge=None)
+
+    text = render(replace(plan_report, plan=msgspec.structs.replace(plan, limits=limits)), "terminal")
+
+    assert "30,000 new tokens, or batch 9." in " ".join(text.split())
+
+
 def test_memory_that_others_hold_is_named_as_the_reason(misfit_report: Report) -> None:
     plan = misfit_report.plan
     assert plan is not None

@@ -122,6 +122,16 @@ def test_a_bare_parameter_parted_from_what_it_is_joined_with_is_predicted_to_fai
     )
 
 
+def test_a_bare_parameter_that_the_code_of_the_checkpoint_moves_itself_is_no_fault() -> None:
+    where = machine("10GiB,10GiB,10GiB")
+    ends = "transformer.vision.boi", "transformer.vision.eoi"
+    for moved in (ends, ends[1:], ()):
+        newer = msgspec.structs.replace(profile(GLM4V), moved_joins=(*moved, "transformer.vision"))
+        found = plan(newer, where).auto
+        assert found is not None
+        assert found.parted == tuple(end for end in ends if end not in moved)
+
+
 def test_what_lands_on_the_cpu_and_on_disk_is_said_with_the_gpus_sufficing() -> None:
     host = Host(os="Linux", kernel="6", memory_available_bytes=64 * GIB)
     small = msgspec.structs.replace(host, memory_available_bytes=GIB // 2)

@@ -152,9 +152,10 @@ def test_every_plan_checks_clean_and_tight_ones_too(free: list[int], text: int, 
     where, work = machine(free), Workload(text_tokens=text)
     planned = plan(profile, where, work)
     if planned.fits:
-        numbers = [stage.gpu for stage in planned.stages]
-        theirs: Map = {key: numbers[int(position)] for key, position in planned.device_map.items()}
-        checked = check_map(theirs, profile, where, work)
+        # As a plan is written: the GPU of its first stage is torch's first.
+        numbers = ",".join(str(stage.gpu) for stage in planned.stages)
+        theirs = msgspec.structs.replace(where, environment={"CUDA_VISIBLE_DEVICES": numbers})
+        checked = check_map(planned.device_map, profile, theirs, work)
         assert codes(checked, "error", "warning") == []
 
 

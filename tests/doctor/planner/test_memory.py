@@ -279,6 +279,9 @@ def test_the_source_names_the_formulas() -> None:
 def test_an_architecture_that_was_not_counted_gets_the_most_of_any() -> None:
     assert text_coefficient("no_such_model") is DEFAULT_TEXT
     assert vision_coefficient("no_such_model") is DEFAULT_VISION
+    assert vision_coefficient("cogvlm", "CogVLMForCausalLM") is vision_coefficient("chatglm", "ChatGLMModel")
+    assert vision_coefficient("cogvlm", "CogVLMForCausalLM") is not DEFAULT_VISION
+    assert vision_coefficient("cogagent", "CogAgentForCausalLM") is DEFAULT_VISION
     assert vision_coefficient("llava").elements(intermediate=4096, hidden=1024, layers=24) == 38_912
 
 

@@ -177,6 +177,8 @@ def test_a_plan_parts_no_model_of_compressed_tensors_that_would_lose_its_hooks(v
     assert not forced.fits
     for found in (made, forced):
         assert any("one GPU: compressed-tensors unpacks" in note and "5.23 can" in note for note in found.notes)
+    alone = plan(profile, msgspec.structs.replace(where, gpus=where.gpus[:1], links=()))
+    assert not any("stays on one GPU" in note for note in alone.notes)
     assert [finding.severity for finding in judged] == ["error"]
     assert judged[0].fix is not None
     assert "one GPU" in judged[0].fix.text

@@ -15,6 +15,7 @@ from vlm_doctor.planner import plan
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.layer_work import LayerKind
+from vlm_doctor.planner.map_check import check_map
 from vlm_doctor.planner.memory import Footprint, Holding, StageNeed
 from vlm_doctor.planner.training import (
     SLACK_BYTES,
@@ -32,7 +33,7 @@ from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Optimizer, Training, Workload
 
-from .profiles import glm41v_9b, llava_13b, unit
+from .profiles import glm41v_9b, llava_13b, machine, unit
 
 DENSE, EXPERTS = LayerKind("full", has_experts=False), LayerKind("full", has_experts=True)
 
@@ -252,6 +253,24 @@ def test_logits_come_back_to_where_the_model_begins() -> None:
     assert made.detail(0, 42, 2048).moment == "the loss is computed"
 
 
+def test_a_map_that_puts_the_embedding_beside_the_head_is_told_what_is_lost_beside_the_loss() -> None:
+    """Such a GPU is no stage of the planner, and none of its stages loses the same."""
+    profile = load_profile("Qwen/Qwen2.5-VL-7B-Instruct", allow_network=False)
+    workload = Workload(images=0, text_tokens=8192, training=Training())
+    device_map = {unit.key: int(unit.role == "layer") for unit in profile.units}
+    checked = check_map(device_map, profile, machine([79.0, 79.0]), workload)
+    made = Footprint(profile, workload, image_load(profile, workload), chain(profile).atoms)
+    ends = Holding(
+        weights_bytes=checked.devices[0].weights_bytes, layers=0, has_tower=True, has_embedding=True, has_head=True
+    )
+    largest = 4 * 8192 * profile.text.vocabulary
+    lost = made.lost_of(ends, (0, 1), 8192)
+    assert lost >= largest + SLACK_BYTES
+    assert checked.devices[0].need_bytes == made.need_of(ends, 8192).total_bytes + lost
+    # Where loading takes more than the step, nothing is lost on top.
+    assert made.lost_of(msgspec.structs.replace(ends, loading_bytes=100 * GIB), (0, 1), 8192) == 0
+
+
 def test_eager_attention_keeps_scores_for_backward() -> None:
     training = Training(gradient_checkpointing=False)
     fused, eager = (whole(llava_13b(), training, attention=kind, text_tokens=512) for kind in ("sdpa", "eager"))
@@ -346,12 +365,23 @@ def test_a_step_that_fits_nowhere_ends_in_a_shortage() -> None:
 
 def test_the_ledger_tells_that_a_tower_is_left_out() -> None:
     profile = load_profile("Qwen/Qwen2.5-VL-7B-Instruct", allow_network=False)
-    for images, is_left_out in ((0, True), (1, False)):
-        workload = Workload(images=images, training=Training(method="full"))
-        planned = plan(profile, load_machine("2xH200"), workload)
+    whole, adapters = Training(method="full"), Training(method="lora")
+    for training, images, is_left_out in ((whole, 0, True), (whole, 1, False), (adapters, 0, False)):
+        planned = plan(profile, load_machine("2xH200"), Workload(images=images, training=training))
         lines = {line.kind: line.source for line in planned.stages[0].ledger}
         assert lines["training"].endswith("no prompt has an image") == is_left_out
         assert "recorded steps" in lines["fragmentation"]
+
+
+def test_a_step_makes_no_answer_that_would_need_positions() -> None:
+    profile = load_profile("llava-hf/llava-1.5-7b-hf", allow_network=False)
+    positions = profile.text.max_positions
+    for tokens, is_too_long in ((512, False), (4096, False), (4097, True)):
+        planned = plan(profile, load_machine("80GiB"), Workload(images=0, text_tokens=tokens, training=Training()))
+        assert planned.longest_prompt_tokens == max(4096, tokens)
+        noted = [note for note in planned.notes if "positions" in note]
+        assert noted[0].startswith("The prompt takes 4,097" if is_too_long else "The longest prompt is set by")
+    assert positions == 4096
 
 
 def test_a_trained_sum_is_made_of_its_parts() -> None:

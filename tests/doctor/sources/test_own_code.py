@@ -90,6 +90,7 @@ def test_of_much_code_that_of_models_is_read_first(tmp_path: Path) -> None:
         ("torch.cat((inputs_embeds[i, :boi], images_features[i], inputs_embeds[i, eoi + 1 :]))", ()),
         ("images_features = images_features.to(inputs_embeds.device)", ("transformer.vision",)),
         ("boi = self.boi.expand(x.shape[0], -1, -1).to(x.device)", ("transformer.vision.boi",)),
+        ("boi = self.boi.expand(x.size(0), -1, -1).to(x.device)", ("transformer.vision.boi",)),
         ("eoi = self.eoi.to(x.device).expand(x.shape[0], -1, -1)", ("transformer.vision.eoi",)),
         ("boi = self.boi.expand(x.shape[0], -1, -1)", ()),
     ],
