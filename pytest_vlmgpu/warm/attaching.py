@@ -68,8 +68,10 @@ class Loan:
         """False once the host has ended, unless the model was given back before."""
         if self._is_closed:
             return True
-        readable, _, _ = select.select([self._connection], [], [], 0)
-        return not readable
+        # Not select(), which takes no descriptor above 1023.
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        return not poll.poll(0)
 
     def count(self, storages: Iterable[Any]) -> None:
         """Have the memory of a model on GPUs counted among that of this process, where torch's allocator does not."""
@@ -235,11 +237,15 @@ def _without_first_values() -> AbstractContextManager[Any]:
 
 
 def _dispatch(model: Any, device_map: Any) -> None:
-    """Put accelerate's hooks on, as ``from_pretrained`` does, and see that they have moved nothing."""
+    """Put accelerate's hooks on, as a load does, and see that they have moved nothing."""
     from accelerate import dispatch_model
 
     before = {key: tensor.data_ptr() for key, tensor in model.named_parameters()}
-    dispatch_model(model, device_map=device_map, skip_keys=getattr(model, "_skip_keys_device_placement", None))
+    # A load sends the inputs to the first stage when it has ended (models/first_stage.py). Here they go there from the
+    # beginning: otherwise what the model has outside of its parts would move to the lowest number, and back.
+    first = next((device for device in device_map.values() if isinstance(device, int)), None)
+    skip = getattr(model, "_skip_keys_device_placement", None)
+    dispatch_model(model, device_map=device_map, main_device=first, skip_keys=skip)
     moved = [key for key, tensor in model.named_parameters() if before[key] != tensor.data_ptr()]
     if moved:
         raise NotAttached(f"putting hooks on it has moved weights ({moved[0]})")

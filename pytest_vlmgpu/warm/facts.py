@@ -24,7 +24,7 @@ _OTHERWISE_KNOWN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTORCH_NVML_B
 """GPUs are told apart by UUID; the last one torch sets itself when it starts CUDA, so that it differs within a run."""
 _SET_BY_TORCH = ("CUDA_HOME", "TORCHINDUCTOR_", "TORCH_WARM_POOL")
 """torch sets them itself while a run compiles, or only gets ready to; no load reads them. Source: torch/_inductor
-(cache_dir_utils.py, cpp_builder.py, async_compile.py; numeric_utils.py sets a variable of cuBLAS, which computes in the run)."""
+(cache_dir_utils.py, cpp_builder.py, async_compile.py). Of cuBLAS, which computes in the run, no variable counts."""
 _CODE = ("models/first_stage.py", "models/loading.py", "models/placing.py", "models/source.py", "warm")
 """Of this package: what loads and shares. A changed line makes another model of it."""
 STALE = frozenset(("checkpoint", "loader code", "python", *_LIBRARIES))

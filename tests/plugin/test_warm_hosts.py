@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -368,6 +369,34 @@ def test_a_child_that_a_run_has_forgotten_keeps_nothing_lent(warm: Warm) -> None
     until(lambda: not warm.status().users)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def test_a_program_that_a_test_starts_gets_no_model(warm: Warm) -> None:
+    warm.start()
+    memory = warm.attach().memory
+    assert memory is not None
+
+    status = subprocess.run([sys.executable, "-c", f"import os; os.fstat({memory})"], close_fds=False, check=False)
+
+    assert status.returncode != 0
+
+
+def test_a_process_with_many_open_files_learns_that_the_host_has_ended(warm: Warm) -> None:
+    pid = warm.start()
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 1200:
+        pytest.skip("a process may not open so many files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, 1200), most))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        loan = warm.attach()
+        assert loan.is_alive
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not loan.is_alive)
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
 
 
 def test_a_model_without_gpus_is_for_many(warm: Warm) -> None:
