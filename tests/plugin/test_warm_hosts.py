@@ -29,6 +29,7 @@ from pytest_vlmgpu.warm.hosts import Borrowed, Hosts
 from pytest_vlmgpu.warm.places import Place, PlaceError, folder_for, records
 from pytest_vlmgpu.warm.records import Ask, Attach, Order, Reply, Request, Status
 from pytest_vlmgpu.warm.serving import BUSY
+from pytest_vlmgpu.warm.starting import start
 from vlm_doctor.machine import GpuProcess
 from vlm_doctor.units import GIB
 
@@ -249,6 +250,22 @@ def hostile(warm: Warm, data: bytes) -> None:
                 pass
         except OSError:
             pass
+
+
+def test_a_host_inherits_nothing_that_is_the_runs_own(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        found.append(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    for name in ("PYTEST_CURRENT_TEST", "COV_CORE_SOURCE", "COVERAGE_PROCESS_CONFIG", "HF_HOME"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setattr("pytest_vlmgpu.warm.starting.subprocess.run", run)
+
+    start(warm.order(), warm.place)
+
+    assert [name for name in found[0] if name.startswith(("PYTEST_", "COV", "HF_HOME"))] == ["HF_HOME"]
 
 
 def test_whatever_bytes_come_the_host_goes_on(warm: Warm) -> None:
