@@ -137,7 +137,7 @@ class Warmth:
                 if is_mine and why:
                     self._keys[spec] = f"its warm host cannot be ended: {why}"
                 ended = ended or not why
-        if isinstance(key, Key):
+        if isinstance(key, Key) and self._keys[spec] is key:
             self._cooled.add(key.name)
         if plan is None:
             return
