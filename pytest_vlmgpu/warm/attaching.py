@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .records import Attach
 
 SILENCE_S = 60.0
-"""A host that says nothing for so long is dead: while it loads it tells its progress, and all else takes seconds."""
+"""A host that says nothing for so long hangs: while it loads it tells its progress, and all else takes seconds."""
 
 
 class NotAttached(Exception):  # noqa: N818 - no error: the model is loaded instead
@@ -35,11 +35,13 @@ class NotAttached(Exception):  # noqa: N818 - no error: the model is loaded inst
     Args:
         reason: Why: the end of a sentence.
         is_ending: The host that had it ends now.
+        is_silent: The host is there, and answers nobody: another one cannot be started.
     """
 
-    def __init__(self, reason: str, *, is_ending: bool = False) -> None:
+    def __init__(self, reason: str, *, is_ending: bool = False, is_silent: bool = False) -> None:
         super().__init__(reason)
         self.is_ending = is_ending
+        self.is_silent = is_silent
 
 
 class Loan:
@@ -113,6 +115,7 @@ def borrow(place: Place, request: Attach, told: Callable[[Progress], None], whil
         raise NotAttached("its warm host was killed" if place.socket.exists() else "there was no warm model")
     descriptors: list[int] = []
     try:
+        pid = wire.peer_of(connection).pid
         wire.send(connection, request)
         while_waiting()
         while True:
@@ -132,6 +135,9 @@ def borrow(place: Place, request: Attach, told: Callable[[Progress], None], whil
             os.close(descriptor)
         if isinstance(error, NotAttached):
             raise
+        if isinstance(error, TimeoutError):
+            why = f"its warm host has said nothing for {SILENCE_S:.0f} s; end it with kill -9 {pid}"
+            raise NotAttached(why, is_silent=True) from None
         raise NotAttached(f"its warm host has ended ({error})") from None
     except BaseException:
         connection.close()

@@ -184,12 +184,14 @@ class Warmth:
             return plain()
         started = time.perf_counter()
         before = self._hosts.record_of(key.place.digest)
-        is_ending = has_arrived = False
+        is_ending = is_silent = has_arrived = False
         try:
             reason = self._why_cold(key)
             loan = None if reason else self._borrow(key, told)
         except NotAttached as error:
-            reason, loan, is_ending = str(error), None, error.is_ending
+            reason, loan, is_ending, is_silent = str(error), None, error.is_ending, error.is_silent
+        if is_silent:
+            return _with(plain(), Warm(f"not kept: {reason}"))
         try:
             if loan is None:
                 has_ended = self._hosts.await_end(before, is_ending=is_ending)

@@ -255,3 +255,20 @@ def test_changes(vlm, n): pass
     lines = [line for line in result.outlines if "its warm host cannot be ended: the run with pid" in line]
     assert len(lines) == 2
     result.stdout.no_fnmatch_line("*: attached in *")
+
+
+def test_a_host_that_hangs_is_named_and_waited_for_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.keep()
+    (pid,) = project.hosts()
+    monkeypatch.setattr("pytest_vlmgpu.warm.attaching.SILENCE_S", 1)
+    started: list[object] = []
+    monkeypatch.setattr("pytest_vlmgpu.warm.run.start", lambda *order: started.append(order))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        result = project.run()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines([f"*not kept: its warm host has said nothing for 1 s; end it with kill -9 {pid})*"])
+    assert not started
