@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Mapping
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from vlm_doctor.placement import Plan
 
@@ -51,12 +52,14 @@ class Loan:
         connection: To the host.
         lent: What it sent.
         memory: Descriptor of the shared memory; ``None`` on GPUs.
+        log: Of the host.
     """
 
-    def __init__(self, connection: socket.socket, lent: Lent, memory: int | None) -> None:
+    def __init__(self, connection: socket.socket, lent: Lent, memory: int | None, log: Path) -> None:
         self._connection = connection
         self.lent = lent
         self.memory = memory
+        self.log = log
         self._is_closed = False
         self._counted: dict[int, int] = {}
 
@@ -128,7 +131,7 @@ def borrow(place: Place, request: Attach, told: Callable[[Progress], None], whil
         on_gpus = isinstance(reply, Lent) and any(block.cuda is not None for block in reply.blocks)
         if not isinstance(reply, Lent) or (not on_gpus and len(descriptors) != 1):
             raise NotAttached("its warm host gave an answer that is none")
-        return Loan(connection, reply, None if on_gpus else descriptors[0])
+        return Loan(connection, reply, None if on_gpus else descriptors[0], place.log)
     except (OSError, wire.WireError, NotAttached) as error:
         connection.close()
         for descriptor in descriptors:

@@ -60,6 +60,11 @@ class Warm:
         """True where the memory of the model was on GPUs, and its host has ended."""
         return self.loan is not None and self.loan.is_on_gpus and not self.loan.is_alive
 
+    @property
+    def log(self) -> str:
+        """Where its host has written what happened; empty where none has the model."""
+        return str(self.loan.log) if self.loan is not None else ""
+
     def close(self) -> None:
         """Give a borrowed model back."""
         if self.loan is not None:

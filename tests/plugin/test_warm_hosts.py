@@ -392,6 +392,7 @@ def test_a_program_that_a_test_starts_gets_no_model(warm: Warm) -> None:
     warm.start()
     memory = warm.attach().memory
     assert memory is not None
+    assert warm.loans[0].log == warm.place.log
 
     status = subprocess.run([sys.executable, "-c", f"import os; os.fstat({memory})"], close_fds=False, check=False)
 
