@@ -416,14 +416,15 @@ def parse_wait(text: str, origin: str) -> float:
 
 
 def parse_warm(text: str, origin: str) -> float | None:
-    """Seconds that a model is kept; ``None`` of ``off``, and of other words for no.
+    """Seconds that a model is kept; ``None`` of ``off``, of other words for no, and of no time at all.
 
     Raises:
         pytest.UsageError: It is no time.
     """
     if text.lower() in _FALSE:
         return None
-    return parse_wait("15m" if text.lower() in _TRUE[1:] else text, origin)
+    # ``1`` is a word for yes, as everywhere in the environment: nobody keeps a model for a second.
+    return parse_wait("15m" if text.lower() in _TRUE else text, origin) or None
 
 
 def _parse_slots(text: str, origin: str) -> int | None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Mapping
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from vlm_doctor.placement import Plan
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .records import Attach
 
 SILENCE_S = 60.0
-"""A host that says nothing for so long is dead: while it loads it tells its progress, and all else takes seconds."""
+"""A host that says nothing for so long hangs: while it loads it tells its progress, and all else takes seconds."""
 
 
 class NotAttached(Exception):  # noqa: N818 - no error: the model is loaded instead
@@ -35,11 +36,13 @@ class NotAttached(Exception):  # noqa: N818 - no error: the model is loaded inst
     Args:
         reason: Why: the end of a sentence.
         is_ending: The host that had it ends now.
+        is_silent: The host is there, and answers nobody: another one cannot be started.
     """
 
-    def __init__(self, reason: str, *, is_ending: bool = False) -> None:
+    def __init__(self, reason: str, *, is_ending: bool = False, is_silent: bool = False) -> None:
         super().__init__(reason)
         self.is_ending = is_ending
+        self.is_silent = is_silent
 
 
 class Loan:
@@ -49,12 +52,14 @@ class Loan:
         connection: To the host.
         lent: What it sent.
         memory: Descriptor of the shared memory; ``None`` on GPUs.
+        log: Of the host.
     """
 
-    def __init__(self, connection: socket.socket, lent: Lent, memory: int | None) -> None:
+    def __init__(self, connection: socket.socket, lent: Lent, memory: int | None, log: Path) -> None:
         self._connection = connection
         self.lent = lent
         self.memory = memory
+        self.log = log
         self._is_closed = False
         self._counted: dict[int, int] = {}
 
@@ -68,8 +73,10 @@ class Loan:
         """False once the host has ended, unless the model was given back before."""
         if self._is_closed:
             return True
-        readable, _, _ = select.select([self._connection], [], [], 0)
-        return not readable
+        # Not select(), which takes no descriptor above 1023.
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        return not poll.poll(0)
 
     def count(self, storages: Iterable[Any]) -> None:
         """Have the memory of a model on GPUs counted among that of this process, where torch's allocator does not."""
@@ -111,6 +118,7 @@ def borrow(place: Place, request: Attach, told: Callable[[Progress], None], whil
         raise NotAttached("its warm host was killed" if place.socket.exists() else "there was no warm model")
     descriptors: list[int] = []
     try:
+        pid = wire.peer_of(connection).pid
         wire.send(connection, request)
         while_waiting()
         while True:
@@ -123,13 +131,16 @@ def borrow(place: Place, request: Attach, told: Callable[[Progress], None], whil
         on_gpus = isinstance(reply, Lent) and any(block.cuda is not None for block in reply.blocks)
         if not isinstance(reply, Lent) or (not on_gpus and len(descriptors) != 1):
             raise NotAttached("its warm host gave an answer that is none")
-        return Loan(connection, reply, None if on_gpus else descriptors[0])
+        return Loan(connection, reply, None if on_gpus else descriptors[0], place.log)
     except (OSError, wire.WireError, NotAttached) as error:
         connection.close()
         for descriptor in descriptors:
             os.close(descriptor)
         if isinstance(error, NotAttached):
             raise
+        if isinstance(error, TimeoutError):
+            why = f"its warm host has said nothing for {SILENCE_S:.0f} s; end it with kill -9 {pid}"
+            raise NotAttached(why, is_silent=True) from None
         raise NotAttached(f"its warm host has ended ({error})") from None
     except BaseException:
         connection.close()
@@ -235,11 +246,15 @@ def _without_first_values() -> AbstractContextManager[Any]:
 
 
 def _dispatch(model: Any, device_map: Any) -> None:
-    """Put accelerate's hooks on, as ``from_pretrained`` does, and see that they have moved nothing."""
+    """Put accelerate's hooks on, as a load does, and see that they have moved nothing."""
     from accelerate import dispatch_model
 
     before = {key: tensor.data_ptr() for key, tensor in model.named_parameters()}
-    dispatch_model(model, device_map=device_map, skip_keys=getattr(model, "_skip_keys_device_placement", None))
+    # A load sends the inputs to the first stage when it has ended (models/first_stage.py). Here they go there from the
+    # beginning: otherwise what the model has outside of its parts would move to the lowest number, and back.
+    first = next((device for device in device_map.values() if isinstance(device, int)), None)
+    skip = getattr(model, "_skip_keys_device_placement", None)
+    dispatch_model(model, device_map=device_map, main_device=first, skip_keys=skip)
     moved = [key for key, tensor in model.named_parameters() if before[key] != tensor.data_ptr()]
     if moved:
         raise NotAttached(f"putting hooks on it has moved weights ({moved[0]})")

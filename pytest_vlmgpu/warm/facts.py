@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from ..models.source import Source
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "pytest-vlmgpu")
-_VARIABLES = ("ACCELERATE_", "CUBLAS_", "CUDA_", "HF_", "NVIDIA_", "PYTORCH_", "SAFETENSORS_", "TORCH", "TRANSFORMERS_")
+_VARIABLES = ("ACCELERATE_", "CUDA_", "HF_", "NVIDIA_", "PYTORCH_", "SAFETENSORS_", "TORCH", "TRANSFORMERS_")
 """Beginnings of variables that these libraries read while they load."""
 _OTHERWISE_KNOWN = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_MODULE_LOADING")
 """GPUs are told apart by UUID; the last one torch sets itself when it starts CUDA, so that it differs within a run."""
-_CODE = ("models/loading.py", "models/placing.py", "models/source.py", "warm")
+_SET_BY_TORCH = ("CUDA_HOME", "TORCHINDUCTOR_", "TORCH_WARM_POOL")
+"""torch sets them itself while a run compiles, or only gets ready to; no load reads them. Source: torch/_inductor
+(cache_dir_utils.py, cpp_builder.py, async_compile.py). Of cuBLAS, which computes in the run, no variable counts."""
+_CODE = ("models/first_stage.py", "models/loading.py", "models/placing.py", "models/source.py", "warm")
 """Of this package: what loads and shares. A changed line makes another model of it."""
 STALE = frozenset(("checkpoint", "loader code", "python", *_LIBRARIES))
 """Where one of these differs, nobody will ask for the old model again."""
@@ -108,7 +111,7 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         f"variable {name}": hashlib.sha256(os.fsencode(value)).hexdigest()[:16]
         for name, value in sorted(environment.items())
-        if name.startswith(_VARIABLES) and name not in _OTHERWISE_KNOWN and "TOKEN" not in name
+        if name.startswith(_VARIABLES) and not name.startswith((*_OTHERWISE_KNOWN, *_SET_BY_TORCH)) and "TOKEN" not in name
     }
 
 

@@ -77,7 +77,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     loaded: dict[str, int] = {}
     """GPU UUID to bytes of tensors; empty on the CPU."""
     host_bytes: int = 0
-    """By which the process has grown."""
+    """Of the process, all in all."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

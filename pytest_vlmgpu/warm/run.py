@@ -60,6 +60,11 @@ class Warm:
         """True where the memory of the model was on GPUs, and its host has ended."""
         return self.loan is not None and self.loan.is_on_gpus and not self.loan.is_alive
 
+    @property
+    def log(self) -> str:
+        """Where its host has written what happened; empty where none has the model."""
+        return str(self.loan.log) if self.loan is not None else ""
+
     def close(self) -> None:
         """Give a borrowed model back."""
         if self.loan is not None:
@@ -137,7 +142,7 @@ class Warmth:
                 if is_mine and why:
                     self._keys[spec] = f"its warm host cannot be ended: {why}"
                 ended = ended or not why
-        if isinstance(key, Key):
+        if isinstance(key, Key) and self._keys[spec] is key:
             self._cooled.add(key.name)
         if plan is None:
             return
@@ -184,12 +189,14 @@ class Warmth:
             return plain()
         started = time.perf_counter()
         before = self._hosts.record_of(key.place.digest)
-        is_ending = has_arrived = False
+        is_ending = is_silent = has_arrived = False
         try:
             reason = self._why_cold(key)
             loan = None if reason else self._borrow(key, told)
         except NotAttached as error:
-            reason, loan, is_ending = str(error), None, error.is_ending
+            reason, loan, is_ending, is_silent = str(error), None, error.is_ending, error.is_silent
+        if is_silent:
+            return _with(plain(), Warm(f"not kept: {reason}"))
         try:
             if loan is None:
                 has_ended = self._hosts.await_end(before, is_ending=is_ending)

@@ -24,8 +24,8 @@ _BOOT = (
     "from pytest_vlmgpu.warm.serving import main; raise SystemExit(main())"
 )
 """The current folder is not searched: what a project calls ``types.py`` is not to be imported there."""
-_OWN_VARIABLES = ("PYTEST_", "COV_")
-"""What a host must not inherit of a run."""
+_OWN_VARIABLES = ("PYTEST_", "COV_", "COVERAGE_")
+"""What a host must not inherit of a run; coverage measures the processes of a run by its own."""
 
 
 def start(order: Order, place: Place) -> None:

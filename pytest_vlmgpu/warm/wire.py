@@ -101,6 +101,9 @@ def receive(connection: socket.socket, kind: Any) -> tuple[Any, list[int]]:
         TimeoutError: Nothing came within the connection's timeout.
     """
     head, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, 1)
+    for descriptor in descriptors:
+        # Python lets a program that a test starts have it, which would keep a model's memory as long as that runs.
+        os.set_inheritable(descriptor, False)
     try:
         if not head:
             raise WireError("the connection was closed")

@@ -211,7 +211,7 @@ class Watch:
 
     def _judge_warmth(self, request: pytest.FixtureRequest) -> list[tuple[Level, str]]:
         """A model on GPUs that was attached to goes with the process that keeps it."""
-        warm = getattr(_shared_value(request.node), "warm", None)
+        warm: Any = getattr(_shared_value(request.node), "warm", None)
         if not getattr(warm, "is_lost", False):
             return []
         self._reload(request)
@@ -219,7 +219,7 @@ class Watch:
             (
                 "error",
                 f"{FAULT}: the warm host of {_model_name(request.node)} ended while the test ran, and the model's "
-                "memory with it. It is loaded again for the tests that follow: see the host's log.",
+                f"memory with it. It is loaded again for the tests that follow; the host's log is {warm.log}.",
             )
         ]
 

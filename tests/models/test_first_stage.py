@@ -15,6 +15,8 @@ pytest.importorskip("accelerate")
 from accelerate import dispatch_model  # noqa: E402
 
 from pytest_vlmgpu.models.first_stage import send_inputs_to_first  # noqa: E402
+from pytest_vlmgpu.warm.attaching import _dispatch  # noqa: E402
+from pytest_vlmgpu.warm.sharing import _strip_hooks  # noqa: E402
 
 from .fake_devices import FakeDevices, place_of  # noqa: E402
 
@@ -77,6 +79,19 @@ def test_a_model_without_hooks_is_left_alone() -> None:
     send_inputs_to_first(model, {"": 0})
 
     assert not hasattr(model, "_hf_hook")
+
+
+def test_a_warm_model_is_attached_with_the_same_hooks() -> None:
+    device_map: dict[str, int | str] = {"newline": 1, "embed": 1, "head": 0}
+    with FakeDevices():
+        model = placed(device_map)
+        send_inputs_to_first(model, device_map)
+        _strip_hooks(model)
+
+        _dispatch(model, device_map)
+
+        assert model._hf_hook.execution_device == 1
+        assert answer(model).shape == (1, 2, 8)
 
 
 def test_what_is_offloaded_is_computed_on_the_first_stage() -> None:

@@ -23,8 +23,11 @@ import pytest_vlmgpu.warm.run
 import pytest_vlmgpu.warm.sharing
 import pytest_vlmgpu.watching.watch  # noqa: F401
 import vlm_doctor.sources.collection  # noqa: F401
+from pytest_vlmgpu.warm import wire
+from pytest_vlmgpu.warm.attaching import borrow
 from pytest_vlmgpu.warm.hosts import Hosts
-from pytest_vlmgpu.warm.places import folder_for
+from pytest_vlmgpu.warm.places import Place, folder_for
+from pytest_vlmgpu.warm.records import Attach
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -231,3 +234,41 @@ def test_a_run_that_wants_none_ends_them(project: Project) -> None:
     without.assert_outcomes(passed=1)
     without.stdout.fnmatch_lines(["*loaded in * s on the CPU; 1 test"])
     assert project.hosts() == []
+
+
+def test_a_run_that_wants_none_takes_none_that_cannot_be_ended(project: Project) -> None:
+    project.keep()
+    (record,) = Hosts(project.folder).alive()
+    request = Attach(record.digest, wire.pid_namespace(), 60.0)
+    loan = borrow(Place(project.folder, record.digest), request, lambda progress: None, lambda: None)
+    twice = """
+import pytest
+@pytest.mark.vlm_mutates
+@pytest.mark.parametrize("n", [1, 2])
+def test_changes(vlm, n): pass
+"""
+
+    result = project.run("--vlm-cold", test=twice)
+
+    loan.close()
+    result.assert_outcomes(passed=2)
+    lines = [line for line in result.outlines if "its warm host cannot be ended: the run with pid" in line]
+    assert len(lines) == 2
+    result.stdout.no_fnmatch_line("*: attached in *")
+
+
+def test_a_host_that_hangs_is_named_and_waited_for_once(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.keep()
+    (pid,) = project.hosts()
+    monkeypatch.setattr("pytest_vlmgpu.warm.attaching.SILENCE_S", 1)
+    started: list[object] = []
+    monkeypatch.setattr("pytest_vlmgpu.warm.run.start", lambda *order: started.append(order))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        result = project.run()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines([f"*not kept: its warm host has said nothing for 1 s; end it with kill -9 {pid})*"])
+    assert not started

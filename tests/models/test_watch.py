@@ -311,7 +311,7 @@ keepers: list[Any] = []
 
 def test_a_model_whose_warm_host_has_ended_is_an_error_and_is_loaded_again(project: Project) -> None:
     project.pytester.makeconftest(
-        PROJECT.replace("processor=None)", "processor=None, warm=SimpleNamespace(is_lost=False))")
+        PROJECT.replace("processor=None)", "processor=None, warm=SimpleNamespace(is_lost=False, log='/l'))")
     )
 
     result = project.run("""
@@ -322,6 +322,6 @@ def test_after(vlm): assert not vlm.warm.is_lost
 
     result.assert_outcomes(passed=3, errors=1)
     result.stdout.fnmatch_lines(
-        ["VLM712: the warm host of org/a ended while the test ran, and the model's memory with it. *"]
+        ["VLM712: the warm host of org/a ended while the test ran, and the model's memory with it. *; *log is /l."]
     )
     assert project.log() == ["LOAD org/a", "UNLOAD org/a", "LOAD org/a", "UNLOAD org/a"]

@@ -350,6 +350,24 @@ def test_a_time_to_wait(text: str, seconds: float) -> None:
     assert settle({"vlm_wait": text}).wait_s == seconds
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("30m", 1800),
+        ("1", 900),
+        ("on", 900),
+        ("TRUE", 900),
+        ("0", None),
+        ("off", None),
+        ("0s", None),
+        ("0.0m", None),
+    ],
+)
+def test_a_time_to_keep_models(text: str, seconds: float | None) -> None:
+    assert settle(env={"VLMGPU_WARM": text}).warm == seconds
+
+
 @pytest.mark.parametrize("text", ["soon", "-1", "1d", "10m5s", "1e9", "nan", "٣", "10 minutes", "99999999"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ from pytest_vlmgpu.warm.hosts import Borrowed, Hosts
 from pytest_vlmgpu.warm.places import Place, PlaceError, folder_for, records
 from pytest_vlmgpu.warm.records import Ask, Attach, Order, Reply, Request, Status
 from pytest_vlmgpu.warm.serving import BUSY
+from pytest_vlmgpu.warm.starting import start
 from vlm_doctor.machine import GpuProcess
 from vlm_doctor.units import GIB
 
@@ -250,6 +252,22 @@ def hostile(warm: Warm, data: bytes) -> None:
             pass
 
 
+def test_a_host_inherits_nothing_that_is_the_runs_own(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        found.append(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    for name in ("PYTEST_CURRENT_TEST", "COV_CORE_SOURCE", "COVERAGE_PROCESS_CONFIG", "HF_HOME"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setattr("pytest_vlmgpu.warm.starting.subprocess.run", run)
+
+    start(warm.order(), warm.place)
+
+    assert [name for name in found[0] if name.startswith(("PYTEST_", "COV", "HF_HOME"))] == ["HF_HOME"]
+
+
 def test_whatever_bytes_come_the_host_goes_on(warm: Warm) -> None:
     pid = warm.start()
     until(lambda: warm.status().is_loaded)
@@ -368,6 +386,35 @@ def test_a_child_that_a_run_has_forgotten_keeps_nothing_lent(warm: Warm) -> None
     until(lambda: not warm.status().users)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def test_a_program_that_a_test_starts_gets_no_model(warm: Warm) -> None:
+    warm.start()
+    memory = warm.attach().memory
+    assert memory is not None
+    assert warm.loans[0].log == warm.place.log
+
+    status = subprocess.run([sys.executable, "-c", f"import os; os.fstat({memory})"], close_fds=False, check=False)
+
+    assert status.returncode != 0
+
+
+def test_a_process_with_many_open_files_learns_that_the_host_has_ended(warm: Warm) -> None:
+    pid = warm.start()
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 1200:
+        pytest.skip("a process may not open so many files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, 1200), most))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        loan = warm.attach()
+        assert loan.is_alive
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not loan.is_alive)
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
 
 
 def test_a_model_without_gpus_is_for_many(warm: Warm) -> None:
