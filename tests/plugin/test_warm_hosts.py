@@ -273,7 +273,7 @@ def test_whatever_bytes_come_the_host_goes_on(warm: Warm) -> None:
     until(lambda: warm.status().is_loaded)
     asking = msgspec.msgpack.encode(Ask())
 
-    @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     @given(
         st.binary(max_size=200)
         | st.binary(max_size=100).map(lambda body: struct.pack(">I", len(body)) + body)

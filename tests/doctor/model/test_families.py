@@ -235,7 +235,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 )  # fmt: skip
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(st.sampled_from(sorted(user_families._Family.__struct_fields__)), VALUES)
 def test_any_value_gives_rules_or_a_usage_error(write_checkpoint: Write, tmp_path: Path, field: str, value: Any) -> None:
     text = f"[families.llava]\n{field} = {repr(value).replace('True', 'true').replace('False', 'false')}"

@@ -394,7 +394,9 @@ KEYS = st.sampled_from(
 FAMILIES = st.sampled_from(["llava", "internvl", "qwen2_vl", "gemma3", "glm4v", "chatglm", "idefics3", "unheard_of"])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=2000)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=200, deadline=20_000
+)
 @given(
     st.dictionaries(KEYS, JSON, max_size=5),
     st.dictionaries(KEYS, JSON, max_size=3),
@@ -420,7 +422,9 @@ def test_any_config_gives_a_profile_or_a_model_error(
         assert found.stored_bytes == 512 + 48 + 12 * 128
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=2000)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=200, deadline=20_000
+)
 @given(st.data())
 def test_any_damage_to_a_file_gives_a_profile_or_a_model_error(
     write_checkpoint: Callable[..., Path], data: st.DataObject
@@ -436,7 +440,9 @@ def test_any_damage_to_a_file_gives_a_profile_or_a_model_error(
         load_profile(str(folder), allow_network=False)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=2000)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=200, deadline=20_000
+)
 @given(st.text(max_size=60))
 def test_any_name_gives_a_profile_or_a_model_error(name: str) -> None:
     with contextlib.suppress(ModelError):

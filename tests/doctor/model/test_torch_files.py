@@ -166,7 +166,9 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert refusal(tmp_path / "y.bin").endswith("y.bin: cannot be read (No such file or directory); complete the download.")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.data())
 def test_a_mutated_file_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     path = archive(tmp_path / "x.bin")
