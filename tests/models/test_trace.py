@@ -73,10 +73,16 @@ def test_an_image_of_any_size_and_its_tower(logits: Any, peak_gib: float, cache:
     """
     traces = traced(GLM, Workload(images=1, image_height=2240, text_tokens=64, new_tokens=0, logits=logits), cache)
     run = Regimes(traces, None).at(64 + 6402)
-    peak = run.peak(run.held(TOWER, 0))
+    encoded = max(index for index, event in enumerate(run.events) if event.place == TOWER)
+    first = run.held(TOWER, 0)
+    peak = run.peak(first, stop=encoded + 1)
     assert (traces.weights_bytes + peak.size_bytes) / GIB == pytest.approx(peak_gib, rel=CLOSE)
     assert peak.module.startswith("model.visual")
     assert run.peak(run.held(has_tower=False)).module.startswith(("model.language_model", "lm_head"))
+    # Logits of every token are copied to where the prompt came from.
+    back_bytes = (64 + 6402) * 151_552 * 2
+    behind = run.peak(first, begin=encoded + 1).size_bytes
+    assert (behind > back_bytes) == (logits == "forward")
 
 
 def test_formulas_and_traces_agree(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
