@@ -229,10 +229,10 @@ def parted_positions(question: Question, layout: Layout) -> Iterator[Finding]:
 def part_at_inputs(question: Question, layout: Layout) -> tuple[str, Device, AtInputs] | None:
     """A part of the tower, and where its result is joined with what is made of the inputs of the module around it."""
     rule = TOWER_AT_INPUTS.get(question.profile.model_type)
-    if rule is None or not layout.dispatches or (question.release is not None and question.release < rule.since):
-        return None
     tower = next((unit.key for unit in question.profile.units if unit.role == "vision"), None)
-    if tower is None:
+    if rule is None or tower is None or not layout.dispatches:
+        return None
+    if question.release is not None and question.release < rule.since:
         return None
     part = f"{tower}.{rule.part}"
     around = layout.hook_device(part.rpartition(".")[0])

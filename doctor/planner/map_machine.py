@@ -137,13 +137,14 @@ def misleading_spelling(question: Question, layout: Layout, given: Mapping[str, 
 
 def _fault_by_chance(question: Question, layout: Layout) -> str:
     """What is wrong where accelerate sends the inputs to another GPU of the map, and is not where they go to the lowest."""
-    known = {found.message for found in about_joins(question, layout) if found.severity == "error"}
-    for main in sorted({device for device in layout.device_map.values() if isinstance(device, int)} - {layout.main}):
-        other = Layout(layout.anatomy, layout.device_map, main)
-        for found in about_joins(question, other):
-            if found.severity == "error" and found.message not in known:
-                return found.message
-    return ""
+
+    def errors(where: Layout) -> list[str]:
+        return [found.message for found in about_joins(question, where) if found.severity == "error"]
+
+    known = errors(layout)
+    others = sorted({device for device in layout.device_map.values() if isinstance(device, int)} - {layout.main})
+    moved = (Layout(layout.anatomy, layout.device_map, main) for main in others)
+    return next((message for where in moved for message in errors(where) if message not in known), "")
 
 
 def off_gpu(question: Question, layout: Layout) -> Iterator[Finding]:
