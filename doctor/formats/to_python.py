@@ -142,13 +142,18 @@ def _imports(plan: Plan, quantization: str | None) -> str:
     return f"from transformers import {', '.join(names)}"
 
 
+def unpacks_while_loading(plan: Plan, libraries: Libraries | None) -> bool:
+    """Whether ``dequantize=True`` has to be passed; transformers 4 neither knows nor needs it."""
+    return plan.workload.quantization is None and plan.loses_hooks and not _is_before(libraries, "5")
+
+
 def _quantization(plan: Plan, libraries: Libraries | None) -> str | None:
     arguments = {
         "int8": "load_in_8bit=True",
         "nf4": f'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype={literal(plan.dtype)}',
     }
     kind = plan.workload.quantization
-    if kind is None and plan.loses_hooks and not _is_before(libraries, "5"):
+    if unpacks_while_loading(plan, libraries):
         return "CompressedTensorsConfig(dequantize=True)"
     return f"BitsAndBytesConfig({arguments[kind]})" if kind else None
 

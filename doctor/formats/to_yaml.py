@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UsageError
+from ..machine import Libraries
 from ..placement import Plan
 from ..report import Report
 from .look import Look
-from .to_python import attention_word, environment_of
+from .to_python import attention_word, environment_of, unpacks_while_loading
 
 Scalar = str | int | bool | None
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:[./-][A-Za-z0-9_]+)*", re.ASCII)
@@ -37,17 +38,17 @@ def render(report: Report, _look: Look) -> str:
         lines.append(_entry("revision", plan.revision))
     lines.append(_entry("fits", plan.fits))
     if plan.fits:
-        lines += _loading(plan, is_live=report.machine.origin == "live")
+        lines += _loading(plan, report.machine.libraries, is_live=report.machine.origin == "live")
     elif plan.shortage is not None:
         lines.append(_entry("why", plan.shortage.message))
     return "\n".join(lines) + "\n"
 
 
-def _loading(plan: Plan, *, is_live: bool) -> list[str]:
+def _loading(plan: Plan, libraries: Libraries | None, *, is_live: bool) -> list[str]:
     lines = [_entry("dtype", plan.dtype), _entry("attn_implementation", attention_word(plan.workload.attention))]
     if plan.workload.quantization:
         lines.append(_entry("quantization", plan.workload.quantization))
-    elif plan.loses_hooks:
+    elif unpacks_while_loading(plan, libraries):
         lines.append("# With transformers 5: quantization_config=CompressedTensorsConfig(dequantize=True).")
         lines.append(_entry("dequantize", True))
     lines += [

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vlm_doctor.errors import UsageError
 from vlm_doctor.formats import render
 from vlm_doctor.formats.to_yaml import scalar
+from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.placement import Offload
 from vlm_doctor.report import Report
 
@@ -121,3 +122,17 @@ def test_what_must_be_unpacked_while_it_loads_is_written(plan_report: Report) ->
 
     assert data["dequantize"] is True
     assert "dequantize" not in whole
+
+
+@pytest.mark.parametrize(("version", "is_written"), [("4.57.6", False), ("5.23.0", True)])
+def test_an_argument_that_the_installed_transformers_does_not_know_is_not_written(
+    plan_report: Report, version: str, is_written: bool
+) -> None:
+    parted = with_plan(plan_report, needs_quantization="compressed-tensors", device_map={"model": 0, "lm_head": 1})
+    packages = (Package(name="transformers", version=version),)
+    libraries = Libraries(python="3.12", executable="python", packages=packages)
+    machine = msgspec.structs.replace(parted.machine, libraries=libraries)
+
+    text = render(msgspec.structs.replace(parted, machine=machine), "yaml")
+
+    assert ("dequantize" in text) == is_written
