@@ -164,8 +164,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt_tokens: int
     """Longest prompt, text and image tokens."""
-    new_tokens: int
-    """Most new tokens; bounded by the model's positions."""
+    new_tokens: int | None
+    """Most new tokens; bounded by the model's positions. ``None`` for a call that makes none: a training step, or a plain
+    forward pass."""
     batch: int
     """Most prompts at once."""
     images: int | None = None

@@ -91,7 +91,7 @@ def _add_call(parser: argparse.ArgumentParser, default: Workload) -> argparse._A
     for name, value, text in (
         ("--images", default.images, "images in each prompt"),
         ("--text-tokens", default.text_tokens, "text tokens of each prompt"),
-        ("--new-tokens", default.new_tokens, "tokens to generate"),
+        ("--new-tokens", default.new_tokens, "tokens that generate makes"),
         ("--batch", default.batch, "prompts at once"),
     ):
         work.add_argument(

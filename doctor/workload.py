@@ -38,6 +38,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     text_tokens: int = 512
     """Text tokens of the prompt, image tokens not counted."""
     new_tokens: int = 256
+    """Tokens that ``generate`` makes; means nothing for a training step or a plain forward pass."""
     batch: int = 1
     dtype: DType | None = None
     """Type the weights are loaded in; ``None`` is the checkpoint's own."""
@@ -54,9 +55,14 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """torch's caching allocator as it is, or with ``expandable_segments:True``."""
 
     @property
+    def makes_answer(self) -> bool:
+        """Whether tokens are made: not in a training step or a plain forward pass."""
+        return self.training is None and self.logits == "generate"
+
+    @property
     def answer_tokens(self) -> int:
-        """Tokens behind the prompt: ``new_tokens``, and none in a training step."""
-        return 0 if self.training is not None else self.new_tokens
+        """Tokens behind the prompt."""
+        return self.new_tokens if self.makes_answer else 0
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):

@@ -68,7 +68,7 @@ def _prompt(plan: Plan) -> str:
         size = f" of {work.image_width} x {work.image_height}" if work.image_width and work.image_height else ""
         parts.append(f"{work.images} {noun}{size} ({plan.image_tokens:,} tokens)")
     parts.append(f"{work.text_tokens:,} text tokens")
-    if work.training is None:
+    if work.makes_answer:
         parts.append(f"then {work.new_tokens:,} new tokens")
     parts.append(f"batch {work.batch}")
     return ", ".join(parts)
@@ -122,7 +122,7 @@ def _write_limits(page: Page, plan: Plan) -> None:
     if limits is None:
         return
     others = [f"batch {limits.batch:,}"]
-    if plan.workload.training is None:
+    if limits.new_tokens is not None:
         others.insert(0, f"{limits.new_tokens:,} new tokens")
     if limits.images:
         others.append(f"{limits.images:,} {'image' if limits.images == 1 else 'images'} in each prompt")

@@ -60,6 +60,6 @@ def cached(
     if kind == "cross":
         return Cached(each * features, each * features)
     window = {"sliding": text.sliding_window, "chunked": text.attention_chunk}.get(kind)
-    most = tokens + workload.new_tokens
+    most = tokens + workload.answer_tokens
     # What is beyond a window goes with the next token: DynamicSlidingWindowLayer keeps a view of the whole tensor.
     return Cached(each * tokens, each * (most if window is None else min(window, most)))

@@ -251,7 +251,7 @@ def _reductions(problem: Problem) -> Iterator[_Offer]:
     texts = problem.footprint.images.tokens == 0
     ranges: list[tuple[str, int, int, Callable[[int], Problem]]] = [
         ("prompt of at most {:,} text tokens", int(texts), workload.text_tokens, lambda n: problem.changed(text_tokens=n)),
-        ("at most {:,} new tokens", 0, workload.new_tokens, lambda n: problem.changed(new_tokens=n)),
+        ("at most {:,} new tokens", 0, workload.answer_tokens, lambda n: problem.changed(new_tokens=n)),
         ("batch of {:,}", 1, workload.batch, lambda n: problem.changed(batch=n)),
         ("{:,} images in each prompt", 1, workload.images, lambda n: problem.changed(images=n)),
     ]

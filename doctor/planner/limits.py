@@ -30,7 +30,9 @@ def limits(problem: Problem, split: Split, longest_text_tokens: int) -> Limits:
     takes_images = problem.profile.image is not None or problem.profile.vision is not None
     return Limits(
         prompt_tokens=longest_text_tokens + images.tokens,
-        new_tokens=_most(problem, split, "new_tokens", workload.new_tokens, _most_new_tokens(problem)),
+        new_tokens=_most(problem, split, "new_tokens", workload.new_tokens, _most_new_tokens(problem))
+        if workload.makes_answer
+        else None,
         batch=_most(problem, split, "batch", workload.batch, MAX_BATCH),
         images=_most(problem, split, "images", workload.images, MAX_IMAGES) if takes_images else None,
         image_edge=_largest_edge(problem, split) if takes_images and workload.images else None,

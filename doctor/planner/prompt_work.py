@@ -76,7 +76,7 @@ def prompt_work(
     states = tokens * profile.text.hidden * item
     pixels, encode, kept = vision_bytes(profile, workload, images, item)
     temporary = _quantization_temporary(profile, workload, tokens)
-    has_next = workload.new_tokens > 1
+    has_next = workload.answer_tokens > 1
     logits, returned = _logits(profile, workload, tokens, item)
     return Work(
         cached={
@@ -93,7 +93,7 @@ def prompt_work(
         },
         layer={kind: temporary + layer_bytes(kind, profile, workload, images, prompt, release=release) for kind in kinds},
         next_token={
-            kind: next_token_bytes(kind, profile, workload, prompt + workload.new_tokens, release=release)
+            kind: next_token_bytes(kind, profile, workload, prompt + workload.answer_tokens, release=release)
             if has_next
             else 0
             for kind in kinds

@@ -42,7 +42,7 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
     load = image_load(profile, workload)
     has_images = bool(load.sequences) and profile.image is not None
     height, width = image_edges(profile.image, workload) if has_images and profile.image else (0, 0)
-    steps = 0 if workload.logits == "forward" else min(2, max(1, workload.new_tokens))
+    steps = min(2, max(1, workload.new_tokens)) if workload.makes_answer else 0
     dtype = workload.dtype or profile.dtype
     widths = [cudnn_width(gpu, machine.libraries) for gpu in machine.gpus]
     return TraceRequest(
@@ -106,7 +106,7 @@ class TracedFootprint(Footprint):
         before = msgspec.structs.replace(
             self.workload, text_tokens=workload.text_tokens, new_tokens=workload.new_tokens, allocator=workload.allocator
         )
-        if before == workload and (workload.new_tokens > 1) == (self.workload.new_tokens > 1):
+        if before == workload and (workload.answer_tokens > 1) == (self.workload.answer_tokens > 1):
             return TracedFootprint(
                 self.profile,
                 workload,
@@ -129,7 +129,7 @@ class TracedFootprint(Footprint):
     def traced_program(self) -> TracedProgram:
         """The same traces for torch's allocator."""
         caches = self.profile.text.cached_layers
-        return TracedProgram(self._regimes, caches, new_tokens=self.workload.new_tokens)
+        return TracedProgram(self._regimes, caches, new_tokens=self.workload.answer_tokens)
 
     def needs(self, text_tokens: int) -> Callable[[int, int], int]:
         """A function that prices runs of atoms: ``(first, end)`` to total bytes."""
@@ -212,7 +212,7 @@ class TracedFootprint(Footprint):
         if text_tokens not in self._timelines:
             tokens = text_tokens + self.images.tokens
             # The last step reads all tokens but the one it makes, and the trace has the first step behind the prompt.
-            more = max(0, self.workload.new_tokens - 2)
+            more = max(0, self.workload.answer_tokens - 2)
             while len(self._timelines) >= _KEPT_TIMELINES:
                 del self._timelines[next(iter(self._timelines))]
             self._timelines[text_tokens] = Timeline(self._regimes.at(tokens, new_tokens=more))

@@ -175,9 +175,10 @@ def _advice(plan: Plan | None, gpus: Sequence[GpuFacts]) -> Iterator[str]:
     if plan is not None:
         work = plan.workload
         images = f"{work.images} image{'' if work.images == 1 else 's'}"
+        answer = f", {work.new_tokens} new tokens" if work.makes_answer else ""
         yield (
-            f"the model was placed for calls of up to {plan.prompt_tokens} prompt tokens ({images}), {work.new_tokens} new "
-            f"tokens, batch {work.batch}: if this call is larger, override the fixture vlm_workload, so that the plan "
+            f"the model was placed for calls of up to {plan.prompt_tokens} prompt tokens ({images}){answer}, "
+            f"batch {work.batch}: if this call is larger, override the fixture vlm_workload, so that the plan "
             "leaves room for it or says that it cannot."
         )
         if plan.limits is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from pytest_vlmgpu.watching.meter import Allocator
@@ -121,7 +122,13 @@ def test_planned_stands_beside_found() -> None:
         "uses; 2 retries",
     ]
     assert "override the fixture vlm_workload" in text
+    assert "calls of up to 1088 prompt tokens (1 image), 256 new tokens, batch 1:" in text
     assert "prompts of 9000 tokens, a batch of 4, 3 images in a prompt, images of 1344 pixels" in text
+
+
+def test_a_plan_for_forward_passes_speaks_of_no_new_tokens() -> None:
+    forward = msgspec.structs.replace(PLAN, workload=Workload(logits="forward"))
+    assert "calls of up to 1088 prompt tokens (1 image), batch 1:" in describe(forward, [facts()])
 
 
 @pytest.mark.parametrize(

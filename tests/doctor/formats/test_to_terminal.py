@@ -230,7 +230,7 @@ def test_quantization_and_every_token_s_logits_are_named(plan_report: Report) ->
     text = render(replace(plan_report, plan=plan), "terminal")
 
     assert "4 bit (nf4), sdpa attention, logits of every token" in text
-    assert "Prompt    512 text tokens, then" in text
+    assert "Prompt    512 text tokens, batch 1" in text
     assert "Longest prompt" not in text
 
 

@@ -14,7 +14,7 @@ from vlm_doctor.model import ModelProfile
 from vlm_doctor.placement import Limits
 from vlm_doctor.planner import plan
 from vlm_doctor.planner.validate import MAX_BATCH, MAX_TOKENS
-from vlm_doctor.workload import Policy, Workload
+from vlm_doctor.workload import Policy, Training, Workload
 
 from .examples import examples
 from .profiles import glm41v_9b, llava_13b, machine
@@ -43,6 +43,7 @@ def test_each_limit_is_the_last_that_fits(free_gib: int, images: int, batch: int
         return
     found = limits(profile, there, workload)
     assert found.images is not None
+    assert found.new_tokens is not None
     for field, most in (("new_tokens", found.new_tokens), ("batch", found.batch), ("images", found.images)):
         assert fits(profile, there, workload, **{field: most})
         assert not fits(profile, there, workload, **{field: most + 1})
@@ -99,3 +100,12 @@ def test_a_model_without_images_has_no_limit_on_them() -> None:
 def test_limits_end_where_workloads_do(field: str, most: int) -> None:
     found = limits(glm41v_9b(), machine([100_000]), Workload(images=0, text_tokens=1))
     assert getattr(found, field) == most
+
+
+@pytest.mark.parametrize("fields", [{"logits": "forward"}, {"training": Training()}])
+def test_a_call_that_makes_no_answer_has_the_same_limits_whatever_its_new_tokens(fields: dict[str, Any]) -> None:
+    text = msgspec.structs.replace(glm41v_9b().text, max_positions=4_096)
+    asked = Workload(images=0, text_tokens=100, new_tokens=3_000, **fields)
+    found = limits(glm41v_9b(text=text), machine([80]), asked)
+    assert (found.new_tokens, found.prompt_tokens) == (None, 4_096)
+    assert found == limits(glm41v_9b(text=text), machine([80]), msgspec.structs.replace(asked, new_tokens=0))

@@ -413,3 +413,10 @@ def test_prices_of_unlike_layers_grow_and_add_up(
         assert need(first, end) <= need(first, end + 1)
     if first:
         assert need(first, end) <= need(first - 1, end)
+
+
+@pytest.mark.parametrize("profile", [llava_13b(), glm41v_9b()])
+def test_a_forward_pass_keeps_no_cache_of_an_answer(profile: ModelProfile) -> None:
+    without, ignored = (whole(profile, images=0, logits="forward", new_tokens=tokens) for tokens in (0, 100_000))
+    assert ignored == without
+    assert whole(profile, images=0, new_tokens=100_000).total_bytes > without.total_bytes
