@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Literal
 
 import msgspec
 
-from ..trace import TOWER, Event, Trace, Traces, rounded_bytes
+from ..trace import BEFORE, TOWER, Event, Trace, Traces, rounded_bytes
+
+Phase = Literal["prompt", "return", "answer"]
+"""Of a run: the prompt is read; logits of the prompt go back to where it came from; one more token is made."""
 
 STEP = 512
 """Tokens from one traced length to the next."""
@@ -182,7 +186,7 @@ class Item(msgspec.Struct, frozen=True, array_like=True):
     copy_bytes: int
     """It is read here, and on a device that does not have its place this is a copy until the visit ends."""
     visit: int
-    is_decode: bool
+    phase: Phase
 
 
 class Timeline:
@@ -192,27 +196,28 @@ class Timeline:
         self.layers = trace.layers
         self.items = tuple(_items(trace))
 
-    def peak(self, places: frozenset[int]) -> tuple[int, int, bool]:
-        """Most bytes alive on a device with these places, the place where that is, and whether it is while decoding."""
+    def peak(self, places: frozenset[int]) -> tuple[int, int, Phase]:
+        """Most bytes alive on a device with these places, and the place and the phase in which that is."""
         now = most = copies = 0
-        visit, at, is_decode = -1, TOWER, False
+        visit, at = -1, TOWER
+        phase: Phase = "prompt"
         for item in self.items:
             if item.visit != visit:
                 visit, copies = item.visit, 0
             if item.place in places:
                 total = now + copies + item.spike_bytes
                 if total > most:
-                    most, at, is_decode = total, item.place, item.is_decode
+                    most, at, phase = total, item.place, item.phase
                 if item.copy_bytes and item.origin not in places:
                     copies += item.copy_bytes
             if item.origin in places:
                 now += item.change_bytes
-        return most, at, is_decode
+        return most, at, phase
 
     def kept(self, places: frozenset[int]) -> int:
         """Bytes that the layers among these places keep from the prompt to the next token: the KV cache."""
         mine = frozenset(place for place in places if 0 <= place < self.layers)
-        return sum(item.change_bytes for item in self.items if not item.is_decode and item.origin in mine)
+        return sum(item.change_bytes for item in self.items if item.phase != "answer" and item.origin in mine)
 
 
 def _items(trace: Trace) -> list[Item]:
@@ -220,6 +225,7 @@ def _items(trace: Trace) -> list[Item]:
     visits = visits_of(trace)
     born, ended = _ends(trace, visits)
     begin = trace.decode_begin()
+    behind = next((index for index, event in enumerate(trace.events) if event.place == trace.layers), begin)
     items: list[Item] = []
     now = most = 0
     sizes: dict[int, int] = {}
@@ -228,7 +234,9 @@ def _items(trace: Trace) -> list[Item]:
 
     def put(index: int, origin: int, change: int = 0, copy: int = 0) -> None:
         nonlocal most
-        items.append(Item(trace.events[index].place, most, origin, change, copy, visits[index], index >= begin))
+        place = trace.events[index].place
+        phase: Phase = "answer" if index >= begin else "return" if place == BEFORE and index > behind else "prompt"
+        items.append(Item(place, most, origin, change, copy, visits[index], phase))
         most = now
 
     for index, event in enumerate(trace.events):

@@ -15,13 +15,14 @@ from .image_tokens import ImageLoad, image_edges, image_load
 from .kernels import cudnn_width
 from .memory import Footprint, Holding, StageNeed
 from .release import Release
-from .traced import Regimes, Timeline, lengths
+from .traced import Phase, Regimes, Timeline, lengths
 from .traced_replay import TracedProgram
 
 _KEPT_TIMELINES = 4
 """The search compares two lengths at a time."""
 _TRACED_DTYPES = ("float32", "bfloat16", "float16")
 _TOWER_ROLES = ("vision", "projector")
+_MOMENTS: dict[Phase, str] = {"return": "the logits come back", "answer": "the next token is made"}
 
 
 def obstacle(profile: ModelProfile, workload: Workload) -> str | None:
@@ -193,14 +194,14 @@ class TracedFootprint(Footprint):
 
     def _of_places(self, weights_bytes: int, places: frozenset[int], text_tokens: int) -> StageNeed:
         timeline = self._timeline(text_tokens)
-        peak, place, is_decode = timeline.peak(places)
+        peak, place, phase = timeline.peak(places)
         kept = min(peak, timeline.kept(places))
         return StageNeed(
             weights_bytes=weights_bytes,
             kv_cache_bytes=kept,
             activations_bytes=peak - kept,
             fragmentation_bytes=0,
-            moment="the next token is made" if is_decode else self._moment(place),
+            moment=_MOMENTS.get(phase) or self._moment(place),
         )
 
     def _moment(self, place: int) -> str:

@@ -128,9 +128,6 @@ class Tracer:
                     )
                 else:
                     output = self.model(**ghosts, use_cache=True)
-                    recorder.place = BEFORE
-                    # Accelerate's hook around the whole model copies what it returns to where the inputs came from.
-                    recorder.read(output.logits)
                 del output, ghosts
         finally:
             for handle in handles:
@@ -158,9 +155,14 @@ class Tracer:
                 if isinstance(value, Ghost):
                     recorder.read(value)
 
-        def leave(module: Any, _: Any, __: Any) -> None:
+        def leave(module: Any, _: Any, output: Any) -> None:
             place, recorder.module = stack.pop()
-            if self._places.get(id(module)) == TOWER:
+            if module is self.model:
+                # Accelerate's hook around the whole model copies what it returns to where the inputs came from.
+                recorder.place = BEFORE
+                recorder.read(output.logits)
+                recorder.place = self._behind
+            elif self._places.get(id(module)) == TOWER:
                 recorder.place = place
             elif module is self._layers[-1]:
                 recorder.place = self._behind

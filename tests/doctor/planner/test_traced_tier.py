@@ -22,7 +22,7 @@ from vlm_doctor.planner.traced_footprint import TracedFootprint, obstacle, trace
 from vlm_doctor.planner.traced_replay import TracedProgram
 from vlm_doctor.trace import BEFORE, TOWER, Event, Trace, Traces
 from vlm_doctor.units import GIB, MIB
-from vlm_doctor.workload import Training, Workload
+from vlm_doctor.workload import Policy, Training, Workload
 
 from .profiles import glm41v_9b
 from .traces import any_trace, small_trace, traces_of
@@ -97,12 +97,13 @@ def test_a_window_parts_two_programs() -> None:
 @given(any_trace(), st.data())
 def test_the_quick_peak_is_the_peak(trace: Trace, data: st.DataObject) -> None:
     places = frozenset(data.draw(st.sets(st.integers(TOWER, trace.layers))))
-    peak, place, is_decode = Timeline(trace).peak(places)
+    peak, place, phase = Timeline(trace).peak(places)
     slow = trace.peak(places)
     assert peak == slow.size_bytes
     if peak:
         assert place in places
-        assert not is_decode or len(trace.passes) > 1
+        assert phase != "answer" or len(trace.passes) > 1
+        assert phase != "return" or place == BEFORE
 
 
 @given(any_trace(), st.data())
@@ -176,6 +177,23 @@ class TestFootprint:
         trace = small_trace(1000, layers=layers, has_tower=False)
         need = self.prices().need_of(last, 1000)
         assert need.total_bytes - 1 == trace.peak(trace.held(layers - 2)).size_bytes
+
+    @pytest.mark.parametrize("stages", [1, 2])
+    def test_logits_that_come_back_are_called_so(self, stages: int) -> None:
+        asked = Workload(images=0, text_tokens=1000, logits="forward")
+        runs = [
+            small_trace(tokens, layers=self.profile.text.layers, more=0, has_tower=False, returned_bytes=300_000)
+            for tokens in (65, 577, 1089)
+        ]
+        policy = Policy(min_gpus=stages)
+        for traces in (traces_of(runs), None):
+            made = plan(self.profile, load_machine("80GiB,80GiB"), asked, policy, traces=traces)
+            first, last = made.stages[0], made.stages[-1]
+            (told,), (head,) = (
+                [line.label for line in stage.ledger if line.kind == "activations"] for stage in (first, last)
+            )
+            assert head == "activations, largest while the head computes logits"
+            assert stages == 1 or told == "activations, largest while the logits come back"
 
     def test_no_trace_tells_what_loading_takes(self) -> None:
         dense = glm41v_9b().text

@@ -11,8 +11,11 @@ from vlm_doctor.trace import BEFORE, TOWER, Event, Trace, Traces
 Size = Callable[[int], int]
 
 
-def small_trace(tokens: int, *, layers: int = 3, more: int = 1, has_tower: bool = True) -> Trace:
-    """A tower, an embedding, layers with a cache and a temporary each, a head; then one step with longer caches."""
+def small_trace(tokens: int, *, layers: int = 3, more: int = 1, has_tower: bool = True, returned_bytes: int = 0) -> Trace:
+    """A tower, an embedding, layers with a cache and a temporary each, a head; then one step with longer caches.
+
+    Of the logits of each token, so many bytes go back to where the prompt came from.
+    """
     events: list[Event] = []
     number = 0
 
@@ -44,9 +47,11 @@ def small_trace(tokens: int, *, layers: int = 3, more: int = 1, has_tower: bool 
         end(states, layer)
         states = output
     events.append(Event(states, -1024 * tokens, layers, 0))
-    logits = make(70_000, layers, 4)
+    logits = make(70_000 + returned_bytes * tokens, layers, 4)
     end(states, layers)
     end(tables, layers)
+    if returned_bytes:
+        events.append(Event(logits, -returned_bytes * tokens, BEFORE, 0))
     if more:
         passes.append(len(events))
         for layer in range(layers):
