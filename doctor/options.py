@@ -169,6 +169,9 @@ def _add_plan(parser: Parser) -> None:
         action="store_true",
         help="tell memory by running the model's code without GPU and weights; takes a minute",
     )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="with --trace: allow Python code of the checkpoint to run"
+    )
     add_workload(parser)
     add_policy(parser)
     parser.add_argument(

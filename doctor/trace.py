@@ -179,7 +179,7 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be traced; made by the planner, run by ``sources/trace.py``."""
 
     architecture: str
-    """Name of the class in transformers."""
+    """Name of the class in transformers, or in the code of the checkpoint."""
     dtype: str
     """torch's word for the type of the weights."""
     attention: str
@@ -201,3 +201,7 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
     width: int = 0
     sequences: int = 0
     """Squares that the tower reads for one prompt."""
+    image_tokens: int = 0
+    """Places for image features in one prompt; 0: as many as the tower gives."""
+    is_remote_code: bool = False
+    """Its class is code of the checkpoint, which its user has allowed to run."""

@@ -408,7 +408,7 @@ def build(config: Any) -> Any:
     """The model with weights that have no data."""
     architecture = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type]
     fields = json.loads(config.to_json_string(use_diff=False))
-    model = trace_model.build(fields, architecture, torch.bfloat16, "sdpa")
+    model = trace_model.build(trace_model.class_of_library(architecture), fields, torch.bfloat16, "sdpa")
     for module in model.modules():
         if hasattr(module, "_is_expert_parallel"):
             # 5.17 masks the output of the experts always, 5.23 only where they are spread over processes.

@@ -79,6 +79,8 @@ class InternVLChatModel(Base):
         self.language_model = Qwen2ForCausalLM(config.llm_config)
         merged = vision.hidden_size * int(1 / config.downsample_ratio) ** 2
         self.mlp1 = nn.Sequential(nn.LayerNorm(merged), nn.Linear(merged, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        # Where the config says nothing, ``chat`` of the published code sets it.
+        self.img_context_token_id = getattr(config, "img_context_token_id", None)
         self.post_init()
 
     @classmethod
@@ -103,7 +105,7 @@ class InternVLChatModel(Base):
             features = self.extract_feature(pixel_values)
             shape = embedded.shape
             embedded = embedded.reshape(-1, shape[-1])
-            selected = input_ids.reshape(-1) == self.config.img_context_token_id
+            selected = input_ids.reshape(-1) == self.img_context_token_id
             embedded[selected] = embedded[selected] * 0.0 + features.reshape(-1, shape[-1])
             embedded = embedded.reshape(shape)
         return self.language_model(inputs_embeds=embedded, **more)
@@ -116,7 +118,7 @@ class InternVLChatModel(Base):
                 features = self.extract_feature(pixel_values)
                 shape = embedded.shape
                 embedded = embedded.reshape(-1, shape[-1])
-                selected = input_ids.reshape(-1) == self.config.img_context_token_id
+                selected = input_ids.reshape(-1) == self.img_context_token_id
                 embedded[selected] = features.reshape(-1, shape[-1]).to(embedded.device)  # moved here, not in forward
                 embedded = embedded.reshape(shape)
             return self.language_model.generate(inputs_embeds=embedded, **more)

@@ -128,10 +128,13 @@ class KimiVLForConditionalGeneration(CausalBase):
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
 
+    def _extract_image_features(self, pixel_values, image_grid_hws):
+        return self.multi_modal_projector(self.vision_tower(pixel_values, image_grid_hws))
+
     def forward(self, input_ids=None, pixel_values=None, image_grid_hws=None, past_key_values=None, use_cache=True, **_):
         embedded = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            features = self.multi_modal_projector(self.vision_tower(pixel_values, image_grid_hws))
+            features = self._extract_image_features(pixel_values, image_grid_hws)
             flat = embedded.reshape(-1, embedded.shape[-1])
             flat[input_ids.flatten() == self.config.media_placeholder_token_id] = features
             embedded = flat.reshape(embedded.shape)

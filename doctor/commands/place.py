@@ -20,6 +20,8 @@ def plan(options: Namespace) -> int:
     """Place a model on a machine."""
     started = time.perf_counter()
     look = look_for(options)
+    if options.trust_remote_code and not options.trace:
+        raise UsageError("--trust-remote-code is about --trace: nothing else of a plan runs code of a checkpoint.")
     profile, machine = model_and_machine(options)
     from ..answer import plan_report
     from ..check_clock import CheckClock
@@ -29,7 +31,14 @@ def plan(options: Namespace) -> int:
     if options.trace:
         from ..tracing import trace_model
 
-        tracing = trace_model(options.model, profile, machine, wanted, allow_network=not options.offline)
+        tracing = trace_model(
+            options.model,
+            profile,
+            machine,
+            wanted,
+            allow_network=not options.offline,
+            trust_remote_code=options.trust_remote_code,
+        )
         traces, untraced = tracing.traces, tracing.reason
     clock = CheckClock()
     report = plan_report(

@@ -15,7 +15,11 @@ Release = tuple[int, int] | None
 
 def release_of(machine: Machine) -> Release:
     """The release of transformers that is installed on a machine."""
-    version = machine.libraries.version("transformers") if machine.libraries is not None else None
+    return read_release(machine.libraries.version("transformers") if machine.libraries is not None else None)
+
+
+def read_release(version: str | None) -> Release:
+    """The release that a version belongs to."""
     found = re.match(r"(\d+)\.(\d+)", version or "")
     return (int(found[1]), int(found[2])) if found else None
 

@@ -32,7 +32,7 @@ class IrregularError(Exception):
     """The events of prompts of different length differ in more than sizes that are polynomials; the message is a phrase."""
 
 
-def lengths(image_tokens: int, window: int | None, steps: int, active_experts: int = 0) -> tuple[int, ...]:
+def lengths(image_tokens: int, window: int | None, steps: int, active_experts: int = 0, least: int = 0) -> tuple[int, ...]:
     """Lengths of prompts to trace: four, and four more where a sliding window makes long prompts another program.
 
     Args:
@@ -40,8 +40,9 @@ def lengths(image_tokens: int, window: int | None, steps: int, active_experts: i
         window: Tokens of the sliding window; ``None`` when there is none.
         steps: Tokens to generate.
         active_experts: That read each token, in a mixture of experts.
+        least: Tokens below which the model runs another program.
     """
-    least = max(image_tokens + _SHORTEST, _SHORT_SORT // active_experts + 1 if active_experts else 0)
+    least = max(least, image_tokens + _SHORTEST, _SHORT_SORT // active_experts + 1 if active_experts else 0)
     if window is None:
         return _four(least, STEP)
     beyond = _four(max(least, window + 1), STEP)

@@ -21,14 +21,20 @@ from .traced_replay import TracedProgram
 _KEPT_TIMELINES = 4
 """The search compares two lengths at a time."""
 _TRACED_DTYPES = ("float32", "bfloat16", "float16")
+_MOST_REAL_ELEMENTS = 2**20
+"""Smaller hidden states may have data in a trace (``MAX_REAL_ELEMENTS`` of sources/trace_operations.py), by which code of a
+checkpoint chooses places with a mask and counts them; CogVLM, run without an image, does."""
 _TOWER_ROLES = ("vision", "projector")
 _MOMENTS: dict[Phase, str] = {"return": "the logits come back", "answer": "the next token is made"}
 
 
-def obstacle(profile: ModelProfile, workload: Workload) -> str | None:
+def obstacle(profile: ModelProfile, workload: Workload, *, trust_remote_code: bool = False) -> str | None:
     """Why a model cannot be traced for a workload, as a phrase; ``None`` when nothing is known to stand in the way."""
-    if profile.is_remote_code:
-        return "its class is code of the checkpoint, which is not run"
+    if profile.is_remote_code and not trust_remote_code:
+        return (
+            "its class is code of the checkpoint: read it, and if you trust it, add --trust-remote-code "
+            "(in Python trust_remote_code=True)"
+        )
     if profile.quantization or workload.quantization:
         return "kernels of quantized weights run on GPUs only"
     if workload.training:
@@ -53,13 +59,21 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
         cudnn_width=min(widths, default=0) if workload.attention == "sdpa" else 0,
         layers=tuple(unit.key for unit in profile.units if unit.role == "layer"),
         tower=tuple(unit.key for unit in profile.units if unit.role in _TOWER_ROLES) if has_images else (),
-        lengths=lengths(load.tokens, profile.text.sliding_window, steps, profile.text.active_experts),
+        lengths=lengths(
+            load.tokens,
+            profile.text.sliding_window,
+            steps,
+            profile.text.active_experts,
+            _MOST_REAL_ELEMENTS // profile.text.hidden + 1 if profile.is_remote_code else 0,
+        ),
         steps=steps,
         batch=workload.batch,
         images=workload.images if has_images else 0,
         height=height,
         width=width,
         sequences=load.sequences,
+        image_tokens=load.tokens if has_images and profile.is_remote_code else 0,
+        is_remote_code=profile.is_remote_code,
     )
 
 
@@ -123,9 +137,9 @@ class TracedFootprint(Footprint):
     @property
     def source(self) -> str:
         """Where the figures for activations come from."""
-        return (
-            f"traced: {self._traces.architecture} of transformers {self._traces.transformers}, torch {self._traces.torch}"
-        )
+        versions = f"transformers {self._traces.transformers}, torch {self._traces.torch}"
+        origin = "the checkpoint's own code, " if self.profile.is_remote_code else ""
+        return f"traced: {self._traces.architecture} of {origin}{versions}"
 
     def traced_program(self) -> TracedProgram:
         """The same traces for torch's allocator."""

@@ -10,9 +10,8 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-_REMOTE_CLASSES = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
-"""Keys of ``auto_map`` under which checkpoints publish a class that generates, best first (CogVLM2 and GLM-4V-9B use the
-second, MiniCPM-V and InternVL-Chat the second and third)."""
+from ..data.auto_classes import AUTO_CLASSES
+
 _ATTENTION = {"eager": "eager", "flash": "flash_attention_2"}
 """transformers' word for each; ``sdpa`` is its own choice wherever a class can."""
 
@@ -20,7 +19,7 @@ _ATTENTION = {"eager": "eager", "flash": "flash_attention_2"}
 def published_class(config: Any) -> str | None:
     """Name of the auto class under which a checkpoint's own Python code is published; ``None`` without such code."""
     published = getattr(config, "auto_map", None) or {}
-    return next((name for name in _REMOTE_CLASSES if name in published), None)
+    return next((name for name in AUTO_CLASSES if name in published), None)
 
 
 def auto_class(transformers: Any, config: Any) -> Any | None:

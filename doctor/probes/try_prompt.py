@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container
 from typing import Any
 
 from .loading import load_processor, prompt_text
 
 _QUESTION = "Describe what you see."
-_WORD = 5
-"""A token number that means nothing special to any of the families."""
 _FILLER = " the"
 """One token in most tokenizers, as often as it is repeated."""
 _NOTED_TOKENS = 8
@@ -92,46 +89,20 @@ def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
     """Token numbers that mean nothing, and noise in the place of pixels."""
     import torch
 
+    from ..sources.trace_inputs import image_inputs, prompt_inputs, square_inputs
+
     accepted = inspect.signature(type(model).forward).parameters
     if work["images"] and "images" in accepted:
-        return _by_remote_shape(model.config, work, accepted)
-    from ..sources.trace_inputs import image_inputs, prompt_inputs
-
+        pixels = torch.randn(work["batch"] * work["images"], 3, work["height"], work["width"])
+        return square_inputs(
+            model.config, accepted, pixels, tokens=work["prompt_tokens"], batch=work["batch"], places=work["image_tokens"]
+        )
     images = {}
     if work["images"]:
         sizes = {key: work[key] for key in ("images", "height", "width", "batch", "sequences")}
         images = image_inputs(model.config, name, **sizes)
         images = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in images.items()}
     return prompt_inputs(model.config, work["prompt_tokens"], work["batch"], images, work["image_tokens"])
-
-
-def _by_remote_shape(config: Any, work: dict[str, Any], accepted: Container[str]) -> dict[str, Any]:
-    """For code of checkpoints that takes ``images``: squares of pixels for places at the beginning of the prompt.
-
-    CogVLM and CogVLM2 tell these places by ``token_type_ids`` and take a list of images for each prompt; GLM-4V-9B takes a
-    tensor and three tokens (begin, any, end) that it replaces. Source: their modeling_cogvlm.py, modeling_chatglm.py.
-    """
-    import torch
-
-    batch, places, tokens = work["batch"], work["image_tokens"], work["prompt_tokens"]
-    pixels = torch.randn(batch * work["images"], 3, work["height"], work["width"])
-    begin = getattr(config, "boi_token_id", None)
-    if "token_type_ids" in accepted:
-        kinds = torch.zeros(batch, tokens, dtype=torch.long)
-        # A checkpoint of this kind puts one token before the image.
-        kinds[:, 1 : 1 + places] = 1
-        ids = torch.full((batch, tokens), _WORD)
-        images: Any = [list(row) for row in pixels.split(work["images"])]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds, "images": images}
-    if begin is not None and "position_ids" in accepted:
-        ids = torch.full((batch, tokens - places + 3), _WORD)
-        ids[:, 0], ids[:, 2] = begin, config.eoi_token_id
-        position_ids = torch.arange(ids.shape[1]).expand(batch, -1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": position_ids, "images": pixels}
-    ids = torch.full((batch, tokens), _WORD)
-    # A mask that hides nothing is refused by a class that takes none.
-    mask = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in accepted else {}
-    return {"input_ids": ids, "images": pixels, **mask}
 
 
 def _placed(value: Any, model: Any) -> Any:

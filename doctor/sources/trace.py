@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from ..data.auto_classes import AUTO_CLASSES
 from ..errors import ModelError
 from ..trace import Event, Trace, TraceRequest, Traces
 from .cache_files import default_folder, load_record, store_record
@@ -33,6 +35,15 @@ _KEPT_FILES = 64
 
 class TraceError(ModelError):
     """A model that could not be traced; the message is a phrase that says why."""
+
+
+class RunError(TraceError):
+    """The model was run and did not come to its end."""
+
+    def __init__(self, message: str, transformers: str) -> None:
+        super().__init__(message)
+        self.transformers = transformers
+        """Version."""
 
 
 class _Run(msgspec.Struct):
@@ -84,7 +95,10 @@ def trace(
     for library in ("torch", "transformers"):
         if _version(library) is None:
             raise TraceError(f"{library} is not installed; install pytest-vlmgpu[models]")
-    path = _cache_path(request, config, folder, cache_folder or default_folder())
+    code = _code_of(config, folder) if request.is_remote_code else None
+    # Code of another repository is not known to be the same the next time.
+    is_kept = code is None or "--" not in code
+    path = _cache_path(request, config, folder, cache_folder or default_folder()) if is_kept else None
     known = None if is_fresh or path is None else _load(path)
     if known is not None:
         return known
@@ -97,6 +111,7 @@ def trace(
             "height": request.height,
             "width": request.width,
             "sequences": request.sequences,
+            "marked": request.image_tokens or None,
         }
         for tokens in request.lengths
     ]
@@ -104,18 +119,22 @@ def trace(
         "config": dict(config),
         "runs": runs,
         "folder": None if folder is None else str(folder),
+        "code": code,
         **{
             name: getattr(request, name)
             for name in ("architecture", "dtype", "attention", "layers", "tower", "cudnn_width")
         },
     }
-    outcome = Child(
-        "trace_child",
-        arguments,
-        environment={**environment, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
-        deadline_s=deadline_s,
-        idle_s=_IDLE_S,
-    ).outcome()
+    with tempfile.TemporaryDirectory(prefix="vlm-doctor-") as copied:
+        # transformers copies the code of a checkpoint before it imports it.
+        own = {} if code is None else {"HF_MODULES_CACHE": copied}
+        outcome = Child(
+            "trace_child",
+            arguments,
+            environment={**environment, **own, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+            deadline_s=deadline_s,
+            idle_s=_IDLE_S,
+        ).outcome()
     traces = understand(outcome, request)
     if path is not None:
         _store(path, traces)
@@ -130,7 +149,7 @@ def understand(outcome: Outcome, request: TraceRequest) -> Traces:
     """
     if outcome.state != "ok":
         reached = f", after {outcome.stage}" if outcome.stage and outcome.state != "failed" else ""
-        raise TraceError(f"{outcome.message}{reached}")
+        raise RunError(f"{outcome.message}{reached}".rstrip("."), _version("transformers") or "")
     try:
         answer = msgspec.convert(outcome.answer, _Answer)
         runs = tuple(_run(run, answer, request) for run in answer.runs)
@@ -196,6 +215,24 @@ def find_config(name: str, *, allow_network: bool = True) -> tuple[dict[str, Any
         raise TraceError(f"{place / CONFIG} cannot be read ({error.strerror or error})") from error
 
 
+def _code_of(config: Mapping[str, Any], folder: Path | None) -> str:
+    """Where the class that generates is, in the words of ``auto_map``: file and class, behind another repository's name and
+    two hyphens where it is there.
+
+    Raises:
+        TraceError: It is nowhere on this machine.
+    """
+    published = config.get("auto_map")
+    names = published if isinstance(published, dict) else {}
+    found: str | None = next((names[name] for name in AUTO_CLASSES if isinstance(names.get(name), str)), None)
+    if found is None:
+        raise TraceError("auto_map of its config names no class that generates")
+    file, _, kind = found.rpartition("--")[2].partition(".")
+    if folder is None or ("--" not in found and not (folder / f"{file}.py").is_file()):
+        raise TraceError(f"the code of {kind} is not on this machine; download the checkpoint first")
+    return found
+
+
 def _version(library: str) -> str | None:
     try:
         return metadata.version(library)
@@ -212,6 +249,12 @@ def _cache_path(request: TraceRequest, config: Mapping[str, Any], folder: Path |
     for library in ("torch", "transformers", "torchvision", "pillow"):
         digest.update(f"{library} {_version(library)}\0".encode())
     digest.update(msgspec.json.encode([request, dict(config)]))
+    if folder is not None and request.is_remote_code:
+        try:
+            for file in sorted(folder.glob("*.py")):
+                digest.update(f"{file.name}\0".encode() + file.read_bytes())
+        except OSError:
+            return None
     if folder is not None and request.images:
         for name in ("preprocessor_config.json", "processor_config.json"):
             with contextlib.suppress(OSError):

@@ -2,7 +2,7 @@
 
 It builds the class from its config, runs ``generate`` (prompt and decode steps) or one plain forward pass on tensors that
 have no data, and answers with every allocation and every end of one, in the order of the program, beside the module at
-work. Reads no weights, creates no CUDA context, runs no code of a checkpoint, and asks no network.
+work. Reads no weights, creates no CUDA context, and asks no network; runs code of a checkpoint where it is told to.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def main(
     tower: list[str],
     runs: list[dict[str, Any]],
     folder: str | None = None,
+    code: str | None = None,
     cudnn_width: int = 0,
 ) -> None:
     """Trace some runs of one model.
@@ -39,9 +40,10 @@ def main(
         layers: Module paths of the text layers, in order.
         tower: Module paths of what reads images.
         runs: What to trace: ``tokens`` (of the whole prompt), ``batch``, ``steps`` (tokens to generate; 0: one plain
-            forward pass), ``images``, ``height``, ``width``, ``sequences``, ``marked`` (places for image features; None:
-            as many as the tower gives).
-        folder: The checkpoint, for its image processor.
+            forward pass), ``images``, ``height``, ``width``, ``sequences``, ``marked`` (places for image features, where
+            the tower is not asked for their number).
+        folder: The checkpoint, for its image processor, and for its code.
+        code: Where in that code the class is, in the words of ``auto_map``; ``None`` for a class of transformers.
         cudnn_width: The widest head for which fused attention is cuDNN's.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -66,6 +68,7 @@ def main(
         layers=layers,
         tower=tower,
         folder=folder,
+        code=code,
         cudnn_width=cudnn_width,
     )
     answer["modules"] = tracer.module_names

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,13 +14,15 @@ import transformers
 from torch.utils._pytree import tree_flatten
 
 from .trace_attention import OnGpu
-from .trace_ghost import CUDA, META, Ghost, pretend_cuda
-from .trace_inputs import image_inputs, prompt_inputs
+from .trace_ghost import CUDA, META, Ghost, map_nested, pretend_cuda
+from .trace_inputs import OTHER_WORD, TAKE_SQUARES, image_inputs, marker_of, prompt_inputs, square_inputs
 from .trace_recorder import Recorder
 
 TOWER = -2
 BEFORE = -1
 ROUNDING_BYTES = 512
+_FINDERS = ("get_image_features", "extract_feature", "_extract_image_features")
+"""Methods that give image features: of transformers, of InternVL-Chat and of Kimi-VL."""
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -35,13 +39,17 @@ class Tracer:
         layers: list[str],
         tower: list[str],
         folder: str | None,
+        code: str | None,
         cudnn_width: int,
     ) -> None:
         pretend_cuda((9, 0) if cudnn_width else (8, 0))
         self._folder = folder
         self._cudnn_width = cudnn_width
         self._dtype = _HALF[dtype]
-        self.model = build(config, architecture, self._dtype, attention)
+        self._is_remote = code is not None
+        kind = class_of_library(architecture) if code is None or folder is None else class_of_code(code, folder)
+        # Classes of a checkpoint may refuse sdpa by name, though it is what they run by default.
+        self.model = build(kind, config, self._dtype, None if self._is_remote and attention == "sdpa" else attention)
         self.module_names = [""]
         self._numbers: dict[int, int] = {}
         for name, module in self.model.named_modules():
@@ -53,6 +61,9 @@ class Tracer:
         self._places.update({id(self._module(name)): place for place, name in enumerate(layers)})
         self._behind = len(layers)
         self._layers = [self._module(name) for name in layers]
+        # A call of the outermost is a forward pass: of the model, or of its text model where that is what generates.
+        around = ["", *(layers[0][:end] for end, char in enumerate(layers[0]) if char == ".")]
+        self._bodies = {id(self._module(name)) for name in around}
         seen = {parameter.inner.untyped_storage()._cdata: parameter for parameter in self._weights()}
         self.weights_bytes = sum(
             -(-parameter.inner.untyped_storage().nbytes() // ROUNDING_BYTES) * ROUNDING_BYTES for parameter in seen.values()
@@ -81,33 +92,47 @@ class Tracer:
         marked: int | None = None,
     ) -> dict[str, Any]:
         """Events of one run, and where in them each forward pass begins."""
-        pictures: dict[str, Any] = {}
-        config = self.model.config
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
-        try:
-            if images:
-                pictures = image_inputs(
-                    config, self._folder, images=images, height=height, width=width, batch=batch, sequences=sequences
-                )
-        finally:
-            torch.set_default_dtype(before)
-        if images and marked is None:
-            marked = self._features(pictures) // batch if hasattr(self.model, "get_image_features") else images
-        if marked and marked >= tokens:
-            raise ValueError(f"a prompt of {tokens} tokens has no room for {marked} image features and text")
-        inputs = prompt_inputs(config, tokens, batch, pictures, marked or 0)
-        # Kinds of tokens are asked for by some releases of transformers alone.
+        sizes = {"images": images, "height": height, "width": width, "sequences": sequences, "batch": batch}
+        inputs = self._prompt(tokens, sizes, marked)
         taken = inspect.signature(self.model.forward).parameters
-        inputs = {name: value for name, value in inputs.items() if name in taken or "token_type" not in name}
+        # Kinds of tokens are asked for by some releases of transformers alone; code of a checkpoint may take no mask.
+        optional = ("token_type", "attention_mask") if self._is_remote else ("token_type",)
+        inputs = {
+            name: value for name, value in inputs.items() if name in taken or not any(word in name for word in optional)
+        }
+        if images and "image_flags" in taken and not steps:
+            # InternVL-Chat: which of the squares are no padding; its generate takes none.
+            inputs["image_flags"] = torch.ones(batch * sequences, 1, dtype=torch.long)
         events, passes = self._run(inputs, steps)
-        return {"tokens": tokens, "events": events, "passes": passes, "marked": marked or 0}
+        return {"tokens": tokens, "events": events, "passes": passes}
 
-    def _features(self, pictures: dict[str, Any]) -> int:
-        """Image features that the tower gives: as many places the prompt has to have."""
+    def _prompt(self, tokens: int, sizes: dict[str, int], marked: int | None) -> dict[str, Any]:
+        """Inputs of a prompt that begins with its images, if it has any."""
+        config, batch, images = self.model.config, sizes["batch"], sizes["images"]
+        if not images:
+            return prompt_inputs(config, tokens, batch, {}, 0)
+        if self._is_remote and config.model_type in TAKE_SQUARES:
+            taken = inspect.signature(self.model.forward).parameters
+            with _by_default(self._dtype):
+                pixels = torch.empty(batch * images, 3, sizes["height"], sizes["width"])
+            return square_inputs(config, taken, pixels, tokens=tokens, batch=batch, places=marked or 0)
+        find = next((found for name in _FINDERS if (found := getattr(self.model, name, None)) is not None), None)
+        if getattr(self.model, "img_context_token_id", 0) is None:
+            # What ``chat`` of InternVL-Chat sets.
+            config.img_context_token_id = self.model.img_context_token_id = OTHER_WORD
+        if self._is_remote and (find is None or marker_of(config) is None):
+            raise LookupError("it is not known how its code takes images")
+        with _by_default(self._dtype):
+            pictures = image_inputs(config, None if self._is_remote else self._folder, **sizes)
+        marked = images if find is None else self._count(find, pictures) // batch
+        if marked >= tokens:
+            raise ValueError(f"a prompt of {tokens} tokens has no room for {marked} image features and text")
+        return prompt_inputs(config, tokens, batch, pictures, marked)
+
+    def _count(self, find: Any, pictures: dict[str, Any]) -> int:
+        """Image features that the tower gives: as many places the prompts have to have."""
         with torch.no_grad(), OnGpu(cudnn_width=self._cudnn_width), Recorder():
-            ghosts = {name: _to_gpu(value) for name, value in pictures.items()}
-            found = self.model.get_image_features(**ghosts)
+            found = find(**map_nested(_to_gpu, pictures))
         found = getattr(found, "pooler_output", found)
         parts = list(found) if isinstance(found, (list, tuple)) else [found]
         return sum(part.numel() // part.shape[-1] for part in parts if isinstance(part, torch.Tensor))
@@ -121,7 +146,7 @@ class Tracer:
         try:
             with torch.no_grad(), OnGpu(cudnn_width=self._cudnn_width), recorder:
                 recorder.listen()
-                ghosts = {name: _to_gpu(value) for name, value in inputs.items()}
+                ghosts = map_nested(_to_gpu, inputs)
                 if steps:
                     output = self.model.generate(
                         **ghosts, max_new_tokens=steps, min_new_tokens=None, do_sample=False, use_cache=True
@@ -140,12 +165,15 @@ class Tracer:
     def _watch(self, recorder: Recorder, passes: list[int]) -> list[Any]:
         """Keep the recorder's place and module up to date while modules run."""
         stack: list[tuple[int, int]] = []
+        running: list[Any] = []
 
         def enter(module: Any, _: Any) -> None:
             stack.append((recorder.place, recorder.module))
-            if module is self.model:
-                passes.append(len(recorder.events))
-                recorder.place = BEFORE
+            if id(module) in self._bodies:
+                if not running:
+                    passes.append(len(recorder.events))
+                    recorder.place = BEFORE
+                running.append(module)
             recorder.place = self._places.get(id(module), recorder.place)
             recorder.module = self._numbers.get(id(module), recorder.module)
 
@@ -157,6 +185,8 @@ class Tracer:
 
         def leave(module: Any, _: Any, output: Any) -> None:
             place, recorder.module = stack.pop()
+            if id(module) in self._bodies:
+                running.pop()
             if module is self.model:
                 # Accelerate's hook around the whole model copies what it returns to where the inputs came from.
                 recorder.place = BEFORE
@@ -173,23 +203,49 @@ class Tracer:
         return handles
 
 
-def build(config: dict[str, Any], architecture: str, dtype: torch.dtype, attention: str) -> Any:
-    """The model with weights that have no data, tied as the class ties them."""
+def class_of_library(architecture: str) -> Any:
+    """A class of the installed transformers."""
     kind = getattr(transformers, architecture, None)
     if kind is None:
         raise LookupError(f"transformers {transformers.__version__} has no class {architecture}")
+    return kind
+
+
+def class_of_code(code: str, folder: str) -> Any:
+    """Run the code of a checkpoint, which its user has allowed."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(code, folder, local_files_only=True)
+
+
+def build(kind: Any, config: dict[str, Any], dtype: torch.dtype, attention: str | None) -> Any:
+    """The model with weights that have no data, tied as the class ties them."""
     fields = copy.deepcopy(config)
     fields.pop("quantization_config", None)
     settings = kind.config_class.from_dict(fields)
     with torch.no_grad(), OnGpu(), Recorder(), torch.device("cuda"):
-        model = kind._from_config(settings, dtype=dtype, attn_implementation=attention)
+        model = kind._from_config(settings, dtype=dtype, **({"attn_implementation": attention} if attention else {}))
     model.requires_grad_(False).eval()
     _forget(model)
-    if model.can_generate():
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        model.generation_config.cache_implementation = None
+    for part in model.modules():
+        # Of a model that calls generate of its text model both may have settings.
+        generation = getattr(part, "generation_config", None)
+        if generation is not None:
+            generation.eos_token_id = None
+            generation.pad_token_id = 0
+            generation.cache_implementation = None
     return model
+
+
+@contextlib.contextmanager
+def _by_default(dtype: torch.dtype) -> Iterator[None]:
+    """Tensors have this type if nothing else is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _forget(model: Any) -> None:

@@ -14,7 +14,7 @@ from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.model import ImageRule
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.map_check import check_map
-from vlm_doctor.planner.own_code import about_own_code
+from vlm_doctor.planner.own_code import about_own_code, why_broken
 from vlm_doctor.planner.release import release_for
 from vlm_doctor.sources.catalogue import catalogue
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
@@ -61,6 +61,15 @@ def test_code_at_hand_outdoes_what_is_published() -> None:
     assert "Use transformers<5.0" in now
     assert now.endswith("or newer code.")
     assert then.startswith("Its own code calls get_max_length of the cache: with transformers 4.49 ")
+
+
+def test_why_it_does_not_run_here_is_a_phrase() -> None:
+    assert why_broken(GLM, "5.23.0") == (
+        "its own code, as published, calls _extract_past_from_model_output: with transformers 4.49 and newer, "
+        "AttributeError at the first generate, and 5.23.0 is installed"
+    )
+    assert why_broken(GLM, "4.48.3") is None
+    assert why_broken(msgspec.structs.replace(GLM, is_remote_code=False), "5.23.0") is None
 
 
 def test_a_plan_says_it_first() -> None:

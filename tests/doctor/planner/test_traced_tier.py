@@ -153,6 +153,8 @@ class TestFootprint:
             assert prices.needs(1000)(*run) == detail.total_bytes
             assert bare.needs(1000)(*run) == detail.total_bytes - detail.fragmentation_bytes
         assert "traced: Made of transformers 5.23, torch 2.13" in prices.source
+        self.profile = glm41v_9b(is_remote_code=True)
+        assert self.prices().source == "traced: Made of the checkpoint's own code, transformers 5.23, torch 2.13"
 
     def test_what_happens_at_the_peak_is_said(self) -> None:
         layers = self.profile.text.layers
@@ -280,7 +282,12 @@ class TestRequest:
     @pytest.mark.parametrize(
         ("profile", "workload", "reason"),
         [
-            ({"is_remote_code": True}, {}, "its class is code of the checkpoint, which is not run"),
+            (
+                {"is_remote_code": True},
+                {},
+                "its class is code of the checkpoint: read it, and if you trust it, add --trust-remote-code (in Python "
+                "trust_remote_code=True)",
+            ),
             ({"quantization": "awq"}, {}, "kernels of quantized weights run on GPUs only"),
             ({}, {"quantization": "nf4"}, "kernels of quantized weights run on GPUs only"),
             ({}, {"training": Training()}, "a training step is not traced"),
@@ -292,6 +299,17 @@ class TestRequest:
     def test_what_cannot_be_traced(self, profile: dict[str, Any], workload: dict[str, Any], reason: str | None) -> None:
         model = msgspec.structs.replace(glm41v_9b(), **profile)
         assert obstacle(model, msgspec.structs.replace(TEXT, **workload)) == reason
+
+    def test_code_that_is_trusted_can_be_traced_and_is_asked_for_with_hidden_states_without_data(self) -> None:
+        own = msgspec.structs.replace(glm41v_9b(), is_remote_code=True)
+        assert obstacle(own, TEXT, trust_remote_code=True) is None
+        text = trace_request(own, TEXT, self.machine)
+        assert (text.is_remote_code, text.image_tokens) == (True, 0)
+        assert min(text.lengths) * 4096 > 2**20 > min(trace_request(glm41v_9b(), TEXT, self.machine).lengths) * 4096
+        asked = Workload(images=2, image_height=336)
+        request = trace_request(own, asked, self.machine)
+        assert request.image_tokens == image_load(own, asked).tokens
+        assert trace_request(glm41v_9b(), asked, self.machine).image_tokens == 0
 
     def test_text(self) -> None:
         request = trace_request(glm41v_9b(), TEXT, self.machine)

@@ -10,12 +10,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from vlm_doctor import Workload, load_machine, load_profile
 from vlm_doctor.cli import main
 from vlm_doctor.errors import ModelError
 from vlm_doctor.sources import trace as source
 from vlm_doctor.sources.child import Outcome
 from vlm_doctor.sources.trace import TraceError, find_config, trace, understand
 from vlm_doctor.trace import Event, TraceRequest
+from vlm_doctor.tracing import trace_model
 
 pytestmark = pytest.mark.usefixtures("no_children_left")
 
@@ -35,7 +37,7 @@ ANSWER: dict[str, Any] = {
     "modules": ["", "model"],
     "weights_bytes": 1024,
     "runs": [
-        {"tokens": 65, "events": [[1, 520, -1, 0], [1, -520, 0, 1], [1, 0, 1, 0]], "passes": [0], "marked": 0},
+        {"tokens": 65, "events": [[1, 520, -1, 0], [1, -520, 0, 1], [1, 0, 1, 0]], "passes": [0]},
         {"tokens": 577, "events": [], "passes": [0], "same_as": 0, "sizes": [4616, -4616]},
     ],
 }
@@ -172,6 +174,69 @@ def test_what_a_trace_depends_on_makes_another(
     assert len(asked) == 2
 
 
+OWN = msgspec.structs.replace(REQUEST, is_remote_code=True)
+AUTO_MAP = {"auto_map": {"AutoConfig": "code.MadeConfig", "AutoModel": "code.MadeForConditionalGeneration"}}
+
+
+@pytest.mark.parametrize("change", ["", "file", "mode", "elsewhere"])
+def test_a_trace_of_own_code_is_of_this_code(
+    change: str, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config = tmp_path / "model", AUTO_MAP
+    folder.mkdir()
+    (folder / "code.py").write_text("")
+    if change == "elsewhere":
+        # Nobody looks whether code of another repository is the same.
+        config = {"auto_map": {"AutoModel": "org/code--code.MadeForConditionalGeneration"}}
+    trace(OWN, config, folder=folder, cache_folder=tmp_path)
+    assert asked[0]["code"] == next(reversed(config["auto_map"].values()))
+    if change == "file":
+        (folder / "more.py").write_text("more = 1")
+    elif change == "mode":
+        (folder / "more.py").symlink_to("nowhere")
+    again = trace(OWN, config, folder=folder, cache_folder=tmp_path)
+    assert again.is_cached is (change == "")
+
+
+@pytest.mark.parametrize(
+    ("config", "has_folder", "message"),
+    [
+        ({}, True, "auto_map of its config names no class that generates"),
+        ({"auto_map": {"AutoModel": ["code.Other", None]}}, True, "auto_map of its config names no class that generates"),
+        (AUTO_MAP, False, "the code of MadeForConditionalGeneration is not on this machine; download the checkpoint first"),
+        (AUTO_MAP, True, "the code of MadeForConditionalGeneration is not on this machine"),
+    ],
+)
+def test_own_code_that_is_not_there(
+    config: dict[str, Any], has_folder: bool, message: str, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(TraceError, match=message):
+        trace(OWN, config, folder=tmp_path if has_folder else None, cache_folder=tmp_path)
+    assert not asked
+
+
+def test_copies_of_own_code_go_where_nobody_else_looks(
+    asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    class Child(FakeChild):
+        def __init__(self, program: str, arguments: dict[str, Any], **options: Any) -> None:
+            super().__init__(program, arguments, **options)
+            seen.append(options["environment"].get("HF_MODULES_CACHE", ""))
+            assert not seen[-1] or Path(seen[-1]).is_dir()
+
+    monkeypatch.delenv("HF_MODULES_CACHE", raising=False)
+    monkeypatch.setattr(source, "Child", Child)
+    (tmp_path / "code.py").write_text("")
+    trace(OWN, AUTO_MAP, folder=tmp_path, cache_folder=tmp_path)
+    trace(REQUEST, {}, cache_folder=tmp_path)
+    assert seen[0]
+    assert not Path(seen[0]).exists()
+    assert seen[1] == ""
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("damage", ["", "{", "null", "link", "folder"])
 def test_a_cache_that_is_damaged_is_no_cache(damage: str, asked: list[dict[str, Any]], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
@@ -266,3 +331,52 @@ def test_code_of_a_checkpoint_is_not_run(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["plan", "THUDM/glm-4v-9b", "--machine", "2x24GiB", "--trace", "--json"])
     assert "its class is code of the checkpoint" in json.loads(capsys.readouterr().out)["plan"]["notes"][-1]
+
+
+def test_trust_without_a_trace_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "THUDM/glm-4v-9b", "--machine", "2x24GiB", "--trust-remote-code"])
+    assert caught.value.code == 2
+    assert "--trust-remote-code is about --trace" in capsys.readouterr().err
+
+
+def test_own_code_that_only_the_catalogue_knows(capsys: pytest.CaptureFixture[str], asked: list[dict[str, Any]]) -> None:
+    words = ["plan", "THUDM/glm-4v-9b", "--machine", "2x24GiB", "--offline", "--json", "--trace"]
+    for more, reason in (
+        ([], "its class is code of the checkpoint: read it, and if you trust it, add --trust-remote-code"),
+        (["--trust-remote-code"], "the code of ChatGLMForConditionalGeneration is not on this machine"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words, *more])
+        assert reason in json.loads(capsys.readouterr().out)["plan"]["notes"][-1]
+    assert not asked
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_run_that_fails_by_what_is_known_to_be_gone_says_what_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what the run itself said; of a class of transformers that alone."""
+
+    class Child(FakeChild):
+        def outcome(self) -> Outcome:
+            return Outcome(state="failed", stage="error", message="AttributeError: gone.")
+
+    monkeypatch.setattr(source, "Child", Child)
+    monkeypatch.setattr(source, "_version", lambda library: "5.23.0")
+    monkeypatch.setattr(source, "default_folder", lambda: tmp_path)
+    (tmp_path / "modeling_chatglm.py").write_text("")
+    found, _ = find_config("THUDM/glm-4v-9b", allow_network=False)
+    machine = load_machine("2x24GiB")
+    for name, start in (
+        ("THUDM/glm-4v-9b", "its own code, as published, calls _extract_past_from_model_output: with "),
+        ("zai-org/GLM-4.1V-9B-Thinking", ""),
+    ):
+        config = found if start else find_config(name, allow_network=False)[0]
+        monkeypatch.setattr(source, "find_config", lambda *_, config=config, **__: (config, tmp_path))
+        profile = load_profile(name, allow_network=False)
+        tracing = trace_model(name, profile, machine, Workload(images=0), trust_remote_code=True)
+        assert tracing.traces is None
+        assert (tracing.reason or "").startswith(start)
+        ends = "5.23.0 is installed (AttributeError: gone)" if start else "AttributeError: gone"
+        assert (tracing.reason or "").endswith(ends)
