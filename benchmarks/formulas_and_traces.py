@@ -1,10 +1,11 @@
 """Every architecture at true size: what the formulas say beside what its real code allocates, without a GPU.
 
-    python benchmarks/formulas_and_traces.py [--out FILE] [MODEL_TYPE ...]
+    python benchmarks/formulas_and_traces.py [--out FILE] [--images N [--edge PIXELS]] [--tiny] [MODEL_TYPE ...]
 
 A checkpoint of each image-text-to-text architecture of the installed transformers is made of the dimensions that its own
-configuration has by default: headers alone, in sparse files. Planned on one made-up GPU that takes it whole, once by
-formulas and scripts, once by ``--trace``: peaks without weights, and how far apart they are.
+configuration has by default (which do not always go together, those of towers least): headers alone, in sparse files.
+Planned on one made-up GPU that takes it whole, once by formulas and scripts, once by ``--trace``: peaks without weights,
+and how far apart they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_architectures import families
+from tiny_architectures import families, tiny_config
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlm_doctor import load_machine
@@ -31,14 +32,12 @@ from vlm_doctor.workload import Policy, Workload
 
 MACHINE = "4000GiB"
 POLICY = Policy(max_gpus=1, headroom_fraction=0.0, headroom_min_bytes=0)
-WORKLOAD = Workload(images=0, text_tokens=2048, new_tokens=8)
-"""Without images: the dimensions of towers and projectors do not go together in many of these configurations."""
 _ITEM = {torch.bfloat16: ("BF16", 2), torch.float32: ("F32", 4), torch.int64: ("I64", 8), torch.bool: ("BOOL", 1)}
 
 
-def write_checkpoint(folder: Path, family: str) -> None:
+def write_checkpoint(folder: Path, family: str, *, is_tiny: bool) -> None:
     """A folder with config and headers: the weights are holes in the file."""
-    config = AutoConfig.for_model(family)
+    config = tiny_config(family) if is_tiny else AutoConfig.for_model(family)
     config.dtype = torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
@@ -60,14 +59,14 @@ def write_checkpoint(folder: Path, family: str) -> None:
         file.truncate(8 + len(text) + at)
 
 
-def compare(family: str, folder: Path) -> dict[str, Any]:
-    write_checkpoint(folder, family)
+def compare(family: str, folder: Path, workload: Workload, *, is_tiny: bool) -> dict[str, Any]:
+    write_checkpoint(folder, family, is_tiny=is_tiny)
     profile, machine = load_profile(str(folder), allow_network=False), load_machine(MACHINE)
-    told = plan(profile, machine, WORKLOAD, POLICY)
-    tracing = trace_model(str(folder), profile, machine, WORKLOAD, allow_network=False, deadline_s=240)
+    told = plan(profile, machine, workload, POLICY)
+    tracing = trace_model(str(folder), profile, machine, workload, allow_network=False, deadline_s=240)
     if tracing.traces is None:
         return {"untraced": tracing.reason}
-    traced = plan(profile, machine, WORKLOAD, POLICY, traces=tracing.traces)
+    traced = plan(profile, machine, workload, POLICY, traces=tracing.traces)
     weights = sum(line.size_bytes for line in traced.stages[0].ledger if line.kind == "weights")
     return {
         "has_script": profile.body_script is not None,
@@ -90,15 +89,21 @@ def line_of(family: str, row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--text", type=int, default=2048, help="text tokens")
+    parser.add_argument("--images", type=int, default=0)
+    parser.add_argument("--edge", type=int, help="of the images, in pixels; the family's own when it is not given")
+    parser.add_argument("--tiny", action="store_true", help="tiny dimensions, which always go together")
     parser.add_argument("families", nargs="*")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    edges = {"image_height": options.edge, "image_width": options.edge}
+    workload = Workload(images=options.images, text_tokens=options.text, new_tokens=8, **edges)
     rows: dict[str, dict[str, Any]] = {}
     for family in options.families or families():
         with tempfile.TemporaryDirectory() as folder:
             try:
-                rows[family] = compare(family, Path(folder))
+                rows[family] = compare(family, Path(folder), workload, is_tiny=options.tiny)
             except Exception as error:  # noqa: BLE001 - one row of a table: what failed is what it says
                 rows[family] = {"failed": f"{type(error).__name__}: {error}"[:300]}
         print(line_of(family, rows[family]), flush=True)

@@ -175,6 +175,26 @@ def rounded_bytes(size_bytes: int) -> int:
     return -(-size_bytes // ROUNDING_BYTES) * ROUNDING_BYTES
 
 
+class Pictures(msgspec.Struct, frozen=True, kw_only=True):
+    """The images of one prompt, as the vision tower is to see them."""
+
+    images: int
+    height: int
+    """Pixels of each image, before it is resized or cut."""
+    width: int
+    sequences: int
+    """Runs of patches that attend to each other, of all images: one an image, or one a tile."""
+    run_height: int
+    """Pixels of each run."""
+    run_width: int
+    patches: int
+    """Of each run, class tokens and padding included."""
+    patch: int
+    """Pixels along a patch's edge."""
+    merge: int
+    """Patches along each edge of what becomes one token."""
+
+
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be traced; made by the planner, run by ``sources/trace.py``."""
 
@@ -195,12 +215,8 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     """Tokens to generate, the first of them by the prompt itself; 0 is one plain forward pass."""
     batch: int = 1
-    images: int = 0
-    """In each prompt."""
-    height: int = 0
-    width: int = 0
-    sequences: int = 0
-    """Squares that the tower reads for one prompt."""
+    pictures: Pictures | None = None
+    """``None``: text alone."""
     image_tokens: int = 0
     """Places for image features in one prompt; 0: as many as the tower gives."""
     is_remote_code: bool = False

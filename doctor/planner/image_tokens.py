@@ -10,6 +10,7 @@ import msgspec
 
 from ..data.activations import CROSS_ATTENTION
 from ..model import ImageRule, ModelProfile
+from ..trace import Pictures
 from ..workload import Workload
 from .image_sizes import CELLS, cell, rounded, unit
 from .image_tiles import GRIDS, WHOLE, Grid, best_pinpoint, grids
@@ -31,6 +32,12 @@ class ImageLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Patches in each of them; in the largest where they differ."""
     patch: int
     """Pixels along a patch's edge; 0 when there are no images."""
+    height: int = 0
+    """Pixels of each image, before it is resized or cut."""
+    width: int = 0
+    run_height: int = 0
+    """Pixels of each run."""
+    run_width: int = 0
     note: str | None = None
     """What was assumed about the size."""
 
@@ -61,7 +68,8 @@ def image_load(profile: ModelProfile, workload: Workload) -> ImageLoad:
     if rule.is_single_cut and workload.images > 1:
         rule = _uncut(rule)
     is_sized = bool(workload.image_height or workload.image_width)
-    one = _one(rule, *image_edges(rule, workload)) if is_sized or rule.kind != "tiles" else _most(rule)
+    edges = image_edges(rule, workload) if is_sized or rule.kind != "tiles" else _most(rule)
+    one = _one(rule, *edges)
     bound = "at most " if rule.is_bound else ""
     note = f"{one.note}: {bound}{one.tokens:,} tokens each{unknown}."
     tokens = one.tokens * workload.images
@@ -70,7 +78,27 @@ def image_load(profile: ModelProfile, workload: Workload) -> ImageLoad:
         tokens=workload.images if profile.model_type in CROSS_ATTENTION else tokens,
         features=tokens,
         sequences=one.sequences * workload.images,
+        height=edges[0],
+        width=edges[1],
         note=note,
+    )
+
+
+def pictures(profile: ModelProfile, workload: Workload) -> Pictures | None:
+    """The images of one prompt as inputs; ``None`` without images, or where it is not known how the model takes them."""
+    load = image_load(profile, workload)
+    if not load.sequences or profile.image is None:
+        return None
+    return Pictures(
+        images=workload.images,
+        height=load.height,
+        width=load.width,
+        sequences=load.sequences,
+        run_height=load.run_height,
+        run_width=load.run_width,
+        patches=load.patches,
+        patch=load.patch,
+        merge=max(1, profile.image.merge),
     )
 
 
@@ -98,9 +126,14 @@ def _one(rule: ImageRule, height: int, width: int) -> ImageLoad:
 
 
 @lru_cache(maxsize=64)
-def _most(rule: ImageRule) -> ImageLoad:
+def _most(rule: ImageRule) -> tuple[int, int]:
     """Of the sizes that just fill a grid of tiles, the one with the most tokens."""
-    return max((_one(rule, *edges) for edges in _full_grids(rule)), key=lambda load: (load.tokens, load.sequences))
+
+    def count(edges: tuple[int, int]) -> tuple[int, int]:
+        load = _one(rule, *edges)
+        return load.tokens, load.sequences
+
+    return max(_full_grids(rule), key=count)
 
 
 def _full_grids(rule: ImageRule) -> Iterator[tuple[int, int]]:
@@ -131,6 +164,8 @@ def _whole(rule: ImageRule, size: int) -> ImageLoad:
         sequences=1,
         patches=_patches(rule, size),
         patch=rule.patch,
+        run_height=size,
+        run_width=size,
         note=f"Images are resized to {size} x {size} pixels",
     )
 
@@ -144,6 +179,8 @@ def _in_cells(rule: ImageRule, height: int, width: int) -> ImageLoad:
         sequences=1,
         patches=rule.view_patches or (high // rule.patch) * (wide // rule.patch) + rule.extra_patches,
         patch=rule.patch,
+        run_height=high,
+        run_width=wide,
         note=f"Images of {high} x {wide} pixels (height x width)",
     )
 
@@ -166,6 +203,8 @@ def _in_tiles(rule: ImageRule, height: int, width: int) -> ImageLoad:
         sequences=shown,
         patches=patches,
         patch=rule.patch,
+        run_height=rule.size,
+        run_width=rule.size,
         note=f"Images are cut into {shown} tiles of {rule.size} x {rule.size} pixels"
         if whole_size == rule.size
         else f"Images are cut into {shown - 1} tiles of {rule.size} x {rule.size} pixels beside the whole",

@@ -11,7 +11,7 @@ from ..model import ModelProfile
 from ..trace import BEFORE, TOWER, TraceRequest, Traces
 from ..workload import Workload
 from .constraints import Atom
-from .image_tokens import ImageLoad, image_edges, image_load
+from .image_tokens import ImageLoad, image_load, pictures
 from .kernels import cudnn_width
 from .memory import Footprint, Holding, StageNeed
 from .release import Release
@@ -21,7 +21,7 @@ from .traced_replay import TracedProgram
 _KEPT_TIMELINES = 4
 """The search compares two lengths at a time."""
 _TRACED_DTYPES = ("float32", "bfloat16", "float16")
-_MOST_REAL_ELEMENTS = 2**20
+_MOST_REAL_ELEMENTS = 2**22
 """Smaller hidden states may have data in a trace (``MAX_REAL_ELEMENTS`` of sources/trace_operations.py), by which code of a
 checkpoint chooses places with a mask and counts them; CogVLM, run without an image, does."""
 _TOWER_ROLES = ("vision", "projector")
@@ -47,8 +47,7 @@ def obstacle(profile: ModelProfile, workload: Workload, *, trust_remote_code: bo
 def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -> TraceRequest:
     """What to trace for a plan. See :func:`obstacle` for what cannot be."""
     load = image_load(profile, workload)
-    has_images = bool(load.sequences) and profile.image is not None
-    height, width = image_edges(profile.image, workload) if has_images and profile.image else (0, 0)
+    images = pictures(profile, workload)
     steps = min(2, max(1, workload.new_tokens)) if workload.makes_answer else 0
     dtype = workload.dtype or profile.dtype
     widths = [cudnn_width(gpu, machine.libraries) for gpu in machine.gpus]
@@ -58,7 +57,7 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
         attention="eager" if workload.attention == "eager" else "sdpa",
         cudnn_width=min(widths, default=0) if workload.attention == "sdpa" else 0,
         layers=tuple(unit.key for unit in profile.units if unit.role == "layer"),
-        tower=tuple(unit.key for unit in profile.units if unit.role in _TOWER_ROLES) if has_images else (),
+        tower=tuple(unit.key for unit in profile.units if unit.role in _TOWER_ROLES) if images else (),
         lengths=lengths(
             load.tokens,
             profile.text.sliding_window,
@@ -68,11 +67,8 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
         ),
         steps=steps,
         batch=workload.batch,
-        images=workload.images if has_images else 0,
-        height=height,
-        width=width,
-        sequences=load.sequences,
-        image_tokens=load.tokens if has_images and profile.is_remote_code else 0,
+        pictures=images,
+        image_tokens=load.tokens if images and profile.is_remote_code else 0,
         is_remote_code=profile.is_remote_code,
     )
 

@@ -12,7 +12,7 @@ import msgspec
 from ..errors import UsageError
 from ..model import ModelProfile
 from ..placement import Plan
-from ..planner.image_tokens import image_edges, image_load
+from ..planner.image_tokens import image_load, pictures
 from ..sources.child import Child, Outcome
 from ..sources.model_files import find_model
 from ..trial import Attempt, Route
@@ -117,14 +117,10 @@ class Trier:
 def _work(profile: ModelProfile, workload: Workload) -> dict[str, Any]:
     """The call in numbers, as the planner counts them."""
     load = image_load(profile, workload)
-    has_images = bool(load.sequences) and profile.image is not None
-    height, width = image_edges(profile.image, workload) if has_images and profile.image else (0, 0)
+    images = pictures(profile, workload)
     return {
         "batch": workload.batch,
-        "images": workload.images if has_images else 0,
-        "height": height,
-        "width": width,
-        "sequences": load.sequences,
+        "pictures": None if images is None else msgspec.to_builtins(images),
         "image_tokens": load.tokens,
         "prompt_tokens": load.tokens + workload.text_tokens,
         "new_tokens": workload.new_tokens,

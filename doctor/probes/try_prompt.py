@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from ..trace import Pictures
 from .loading import load_processor, prompt_text
 
 _QUESTION = "Describe what you see."
@@ -24,7 +25,7 @@ def make_prompt(
     Args:
         transformers: The module.
         model: Loaded.
-        work: ``batch``, ``images``, ``height``, ``width``, ``sequences``, ``image_tokens``, ``prompt_tokens``.
+        work: ``batch``, ``pictures`` (the fields of :class:`.Pictures`, or ``None``), ``image_tokens``, ``prompt_tokens``.
         name: Folder or hub id of the checkpoint.
         revision: Of the hub id.
         trust_remote_code: Allow Python code of the checkpoint to run.
@@ -32,6 +33,7 @@ def make_prompt(
     import torch
 
     torch.manual_seed(0)
+    work = {**work, "pictures": Pictures(**work["pictures"]) if work["pictures"] else None}
     notes: list[str] = []
     processor = None
     try:
@@ -59,7 +61,7 @@ def _length(inputs: dict[str, Any], model: Any, work: dict[str, Any]) -> int:
 
 def _by_processor(processor: Any, work: dict[str, Any]) -> dict[str, Any]:
     """As a user makes it: chat template, tokenizer, image processor. The text is as long as the prompt is to be."""
-    if work["images"] and not hasattr(processor, "image_processor"):
+    if work["pictures"] and not hasattr(processor, "image_processor"):
         raise ValueError("it takes no images")
     tokenizer = getattr(processor, "tokenizer", processor)
     bare = _processed(processor, work, _QUESTION)["input_ids"].shape[1]
@@ -69,11 +71,12 @@ def _by_processor(processor: Any, work: dict[str, Any]) -> dict[str, Any]:
 
 
 def _processed(processor: Any, work: dict[str, Any], text: str) -> Any:
-    prompts = [prompt_text(processor, work["images"], text)] * work["batch"]
-    if not work["images"]:
+    pictures = work["pictures"]
+    prompts = [prompt_text(processor, pictures.images if pictures else 0, text)] * work["batch"]
+    if pictures is None:
         return processor(text=prompts, return_tensors="pt")
-    pictures = [_noise(work["width"], work["height"], seed) for seed in range(work["images"])]
-    return processor(text=prompts, images=[pictures] * work["batch"], return_tensors="pt")
+    images = [_noise(pictures.width, pictures.height, seed) for seed in range(pictures.images)]
+    return processor(text=prompts, images=[images] * work["batch"], return_tensors="pt")
 
 
 def _noise(width: int, height: int, seed: int) -> Any:
@@ -89,20 +92,25 @@ def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
     """Token numbers that mean nothing, and noise in the place of pixels."""
     import torch
 
-    from ..sources.trace_inputs import image_inputs, prompt_inputs, square_inputs
+    from ..sources.trace_inputs import prompt_inputs, square_inputs
+    from ..sources.trace_pictures import count_features, encoder_of, image_inputs
 
     accepted = inspect.signature(type(model).forward).parameters
-    if work["images"] and "images" in accepted:
-        pixels = torch.randn(work["batch"] * work["images"], 3, work["height"], work["width"])
-        return square_inputs(
-            model.config, accepted, pixels, tokens=work["prompt_tokens"], batch=work["batch"], places=work["image_tokens"]
-        )
-    images = {}
-    if work["images"]:
-        sizes = {key: work[key] for key in ("images", "height", "width", "batch", "sequences")}
-        images = image_inputs(model.config, name, **sizes)
-        images = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in images.items()}
-    return prompt_inputs(model.config, work["prompt_tokens"], work["batch"], images, work["image_tokens"])
+    tokens, batch, pictures = work["prompt_tokens"], work["batch"], work["pictures"]
+    if pictures is None:
+        return prompt_inputs(model.config, accepted, tokens, batch)
+    if "images" in accepted:
+        pixels = torch.randn(batch * pictures.images, 3, pictures.height, pictures.width)
+        return square_inputs(model.config, accepted, pixels, tokens=tokens, batch=batch, places=work["image_tokens"])
+    encode = encoder_of(model)
+    names = {*accepted, *(inspect.signature(encode).parameters if encode else ())}
+    images = image_inputs(model.config, names, name, pictures, batch)
+    images = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in images.items()}
+    with torch.no_grad():
+        placed = {key: _placed(value, model) for key, value in images.items()}
+        features = count_features(encode, placed) // batch if encode else work["image_tokens"]
+    places = [features // pictures.images] * pictures.images
+    return prompt_inputs(model.config, accepted, tokens, batch, images=images, places=places)
 
 
 def _placed(value: Any, model: Any) -> Any:

@@ -27,7 +27,8 @@ from .child import Child, Outcome
 DEADLINE_S = 300.0
 """The slowest model tried takes 40 s on one slow core."""
 _IDLE_S = 20.0
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent.parent
+PROGRAM = "sources.trace_child"
 _MAX_CACHE_BYTES = 64 * 2**20
 _KEPT_FILES = 64
 """Cached traces beyond so many go, oldest first."""
@@ -82,7 +83,7 @@ def trace(
     Args:
         request: What to run.
         config: What config.json holds.
-        folder: The checkpoint, whose image processor is preferred to what is known of the family.
+        folder: The checkpoint, for its code, and for its image processor where its family is not known.
         environment: Of the child; ``None`` is that of this process.
         deadline_s: Seconds after which the child is killed.
         cache_folder: Where traces are kept; ``None`` is the user's cache folder.
@@ -107,10 +108,7 @@ def trace(
             "tokens": tokens,
             "batch": request.batch,
             "steps": request.steps,
-            "images": request.images,
-            "height": request.height,
-            "width": request.width,
-            "sequences": request.sequences,
+            "pictures": None if request.pictures is None else msgspec.to_builtins(request.pictures),
             "marked": request.image_tokens or None,
         }
         for tokens in request.lengths
@@ -129,11 +127,12 @@ def trace(
         # transformers copies the code of a checkpoint before it imports it.
         own = {} if code is None else {"HF_MODULES_CACHE": copied}
         outcome = Child(
-            "trace_child",
+            PROGRAM,
             arguments,
             environment={**environment, **own, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
             deadline_s=deadline_s,
             idle_s=_IDLE_S,
+            folder=FOLDER,
         ).outcome()
     traces = understand(outcome, request)
     if path is not None:
@@ -244,7 +243,7 @@ def _cache_path(request: TraceRequest, config: Mapping[str, Any], folder: Path |
     if cache is None:
         return None
     digest = hashlib.sha256()
-    for file in sorted(_FOLDER.glob("trace*.py")):
+    for file in sorted(FOLDER.glob("sources/trace*.py")):
         digest.update(file.read_bytes())
     for library in ("torch", "transformers", "torchvision", "pillow"):
         digest.update(f"{library} {_version(library)}\0".encode())
@@ -255,7 +254,7 @@ def _cache_path(request: TraceRequest, config: Mapping[str, Any], folder: Path |
                 digest.update(f"{file.name}\0".encode() + file.read_bytes())
         except OSError:
             return None
-    if folder is not None and request.images:
+    if folder is not None and request.pictures:
         for name in ("preprocessor_config.json", "processor_config.json"):
             with contextlib.suppress(OSError):
                 digest.update((folder / name).read_bytes())

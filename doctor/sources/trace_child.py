@@ -40,8 +40,8 @@ def main(
         layers: Module paths of the text layers, in order.
         tower: Module paths of what reads images.
         runs: What to trace: ``tokens`` (of the whole prompt), ``batch``, ``steps`` (tokens to generate; 0: one plain
-            forward pass), ``images``, ``height``, ``width``, ``sequences``, ``marked`` (places for image features, where
-            the tower is not asked for their number).
+            forward pass), ``pictures`` (the fields of :class:`.Pictures`, or None), ``marked`` (places for image features,
+            where the tower is not asked for their number).
         folder: The checkpoint, for its image processor, and for its code.
         code: Where in that code the class is, in the words of ``auto_map``; ``None`` for a class of transformers.
         cudnn_width: The widest head for which fused attention is cuDNN's.
@@ -53,6 +53,7 @@ def main(
     import torch
     import transformers
 
+    from ..trace import Pictures
     from .trace_model import Tracer
 
     transformers.utils.logging.set_verbosity_error()
@@ -76,7 +77,8 @@ def main(
     answer["runs"] = []
     say("build", {**answer, "runs": []})
     for run in runs:
-        answer["runs"].append(_brief(tracer.trace(**run), answer["runs"]))
+        pictures = Pictures(**run["pictures"]) if run["pictures"] else None
+        answer["runs"].append(_brief(tracer.trace(**{**run, "pictures": pictures}), answer["runs"]))
     say("trace", answer, is_final=True)
 
 

@@ -1,11 +1,8 @@
-"""Inputs of a true-size model without an image and without a tokenizer. Used by :mod:`.trace_child` only.
-
-Images: from the checkpoint's own image processor where its files are at hand; else by what is known of the family.
-"""
+"""Prompts of a true-size model without a tokenizer. Used by the child programs only; images: :mod:`.trace_pictures`."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +12,33 @@ WORD = 5
 OTHER_WORD = 6
 TAKE_SQUARES = ("cogvlm", "chatglm")
 """Types of models whose own code takes what :func:`square_inputs` makes."""
-_MARKERS = ("image_token_id", "image_token_index", "img_context_token_id", "media_placeholder_token_id")
-"""Names of the token that stands for an image feature; the last two of InternVL-Chat and Kimi-VL."""
+_MARKERS = (
+    "image_token_id", "image_token_index", "image_patch_id", "video_token_index", "img_context_token_id",
+    "media_placeholder_token_id",
+)  # fmt: skip
+"""Names of the token that stands for an image feature."""
+_OPTIONAL = ("token_type_ids", "mm_token_type_ids", "attention_mask")
+"""Arguments that some classes, and some releases of one, do not take."""
 
 
-def text_inputs(config: Any, tokens: int, batch: int) -> dict[str, Any]:
-    """Token numbers that mean nothing, and a mask that hides nothing."""
+def text_inputs(config: Any, taken: Container[str], tokens: int, batch: int) -> dict[str, Any]:
+    """Token numbers that mean nothing, and what the class asks for beside them.
+
+    Args:
+        config: Of the model.
+        taken: Arguments that its ``forward`` takes.
+        tokens: Of one prompt.
+        batch: Prompts.
+    """
     ids = torch.full((batch, tokens), WORD if marker_of(config) != WORD else OTHER_WORD)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.model_type == "gemma3":
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    return inputs
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+    }
+    if "bbox" in taken:
+        inputs["bbox"] = torch.zeros(batch, tokens, 4)
+    return {name: value for name, value in inputs.items() if name in taken or name not in _OPTIONAL}
 
 
 def marker_of(config: Any) -> int | None:
@@ -33,93 +46,50 @@ def marker_of(config: Any) -> int | None:
     return next((number for name in _MARKERS if (number := getattr(config, name, None)) is not None), None)
 
 
-def image_inputs(
-    config: Any, folder: str | None, *, images: int, height: int, width: int, batch: int, sequences: int
+def prompt_inputs(
+    config: Any,
+    taken: Container[str],
+    tokens: int,
+    batch: int,
+    *,
+    images: dict[str, Any] | None = None,
+    places: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """What the vision tower takes for ``images`` images in each of ``batch`` prompts; pixels in the default dtype."""
-    made = _processed(folder, images, height, width, batch) if folder else None
-    return made or _by_family(config, images=images, height=height, width=width, batch=batch, sequences=sequences)
+    """A prompt of ``tokens`` tokens that begins with its images, a word behind each.
 
+    Args:
+        config: Of the model.
+        taken: Arguments that its ``forward`` takes.
+        tokens: Of one prompt.
+        batch: Prompts.
+        images: What the tower takes for them.
+        places: Features of each image of a prompt.
 
-def _processed(folder: str, images: int, height: int, width: int, batch: int) -> dict[str, Any] | None:
-    """Inputs by the checkpoint's own processor; ``None`` when it has none that works here."""
-    try:
-        from PIL import Image
-        from transformers import AutoImageProcessor
-
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        pictures = [[Image.new("RGB", (width, height)) for _ in range(images)] for _ in range(batch)]
-        try:
-            made = processor(images=pictures, return_tensors="pt")
-        except (ValueError, TypeError):
-            made = processor(images=[one for row in pictures for one in row], return_tensors="pt")
-    except (ImportError, OSError, ValueError, TypeError, AttributeError, KeyError):
-        return None
-    dtype = torch.get_default_dtype()
-    names = {
-        "pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "aspect_ratio_ids", "aspect_ratio_mask",
-        "pixel_position_ids", "image_position_ids", "spatial_shapes", "batch_num_images", "grid_hw",
-    }  # fmt: skip
-    return {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in made.items()
-        if name in names and isinstance(value, torch.Tensor)
-    }
-
-
-def _by_family(config: Any, *, images: int, height: int, width: int, batch: int, sequences: int) -> dict[str, Any]:
-    """By model type: stacks of patches with their grid, or squares of the tower's own size."""
-    vision, kind = config.vision_config, config.model_type
-    count = batch * images
-    if kind == "kimi_vl":
-        # Patches in a row, and how many there are along each edge. Source: its image_processing_kimi_vl.py.
-        cell = vision.merge_kernel_size[0] * vision.patch_size
-        rows, columns = (max(1, round(edge / cell)) * vision.merge_kernel_size[0] for edge in (height, width))
-        patches = torch.empty(count * rows * columns, 3, vision.patch_size, vision.patch_size)
-        return {"pixel_values": patches, "image_grid_hws": torch.tensor([[rows, columns]] * count)}
-    merge: int = getattr(vision, "spatial_merge_size", 0)
-    temporal: int = getattr(vision, "temporal_patch_size", 0)
-    if merge and temporal:
-        rows, columns = (max(1, round(edge / vision.patch_size / merge)) * merge for edge in (height, width))
-        channels: int = getattr(vision, "in_channels", 0) or getattr(vision, "in_chans", 3)
-        elements = channels * temporal * vision.patch_size**2
-        grid = torch.tensor([[1, rows, columns]] * count)
-        return {"pixel_values": torch.empty(count * rows * columns, elements), "image_grid_thw": grid}
-    if vision.model_type == "pixtral":
-        edges = [max(1, round(edge / vision.patch_size)) * vision.patch_size for edge in (height, width)]
-        return {"pixel_values": torch.empty(count, 3, *edges), "image_sizes": torch.tensor([edges] * count)}
-    size = vision.image_size
-    side = size[0] if isinstance(size, (list, tuple)) else size
-    squares = torch.empty(batch, sequences, 3, side, side)
-    if kind == "mllama":
-        tiles = sequences // images
-        return {
-            "pixel_values": squares.reshape(batch, images, tiles, 3, side, side),
-            "aspect_ratio_ids": torch.full((batch, images), 6 if tiles == 4 else 1),
-            "aspect_ratio_mask": torch.ones(batch, images, tiles, dtype=torch.long),
-        }
-    if kind in ("idefics2", "idefics3", "smolvlm"):
-        mask = torch.ones(batch, sequences, side, side, dtype=torch.bool)
-        return {"pixel_values": squares, "pixel_attention_mask": mask}
-    if kind.startswith("llava_") and "video" not in kind:
-        tiles = squares.reshape(count, sequences // images, 3, side, side)
-        return {"pixel_values": tiles, "image_sizes": torch.tensor([[height, width]] * count)}
-    return {"pixel_values": squares.flatten(0, 1)}
-
-
-def prompt_inputs(config: Any, tokens: int, batch: int, images: dict[str, Any], marked: int) -> dict[str, Any]:
-    """A prompt of ``tokens`` tokens that begins with ``marked`` places for image features, and its images."""
-    inputs = text_inputs(config, tokens, batch)
+    Raises:
+        ValueError: The prompt has no room for them.
+    """
+    if "input_ids" not in taken:
+        return images or {}  # an encoder of images alone: its decoder begins by itself
+    inputs = text_inputs(config, taken, tokens, batch)
     if not images:
         return inputs
-    marker = WORD if (found := marker_of(config)) is None else found
-    inputs["input_ids"][:, :marked] = marker
-    kinds = (inputs["input_ids"] == marker).long()
-    if "image_grid_thw" in images:
-        inputs["mm_token_type_ids"] = kinds.int()
-    if config.model_type in ("gemma3", "paligemma"):
-        inputs["token_type_ids"] = kinds
-    if config.model_type == "mllama":
+    ids, marker = inputs["input_ids"], marker_of(config)
+    is_image = torch.zeros_like(ids)
+    begin = 0
+    for count in places:
+        is_image[:, begin : begin + count] = 1
+        begin += count + 1
+    if begin > tokens:
+        raise ValueError(f"a prompt of {tokens} tokens has no room for {sum(places)} image features and text")
+    ids[is_image == 1] = WORD if marker is None else marker
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in taken:
+            inputs[name] = is_image
+    if "image_embeds_position_mask" in taken:
+        inputs["image_embeds_position_mask"] = is_image
+    if "image_attention_mask" in taken:
+        inputs["image_attention_mask"] = torch.ones(batch, tokens, images["pixel_values"].shape[1], dtype=torch.long)
+    if "cross_attention_mask" in taken and "aspect_ratio_mask" in images:
         batch, count, tiles = images["aspect_ratio_mask"].shape
         inputs["cross_attention_mask"] = torch.ones(batch, tokens, count, tiles, dtype=torch.long)
     return inputs | images

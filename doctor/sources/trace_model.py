@@ -6,23 +6,23 @@ import contextlib
 import copy
 import gc
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch.utils._pytree import tree_flatten
 
+from ..trace import Pictures
 from .trace_attention import OnGpu
 from .trace_ghost import CUDA, META, Ghost, map_nested, pretend_cuda
-from .trace_inputs import OTHER_WORD, TAKE_SQUARES, image_inputs, marker_of, prompt_inputs, square_inputs
+from .trace_inputs import OTHER_WORD, TAKE_SQUARES, marker_of, prompt_inputs, square_inputs
+from .trace_pictures import count_features, encoder_of, image_inputs
 from .trace_recorder import Recorder
 
 TOWER = -2
 BEFORE = -1
 ROUNDING_BYTES = 512
-_FINDERS = ("get_image_features", "extract_feature", "_extract_image_features")
-"""Methods that give image features: of transformers, of InternVL-Chat and of Kimi-VL."""
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -42,14 +42,18 @@ class Tracer:
         code: str | None,
         cudnn_width: int,
     ) -> None:
+        # What has no data cannot be held against the values that it may have.
+        torch.distributions.Distribution.set_default_validate_args(False)
         pretend_cuda((9, 0) if cudnn_width else (8, 0))
         self._folder = folder
         self._cudnn_width = cudnn_width
         self._dtype = _HALF[dtype]
         self._is_remote = code is not None
         kind = class_of_library(architecture) if code is None or folder is None else class_of_code(code, folder)
-        # Classes of a checkpoint may refuse sdpa by name, though it is what they run by default.
-        self.model = build(kind, config, self._dtype, None if self._is_remote and attention == "sdpa" else attention)
+        # Classes that cannot take fused attention refuse it by name; without a name each takes what it can.
+        self.model = build(kind, config, self._dtype, None if attention == "sdpa" else attention)
+        self.features = 0
+        """Of the images of one prompt, in the run before."""
         self.module_names = [""]
         self._numbers: dict[int, int] = {}
         for name, module in self.model.named_modules():
@@ -57,7 +61,9 @@ class Tracer:
                 self._numbers.setdefault(id(module), len(self.module_names))
                 self.module_names.append(name)
         parameters = {name for name, _ in self.model.named_parameters()}
-        self._places = {id(self._module(name)): TOWER for name in tower if name not in parameters}
+        # Parts of a tower may be called without it, as the encoder of an image tokenizer is.
+        towers = [self._module(name) for name in tower if name not in parameters]
+        self._places = {id(module): TOWER for one in towers for module in one.modules()}
         self._places.update({id(self._module(name)): place for place, name in enumerate(layers)})
         self._behind = len(layers)
         self._layers = [self._module(name) for name in layers]
@@ -80,62 +86,44 @@ class Tracer:
         return [tensor for tensor in tensors if isinstance(tensor, Ghost)]
 
     def trace(
-        self,
-        *,
-        tokens: int,
-        batch: int,
-        steps: int,
-        images: int = 0,
-        height: int = 0,
-        width: int = 0,
-        sequences: int = 0,
-        marked: int | None = None,
+        self, *, tokens: int, batch: int, steps: int, pictures: Pictures | None = None, marked: int | None = None
     ) -> dict[str, Any]:
         """Events of one run, and where in them each forward pass begins."""
-        sizes = {"images": images, "height": height, "width": width, "sequences": sequences, "batch": batch}
-        inputs = self._prompt(tokens, sizes, marked)
         taken = inspect.signature(self.model.forward).parameters
-        # Kinds of tokens are asked for by some releases of transformers alone; code of a checkpoint may take no mask.
-        optional = ("token_type", "attention_mask") if self._is_remote else ("token_type",)
-        inputs = {
-            name: value for name, value in inputs.items() if name in taken or not any(word in name for word in optional)
-        }
-        if images and "image_flags" in taken and not steps:
+        with _by_default(self._dtype):
+            inputs = self._inputs(taken, tokens, batch, pictures, marked)
+        if pictures and "image_flags" in taken and not steps:
             # InternVL-Chat: which of the squares are no padding; its generate takes none.
-            inputs["image_flags"] = torch.ones(batch * sequences, 1, dtype=torch.long)
+            inputs["image_flags"] = torch.ones(batch * pictures.sequences, 1, dtype=torch.long)
         events, passes = self._run(inputs, steps)
         return {"tokens": tokens, "events": events, "passes": passes}
 
-    def _prompt(self, tokens: int, sizes: dict[str, int], marked: int | None) -> dict[str, Any]:
-        """Inputs of a prompt that begins with its images, if it has any."""
-        config, batch, images = self.model.config, sizes["batch"], sizes["images"]
-        if not images:
-            return prompt_inputs(config, tokens, batch, {}, 0)
+    def _inputs(
+        self, taken: Collection[str], tokens: int, batch: int, pictures: Pictures | None, marked: int | None
+    ) -> dict[str, Any]:
+        """Of one call: a prompt that begins with its images, if it has any."""
+        config = self.model.config
+        if pictures is None:
+            return prompt_inputs(config, taken, tokens, batch)
         if self._is_remote and config.model_type in TAKE_SQUARES:
-            taken = inspect.signature(self.model.forward).parameters
-            with _by_default(self._dtype):
-                pixels = torch.empty(batch * images, 3, sizes["height"], sizes["width"])
+            pixels = torch.empty(batch * pictures.images, 3, pictures.height, pictures.width)
             return square_inputs(config, taken, pixels, tokens=tokens, batch=batch, places=marked or 0)
-        find = next((found for name in _FINDERS if (found := getattr(self.model, name, None)) is not None), None)
+        encode = encoder_of(self.model)
         if getattr(self.model, "img_context_token_id", 0) is None:
             # What ``chat`` of InternVL-Chat sets.
             config.img_context_token_id = self.model.img_context_token_id = OTHER_WORD
-        if self._is_remote and (find is None or marker_of(config) is None):
+        if self._is_remote and (encode is None or marker_of(config) is None):
             raise LookupError("it is not known how its code takes images")
-        with _by_default(self._dtype):
-            pictures = image_inputs(config, None if self._is_remote else self._folder, **sizes)
-        marked = images if find is None else self._count(find, pictures) // batch
-        if marked >= tokens:
-            raise ValueError(f"a prompt of {tokens} tokens has no room for {marked} image features and text")
-        return prompt_inputs(config, tokens, batch, pictures, marked)
+        names = {*taken, *(inspect.signature(encode).parameters if encode else ())}
+        images = image_inputs(config, names, None if self._is_remote else self._folder, pictures, batch)
+        self.features = pictures.images if encode is None else self._features(encode, images) // batch
+        places = [self.features // pictures.images] * pictures.images
+        return prompt_inputs(config, taken, tokens, batch, images=images, places=places)
 
-    def _count(self, find: Any, pictures: dict[str, Any]) -> int:
+    def _features(self, encode: Callable[..., Any], images: dict[str, Any]) -> int:
         """Image features that the tower gives: as many places the prompts have to have."""
         with torch.no_grad(), OnGpu(cudnn_width=self._cudnn_width), Recorder():
-            found = find(**map_nested(_to_gpu, pictures))
-        found = getattr(found, "pooler_output", found)
-        parts = list(found) if isinstance(found, (list, tuple)) else [found]
-        return sum(part.numel() // part.shape[-1] for part in parts if isinstance(part, torch.Tensor))
+            return count_features(encode, map_nested(_to_gpu, images))
 
     def _run(self, inputs: dict[str, Any], steps: int) -> tuple[list[list[int]], list[int]]:
         recorder = Recorder()
@@ -233,6 +221,7 @@ def build(kind: Any, config: dict[str, Any], dtype: torch.dtype, attention: str 
         if generation is not None:
             generation.eos_token_id = None
             generation.pad_token_id = 0
+            generation.bos_token_id = generation.bos_token_id or 0
             generation.cache_implementation = None
     return model
 

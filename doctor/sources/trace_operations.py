@@ -15,7 +15,7 @@ import torch
 
 from .trace_ghost import CPU, CUDA, META, Ghost, Notes, map_nested, tensors_in
 
-MAX_REAL_ELEMENTS = 2**20
+MAX_REAL_ELEMENTS = 2**22
 """Results of more elements have no data. A model reads back what describes its input, never the input itself."""
 SHORT_ROW = 4096
 """Keys that are sorted without scratch memory. Source: should_use_small_sort of aten/native/cuda/Sort.h."""

@@ -21,13 +21,13 @@ from vlm_doctor import load_machine
 from vlm_doctor.allocation import LayerScript, Made
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.allocator import SMALL_BYTES, Allocator
-from vlm_doctor.planner.image_tokens import ImageLoad, image_load
+from vlm_doctor.planner.image_tokens import ImageLoad, image_load, pictures
 from vlm_doctor.planner.replay import Held, Program, dimensions
 from vlm_doctor.planner.traced_footprint import trace_request
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.child import Child
 from vlm_doctor.sources.model_profile import build_profile
-from vlm_doctor.sources.trace import understand
+from vlm_doctor.sources.trace import FOLDER, PROGRAM, understand
 from vlm_doctor.trace import BEFORE, TOWER, Trace
 from vlm_doctor.units import MIB
 from vlm_doctor.workload import Workload
@@ -109,15 +109,19 @@ def _cases(name: str, has_cudnn: bool) -> tuple[Case, ...]:
         load = image_load(profile, Workload(images=int(bool(edge)), image_height=edge or None))
         asked += [(edge, load, text + load.tokens) for text in TEXT_TOKENS]
     runs = [
-        {"tokens": tokens, "batch": 1, "steps": 2, "images": int(bool(edge)), "height": edge, "width": edge,
-         "sequences": load.sequences}
-        for edge, load, tokens in asked
-    ]  # fmt: skip
+        {
+            "tokens": tokens,
+            "batch": 1,
+            "steps": 2,
+            "pictures": msgspec.to_builtins(pictures(profile, Workload(images=int(bool(edge)), image_height=edge or None))),
+        }
+        for edge, _, tokens in asked
+    ]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     fields = ("architecture", "dtype", "attention", "layers", "tower", "cudnn_width")
     arguments = {"config": config, "runs": runs, "folder": None, **{name: getattr(request, name) for name in fields}}
     traces = understand(
-        Child("trace_child", arguments, environment=environment, deadline_s=300, idle_s=100).outcome(), request
+        Child(PROGRAM, arguments, environment=environment, deadline_s=300, idle_s=100, folder=FOLDER).outcome(), request
     )
     return tuple(
         Case(

@@ -26,6 +26,7 @@ from vlm_doctor import load_profile  # noqa: E402
 from vlm_doctor.probes import try_child, try_prompt  # noqa: E402
 from vlm_doctor.probes.trial_run import _blocks, _work, understand  # noqa: E402
 from vlm_doctor.sources.child import Outcome  # noqa: E402
+from vlm_doctor.trace import Pictures  # noqa: E402
 from vlm_doctor.trial import Attempt  # noqa: E402
 from vlm_doctor.workload import Workload  # noqa: E402
 
@@ -222,7 +223,10 @@ def shaped(forward: Any, config: SimpleNamespace, **work: int) -> dict[str, Any]
     kind = type("Remote", (), {"forward": forward})
     model = kind()
     model.config = config
-    call = {"batch": 2, "images": 1, "height": 28, "width": 28, "sequences": 1, "image_tokens": 6, "prompt_tokens": 20}
+    pictures = Pictures(
+        images=1, height=28, width=28, sequences=1, run_height=28, run_width=28, patches=4, patch=14, merge=1
+    )
+    call = {"batch": 2, "pictures": pictures, "image_tokens": 6, "prompt_tokens": 20}
     return try_prompt._by_shape(model, {**call, **work}, "nowhere")
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_doctor import load_machine
+from vlm_doctor import load_machine, load_profile
 from vlm_doctor.machine import Machine
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner import plan
@@ -20,7 +20,7 @@ from vlm_doctor.planner.replay import Held
 from vlm_doctor.planner.traced import Growth, IrregularError, Regimes, Timeline, lengths
 from vlm_doctor.planner.traced_footprint import TracedFootprint, obstacle, trace_request
 from vlm_doctor.planner.traced_replay import TracedProgram
-from vlm_doctor.trace import BEFORE, TOWER, Event, Trace, Traces
+from vlm_doctor.trace import BEFORE, TOWER, Event, Pictures, Trace, Traces
 from vlm_doctor.units import GIB, MIB
 from vlm_doctor.workload import Policy, Training, Workload
 
@@ -305,7 +305,7 @@ class TestRequest:
         assert obstacle(own, TEXT, trust_remote_code=True) is None
         text = trace_request(own, TEXT, self.machine)
         assert (text.is_remote_code, text.image_tokens) == (True, 0)
-        assert min(text.lengths) * 4096 > 2**20 > min(trace_request(glm41v_9b(), TEXT, self.machine).lengths) * 4096
+        assert min(text.lengths) * 4096 > 2**22 > min(trace_request(glm41v_9b(), TEXT, self.machine).lengths) * 4096
         asked = Workload(images=2, image_height=336)
         request = trace_request(own, asked, self.machine)
         assert request.image_tokens == image_load(own, asked).tokens
@@ -315,13 +315,24 @@ class TestRequest:
         request = trace_request(glm41v_9b(), TEXT, self.machine)
         assert len(request.layers) == 40
         assert request.tower == ()
-        assert (request.images, request.height, request.steps, request.attention) == (0, 0, 2, "sdpa")
+        assert (request.pictures, request.steps, request.attention) == (None, 2, "sdpa")
         assert not request.cudnn_width
 
     def test_images(self) -> None:
         request = trace_request(glm41v_9b(), Workload(images=2, image_height=336, image_width=672), self.machine)
         assert request.tower
-        assert (request.images, request.height, request.width) == (2, 336, 672)
+        assert request.pictures == Pictures(
+            images=2, height=336, width=672, sequences=2, run_height=336, run_width=672, patches=24 * 48, patch=14, merge=2
+        )
+
+    def test_images_of_a_size_that_nobody_names_are_those_that_the_plan_counts(self) -> None:
+        """InternVL shows one tile of an image as large as a tile, and twelve beside the whole at most."""
+        model = load_profile("OpenGVLab/InternVL3-8B-hf", allow_network=False)
+        load = image_load(model, Workload(images=1))
+        found = trace_request(model, Workload(images=1), self.machine).pictures
+        assert found is not None
+        assert (found.sequences, load.sequences) == (13, 13)
+        assert image_load(model, Workload(images=1, image_height=found.height, image_width=found.width)) == load
 
     @pytest.mark.parametrize(
         ("fields", "steps"),

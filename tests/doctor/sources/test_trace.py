@@ -15,8 +15,8 @@ from vlm_doctor.cli import main
 from vlm_doctor.errors import ModelError
 from vlm_doctor.sources import trace as source
 from vlm_doctor.sources.child import Outcome
-from vlm_doctor.sources.trace import TraceError, find_config, trace, understand
-from vlm_doctor.trace import Event, TraceRequest
+from vlm_doctor.sources.trace import PROGRAM, TraceError, find_config, trace, understand
+from vlm_doctor.trace import Event, Pictures, TraceRequest
 from vlm_doctor.tracing import trace_model
 
 pytestmark = pytest.mark.usefixtures("no_children_left")
@@ -31,6 +31,7 @@ REQUEST = TraceRequest(
     lengths=(65, 577),
     steps=1,
 )
+PICTURES = Pictures(images=1, height=28, width=28, sequences=1, run_height=28, run_width=28, patches=4, patch=14, merge=1)
 ANSWER: dict[str, Any] = {
     "torch": "2.13.0",
     "transformers": "5.23.0",
@@ -126,7 +127,7 @@ class FakeChild:
     started: list[dict[str, Any]]
 
     def __init__(self, program: str, arguments: dict[str, Any], **options: Any) -> None:
-        assert program == "trace_child"
+        assert program == PROGRAM
         assert options["environment"]["CUDA_VISIBLE_DEVICES"] == ""
         self.started.append(arguments)
 
@@ -158,7 +159,7 @@ def test_a_second_trace_comes_from_the_cache(asked: list[dict[str, Any]], tmp_pa
 def test_what_a_trace_depends_on_makes_another(
     change: str, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = msgspec.structs.replace(REQUEST, images=1)
+    request = msgspec.structs.replace(REQUEST, pictures=PICTURES)
     folder, config = tmp_path / "model", {"a": 1}
     folder.mkdir()
     trace(request, config, folder=folder, cache_folder=tmp_path)
