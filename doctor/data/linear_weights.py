@@ -34,6 +34,7 @@ UNQUANTIZED: Mapping[str, tuple[str, ...]] = {
     # Tied to the encoder's, and what is tied stays as it is.
     "diffusion_gemma": ("model.decoder.layers", "model.decoder.self_conditioning.down_proj"),
     # The layer with the last parameter of the class stays as it is.
+    "molmo": ("image_projector.w3",),
     "nemotron_h_omni": ("multi_modal_projector.3", "multi_modal_projector.linear_2"),
 }
 """Family to parts of names (whole components) below which nothing is quantized."""
@@ -47,3 +48,9 @@ QUANTIZED: Mapping[str, tuple[str, ...]] = {
 }
 """Family to modules or parameters that are quantized though they do not look like it: the layer before a head that is tied,
 patches, a head that the class does not call its own, a weight that loading parts into three layers."""
+
+UNTOLD_HEADS: Mapping[str, str] = {"chatglm": "output_layer"}
+"""Family with code of its own to the module of its head, which that code does not name to transformers: it has neither
+``get_output_embeddings`` nor an ``lm_head``, so that bitsandbytes quantizes the head as any other linear layer
+(``get_keys_to_not_convert`` of 4.57, 5.0, 5.17 and 5.23). Source: modeling_chatglm.py of GLM-4V-9B; seen on two H200s with
+transformers 5.17, with a stand-in for that code."""

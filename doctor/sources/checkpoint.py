@@ -81,5 +81,7 @@ class Checkpoint(NamedTuple):
     """What code beside it relies on (``data/removed_calls.py``); ``None`` where there is no code."""
     moved_joins: tuple[str, ...] | None = None
     """What that code moves itself before it is joined (``data/joins.py``); ``None`` where there is no code."""
+    tells_head: bool = False
+    """Whether code beside it names its head to transformers."""
     prompts: Mapping[str, Any] = {}
     """processor_config.json without its parts: what counts the tokens of images in a prompt."""

@@ -76,10 +76,12 @@ def _read(folder: Path) -> Checkpoint:
 def _with_code(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint with what its own code does, where that is beside it."""
     # Late: few checkpoints bring code.
-    from .own_code import broken_calls, moved_joins
+    from .own_code import broken_calls, moved_joins, tells_head
 
     calls = broken_calls(folder)
-    return checkpoint if calls is None else checkpoint._replace(broken_calls=calls, moved_joins=moved_joins(folder))
+    if calls is None:
+        return checkpoint
+    return checkpoint._replace(broken_calls=calls, moved_joins=moved_joins(folder), tells_head=tells_head(folder))
 
 
 def _read_torch_files(folder: Path, config: dict[str, Any]) -> Checkpoint:

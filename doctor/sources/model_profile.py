@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..data.config_defaults import ARCHITECTURES, PARTS
 from ..data.families import FLAT_TOWERS, PACKAGED, REMOTE_TYPES, FamilyChanges, FamilyRules, rules_of
 from ..data.image_rules import UNKNOWN
+from ..data.linear_weights import UNTOLD_HEADS
 from ..errors import ModelFileError
 from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
 from .allocation_scripts import body_script, tower_script
@@ -65,6 +66,8 @@ def build_profile(
     is_own = bool(config.get("auto_map")) or architecture in PACKAGED
     is_remote_code = is_own and ARCHITECTURES.get(model_type) != architecture
     rules = _rules(config, model_type, architecture, is_remote_code=is_remote_code, families=families or {})
+    if is_remote_code and model_type in UNTOLD_HEADS and not checkpoint.tells_head:
+        rules = rules._replace(quantized=(*rules.quantized, UNTOLD_HEADS[model_type]))
     is_flat = are_towers_flat and not is_remote_code and _tower_type(config) in FLAT_TOWERS
     fields = text_fields(config)
     ties = _ties(config, fields.raw("tie_word_embeddings"))

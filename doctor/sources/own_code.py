@@ -34,6 +34,11 @@ def moved_joins(folder: Path) -> tuple[str, ...]:
     return tuple(moves for moves, patch in patched.items() if any(re.search(patch, text) for text in texts))
 
 
+def tells_head(folder: Path) -> bool:
+    """Whether the code of a folder names its head to transformers, which then keeps it from bitsandbytes."""
+    return any(re.search(r"def (?:get_output_embeddings|lm_head)\(", text) for text in _texts(folder).values())
+
+
 def gone(transformers: Path) -> frozenset[str]:
     """Names of :data:`BREAKS` that the installed transformers breaks; read from its own files."""
     found = set()
@@ -77,4 +82,4 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(BREAKS[name].code)
 
 
-__all__ = ["broken_calls", "gone", "moved_joins"]
+__all__ = ["broken_calls", "gone", "moved_joins", "tells_head"]

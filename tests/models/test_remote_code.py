@@ -314,3 +314,27 @@ def test_the_installed_transformers_is_known(folders: Mapping[str, Path]) -> Non
         name for name, found in BREAKS.items() if found.since <= release and (found.until is None or release < found.until)
     }
     assert installed() == wanted
+
+
+def test_bitsandbytes_replaces_what_is_counted(family: str, folders: Mapping[str, Path]) -> None:
+    """By the installed transformers' own rule: no byte is counted as quantized that stays as it is; of GLM-4V the head."""
+    rules = pytest.importorskip("transformers.quantizers.quantizers_utils", reason="before 5 the rule is another")
+    if not hasattr(rules, "should_convert_module"):
+        pytest.skip("before 5 the rule is another")
+    from transformers.quantizers.base import HfQuantizer
+
+    profile = load_profile(str(folders[family]))
+    config = transformers.AutoConfig.from_pretrained(folders[family], trust_remote_code=True)
+    with torch.device("meta"):
+        model = getattr(transformers, tiny_remote.FAMILIES[family].auto).from_config(config, trust_remote_code=True)
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    replaced = {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and rules.should_convert_module(name, skipped)
+    }
+    for unit in profile.units:
+        inside = sum(size for name, size in replaced.items() if name == unit.key or name.startswith(f"{unit.key}."))
+        assert unit.linear.elements + unit.expert_linear.elements <= inside, unit.key
+        if family == "chatglm":
+            assert unit.linear.elements == inside, unit.key

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm_doctor.sources.checkpoint_folder import read_folder
-from vlm_doctor.sources.own_code import broken_calls, gone, moved_joins
+from vlm_doctor.sources.own_code import broken_calls, gone, moved_joins, tells_head
 
 PHI = """
 from transformers.cache_utils import Cache, DynamicCache
@@ -111,3 +111,17 @@ def test_a_checkpoint_knows_what_the_code_beside_it_moves(tmp_path: Path) -> Non
 
     assert unknown is None
     assert read_folder(tmp_path).moved_joins == ("transformer.vision",)
+
+
+@pytest.mark.parametrize(
+    ("code", "is_told"),
+    [
+        ("    def get_output_embeddings(self):\n        return self.transformer.output_layer\n", True),
+        ("    @property\n    def lm_head(self):\n        return self.language_model.lm_head\n", True),
+        ("    def get_input_embeddings(self):\n        return self.embedding\n", False),
+        ("", False),
+    ],
+)
+def test_whether_the_head_is_named_to_transformers(code: str, is_told: bool, tmp_path: Path) -> None:
+    (tmp_path / "modeling_x.py").write_text(f"class X(PreTrainedModel):\n{code}")
+    assert tells_head(tmp_path) == is_told
