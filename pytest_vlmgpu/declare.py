@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pytest
 
 
@@ -107,9 +110,9 @@ SETTINGS = (
     ),
     Setting(
         "warm",
-        "keep each model, in a process of its own, for the next run, until it was not used for so long (15m for the option "
-        "alone; any time in a file or the environment); default: off",
-        levels=("15m", "5m", "30m", "1h", "2h", "4h", "8h", "off"),
+        "keep each model, in a process of its own, for the next run, until it was not used for so long, such as 90s or 4h "
+        "(15m for the option alone); default: off",
+        levels=("15m", "off"),
     ),
     Setting("cold", "load the models of this run anew, whatever is kept", levels=("on",), is_option_only=True),
     Setting(
@@ -156,7 +159,8 @@ MARKERS = (
 class _Level(argparse.Action):
     """``--vlm-strict`` and ``--vlm-strict=all``, and never the word behind it, which is a folder of tests.
 
-    Each form is an option string of its own: with ``nargs="?"`` argparse takes ``tests/`` in ``--vlm-strict tests/``.
+    Each form is an option string of its own: with ``nargs="?"`` argparse takes ``tests/`` in ``--vlm-strict tests/``. So
+    are those that somebody wrote, right or wrong: argparse has no word on what is allowed, and the settings have one.
     """
 
     def __call__(
@@ -167,17 +171,30 @@ class _Level(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         """Store the level that was written, or the first one."""
-        level = (option_string or "").partition("=")[2]
-        setattr(namespace, self.dest, level or self.const)
+        _, is_written, level = (option_string or "").partition("=")
+        setattr(namespace, self.dest, level if is_written else self.const)
 
 
-def add_options(parser: pytest.Parser) -> None:
-    """Declare command-line options and ini keys. Each default is ``None``, so that "not given" can be told."""
+def words_given(config: Any) -> list[object]:
+    """What pytest is about to parse: words of the command line, of ``PYTEST_ADDOPTS`` and of the ini key ``addopts``."""
+    by_variable = shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))
+    return [*config.invocation_params.args, *by_variable, *config.getini("addopts")]
+
+
+def add_options(parser: pytest.Parser, words: Iterable[object] = ()) -> None:
+    """Declare command-line options and ini keys. Each default is ``None``, so that "not given" can be told.
+
+    Args:
+        parser: pytest's.
+        words: Those that will be parsed.
+    """
+    written = [word for word in words if isinstance(word, str) and word.startswith("--vlm-")]
     group = parser.getgroup("vlmgpu", "tests with vision-language models on GPUs")
     for setting in SETTINGS:
         option, dest = option_of(setting.name), f"vlm_{setting.name}"
         if setting.levels:
             forms = [f"{option}={level}" for level in setting.levels] if len(setting.levels) > 1 else []
+            forms = list(dict.fromkeys([*forms, *(word for word in written if word.startswith(f"{option}="))]))
             const = setting.levels[0]
             group.addoption(option, *forms, dest=dest, action=_Level, nargs=0, const=const, default=None, help=setting.help)
         else:

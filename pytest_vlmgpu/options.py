@@ -364,8 +364,10 @@ def _text(text: str, _origin: str) -> str:
     return text
 
 
-def _switch(_text: str, _origin: str) -> bool:
-    return True
+def _alone(text: str, origin: str) -> bool:
+    if text == "on":
+        return True
+    raise pytest.UsageError(f"{WRONG}: {origin}: it takes no value, and has {text!r}; write {origin} alone.")
 
 
 def parse_switch(text: str, origin: str) -> bool:
@@ -376,7 +378,7 @@ def parse_switch(text: str, origin: str) -> bool:
     """
     if text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
-    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither on nor off; write one of these.")
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither on nor off; write one of these words.")
 
 
 def parse_device_map(text: str, origin: str) -> str:
@@ -432,7 +434,7 @@ def _parse_slots(text: str, origin: str) -> int | None:
         return None
     if re.fullmatch("[1-9][0-9]{0,3}", text, re.ASCII):
         return int(text)
-    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither a number from 1 on nor fit.")
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no such number; write a whole number from 1 to 9999, or fit.")
 
 
 def parse_busy(text: str, origin: str) -> Literal["error", "skip"]:
@@ -445,7 +447,7 @@ def parse_busy(text: str, origin: str) -> Literal["error", "skip"]:
         return "skip"
     if text.lower() == "error":
         return "error"
-    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is neither error nor skip.")
+    raise pytest.UsageError(f"{WRONG}: {origin}: {text!r} is no such outcome; write error or skip.")
 
 
 def parse_lease(text: str, origin: str) -> Scope:
@@ -528,12 +530,12 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "expect_vram": parse_size,
     "min_tests": parse_count,
     "baseline": parse_path,
-    "update_baseline": _switch,
-    "plan": _switch,
+    "update_baseline": _alone,
+    "plan": _alone,
     "fleet": parse_path,
     "wait": parse_wait,
     "warm": parse_warm,
-    "cold": _switch,
+    "cold": _alone,
     "busy": parse_busy,
     "slots": _parse_slots,
     "hide_gpu_from_cpu_tests": parse_switch,
@@ -543,7 +545,7 @@ READERS: dict[str, Callable[[str, str], Any]] = {
     "leak_check": parse_level,
     "leak_tolerance": parse_size,
     "seed": parse_seed,
-    "suggest": _switch,
+    "suggest": _alone,
     "report": parse_path,
 }
 """Name of each setting to the function that reads its text; the second argument is where it was given."""

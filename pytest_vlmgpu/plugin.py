@@ -27,9 +27,9 @@ def __dir__() -> list[str]:
     return [name for name in globals() if name.startswith("pytest_")]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Declare options and ini keys."""
-    declare.add_options(parser)
+    declare.add_options(parser, declare.words_given(pluginmanager.get_plugin("pytestconfig")))
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:

@@ -100,7 +100,7 @@ def test_an_environment_variable_can_switch_strict_off() -> None:
         ),
         ({"VLMGPU_DTYPE": "fp16"}, "VLMGPU_DTYPE: 'fp16' is no dtype; write float16."),
         ({"VLMGPU_DTYPE": "int4"}, "VLMGPU_DTYPE: 'int4' is no dtype; write bfloat16 or float16 or float32."),
-        ({"VLMGPU_ALLOW_OFFLOAD": "x"}, "VLMGPU_ALLOW_OFFLOAD: 'x' is neither on nor off; write one of these."),
+        ({"VLMGPU_ALLOW_OFFLOAD": "x"}, "VLMGPU_ALLOW_OFFLOAD: 'x' is neither on nor off; write one of these words."),
         ({"VLMGPU_REPORT": "/tmp"}, "VLMGPU_REPORT: /tmp is a folder; name a file in it."),
         ({"PYTEST_VLMGPU_GPUS": "cpu"}, "PYTEST_VLMGPU_GPUS: 'cpu' names no GPUs; write none."),
     ],
@@ -302,6 +302,36 @@ def test_a_level_is_never_taken_from_the_word_behind(suite: Any, words: list[str
     assert config.args[-1:] == (["tests"] if "tests" in words else config.args[-1:])
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--vlm-strict=foo", "--vlm-strict: 'foo' is no level; write gpu, all, auto or off."),
+        ("--vlm-strict=", "--vlm-strict: the value is empty; leave it out, or give one."),
+        ("--vlm-warm=20 minutes", "--vlm-warm: '20 minutes' is no time; write seconds (90), or 90s, 10m, 1h."),
+        ("--vlm-allow-offload=2", "--vlm-allow-offload: '2' is neither on nor off; write one of these words."),
+        ("--vlm-plan=x", "--vlm-plan: it takes no value, and has 'x'; write --vlm-plan alone."),
+    ],
+)
+@pytest.mark.parametrize("place", ["command line", "addopts", "PYTEST_ADDOPTS"])
+def test_a_wrong_level_gets_a_sentence_of_ours(
+    suite: Any, monkeypatch: pytest.MonkeyPatch, word: str, message: str, place: str
+) -> None:
+    if place == "addopts":
+        suite.pytester.makeini(f"[pytest]\naddopts = '{word}'")
+    elif place == "PYTEST_ADDOPTS":
+        monkeypatch.setenv("PYTEST_ADDOPTS", f"'{word}'")
+
+    result = suite.run(*[word] * (place == "command line"), test_x="def test_x(): pass")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: VLM720: {message}" in result.errlines
+    assert "usage:" not in result.stderr.str()
+
+
+def test_any_time_may_be_written_behind_warm(suite: Any) -> None:
+    assert suite.pytester.parseconfig("--vlm-warm=20m", "tests").getoption("vlm_warm") == "20m"
+
+
 def test_native_toml(suite: Any) -> None:
     if pytest.version_tuple < (9,):
         pytest.skip("pytest.toml came with pytest 9")
@@ -397,8 +427,8 @@ def test_slots_and_lease_folder() -> None:
 @pytest.mark.parametrize(
     ("setting", "text", "message"),
     [
-        ("slots", "0", "--vlm-slots: '0' is neither a number from 1 on nor fit."),
-        ("slots", "two", "--vlm-slots: 'two' is neither a number from 1 on nor fit."),
+        ("slots", "0", "--vlm-slots: '0' is no such number; write a whole number from 1 to 9999, or fit."),
+        ("slots", "two", "--vlm-slots: 'two' is no such number; write a whole number from 1 to 9999, or fit."),
         ("lease_dir", "leases", "--vlm-lease-dir: 'leases' is no absolute path; other runs must find the same folder."),
         (
             "lease_dir",
@@ -406,7 +436,7 @@ def test_slots_and_lease_folder() -> None:
             "--vlm-lease-dir: '/tmp/\\x00' is no absolute path; other runs must find the same folder.",
         ),
         ("lease_dir", "off", "--vlm-lease-dir: 'off' is no folder; to lease no GPUs, write --vlm-lease=off."),
-        ("busy", "wait", "--vlm-busy: 'wait' is neither error nor skip."),
+        ("busy", "wait", "--vlm-busy: 'wait' is no such outcome; write error or skip."),
         ("lease", "none", "--vlm-lease: 'none' is no reach of leases; write machine, run or off."),
     ],
 )
