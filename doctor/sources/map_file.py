@@ -17,11 +17,16 @@ MAX_MAP_BYTES = 4 * 2**20
 MAX_NUMBER = 9_999
 """Largest number of a device that is read: no process sees as many GPUs."""
 _KEY = re.compile(r"[\w.\-]{0,400}", re.ASCII)
-_ASSIGNMENT = re.compile(r"(?:[A-Za-z_][\w.]{0,80}\s*=\s*)?(?:OrderedDict\(\s*)?(?=\{)", re.ASCII)
+_OPENS = r"(?:(?:collections\.)?OrderedDict\(\s*)?(?=\{|\[\s*\()"
+"""A dict, or the pairs that Python before 3.12 prints an ``OrderedDict`` as, which accelerate makes of a map."""
+_COMMENTS = re.compile(r"(?:\s|\#[^\n]*(?:\n|\Z))*")
+_ASSIGNMENT = re.compile(r"(?:[A-Za-z_][\w.]{0,80}\s*=\s*)?" + _OPENS, re.ASCII)
 _LINE = re.compile(
     r"""(?P<key>"[^"]*"|'[^']*'|[^\s"'#:][^\s:]*)\s*:(?:\s+(?P<value>"[^"]*"|'[^']*'|[^\s"'#]\S*))?\s*(?:\#.*)?"""
 )
-_IN_SCRIPT = re.compile(r"^[ \t]*(?:hf_)?device_map(?::[\w\[\], |.]{1,60}| {1,9})?= {0,9}(?=\{)", re.MULTILINE | re.ASCII)
+_IN_SCRIPT = re.compile(
+    r"^[ \t]*(?:hf_)?device_map(?::[\w\[\], |.]{1,60}| {1,9})?= {0,9}" + _OPENS, re.MULTILINE | re.ASCII
+)
 _HEADING = re.compile(r"^(?:hf_)?device_map:[ \t]*(?:#.*)?\n(?=[ \t]+\S)", re.MULTILINE)
 _VISIBLE = re.compile(
     r"""^[^\#\n]{0,200}CUDA_VISIBLE_DEVICES(?:["']\])?[ ]*[:=][ ]*
@@ -54,6 +59,8 @@ def read_map(name: str) -> MapText:
 
 def _read(name: str, where: str) -> str:
     try:
+        if not name.strip():
+            raise MapError("The name of the map is empty; name the file of a device_map, or - for standard input.")
         if name == "-":
             data = sys.stdin.buffer.read(MAX_MAP_BYTES + 1) if sys.stdin is not None else b""
         else:
@@ -90,7 +97,7 @@ def parse_map(text: str, *, where: str) -> MapText:
     """
     if not text.strip():
         raise MapError(f"{where} is empty; {HOW}.")
-    start = len(text) - len(text.lstrip())
+    start = _COMMENTS.match(text).end()  # type: ignore[union-attr]  # matches nothing as well
     head = _ASSIGNMENT.match(text, start)
     if head is None or (text[start] != "{" and _IN_SCRIPT.search(text)):
         return _in_document(text, where)
@@ -181,7 +188,7 @@ def _yaml_lines(text: str, where: str) -> list[Entry]:
         if match["value"] is None:
             if entries or key not in ("device_map", "hf_device_map"):
                 raise MapError(
-                    f"{where}, {place}: {key[:60]!r} has no device; write a number, cpu or disk behind the colon."
+                    f"{where}, {place}: {key[:60]!r} has no device; write the number of a GPU, cpu or disk behind the colon."
                 )
             continue
         value = match["value"]
@@ -208,7 +215,7 @@ def _problem(entry: Entry, known: dict[str, int | str]) -> str:
         return f"{key!r} is not the name of a module; {HOW}"
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         shown = _shown(value)
-        return f"the device of {key!r} is {shown}; write a number, cpu or disk"
+        return f"the device of {key!r} is {shown}; write the number of a GPU, cpu or disk"
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
         return f"the device of {key!r} is out of range; write the number of a GPU"
     return f"the key {key!r} stands twice; keep one of them" if entry.key in known else ""
