@@ -188,16 +188,16 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path, monkeypatch:
     big, binary = tmp_path / "big", tmp_path / "binary"
     with big.open("wb") as file:
         file.truncate(MAX_MAP_BYTES + 1)
-    binary.write_bytes(b"\xff\xfe{")
+    binary.write_bytes(b"{\xff")
     monkeypatch.setattr("sys.stdin", None)
     for name, words in (
-        (str(tmp_path), "is a folder; name the file of a device_map."),
+        (str(tmp_path), "is a folder; name a device_map in it."),
         (str(tmp_path / "none"), "no such file; name the file of a device_map, or - for standard input."),
-        (str(big), f"is larger than {MAX_MAP_BYTES:,} bytes, so it is no device_map"),
-        (str(binary), "is not UTF-8 text (byte 0); save the map as UTF-8."),
+        (str(big), f"has more than {MAX_MAP_BYTES:,} bytes, which is too large for a device_map"),
+        (str(binary), "is not UTF-8 text (byte 1); save the map as UTF-8."),
         ("/dev/null", "is not a regular file; name the file of a device_map, or - for standard input."),
-        ("a\0b", "cannot be read: embedded null byte."),
-        ("x" * 5000, "cannot be read: File name too long."),
+        ("a\0b", "cannot be read (embedded null byte); name the file of a device_map, or - for standard input."),
+        ("x" * 5000, "cannot be read (File name too long); correct the name."),
         ("-", "standard input is empty;"),
         (" ", "The name of the map is empty; name the file of a device_map, or - for standard input."),
     ):
