@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from .errors import UsageError
 from .expectations import capability, gpu_count
@@ -46,6 +47,22 @@ def whole_number(option: str, example: int) -> Callable[[str], int]:
         if not _NUMBER.fullmatch(text.strip()):
             raise UsageError(f"{option}: {text!r} is not a whole number; write digits, such as {example}.")
         return int(text)
+
+    return read
+
+
+def file_path(option: str) -> Callable[[str], Path]:
+    """A reader of names of files; whether there is such a file is for others to say.
+
+    Args:
+        option: Its name, for the message of an error.
+    """
+
+    def read(text: str) -> Path:
+        if text.strip() in ("", "-"):
+            instead = ", or leave it out for standard output" if option == "--output" else ""
+            raise UsageError(f"{option}: {text!r} names no file; write its name{instead}.")
+        return Path(text)
 
     return read
 

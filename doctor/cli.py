@@ -32,18 +32,45 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
 
 
 def _guarded(words: list[str]) -> int:
+    try:
+        return _run(words)
+    except Exception as error:  # noqa: BLE001 - last border: no error may reach the user as a traceback
+        try:
+            return _tell(error, words)
+        except Exception:  # noqa: BLE001 - what tells it is itself among what is broken, as where msgspec is
+            return _tell_plainly(error, words)
+
+
+def _tell(error: Exception, words: list[str]) -> int:
     from .arguments import failure_style
     from .errors import OutputError, VlmDoctorError
 
-    try:
-        return _run(words)
-    except OutputError as error:
-        # By now standard output leads nowhere: only standard error can say why.
-        return _fail(type(error).__name__, str(error), error.exit_status, style="text")
-    except VlmDoctorError as error:
-        return _fail(type(error).__name__, str(error), error.exit_status, style=failure_style(words))
-    except Exception as error:  # noqa: BLE001 - last border: a defect must not reach the user as a traceback
-        return _fail("InternalError", _confession(error), FAILED, style=failure_style(words))
+    if isinstance(error, VlmDoctorError):
+        # Where standard output cannot be written, only standard error can say why.
+        style = "text" if isinstance(error, OutputError) else failure_style(words)
+        return _fail(type(error).__name__, str(error), error.exit_status, style=style)
+    from .own_failure import own_failure
+
+    failure = own_failure(error)
+    return _fail(failure.kind, failure.sentence, FAILED, style=failure_style(words))
+
+
+def _tell_plainly(error: Exception, words: list[str]) -> int:
+    """Tell it with what Python brings."""
+    import json
+
+    from .own_failure import own_failure
+
+    kind, sentence = own_failure(error)
+    shown = ascii(" ".join(sentence.split()))[1:-1][:MAX_MESSAGE_CHARS]
+    if "--json" in words:
+        text = json.dumps({"error": {"type": kind, "message": shown}, "exit_status": FAILED}, indent=2)
+        stream = sys.stdout
+    else:
+        text, stream = f"vlm-doctor: {shown}", sys.stderr
+    if stream is not None:
+        stream.write(f"{text}\n")
+    return FAILED
 
 
 def _run(words: list[str]) -> int:
@@ -86,17 +113,3 @@ def _fail(kind: str, message: str, exit_status: int, *, style: str) -> int:
             message = f"{message} {error}"
     write_stderr(f"vlm-doctor: {message}")
     return exit_status
-
-
-def _confession(error: Exception) -> str:
-    """What a maintainer needs to find a defect, in one sentence."""
-    import traceback
-    from pathlib import Path
-
-    from . import __version__
-
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        f"This is a defect of vlm-doctor {__version__}, please report it: {type(error).__name__}: {error} "
-        f"({Path(place.filename).name}, line {place.lineno})."
-    )

@@ -81,6 +81,15 @@ def _silence(stream: TextIO) -> None:
     os.close(null)
 
 
+_WHAT_TO_DO = {
+    errno.ENOENT: "make its folder first",
+    errno.EISDIR: "name a file in it",
+    errno.ENOSPC: "make room, or name a file elsewhere",
+    errno.ENAMETOOLONG: "shorten the name",
+}
+"""About a file that cannot be written, by the error of the system."""
+
+
 def write_file(path: Path, text: str, *, option: str = "--output") -> None:
     """Write a file in UTF-8 so that it never exists half written.
 
@@ -114,7 +123,8 @@ def write_file(path: Path, text: str, *, option: str = "--output") -> None:
             draft.unlink(missing_ok=True)
     except (OSError, RuntimeError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UsageError(f"{option} {path}: cannot be written: {why}.") from error
+        advice = _WHAT_TO_DO.get(getattr(error, "errno", None) or 0, "name a file elsewhere")
+        raise UsageError(f"{option} {path}: cannot be written: {why}; {advice}.") from error
 
 
 def _write_as_it_stands(path: Path, text: str) -> None:

@@ -53,7 +53,7 @@ def ills_of_fabric(gpu: Gpu) -> list[str]:
 
 def _ills(gpu: Gpu) -> list[tuple[int, str]]:
     mask = gpu.fabric.health_mask if gpu.fabric is not None else None
-    return [(shift, text) for shift, text in _FABRIC_MASK.items() if (mask or 0) >> shift & 3 == 1]
+    return [(shift, text) for shift, text in _FABRIC_MASK.items() if mask >> shift & 3 == 1] if mask else []
 
 
 def fault_of_gpu(gpu: Gpu) -> str | None:
@@ -76,8 +76,9 @@ def fault_of_link(machine: Machine, a: int, b: int) -> str | None:
         b: Another GPU index.
     """
     link = machine.link(a, b)
-    for gpu in machine.gpus:
-        if gpu.index not in (a, b):
+    for index in sorted((a, b)):
+        gpu = machine.gpu(index)
+        if gpu is None:
             continue
         if gpu.recovery_action in ("drain_p2p", "drain_and_reset"):
             return f"the driver asks for an end of peer traffic of GPU {gpu.index}"

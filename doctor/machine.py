@@ -7,6 +7,7 @@ never zero. Sizes are bytes, times are seconds.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -365,7 +366,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Methods of transformers that code shipped with the checkpoint calls and the installed transformers does not have."""
 
 
-class Machine(msgspec.Struct, frozen=True, kw_only=True):
+class Machine(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Everything that was seen, at one moment."""
 
     schema: int = SCHEMA
@@ -394,10 +395,23 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     seconds: dict[str, float] = {}
     """Time each source took."""
 
+    def gpu(self, index: int) -> Gpu | None:
+        """The GPU with this index, if there is one."""
+        return self._gpu_of_index.get(index)
+
     def link(self, a: int, b: int) -> Link | None:
         """The link between two GPU indices, in either order."""
-        low, high = sorted((a, b))
-        return next((link for link in self.links if (link.a, link.b) == (low, high)), None)
+        return self._link_of_pair.get((a, b) if a < b else (b, a))
+
+    # Each pair is asked about, again and again: kept beside the fields, of which they are no part (``dict=True``).
+
+    @cached_property
+    def _gpu_of_index(self) -> dict[int, Gpu]:
+        return {gpu.index: gpu for gpu in self.gpus}
+
+    @cached_property
+    def _link_of_pair(self) -> dict[tuple[int, int], Link]:
+        return {(link.a, link.b): link for link in reversed(self.links)}
 
     def gap(self, path: str) -> Gap | None:
         """The gap that covers ``path``: the path itself, or a part that contains it."""

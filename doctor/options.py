@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from . import arguments
@@ -123,8 +122,8 @@ def _add_check(parser: Parser) -> None:
     _add_torch(parser)
     parser.add_argument("--model", metavar="NAME", help="hub id or folder of the model to suggest a placement for")
     _add_severity(parser)
-    parser.add_argument("--save", metavar="FILE", type=Path, help="keep this report, for --since when something broke")
-    parser.add_argument("--since", metavar="FILE", type=Path, help="say what changed since a saved report or snapshot")
+    _add_file(parser, "--save", help="keep this report, for --since when something broke")
+    _add_file(parser, "--since", help="say what changed since a saved report or snapshot")
     _add_output(parser, JUDGEMENT_FORMATS)
 
 
@@ -233,13 +232,13 @@ def _add_collect(parser: Parser) -> None:
         help="replace user and host names, commands, folders, UUIDs, addresses and tokens (default); --no-redact "
         "keeps them",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
+    _add_file(parser, "-o", "--output", help="write a file, whole or not at all")
 
 
 def _add_calibrate(parser: Parser) -> None:
     parser.add_argument("--gpus", metavar="0,1", type=arguments.gpu_indices, help="GPUs to measure (default: all)")
     parser.add_argument("--json", action="store_true", help="the readings as JSON")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
+    _add_file(parser, "-o", "--output", help="write a file, whole or not at all")
 
 
 def _add_machine(parser: Parser) -> None:
@@ -256,9 +255,11 @@ def _add_machine(parser: Parser) -> None:
 
 def _add_model_reading(parser: Parser) -> None:
     parser.add_argument("--offline", action="store_true", help="do not ask the model hub")
-    parser.add_argument(
-        "--families", metavar="FILE", type=Path, help="TOML with rules for models that are not built in (docs/models.md)"
-    )
+    _add_file(parser, "--families", help="TOML with rules for models that are not built in (docs/models.md)")
+
+
+def _add_file(parser: Parser | argparse._ArgumentGroup, *names: str, help: str) -> None:  # noqa: A002 - argparse's word
+    parser.add_argument(*names, metavar="FILE", type=arguments.file_path(names[-1]), help=help)
 
 
 def _add_torch(parser: Parser) -> None:
@@ -271,7 +272,7 @@ def _add_output(parser: Parser, formats: tuple[str, ...]) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--format", choices=formats, help="default: terminal")
     output.add_argument("--json", action="store_true", help="same as --format json, whatever --format says")
-    output.add_argument("-o", "--output", metavar="FILE", type=Path, help="write a file, whole or not at all")
+    _add_file(output, "-o", "--output", help="write a file, whole or not at all")
     output.add_argument("-v", "--verbose", action="store_true", help="more: evidence, sources, what passed")
 
 

@@ -28,6 +28,8 @@ NEAR_NAME = 0.66
 """Likeness (difflib) from which another name counts as ours misspelt: "vml" and "vlms" do, "vlm_slow" does not."""
 MAX_SHOWN = 80
 """Characters of a value in a message."""
+MAX_NAME_CHARS = 4096
+"""``PATH_MAX`` of Linux: a longer name is no folder."""
 MAX_GPUS = 1024
 MAX_GIB = 65_536
 """Anything larger (64 TiB) is a size in another unit: a DGX B200 has 1.4 TiB in all."""
@@ -131,6 +133,26 @@ MARKERS: dict[str, Callable[..., Any]] = {
 
 _READ: dict[tuple[str, str, str], Any] = {}
 """Name, positional and keyword arguments of each right marker as text to what it says."""
+
+
+def chosen(
+    name: str, *, dtype: str | None, trust_remote_code: bool, gpus: int, device_map: str | None, where: str
+) -> VlmSpec:
+    """The model of a call at run time, whose arguments are those of the markers.
+
+    Args:
+        name: Folder or hub id.
+        dtype: As in ``vlm``.
+        trust_remote_code: As in ``vlm``.
+        gpus: As in ``vlm_requires``.
+        device_map: As in ``vlm``.
+        where: The fixture that was called, for the message.
+    """
+    try:
+        (spec,) = vlm(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        return replace(spec, min_gpus=_count(gpus))
+    except _ArgumentError as error:
+        pytest.fail(f"{WRONG}: {where} {error}.", pytrace=False)
 
 
 def wrong(sentence: str) -> pytest.Collector.CollectError:
@@ -324,7 +346,8 @@ def _shown(value: object) -> str:
 
 def _name(value: object) -> str:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(text, str) or not text.strip():
+    # Whatever cannot be printed is in no name, and would be in every line that shows it.
+    if not isinstance(text, str) or not text.strip() or not text.isprintable() or len(text) > MAX_NAME_CHARS:
         raise _ArgumentError(f"names a model {_shown(value)}; write a folder or a hub id as text")
     return text
 

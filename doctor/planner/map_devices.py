@@ -39,7 +39,7 @@ def spelled(value: int | str) -> Spelled:
         return Spelled(
             int(text), f"torch takes the number {int(text)} and refuses the text (Invalid device string: '{text}')"
         )
-    return Spelled(text, "that is no device: write a number, cpu or disk")
+    return Spelled(text, "that is no device: write the number of a GPU, cpu or disk")
 
 
 def shown(device: int | str) -> str:

@@ -12,13 +12,15 @@ from typing import Any
 from ..errors import ModelFileError, ModelNotFoundError
 from .checkpoint import Checkpoint, StoredTensor
 from .image_files import processor_settings
-from .regular_file import unreadable
+from .regular_file import instead, read_text, unreadable
 from .safetensors_headers import read_header
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+ADAPTER = "adapter_config.json"
+"""Of PEFT."""
 TORCH = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 
@@ -57,13 +59,13 @@ def read_folder(folder: Path) -> Checkpoint:
 
 def _read(folder: Path) -> Checkpoint:
     if not folder.exists():
-        raise ModelNotFoundError(f"{folder}: there is no such folder.")
+        raise ModelNotFoundError(f"{folder}: there is no such folder; correct the path, or give a hub id (org/name).")
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: is a file; name the folder that holds config.json and the safetensors files.")
     if not (folder / CONFIG).is_file():
         if os.path.lexists(folder / CONFIG):
             raise ModelFileError(f"{folder / CONFIG}: not a regular file, nor a link to one; {_AGAIN}.")
-        raise ModelFileError(f"{folder}: has no config.json; name the folder of a checkpoint.")
+        raise ModelFileError(f"{folder}: {_without_config(folder)}.")
     config = parse_object(_read_text(folder / CONFIG), where=CONFIG)
     shards, notes = _shards(folder)
     if not shards:
@@ -71,6 +73,19 @@ def _read(folder: Path) -> Checkpoint:
     tensors = join_shards({shard: read_header(folder / shard) for shard in shards})
     images, prompts = _processors(folder, notes)
     return Checkpoint(config, tensors, tuple(shards), images, tuple(notes), prompts=prompts)
+
+
+def _without_config(folder: Path) -> str:
+    """What a folder is that has no config.json, and what to do."""
+    text = read_text(folder / ADAPTER, MAX_JSON_BYTES)
+    if text is None:
+        return "has no config.json; name the folder of a checkpoint"
+    try:
+        base = parse_object(text.encode(), where=ADAPTER).get("base_model_name_or_path")
+    except ModelFileError:
+        base = None
+    named = f" of {base[:120]}" if isinstance(base, str) and base.isprintable() else ""
+    return f"holds an adapter{named} and no model; name the model that it belongs to"
 
 
 def _with_code(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
@@ -111,10 +126,18 @@ def parse_object(text: bytes, *, where: str) -> dict[str, Any]:
             # Without its other half it cannot be written into any report.
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{where}: is not JSON ({str(error)[:200]}); download it again.") from error
+        other = instead(text) or f"is not JSON ({_flaw(error)}); {_AGAIN}"
+        raise ModelFileError(f"{where}: {other}.") from error
     if not isinstance(value, dict):
         raise ModelFileError(f"{where}: is not a JSON object; download it again.")
     return value
+
+
+def _flaw(error: ValueError | RecursionError) -> str:
+    """What Python's parser says, where it speaks of the text and not of Python's own limits."""
+    if isinstance(error, (json.JSONDecodeError, UnicodeError)):
+        return str(error)[:200]
+    return "it is nested too deeply" if isinstance(error, RecursionError) else "a number in it is too long"
 
 
 def shards_of_index(text: bytes, *, where: str = INDEX) -> list[str]:

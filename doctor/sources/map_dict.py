@@ -17,7 +17,7 @@ _TOKEN = re.compile(
       | (?P<device>(?:torch\.)?device\(\s*(?:type\s*=\s*)?["'](?P<type>[\w:]+)["']\s*
             (?:,\s*(?:index\s*=\s*)?(?P<index>\d{1,4})\s*)?\))
       | (?P<number>-?\d{1,6})(?![\w.])
-      | (?P<mark>[{}:,])
+      | (?P<mark>[{}:,()\[\]])
     )""",
     re.VERBOSE | re.ASCII,
 )
@@ -49,7 +49,7 @@ def python_dict(text: str, start: int, where: str, *, is_script: bool = False) -
 
     Args:
         text: All of it.
-        start: Where the brace opens.
+        start: Where the brace opens, or the bracket of a list of pairs, as Python before 3.12 prints an ``OrderedDict``.
         where: File name, for the message of an error.
         is_script: Anything may follow it.
 
@@ -57,30 +57,41 @@ def python_dict(text: str, start: int, where: str, *, is_script: bool = False) -
         MapError: It is no such dict.
     """
     reader = _Reader(text, start, where)
-    reader.expect("{")
+    has_pairs = reader.takes("[")
+    end = "]" if has_pairs else "}"
+    if not has_pairs:
+        reader.expect("{")
     entries: list[Entry] = []
-    while not reader.takes("}"):
+    while not reader.takes(end):
         at = reader.here()
-        spread = reader.spread()
-        if spread is not None:
-            entries += [Entry(key, value, at) for key, value in spread]
-            _limit(entries, where)
-            if reader.takes("}"):
-                break
-            reader.expect(",")
-            continue
-        key = reader.value()
-        if not isinstance(key, str):
-            raise reader.error("a module name in quotation marks")
-        reader.expect(":")
-        entries.append(Entry(key, reader.value(), at))
+        found = None if has_pairs else reader.spread()
+        if found is None:
+            found = [_pair(reader) if has_pairs else _item(reader)]
+        entries += [Entry(key, value, at) for key, value in found]
         _limit(entries, where)
-        if reader.takes("}"):
+        if reader.takes(end):
             break
         reader.expect(",")
     if not is_script:
         reader.ends()
     return entries
+
+
+def _item(reader: _Reader) -> tuple[str, int | str]:
+    """``"module": device``."""
+    key = reader.key()
+    reader.expect(":")
+    return key, reader.value()
+
+
+def _pair(reader: _Reader) -> tuple[str, int | str]:
+    """``("module", device)``."""
+    reader.expect("(")
+    key = reader.key()
+    reader.expect(",")
+    value = reader.value()
+    reader.expect(")")
+    return key, value
 
 
 def _limit(entries: list[Entry], where: str) -> None:
@@ -131,6 +142,12 @@ class _Reader:
         if match["device"]:
             return f"{match['type']}:{match['index']}" if match["index"] else match["type"]
         return match["text"][1:-1]
+
+    def key(self) -> str:
+        found = self.value()
+        if not isinstance(found, str):
+            raise self.error("a module name in quotation marks")
+        return found
 
     def spread(self) -> list[tuple[str, int | str]] | None:
         """Keys that differ in a number, where such stand here."""

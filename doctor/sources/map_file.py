@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -11,17 +12,23 @@ from typing import Any, NamedTuple
 
 from ..errors import MapError
 from .map_dict import HOW, MAX_KEYS, Entry, python_dict, spot
+from .regular_file import in_utf8, read_given
 
 MAX_MAP_BYTES = 4 * 2**20
 """A report of a plan over 16 GPUs has about 100 kB, a map of every tensor of the largest published model about 3 MB."""
 MAX_NUMBER = 9_999
 """Largest number of a device that is read: no process sees as many GPUs."""
 _KEY = re.compile(r"[\w.\-]{0,400}", re.ASCII)
-_ASSIGNMENT = re.compile(r"(?:[A-Za-z_][\w.]{0,80}\s*=\s*)?(?:OrderedDict\(\s*)?(?=\{)", re.ASCII)
+_OPENS = r"(?:(?:collections\.)?OrderedDict\(\s*)?(?=\{|\[\s*\()"
+"""A dict, or the pairs that Python before 3.12 prints an ``OrderedDict`` as, which accelerate makes of a map."""
+_COMMENTS = re.compile(r"(?:\s|\#[^\n]*(?:\n|\Z))*")
+_ASSIGNMENT = re.compile(r"(?:[A-Za-z_][\w.]{0,80}\s*=\s*)?" + _OPENS, re.ASCII)
 _LINE = re.compile(
     r"""(?P<key>"[^"]*"|'[^']*'|[^\s"'#:][^\s:]*)\s*:(?:\s+(?P<value>"[^"]*"|'[^']*'|[^\s"'#]\S*))?\s*(?:\#.*)?"""
 )
-_IN_SCRIPT = re.compile(r"^[ \t]*(?:hf_)?device_map(?::[\w\[\], |.]{1,60}| {1,9})?= {0,9}(?=\{)", re.MULTILINE | re.ASCII)
+_IN_SCRIPT = re.compile(
+    r"^[ \t]*(?:hf_)?device_map(?::[\w\[\], |.]{1,60}| {1,9})?= {0,9}" + _OPENS, re.MULTILINE | re.ASCII
+)
 _HEADING = re.compile(r"^(?:hf_)?device_map:[ \t]*(?:#.*)?\n(?=[ \t]+\S)", re.MULTILINE)
 _VISIBLE = re.compile(
     r"""^[^\#\n]{0,200}CUDA_VISIBLE_DEVICES(?:["']\])?[ ]*[:=][ ]*
@@ -53,25 +60,18 @@ def read_map(name: str) -> MapText:
 
 
 def _read(name: str, where: str) -> str:
+    if not name.strip():
+        raise MapError("The name of the map is empty; name the file of a device_map, or - for standard input.")
+    if name == "-":
+        data = in_utf8(sys.stdin.buffer.read(MAX_MAP_BYTES + 1) if sys.stdin is not None else b"")
+        if len(data) > MAX_MAP_BYTES:
+            raise MapError(f"{where} is larger than {MAX_MAP_BYTES:,} bytes, so it is no device_map; {HOW}.")
+    else:
+        advice = "name the file of a device_map, or - for standard input"
+        path = Path(os.path.expanduser(name))  # noqa: PTH111 - which does not raise where there is no such user
+        data = read_given(path, MAX_MAP_BYTES, where=where, what="a device_map", advice=advice, error=MapError)
     try:
-        if name == "-":
-            data = sys.stdin.buffer.read(MAX_MAP_BYTES + 1) if sys.stdin is not None else b""
-        else:
-            path = Path(name).expanduser()
-            if path.is_dir():
-                raise MapError(f"{where} is a folder; name the file of a device_map.")
-            if path.exists() and not path.is_file():
-                raise MapError(f"{where} is not a regular file; name the file of a device_map, or - for standard input.")
-            with path.open("rb") as file:
-                data = file.read(MAX_MAP_BYTES + 1)
-    except FileNotFoundError:
-        raise MapError(f"{where}: no such file; name the file of a device_map, or - for standard input.") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise MapError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    if len(data) > MAX_MAP_BYTES:
-        raise MapError(f"{where} is larger than {MAX_MAP_BYTES:,} bytes, so it is no device_map; {HOW}.")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise MapError(f"{where} is not UTF-8 text (byte {error.start:,}); save the map as UTF-8.") from error
 
@@ -90,7 +90,7 @@ def parse_map(text: str, *, where: str) -> MapText:
     """
     if not text.strip():
         raise MapError(f"{where} is empty; {HOW}.")
-    start = len(text) - len(text.lstrip())
+    start = _COMMENTS.match(text).end()  # type: ignore[union-attr]  # matches nothing as well
     head = _ASSIGNMENT.match(text, start)
     if head is None or (text[start] != "{" and _IN_SCRIPT.search(text)):
         return _in_document(text, where)
@@ -181,7 +181,8 @@ def _yaml_lines(text: str, where: str) -> list[Entry]:
         if match["value"] is None:
             if entries or key not in ("device_map", "hf_device_map"):
                 raise MapError(
-                    f"{where}, {place}: {key[:60]!r} has no device; write a number, cpu or disk behind the colon."
+                    f"{where}, {place}: {key[:60]!r} has no device; "
+                    "write the number of a GPU, cpu or disk behind the colon."
                 )
             continue
         value = match["value"]
@@ -208,7 +209,7 @@ def _problem(entry: Entry, known: dict[str, int | str]) -> str:
         return f"{key!r} is not the name of a module; {HOW}"
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         shown = _shown(value)
-        return f"the device of {key!r} is {shown}; write a number, cpu or disk"
+        return f"the device of {key!r} is {shown}; write the number of a GPU, cpu or disk"
     if isinstance(value, int) and abs(value) > MAX_NUMBER:
         return f"the device of {key!r} is out of range; write the number of a GPU"
     return f"the key {key!r} stands twice; keep one of them" if entry.key in known else ""

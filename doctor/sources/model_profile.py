@@ -112,7 +112,10 @@ def build_profile(
         text_multiples=rules.text_multiples,
         vision_multiples=rules.vision_multiples,
         body_script=None if is_remote_code or rules.text_multiples else body_script(text.body),
-        tower_script=None if is_remote_code or rules.vision_multiples else tower_script(model_type, _vision_type(config)),
+        # A script counts in the tower's dimensions.
+        tower_script=None
+        if is_remote_code or rules.vision_multiples or vision is None
+        else tower_script(model_type, _vision_type(config)),
         files=checkpoint.files,
         broken_calls=checkpoint.broken_calls,
         moved_joins=checkpoint.moved_joins,

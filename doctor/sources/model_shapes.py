@@ -88,7 +88,7 @@ class Fields:
             value = int(value)
         if type(value) is not int or not 0 < value < _MAX_DIMENSION:
             raise ModelFileError(
-                f"config.json: {self._where}{found[0]} is {str(value)[:60]!r}, not a positive integer; correct it."
+                f"config.json: {self._where}{found[0]} is {repr(value)[:60]}, not a positive integer; correct it."
             )
         return value
 

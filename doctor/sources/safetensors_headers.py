@@ -14,7 +14,7 @@ import msgspec
 
 from ..errors import ModelFileError
 from .checkpoint import DTYPE_BITS, StoredTensor
-from .regular_file import open_regular
+from .regular_file import HEAD_BYTES, instead, open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that the safetensors library reads (``MAX_HEADER_SIZE`` in ``safetensors/src/tensor.rs``)."""
@@ -66,7 +66,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_open(file: BinaryIO, file_bytes: int, where: str) -> dict[str, StoredTensor]:
-    length = header_length(file.read(PREFIX_BYTES), file_bytes, where=where)
+    length = header_length(file.read(HEAD_BYTES), file_bytes, where=where)
+    file.seek(PREFIX_BYTES)
     return parse_header(file.read(length), file_bytes, length=length, where=where)
 
 
@@ -74,7 +75,7 @@ def header_length(prefix: bytes, file_bytes: int | None, *, where: str) -> int:
     """Read the length field and judge it.
 
     Args:
-        prefix: The first 8 bytes of the file.
+        prefix: The first 8 bytes of the file, or more.
         file_bytes: Size of the whole file, ``None`` when unknown.
         where: File name, for the message of the error.
 
@@ -88,6 +89,9 @@ def header_length(prefix: bytes, file_bytes: int | None, *, where: str) -> int:
         raise ModelFileError(f"{where}: {len(prefix)} bytes are too few for a safetensors file; {_AGAIN}.")
     length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if not 2 <= length <= MAX_HEADER_BYTES:
+        other = instead(prefix)
+        if other is not None:
+            raise ModelFileError(f"{where}: {other}.")
         raise ModelFileError(f"{where}: not a safetensors file, its header would have {length:,} bytes; {_AGAIN}.")
     if file_bytes is not None and PREFIX_BYTES + length > file_bytes:
         raise ModelFileError(

@@ -10,6 +10,7 @@ from ..changes import Saved
 from ..codec import MAX_SNAPSHOT_BYTES, machine_from_json
 from ..errors import MachineError, UsageError
 from ..findings import Diagnosis
+from .regular_file import read_given
 
 
 class _Parts(msgspec.Struct):
@@ -27,19 +28,13 @@ def read_saved(path: Path) -> Saved:
         UsageError: There is no such file, or it is neither; one sentence says which.
     """
     where = f"--since {path}"
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            # A pipe that nobody writes to would be waited for.
-            raise UsageError(f"{where}: not a regular file; write one with vlm-doctor --save FILE.")
-        with path.open("rb") as file:
-            data = file.read(2 * MAX_SNAPSHOT_BYTES + 1)
-    except FileNotFoundError:
-        raise UsageError(f"{where}: no such file; write one with vlm-doctor --save {path}.") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{where}: cannot be read: {reason}.") from error
-    if len(data) > 2 * MAX_SNAPSHOT_BYTES:
-        raise UsageError(f"{where}: too large for a report of vlm-doctor.")
+    data = read_given(
+        path,
+        2 * MAX_SNAPSHOT_BYTES,
+        where=where,
+        what="a report of vlm-doctor",
+        advice="write one with vlm-doctor --save FILE",
+    )
     try:
         parts = msgspec.json.decode(data, type=_Parts)
         machine = machine_from_json(bytes(parts.machine) or data, where=where)

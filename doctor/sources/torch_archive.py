@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 from ..errors import ModelFileError
 from .checkpoint import DTYPE_BITS, StoredTensor
-from .regular_file import open_regular
+from .regular_file import HEAD_BYTES, instead, open_regular
 from .tensor_pickle import PickledTensor, last_element, tensors_of_pickle
 
 MAX_PICKLE_BYTES = 32_000_000
@@ -57,14 +57,14 @@ def read_torch_file(path: Path) -> TorchFile:
 
 def _check_kind(file: BinaryIO, file_bytes: int, where: str) -> None:
     """Refuse what is no archive, or has a list of contents that no checkpoint has."""
-    begin = file.read(len(_LEGACY))
-    if begin == _LEGACY:
+    begin = file.read(HEAD_BYTES)
+    if begin.startswith(_LEGACY):
         raise ModelFileError(
             f"{where}: is in the format of torch before 1.6, which is not read; load it with torch where you trust its "
             "origin, and save it with save_pretrained."
         )
     if not begin.startswith(b"PK\3\4"):
-        raise ModelFileError(f"{where}: is no file of torch.save; {_AGAIN}.")
+        raise ModelFileError(f"{where}: {instead(begin) or f'is no file of torch.save; {_AGAIN}'}.")
     file.seek(max(0, file_bytes - 65_536 - _END.size))
     tail = file.read()
     at = tail.rfind(b"PK\5\6")

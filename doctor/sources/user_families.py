@@ -13,6 +13,7 @@ import msgspec
 from ..data.families import FamilyChanges
 from ..data.image_rules import ImageConstants
 from ..errors import UsageError
+from .regular_file import read_given
 
 VARIABLE = "VLM_DOCTOR_FAMILIES"
 """Environment variable that names a TOML file."""
@@ -113,17 +114,13 @@ def family_of_package(*names: str) -> dict[str, FamilyChanges]:
 
 
 def _read(path: Path) -> str:
+    data = read_given(
+        path, MAX_BYTES, where=str(path), what="a file of families", advice=f"correct --families or {VARIABLE}"
+    )
     try:
-        if not path.is_file():
-            wrong = "is not a regular file" if path.exists() else "there is no such file of families"
-            raise UsageError(f"{path}: {wrong}; correct --families or {VARIABLE}.")
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise UsageError(f"{path}: more than {MAX_BYTES:,} bytes are no file of families; {_HELP}.")
-        return text.decode()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({_one_line(error)}); correct --families or {VARIABLE}.") from error
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is not UTF-8 text (byte {error.start:,}); save it as UTF-8.") from error
 
 
 def _parsed(text: str, path: Path) -> Mapping[str, Any]:

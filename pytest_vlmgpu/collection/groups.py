@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pytest
+
 from ..leasing.sets import Need
+from ..overridden import estimate_of
 from ..requirements import Requirements, VlmSpec
 from ..state import GATED_TEST
+from ..verdicts import WRONG
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    import pytest
 
     from ..requirements import GatedTest
 
@@ -121,7 +123,12 @@ class _Grouping:
 
 def _with_estimates(config: pytest.Config, test: GatedTest) -> Requirements:
     """What a test asks for, and what an engine that places its model itself needs (``pytest_vlmgpu_estimate``)."""
-    asked = [config.hook.pytest_vlmgpu_estimate(config=config, spec=spec) for spec in test.specs]
+    from vlm_doctor.errors import UsageError
+
+    try:
+        asked = [estimate_of(config, spec) for spec in test.specs]
+    except UsageError as error:
+        raise pytest.UsageError(f"{WRONG}: {error}") from error
     needs = [Requirements(gpus=one.gpus, vram_bytes=one.vram_bytes) for one in asked if one is not None]
     return Requirements.strictest([test.requirements, *needs]) if needs else test.requirements
 

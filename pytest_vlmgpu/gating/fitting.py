@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import NoneType
 from typing import TYPE_CHECKING
 
 from .. import verdicts
-from ..requirements import Estimate, Requirements, VlmSpec
+from ..overridden import check_function, check_value, estimate_of
+from ..requirements import Requirements, VlmSpec
 from ..verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -86,12 +88,16 @@ class Fitting:
     ) -> tuple[Verdict, Plan | None]:
         """Place a model for a test, on the GPUs of the verdict about its requirements."""
         from vlm_doctor.errors import ModelError, VlmDoctorError
+        from vlm_doctor.placement import Plan
 
         from ..models.failures import needs_remote_code
 
         if verdict.action != "run":
             return verdict, None
-        estimate: Estimate | None = request.config.hook.pytest_vlmgpu_estimate(config=request.config, spec=spec)
+        try:
+            estimate = estimate_of(request.config, spec)
+        except VlmDoctorError as error:
+            return Verdict("error", verdicts.WRONG, str(error)), None
         if estimate is not None:
             own = Requirements(gpus=max(estimate.gpus, spec.min_gpus), vram_bytes=estimate.vram_bytes)
             verdict = self.judge(Requirements.strictest([needs, own]), machine, loads=loads, at_load=at_load)
@@ -99,7 +105,10 @@ class Fitting:
             return verdict, None
         planner: Planner = request.getfixturevalue("vlm_planner")
         try:
+            check_function(planner, origin="fixture vlm_planner", arguments="spec, machine, gpus")
             plan = planner(spec, machine, verdict.gpus)
+            origin = "fixture vlm_planner(spec, machine, gpus)"
+            check_value(plan, (Plan, NoneType), origin=origin, wanted="a vlm_doctor.Plan or None")
         except VlmDoctorError as error:
             # What is not about the model is about workload or policy, which the project wrote.
             code = verdicts.UNREADABLE if isinstance(error, ModelError) else verdicts.WRONG

@@ -19,6 +19,7 @@ from ..leasing.waiting import GRACE_S
 from ..models.lending import Lending
 from ..models.loads import Load
 from ..models.residents import Residents
+from ..overridden import check_value
 from ..requirements import GatedTest, Requirements, VlmSpec
 from ..state import GATED_TEST, POSITION, VERDICT
 from ..verdicts import Verdict
@@ -175,18 +176,34 @@ class Gate:
         item.user_properties[:] = [pair for pair in item.user_properties if not pair[0].startswith("vlmgpu.")]
         self.residents.now = item.stash.get(POSITION, -1)
         verdict = self.judge_test(item.stash[GATED_TEST], request)
-        verdict = item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict
+        verdict = self._as_said(item.ihook.pytest_vlmgpu_verdict(item=item, verdict=verdict) or verdict)
         item.stash[VERDICT] = self._as_wanted(verdict)
         if self.settings.plan:
             pytest.skip("it was only asked what would become of the test")
         refuse(item.stash[VERDICT])
 
+    @staticmethod
+    def _as_said(verdict: Verdict) -> Verdict:
+        """A verdict that a hook may have given."""
+        from vlm_doctor.errors import UsageError
+
+        try:
+            check_value(verdict, Verdict, origin="hook pytest_vlmgpu_verdict", wanted="a Verdict or None")
+        except UsageError as error:
+            return Verdict("error", verdicts.WRONG, str(error))
+        return verdict
+
     def judge_test(self, test: GatedTest, request: pytest.FixtureRequest) -> Verdict:
         """Decide about a test before any of its fixtures is set up, as far as that can be told without loading."""
-        if not self.uses_gpus:
-            verdict = judge_without_gpus(self.settings.gpus, wants_gpus=test.wants_gpus)
-        else:
-            verdict = self._judge_on_gpus(test, request)
+        from vlm_doctor.errors import UsageError
+
+        try:
+            if not self.uses_gpus:
+                verdict = judge_without_gpus(self.settings.gpus, wants_gpus=test.wants_gpus)
+            else:
+                verdict = self._judge_on_gpus(test, request)
+        except UsageError as error:
+            return Verdict("error", verdicts.WRONG, str(error))
         if verdict.action == "run" and test.loads and not test.specs:
             advice = 'add @pytest.mark.vlm("org/model"), or give --vlm-model'
             return Verdict("error", verdicts.WRONG, f"the test uses the fixture vlm and names no model; {advice}.")

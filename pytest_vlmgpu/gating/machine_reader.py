@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ..leasing.hiding import lifted
+from ..overridden import check_value
 from .faults import Losses
 from .slices import unfold
 
@@ -40,8 +41,15 @@ class MachineReader:
         return self._first
 
     def current(self, request: pytest.FixtureRequest, *, max_age_s: float) -> Machine:
-        """The value of the fixture ``vlm_machine``, read again if it is ours and live and older than ``max_age_s``."""
+        """The value of the fixture ``vlm_machine``, read again if it is ours and live and older than ``max_age_s``.
+
+        Raises:
+            UsageError: A conftest gives something else.
+        """
+        from vlm_doctor.machine import Machine
+
         machine: Machine = request.getfixturevalue("vlm_machine")
+        check_value(machine, Machine, origin="fixture vlm_machine", wanted="a vlm_doctor.Machine, as load_machine does")
         if machine is self._first and machine.origin == "live":
             if time.monotonic() - self._read_at > max_age_s:
                 self._latest = self._read()

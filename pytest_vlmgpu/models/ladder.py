@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
+from ..overridden import check_value
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
@@ -58,9 +60,13 @@ def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = Fals
     profile_of = cache(load_profile)
 
     def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan:
+        from vlm_doctor import workload as asked
+
         from ..gating.slices import has_slices
         from .offloading import with_host_memory
 
+        check_value(workload, asked.Workload, origin="fixture vlm_workload", wanted="a vlm_doctor.Workload")
+        check_value(policy, asked.Policy, origin="fixture vlm_policy", wanted="a vlm_doctor.Policy")
         if spec.is_placed_by_transformers:
             _refuse_rules_for(spec, policy)
         allowed = gpus if policy.gpus is None else tuple(index for index in gpus if index in policy.gpus)
@@ -162,9 +168,16 @@ def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> 
         gpus: int = 1,
         device_map: str | None = None,
     ) -> Iterator[Any]:
-        from ..requirements import VlmSpec
+        from ..markers import chosen
 
-        spec = VlmSpec(name, dtype, trust_remote_code, gpus, device_map)
+        spec = chosen(
+            name,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            gpus=gpus,
+            device_map=device_map,
+            where="vlm_factory",
+        )
         with gate.loaded(gate.completed(spec), request, loader) as loaded:
             yield loaded
 

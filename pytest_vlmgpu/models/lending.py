@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from .. import verdicts
 from ..leasing.hiding import hider_of
+from ..overridden import check_function, check_value
 from ..verdicts import Verdict
 from ..watching.meter import empty_cache
 from .loads import check_landing, describe, stages_used
@@ -139,7 +140,7 @@ class Lending:
         loaded = config.hook.pytest_vlmgpu_load(config=config, spec=spec, plan=plan, gpus=gpus)
         with ExitStack() as stack:
             if loaded is None:
-                loaded = stack.enter_context(loader(spec, plan))
+                loaded = stack.enter_context(_opened(loader, spec, plan))
             try:
                 yield loaded
             finally:
@@ -203,6 +204,28 @@ class Lending:
                 is_back, lambda: "memory of a model that was unloaded is not back yet", may_wait=False
             )
         self._gate.residents.settle()
+
+
+def _opened(loader: Loader, spec: VlmSpec, plan: Plan | None) -> AbstractContextManager[Any]:
+    """What a loader gives, which may be a project's own.
+
+    Raises:
+        LoadFailure: VLM720, it is no function, or gives no context manager.
+    """
+    from vlm_doctor.errors import UsageError
+
+    from .failures import LoadFailure
+
+    try:
+        check_function(loader, origin="fixture vlm_loader", arguments="spec, plan")
+    except UsageError as error:
+        raise LoadFailure(verdicts.WRONG, str(error)) from error
+    opened = loader(spec, plan)
+    try:
+        check_value(opened, AbstractContextManager, origin="fixture vlm_loader(spec, plan)", wanted="a context manager")
+    except UsageError as error:
+        raise LoadFailure(verdicts.WRONG, str(error)) from error
+    return opened
 
 
 def _lacks_memory(placed: tuple[Verdict, Plan | None]) -> bool:

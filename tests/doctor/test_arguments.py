@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from vlm_doctor import arguments
@@ -39,6 +41,17 @@ def test_other_gpu_lists_are_refused(text: str) -> None:
 def test_a_gpu_twice_is_refused() -> None:
     with pytest.raises(UsageError, match="--gpus: '1,01' names a GPU twice"):
         arguments.gpu_indices("1,01")
+
+
+def test_a_file_has_a_name() -> None:
+    assert arguments.file_path("--output")("a b/-") == Path("a b/-")
+    for text in ("", " ", "-"):
+        with pytest.raises(UsageError) as caught:
+            arguments.file_path("--output")(text)
+        expected = f"--output: {text!r} names no file; write its name, or leave it out for standard output."
+        assert str(caught.value) == expected
+    with pytest.raises(UsageError, match=r"^--since: '-' names no file; write its name\.$"):
+        arguments.file_path("--since")("-")
 
 
 def test_image_size() -> None:

@@ -221,11 +221,11 @@ def test_a_file_that_is_neither_is_one_sentence(tmp_path: Path, data: bytes, sen
 
 
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"no such file; write one with vlm-doctor --save "):
+    with pytest.raises(UsageError, match=r"no such file; write one with vlm-doctor --save FILE\."):
         read_saved(tmp_path / "x.json")
-    with pytest.raises(UsageError, match=r"cannot be read: Is a directory\."):
+    with pytest.raises(UsageError, match=r"is a folder; name a report of vlm-doctor in it\."):
         read_saved(tmp_path)
     monkeypatch.setattr("vlm_doctor.sources.saved_report.MAX_SNAPSHOT_BYTES", 4)
     (tmp_path / "x.json").write_bytes(b"123456789")
-    with pytest.raises(UsageError, match=r"too large for a report of vlm-doctor\."):
+    with pytest.raises(UsageError, match=r"has more than 8 bytes, which is too large for a report of vlm-doctor; write"):
         read_saved(tmp_path / "x.json")

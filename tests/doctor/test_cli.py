@@ -247,7 +247,9 @@ def test_a_file_that_cannot_be_written_is_bad_usage(run: Run, tmp_path: Path) ->
     text = run("--machine", "2xL4", "--output", str(path))
     data = run("--machine", "2xL4", "--json", "--output", str(path))
 
-    assert text == Ran(2, "", f"vlm-doctor: --output {path}: cannot be written: No such file or directory.\n")
+    assert text == Ran(
+        2, "", f"vlm-doctor: --output {path}: cannot be written: No such file or directory; make its folder first.\n"
+    )
     assert (data.status, data.json["error"]["type"]) == (2, "UsageError")
 
 

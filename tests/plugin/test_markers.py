@@ -129,6 +129,8 @@ def test_requirements_have_names() -> None:
         (("a",), {"min_gb": 2}, "has no keyword 'min_gb'; write @pytest.mark.vlm_requires(vram_gib=…)"),
         (("",), {}, "names a model ''; write a folder or a hub id as text"),
         ((7,), {}, "names a model 7; write a folder or a hub id as text"),
+        (("\x1b[31m",), {}, "names a model '\\x1b[31m'; write a folder or a hub id as text"),
+        (("a" * 5000,), {}, f"names a model '{'a' * 79}…; write a folder or a hub id as text"),
         (("a", "a"), {}, "names a model twice; name it once"),
         (("a",), {"dtype": "bf16"}, "has dtype='bf16'; write bfloat16"),
         (("a",), {"dtype": "int3"}, "has dtype='int3'; write bfloat16 or float16 or float32"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -199,3 +201,103 @@ def test_what_an_engine_needs_is_asked_of_the_machine(
 
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["VLM711: 9.0 GiB free is wanted on each of 2 GPUs: GPU 1 *has 3.0 GiB of*"])
+
+
+OVERRIDDEN = {
+    "vlm_machine": ("5", "fixture vlm_machine gives 5; let it give a vlm_doctor.Machine, as load_machine does."),
+    "vlm_policy": ("None", "fixture vlm_policy gives None; let it give a vlm_doctor.Policy."),
+    "vlm_workload": ("{}", "fixture vlm_workload gives {}; let it give a vlm_doctor.Workload."),
+    "vlm_planner": ("'x'", "fixture vlm_planner gives 'x'; let it give a function of (spec, machine, gpus)."),
+    "vlm_planner returns": (
+        "lambda *_: 5",
+        "fixture vlm_planner(spec, machine, gpus) gives 5; let it give a vlm_doctor.Plan or None.",
+    ),
+    "vlm_loader": ("7", "fixture vlm_loader gives 7; let it give a function of (spec, plan)."),
+    "vlm_loader returns": ("lambda *_: 5", "fixture vlm_loader(spec, plan) gives 5; let it give a context manager."),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDDEN)
+def test_a_fixture_of_a_conftest_that_gives_something_else_is_one_sentence(pytester: pytest.Pytester, case: str) -> None:
+    value, sentence = OVERRIDDEN[case]
+    pytester.makeconftest(f"""
+        import pytest
+        @pytest.fixture(scope="session")
+        def {case.split(maxsplit=1)[0]}(): return {value}
+        """)
+    pytester.makepyfile("""
+        import pytest
+        @pytest.mark.vlm("llava-hf/llava-1.5-7b-hf")
+        def test_one(vlm): pass
+        """)
+
+    result = pytester.runpytest_subprocess("--vlm-fake-gpus=2xL4")
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"VLM720: the {sentence.replace('[', '[[]')}", "1 error (VLM720 *"])
+    result.stdout.no_fnmatch_line("*Error: *")
+
+
+NAMED = """
+import pytest
+@pytest.mark.vlm("llava-hf/llava-1.5-7b-hf")
+def test_one(): pass
+"""
+
+
+def test_a_hook_that_gives_no_verdict_is_one_sentence(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("def pytest_vlmgpu_verdict(item, verdict): return 5")
+    pytester.makepyfile(NAMED)
+
+    result = pytester.runpytest_subprocess("--vlm-fake-gpus=2xL4")
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["VLM720: the hook pytest_vlmgpu_verdict gives 5; let it give a Verdict or None."])
+
+
+def test_a_hook_that_gives_no_estimate_is_one_sentence(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("def pytest_vlmgpu_estimate(config, spec): return '9' if spec else None")
+    pytester.makepyfile(
+        test_named=NAMED,
+        test_chosen="""
+        def test_two(vlm_factory):
+            with vlm_factory("llava-hf/llava-1.5-13b-hf"): pass
+        """,
+    )
+    sentence = "VLM720: the hook pytest_vlmgpu_estimate gives '9'; let it give an Estimate or None."
+
+    named = pytester.runpytest_subprocess("--vlm-fake-gpus=2xL4")
+    chosen = pytester.runpytest_subprocess("--vlm-fake-gpus=2xL4", "test_chosen.py")
+
+    assert named.ret == pytest.ExitCode.USAGE_ERROR
+    named.stderr.fnmatch_lines([f"ERROR: {sentence}"])
+    chosen.assert_outcomes(failed=1)
+    chosen.stdout.fnmatch_lines([sentence])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("5", "names a model 5; write a folder or a hub id as text."),
+        ("None", "names a model None; write a folder or a hub id as text."),
+        ("'a/b', dtype='int9'", "has dtype='int9'; write bfloat16 or float16 or float32."),
+        ("'a/b', gpus='x'", "has gpus='x'; write a whole number from 1 to 1024."),
+        ("'a/b', device_map={'': 0}", "has device_map={'': 0}; write doctor, single, auto, balanced."),
+        ("'a/b', trust_remote_code='no'", "has trust_remote_code='no'; write True or False."),
+    ],
+)
+def test_a_wrong_call_of_the_factory_is_one_sentence(pytester: pytest.Pytester, arguments: str, sentence: str) -> None:
+    pytester.makeconftest("""
+        import pytest
+        @pytest.fixture(scope="session")
+        def vlm_loader(): pass
+        """)
+    pytester.makepyfile(f"""
+        def test_one(vlm_factory):
+            with vlm_factory({arguments}): pass
+        """)
+
+    result = pytester.runpytest_subprocess("--vlm-fake-gpus=2xL4")
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([f"VLM720: vlm_factory {sentence}"])

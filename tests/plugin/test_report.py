@@ -216,7 +216,10 @@ def test_a_test_that_runs_again_where_a_worker_died_counts_for_what_it_became() 
 @pytest.mark.parametrize("workers", [[], ["-n2"]])
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("/dev/full", "cannot be written: No space left on device"), ("test_x.py/out.json", "its folder cannot be made: *")],
+    [
+        ("/dev/full", "cannot be written: No space left on device; make room, or name a file elsewhere"),
+        ("test_x.py/out.json", "its folder cannot be made: *"),
+    ],
 )
 def test_what_cannot_be_written_is_told_before_the_first_test(suite: Any, name: str, why: str, workers: list[str]) -> None:
     if workers:

@@ -173,15 +173,14 @@ def test_nonsense_is_refused_in_one_sentence(tmp_path: Path, text: str, expected
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = "there is no such file of families; correct --families or VLM_DOCTOR_FAMILIES."
-    assert refusal(tmp_path / "nowhere.toml") == missing
-    assert refusal(tmp_path) == "is not a regular file; correct --families or VLM_DOCTOR_FAMILIES."
+    assert refusal(tmp_path / "nowhere.toml") == "no such file; correct --families or VLM_DOCTOR_FAMILIES."
     path = file(tmp_path, "")
     path.write_bytes(b"\xff")
-    assert refusal(path).startswith("cannot be read ('utf-8' codec can't decode byte 0xff")
+    assert refusal(path) == "is not UTF-8 text (byte 0); save it as UTF-8."
     monkeypatch.setattr(user_families, "MAX_BYTES", 10)
     path.write_bytes(b"#" * 11)
-    assert refusal(path) == "more than 10 bytes are no file of families; docs/models.md shows one."
+    with pytest.raises(UsageError, match=r" has more than 10 bytes, which is too large for a file of families; correct --"):
+        families_of_user(path)
     monkeypatch.setenv("VLM_DOCTOR_FAMILIES", "")
     assert families_of_user() == {}
 

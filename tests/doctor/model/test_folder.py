@@ -54,7 +54,7 @@ def test_home_is_followed(write_checkpoint: Write, tmp_path: Path, monkeypatch: 
 
 
 def test_a_missing_folder_is_said_to_be_missing(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "none") == "there is no such folder."
+    assert refusal(tmp_path / "none") == "there is no such folder; correct the path, or give a hub id (org/name)."
 
 
 def test_a_file_is_no_folder(write_checkpoint: Write) -> None:
@@ -299,8 +299,32 @@ def test_a_number_that_is_none_is_named(write_checkpoint: Write, key: str, text:
     assert message.endswith(", not a positive integer; correct it.")
 
 
-def test_a_number_of_many_digits_is_no_json(write_checkpoint: Write) -> None:
-    assert refusal(write_checkpoint('{"a": ' + "9" * 5000 + "}")).startswith("config.json: is not JSON (Exceeds the limit")
+@pytest.mark.parametrize(
+    ("config", "flaw"),
+    [
+        ('{"a": ' + "9" * 5000 + "}", "is not JSON (a number in it is too long); download it again."),
+        ('{"a": ' + "[" * 100_000, "is not JSON (it is nested too deeply); download it again."),
+        ("[1", "is not JSON (Expecting ',' delimiter: line 1 column 3 (char 2)); download it again."),
+        ("version https://git-lfs.github.com/spec/v1\n",
+         "is a pointer of Git LFS, not the file itself; fetch that with git lfs pull."),
+    ],
+)  # fmt: skip
+def test_what_is_no_json_is_said_without_the_words_of_python(write_checkpoint: Write, config: str, flaw: str) -> None:
+    assert refusal(write_checkpoint(config)) == f"config.json: {flaw}"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "named"),
+    [
+        ('{"base_model_name_or_path": "org/vlm"}', " of org/vlm"),
+        ('{"base_model_name_or_path": "a\\nb"}', ""),
+        ('{"base_model_name_or_path": 5}', ""),
+        ("[]", ""),
+    ],
+)
+def test_an_adapter_is_no_model(tmp_path: Path, adapter: str, named: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(adapter)
+    assert refusal(tmp_path) == f"holds an adapter{named} and no model; name the model that it belongs to."
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

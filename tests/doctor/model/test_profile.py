@@ -15,9 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vlm_doctor
-from vlm_doctor.errors import ModelError
+from vlm_doctor import Policy, Workload, load_machine
+from vlm_doctor.errors import ModelError, UsageError
 from vlm_doctor.model import ModelProfile
-from vlm_doctor.sources.catalogue import find_entry
+from vlm_doctor.placement import Plan
+from vlm_doctor.planner.planning import sketch
+from vlm_doctor.sources.catalogue import catalogue, find_entry
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.sources.model_profile import build_profile
@@ -420,6 +423,45 @@ def test_any_config_gives_a_profile_or_a_model_error(
     with contextlib.suppress(ModelError):
         found = build_profile(Checkpoint(config, tensors), name="x", origin="checkpoint")
         assert found.stored_bytes == 512 + 48 + 12 * 128
+
+
+HOSTILE: tuple[Any, ...] = (None, "x", "8", [], {}, [1, 2], -1, 0, 1.5, 10**30, float("nan"), float("inf"), True, 2**31)
+
+
+def paths(value: Any, at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where something stands in a config; lists are taken whole."""
+    inner = [path for key, part in value.items() for path in paths(part, (*at, key))] if isinstance(value, dict) else []
+    return [*([at] if at else []), *inner]
+
+
+def planned(name: str, path: tuple[str, ...], value: Any) -> Plan | None:
+    """A plan for a model of the catalogue in whose config something else stands; ``None`` where that is refused."""
+    checkpoint = catalogue()[name].checkpoint()
+    config = json.loads(json.dumps(dict(checkpoint.config)))
+    *parents, last = path
+    target = config
+    for key in parents:
+        target = target[key]
+    target[last] = value
+    with contextlib.suppress(ModelError, UsageError):
+        found = build_profile(checkpoint._replace(config=config), name="x", origin="checkpoint")
+        return sketch(found, load_machine("2xL4"), Workload(), Policy())
+    return None
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=100, deadline=20_000)
+@given(st.data())
+def test_any_value_in_a_published_config_gives_a_plan_or_a_sentence(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(catalogue())))
+    path = data.draw(st.sampled_from(paths(dict(catalogue()[name].config))))
+    planned(name, path, data.draw(st.sampled_from(HOSTILE)))
+
+
+@pytest.mark.parametrize("name", ["zai-org/GLM-4.1V-9B-Thinking", "Qwen/Qwen2.5-VL-7B-Instruct"])
+def test_without_the_dimensions_of_the_tower_its_allocations_are_not_replayed(name: str) -> None:
+    made = planned(name, ("vision_config", "depth"), None)
+    assert made is not None
+    assert any("dimensions of the vision tower" in note for note in made.notes), made.notes
 
 
 @settings(

@@ -80,9 +80,17 @@ def test_a_length_no_header_has_is_refused_without_reading_it(tmp_path: Path, le
     assert refusal(path) == expected
 
 
-def test_a_git_lfs_pointer_is_no_safetensors_file(tmp_path: Path) -> None:
-    (tmp_path / "m.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")
-    assert "not a safetensors file" in refusal(tmp_path / "m.safetensors")
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n",
+         "is a pointer of Git LFS, not the file itself; fetch that with git lfs pull."),
+        ("<!DOCTYPE html>\n<html>", "is a web page, not the file itself; download it again."),
+    ],
+)  # fmt: skip
+def test_what_people_have_in_place_of_a_safetensors_file_is_named(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "m.safetensors").write_text(text)
+    assert refusal(tmp_path / "m.safetensors") == f"m.safetensors: {what}"
 
 
 @pytest.mark.parametrize(

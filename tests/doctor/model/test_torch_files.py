@@ -134,7 +134,7 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     for content, expected in (
         (b"", "x.bin: is no file of torch.save; download it again."),
-        (b"<html>", "x.bin: is no file of torch.save; download it again."),
+        (b"<html>", "x.bin: is a web page, not the file itself; download it again."),
         (b"PK\3\4", "x.bin: truncated, the list of its contents is not there; download it again."),
         (
             b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",

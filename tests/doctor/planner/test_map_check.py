@@ -527,7 +527,8 @@ def test_devices_that_are_not_there_are_named_with_those_that_are() -> None:
     messages = [finding.message for finding in checked.findings if finding.code == "VLM617"]
     assert messages == [
         f"'-1' is no device: torch has no device with a negative number; the map puts '{LAYERS}.31' there.",
-        "'gpu1': that is no device: write a number, cpu or disk; the map puts 'model.language_model.norm' there.",
+        "'gpu1': that is no device: write the number of a GPU, cpu or disk; "
+        "the map puts 'model.language_model.norm' there.",
         "cuda:7 does not exist: this process sees GPU 0 as cuda:0 and GPU 1 as cuda:1; the map puts 'lm_head' there.",
     ]
     assert checked.corrected == split(LLAVA, 16)

@@ -27,6 +27,10 @@ MAP: dict[str, int | str] = {"model.visual": 0, "model.language_model.layers.0":
         (str(MAP), MAP),
         ("device_map = {'a': 0, 'b': 'disk',}", {"a": 0, "b": "disk"}),
         ("OrderedDict({'a': 0})", {"a": 0}),
+        ("OrderedDict([('a', 0), ('b', device(type='cpu')),\n ('', 'cuda:1')])", {"a": 0, "b": "cpu", "": "cuda:1"}),
+        ("device_map = collections.OrderedDict([('a', 0)])", {"a": 0}),
+        ("[('a', 0),]", {"a": 0}),
+        ("# of the old machine\n\n# {'b': 1}\n{'a': 0}", {"a": 0}),
         ("{'a': device(type='cuda', index=1), 'b': torch.device('cuda:2'), 'c': device(type='cpu')}",
          {"a": "cuda:1", "b": "cuda:2", "c": "cpu"}),
         ("{'a': 0,  # the tower\n 'b': 1}", {"a": 0, "b": 1}),
@@ -62,6 +66,7 @@ def test_all_spellings_give_the_same_map(text: str, expected: dict[str, int | st
         ("import os\n# os.environ['CUDA_VISIBLE_DEVICES'] = '2'\ndevice_map = {'a': 0}", {"a": 0}, None),
         ("env:\n  CUDA_VISIBLE_DEVICES: 2,3  # two\ndevice_map:\n  a: 0\n", {"a": 0}, "2,3"),
         ("{'a': 0}  # all of it\n# no more", {"a": 0}, None),
+        ("from x import y\ndevice_map = OrderedDict([('a', 0)])\nmodel = y(device_map)", {"a": 0}, None),
     ],
 )  # fmt: skip
 def test_a_map_is_found_in_a_script_and_among_other_keys(
@@ -97,15 +102,17 @@ def test_stages_that_make_no_sense_are_not_followed(stages: Any) -> None:
         ("{'a': f(0)}", "map, line 1, column 7: a text or a whole number is expected, and 'f(0)}' is there; write"),
         ("{'a': 0} + x", "map, line 1, column 10: the end is expected, and '+ x' is there; write"),
         ("{'a': 0", "map, line 1, column 8: ',' is expected, and the end is there; write"),
+        ("OrderedDict([('a', 0, 1)])", "map, line 1, column 21: ')' is expected, and ', 1)])' is there; write"),
+        ("OrderedDict([(0, 0)])", "map, line 1, column 16: a module name in quotation marks is expected, and"),
         ("{**x}", "map, line 1, column 2: a text or a whole number is expected, and '**x}' is there; write"),
         ("import os\ndevice_map = {'a' 0}", "map, line 2, column 19: ':' is expected, and '0}' is there; write"),
         ("a: x\ndevice_map:\n  b\n", "map, line 3: 'b' is not 'module: device'; write"),
         ("a 0", "map, line 1: 'a 0' is not 'module: device'; write"),
-        ("a:\nb: 1", "map, line 1: 'a' has no device; write a number, cpu or disk behind the colon."),
-        ('{"a": [1]}', "map: the device of 'a' is a list; write a number, cpu or disk."),
-        ('{"a": true}', "map: the device of 'a' is true; write a number, cpu or disk."),
-        ('{"a": 1.5}', "map: the device of 'a' is 1.5; write a number, cpu or disk."),
-        ('{"a": {"b": 0}}', "map: the device of 'a' is a nested object; write a number, cpu or disk."),
+        ("a:\nb: 1", "map, line 1: 'a' has no device; write the number of a GPU, cpu or disk behind the colon."),
+        ('{"a": [1]}', "map: the device of 'a' is a list; write the number of a GPU, cpu or disk."),
+        ('{"a": true}', "map: the device of 'a' is true; write the number of a GPU, cpu or disk."),
+        ('{"a": 1.5}', "map: the device of 'a' is 1.5; write the number of a GPU, cpu or disk."),
+        ('{"a": {"b": 0}}', "map: the device of 'a' is a nested object; write the number of a GPU, cpu or disk."),
         ('{"a": 10000}', "map: the device of 'a' is out of range; write the number of a GPU."),
         ('{"a b": 0}', "map: 'a b' is not the name of a module; write"),
         ('{"plan": {"device_map": {}}}',
@@ -134,6 +141,9 @@ def test_what_is_no_map_is_one_sentence_with_its_place(text: str, message: str) 
         "a" * 1_000_000,
         "{" + "**{f'a{i}': 0 for i in range(99999)}, " * 50_000 + "}",
         "device_map: \n" * 300_000,
+        "OrderedDict([" + "('a', 0), " * 50_000 + "])",
+        "OrderedDict(" + " " * 100_000 + "x",
+        "# \n" * 100_000 + "?",
         "{" + ", ".join(f"'k{n}': 0" for n in range(MAX_KEYS + 1)) + "}",
         "\n".join(f"k{n}: 0" for n in range(MAX_KEYS + 1)),
         json.dumps({f"k{n}": 0 for n in range(MAX_KEYS + 1)}),
@@ -148,7 +158,8 @@ def test_hostile_text_is_refused_in_bounded_time(text: str) -> None:
 
 @given(st.dictionaries(st.text("abz019._-", max_size=20), st.integers(-1, 9999) | st.sampled_from(["cpu", "cuda:3"])))
 def test_what_python_and_json_print_is_read_back(device_map: dict[str, int | str]) -> None:
-    for text in (str(device_map), json.dumps(device_map), json.dumps(device_map, indent=1)):
+    pairs = f"OrderedDict({list(device_map.items())})"
+    for text in (str(device_map), pairs, json.dumps(device_map), json.dumps(device_map, indent=1)):
         if device_map:
             found = parse_map(text, where="map").device_map
             assert found == device_map or set(device_map) & {"device_map", "plan", "hf_device_map", "map_check"}
@@ -177,17 +188,18 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path: Path, monkeypatch:
     big, binary = tmp_path / "big", tmp_path / "binary"
     with big.open("wb") as file:
         file.truncate(MAX_MAP_BYTES + 1)
-    binary.write_bytes(b"\xff\xfe{")
+    binary.write_bytes(b"{\xff")
     monkeypatch.setattr("sys.stdin", None)
     for name, words in (
-        (str(tmp_path), "is a folder; name the file of a device_map."),
+        (str(tmp_path), "is a folder; name a device_map in it."),
         (str(tmp_path / "none"), "no such file; name the file of a device_map, or - for standard input."),
-        (str(big), f"is larger than {MAX_MAP_BYTES:,} bytes, so it is no device_map"),
-        (str(binary), "is not UTF-8 text (byte 0); save the map as UTF-8."),
+        (str(big), f"has more than {MAX_MAP_BYTES:,} bytes, which is too large for a device_map"),
+        (str(binary), "is not UTF-8 text (byte 1); save the map as UTF-8."),
         ("/dev/null", "is not a regular file; name the file of a device_map, or - for standard input."),
-        ("a\0b", "cannot be read: embedded null byte."),
-        ("x" * 5000, "cannot be read: File name too long."),
+        ("a\0b", "cannot be read (embedded null byte); name the file of a device_map, or - for standard input."),
+        ("x" * 5000, "cannot be read (File name too long); correct the name."),
         ("-", "standard input is empty;"),
+        (" ", "The name of the map is empty; name the file of a device_map, or - for standard input."),
     ):
         with pytest.raises(MapError, match=r"(?s).*") as refused:
             read_map(name)

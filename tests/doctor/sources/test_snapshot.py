@@ -23,6 +23,28 @@ def test_a_mark_of_windows_editors_is_no_damage(tmp_path: Path) -> None:
     assert load_machine(str(path)) == machine
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_snapshot_that_a_shell_of_windows_redirected_is_read(tmp_path: Path, encoding: str) -> None:
+    """``wsl vlm-doctor collect > m.json`` in PowerShell writes UTF-16."""
+    path = tmp_path / "m.json"
+    machine = load_machine("2xL4")
+    path.write_text(to_json(machine), encoding=encoding)
+    assert load_machine(str(path)) == machine
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"\x1f\x8b\x08", "is compressed with gzip; unpack it first."),
+        (b"\n<!doctype HTML>", "is a web page, not the file itself; download it again."),
+    ],
+)
+def test_what_people_have_in_place_of_a_snapshot_is_named(tmp_path: Path, data: bytes, what: str) -> None:
+    path = tmp_path / "m.json"
+    path.write_bytes(data)
+    assert message(path) == f"{path} {what}"
+
+
 def test_snapshot_comes_back(tmp_path: Path) -> None:
     machine = load_machine("4x3090:nvlink=0-1,2-3")
     path = tmp_path / "machine.json"
@@ -48,17 +70,17 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_folder_in_the_working_folder_is_not_taken_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("node7").mkdir()
-    assert message("node7") == "node7 is a folder; name the snapshot file in it."
+    assert message("node7") == "node7 is a folder; name a snapshot in it."
 
 
 def test_folder(tmp_path: Path) -> None:
-    assert message(tmp_path) == f"{tmp_path} is a folder; name the snapshot file in it."
+    assert message(tmp_path) == f"{tmp_path} is a folder; name a snapshot in it."
 
 
 def test_device_or_pipe_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "pipe.json"
     os.mkfifo(path)
-    assert message(path) == f"{path} is not a regular file; name a snapshot that vlm-doctor collect wrote."
+    assert message(path) == f"{path} is not a regular file; record one with vlm-doctor collect."
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
@@ -68,7 +90,7 @@ def test_empty_file(tmp_path: Path, text: str) -> None:
     assert message(path) == f"{path} is empty; record the machine again with vlm-doctor collect."
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe", b"{", b"[]", b'{"schema": 1}', b"[" * 5000, b"null"])
+@pytest.mark.parametrize("data", [b"\xff\xfe{", b"\xff", b"{", b"[]", b'{"schema": 1}', b"[" * 5000, b"null"])
 def test_file_that_is_no_snapshot(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "machine.json"
     path.write_bytes(data)
@@ -86,7 +108,7 @@ def test_huge_file_is_not_read_to_its_end(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(b"{")
         file.truncate(100 * MAX_SNAPSHOT_BYTES)
-    assert "is too large for a snapshot" in message(path)
+    assert f"has more than {MAX_SNAPSHOT_BYTES:,} bytes, which is too large for a snapshot" in message(path)
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +119,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert message(path) == f"{path} cannot be read: Permission denied."
+    assert message(path) == f"{path} cannot be read (Permission denied); correct its permissions."
 
 
 def test_path_with_a_null_character() -> None:
@@ -105,4 +127,4 @@ def test_path_with_a_null_character() -> None:
 
 
 def test_path_too_long_for_the_file_system() -> None:
-    assert "cannot be read: File name too long" in message("/" + "a" * 5000)
+    assert "cannot be read (File name too long); correct the name." in message("/" + "a" * 5000)
