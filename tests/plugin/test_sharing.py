@@ -95,8 +95,9 @@ def test_with_three_gpus_two_are_for_the_wide_model(make: Callable[..., Project]
 
 
 @with_workers
-def test_as_many_workers_as_gpus_with_auto(make: Callable[..., Project]) -> None:
-    text, counts = make(gpus=3).run("-nauto", "--vlm-gpus=auto", "-v", test_x=TWO_MODELS)
+@pytest.mark.parametrize("found_first", ["vlmgpu", "xdist"])
+def test_as_many_workers_as_gpus_with_auto(make: Callable[..., Project], found_first: str) -> None:
+    text, counts = make(gpus=3).run("-p", found_first, "-nauto", "--vlm-gpus=auto", "-v", test_x=TWO_MODELS)
 
     assert counts == {"passed": 14}
     assert "3 workers" in text
