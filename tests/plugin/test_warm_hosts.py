@@ -33,7 +33,8 @@ from pytest_vlmgpu.warm.starting import start
 from vlm_doctor.machine import GpuProcess
 from vlm_doctor.units import GIB
 
-from .projects import is_running
+from ..until import LIMIT_S, is_running, until
+from .projects import is_held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -79,7 +80,7 @@ class Warm:
 
     def start(self, **fields: Any) -> int:
         """Start a host; returns its pid."""
-        assert self.launch(**fields).wait(60) == 0
+        assert self.launch(**fields).wait(LIMIT_S) == 0
         return self.status().pid
 
     def answer(self) -> Status | None:
@@ -116,20 +117,6 @@ def warm(tmp_path: Path) -> Iterator[Warm]:
     shutil.rmtree(made.place.folder, ignore_errors=True)
 
 
-def is_held(leases: Leases, *gpus: str, by: str = "") -> bool:
-    """Whether all of these are held by somebody else; what is free is not kept."""
-    taken = leases.take(gpus)
-    leases.release()
-    return set(taken) == set(gpus) and all(by in holder for holder in taken.values())
-
-
-def until(is_so: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_a_host_lends_and_takes_back_and_is_nobodys_child(warm: Warm) -> None:
     pid = warm.start()
     until(lambda: warm.status().is_loaded)
@@ -151,7 +138,7 @@ def test_a_host_lends_and_takes_back_and_is_nobodys_child(warm: Warm) -> None:
 
 
 def test_it_ends_when_nobody_has_asked_for_so_long(warm: Warm) -> None:
-    pid = warm.start(ttl_s=0.5)
+    pid = warm.start()
     loan = warm.attach(ttl_s=0.5)
     time.sleep(1.0)
     assert is_running(pid)  # it is lent
@@ -354,7 +341,7 @@ def test_a_killed_host_leaves_nothing_in_the_way(warm: Warm) -> None:
 def test_of_two_that_start_at_once_one_stays(warm: Warm) -> None:
     starting = [warm.launch() for _ in range(3)]
 
-    assert sorted(process.wait(60) for process in starting) == [0, BUSY, BUSY]
+    assert sorted(process.wait(LIMIT_S) for process in starting) == [0, BUSY, BUSY]
     warm.attach().close()
     assert warm.loads() == 1
 
@@ -571,7 +558,7 @@ def test_it_has_its_leases_while_no_run_does_and_gives_way_when_it_is_asked(warm
 
     mine.ask_for([GPU, "GPU-2"], most=1)
 
-    until(lambda: not mine.take([GPU]), seconds=10)
+    until(lambda: not mine.take([GPU]))
     until(lambda: not is_running(pid))
     assert warm.place.why_ended() == "another run wants the GPUs"
 
@@ -602,7 +589,7 @@ def test_a_lent_model_does_not_give_way(warm: Warm) -> None:
 def test_it_ends_when_another_run_was_quicker(warm: Warm) -> None:
     run = Leases(warm.leases)
     run.take([GPU])
-    warm.launch(gpus=(GPU,), runs=(1,)).wait(60)
+    warm.launch(gpus=(GPU,), runs=(1,)).wait(LIMIT_S)
 
     until(lambda: warm.place.why_ended() and not Hosts(warm.place.folder).alive())
 
@@ -630,7 +617,7 @@ def test_rounds_of_sigkill_at_random_moments(warm: Warm) -> None:
     command = [sys.executable, "-c", ATTACH, str(warm.place.folder)]
     for _ in range(8):
         if not Hosts(warm.place.folder).alive():
-            assert warm.launch(gpus=(GPU,), runs=(os.getpid(),)).wait(60) in (0, BUSY)
+            assert warm.launch(gpus=(GPU,), runs=(os.getpid(),)).wait(LIMIT_S) in (0, BUSY)
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0, 0.6))
         for record in records(warm.place.folder):
@@ -647,5 +634,5 @@ def test_rounds_of_sigkill_at_random_moments(warm: Warm) -> None:
             leases = Leases(warm.leases)
             assert leases.take([GPU]) == {}
             leases.release()
-    until(lambda: Hosts(warm.place.folder).alive() or warm.launch(gpus=(GPU,)).wait(60) == 0)
+    until(lambda: Hosts(warm.place.folder).alive() or warm.launch(gpus=(GPU,)).wait(LIMIT_S) == 0)
     warm.attach().close()
