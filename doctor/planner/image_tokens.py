@@ -9,7 +9,8 @@ from functools import lru_cache
 import msgspec
 
 from ..data.activations import CROSS_ATTENTION
-from ..model import ImageRule, ModelProfile
+from ..image_rule import ImageRule
+from ..model import ModelProfile
 from ..workload import Workload
 from .image_sizes import CELLS, cell, rounded, unit
 from .image_tiles import GRIDS, WHOLE, Grid, best_pinpoint, grids

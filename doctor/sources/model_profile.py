@@ -10,7 +10,8 @@ from ..data.config_defaults import ARCHITECTURES, PARTS
 from ..data.families import FLAT_TOWERS, PACKAGED, REMOTE_TYPES, FamilyChanges, FamilyRules, rules_of
 from ..data.image_rules import UNKNOWN
 from ..errors import ModelFileError
-from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
+from ..image_rule import ImageRule
+from ..model import ModelProfile, TextShape, Unit, VisionShape
 from .allocation_scripts import body_script, tower_script
 from .checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
 from .image_files import ImageFiles
