@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from .child import Child
 from .driver import read_driver_files
 from .environment import read_environment
 from .host import hf_cache_folder, read_host
+from .in_time import in_time
 from .nccl_files import read_nccl_files
 from .nvml_answer import NvmlView, understand
 from .pci import read_pci_devices
@@ -144,7 +144,8 @@ class Collection:
         self.waiting_for = "NVML"
         outcome = self._nvml.outcome()
         self._seconds["nvml"] = round(outcome.seconds, 4)
-        seen = self._read("gpus", lambda: understand(outcome), NvmlView(driver=Driver()))
+        unread = Driver(nvml_state="crashed", nvml_message="its answer was not understood")
+        seen = self._read("gpus", lambda: understand(outcome), NvmlView(driver=unread))
         gpus = tuple(_with_numa_node(gpu, devices) for gpu in seen.gpus)
         names = {gpu.name for gpu in gpus}
         return Machine(
@@ -190,7 +191,7 @@ class Collection:
         started = time.perf_counter()
         self.waiting_for = part
         try:
-            return _in_time(source, SOURCE_DEADLINE_S)
+            return in_time(source, SOURCE_DEADLINE_S)
         except Exception as error:  # noqa: BLE001 - border: reading one source
             self._note_gap(part, error)
             return otherwise
@@ -200,32 +201,6 @@ class Collection:
 
     def _note_gap(self, part: str, error: Exception) -> None:
         self._gaps.append(Gap(path=part, reason=f"{type(error).__name__}: {error}"[:300]))
-
-
-def _in_time(source: Callable[[], ResultT], deadline_s: float) -> ResultT:
-    """What a source gives. It runs in a thread of its own, since nothing can be done about a disk that does not answer.
-
-    Raises:
-        TimeoutError: It did not end in time; the thread is left to itself.
-        Exception: Whatever the source raised.
-    """
-    given: list[ResultT] = []
-    raised: list[Exception] = []
-
-    def look() -> None:
-        try:
-            given.append(source())
-        except Exception as error:  # noqa: BLE001 - raised again in the thread that asked
-            raised.append(error)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(deadline_s)
-    if raised:
-        raise raised[0]
-    if not given:
-        raise TimeoutError(f"no answer within {deadline_s:g} s")
-    return given[0]
 
 
 def collect(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from ..machine import Host, PciDevice
 from .environment import shown
+from .in_time import in_time
 from .limits import exists, filesystem_of, read_limits
 from .pci import read_iommu
 
@@ -45,9 +44,9 @@ def read_host(root: Path, environment: Mapping[str, str], devices: Sequence[PciD
         limit = None
     shm_total, shm_free = _disk(root / "dev/shm") or (None, None)
     cache = hf_cache_folder(environment)
-    disk = _in_time(lambda: _disk_and_access(root / str(cache).lstrip("/"))) if cache is not None else None
+    disk = _told(lambda: _disk_and_access(root / str(cache).lstrip("/"))) if cache is not None else None
     limits = read_limits(root, environment)
-    tmp = _in_time(lambda: _disk(root / (environment.get("TMPDIR") or "/tmp").lstrip("/")))
+    tmp = _told(lambda: _disk(root / (environment.get("TMPDIR") or "/tmp").lstrip("/")))
     release = _text(root / "proc/sys/kernel/osrelease") or "unknown"
     return Host(
         os=_os_name(root),
@@ -158,18 +157,12 @@ def _disk_and_access(path: Path) -> tuple[int, bool] | None:
     return (space[1], os.access(nearest, os.W_OK | os.X_OK)) if space is not None and nearest is not None else None
 
 
-def _in_time(look: Callable[[], ResultT]) -> ResultT | None:
-    found: list[ResultT] = []
-
-    def note() -> None:
-        # A name that no file system takes, such as one of 100,000 characters, has nothing to tell.
-        with contextlib.suppress(OSError, ValueError):
-            found.append(look())
-
-    thread = threading.Thread(target=note, daemon=True)
-    thread.start()
-    thread.join(_DISK_DEADLINE_S)
-    return found[0] if found else None
+def _told(look: Callable[[], ResultT]) -> ResultT | None:
+    # A name that no file system takes, such as one of 100,000 characters, has nothing to tell, nor has a dead disk.
+    try:
+        return in_time(look, _DISK_DEADLINE_S)
+    except (OSError, ValueError):
+        return None
 
 
 def _container(root: Path, environment: Mapping[str, str]) -> str | None:
