@@ -28,7 +28,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -508,6 +508,19 @@ def held(free: tuple[float, ...]) -> Iterator[str]:
         ballast.communicate("")
 
 
+def begun(names: Iterable[str], budget_s: float, least_s: float) -> Iterator[tuple[str, float]]:
+    """Scenarios that there is time for, each with its cards as they are to be, and the seconds that are left for all."""
+    end = time.monotonic() + budget_s
+    for name in names:
+        left = end - time.monotonic()
+        if left < least_s:
+            print("no time left for", name, flush=True)
+            continue
+        with held(cards_of(name)) as line:
+            print(f"== {name}: {line}", flush=True)
+            yield name, left
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -520,15 +533,8 @@ def main() -> None:
     if options.child:
         scenario(options.scenarios[0], Out(options.out), time.monotonic() + options.each)
         return
-    end = time.monotonic() + options.budget
-    for name in options.scenarios or SCENARIOS:
-        left = end - time.monotonic()
-        if left < 40:
-            print("no time left for", name, flush=True)
-            continue
-        with held(cards_of(name)) as line:
-            print(f"== {name}: {line}", flush=True)
-            run(name, options.out, time.monotonic() + min(options.each, left - 25))
+    for name, left in begun(options.scenarios or SCENARIOS, options.budget, 40):
+        run(name, options.out, time.monotonic() + min(options.each, left - 25))
 
 
 if __name__ == "__main__":
