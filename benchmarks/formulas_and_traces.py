@@ -68,7 +68,7 @@ def compare(family: str, folder: Path) -> dict[str, Any]:
     if tracing.traces is None:
         return {"untraced": tracing.reason}
     traced = plan(profile, machine, WORKLOAD, POLICY, traces=tracing.traces)
-    weights = sum(line.size_bytes for line in traced.stages[0].ledger if line.kind == "weights")
+    weights = traced.stages[0].weights_bytes
     return {
         "has_script": profile.body_script is not None,
         "weights_bytes": weights,

@@ -43,6 +43,7 @@ from traced_models import config_of, image_inputs
 from vlm_doctor.planner import plan
 from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.map_names import owner
 from vlm_doctor.planner.order import Split
 from vlm_doctor.planner.problem import ask
 from vlm_doctor.planner.validate import MAX_EDGE
@@ -144,20 +145,20 @@ class Subject:
                 accelerate takes all inputs to GPU 0 first.
         """
         self.remove()
-        owner = {key: _device(device_map, key) for key in [*self.shapes, *self.buffers]}
+        gpus = {key: device_map.get(owner(device_map, key) or "", 0) for key in [*self.shapes, *self.buffers]}
         sizes = [0] * torch.cuda.device_count()
         for key, shape in self.shapes.items():
             if key not in self.tied:
-                sizes[owner[key]] += 2 * torch.Size(shape).numel()
+                sizes[gpus[key]] += 2 * torch.Size(shape).numel()
         for gpu, size in enumerate(sizes):
             if size:
                 torch.empty(size, dtype=torch.uint8, device=gpu)
         for key, shape in self.shapes.items():
             if key not in self.tied:
-                self._set(key, torch.zeros(shape, dtype=torch.bfloat16, device=owner[key]))
+                self._set(key, torch.zeros(shape, dtype=torch.bfloat16, device=gpus[key]))
         for key, value in self.buffers.items():
             module, _, leaf = key.rpartition(".")
-            self.model.get_submodule(module)._buffers[leaf] = value.to(owner[key])
+            self.model.get_submodule(module)._buffers[leaf] = value.to(gpus[key])
         if self.tied:
             self.model.tie_weights()
         first = next(iter(device_map.values())) if is_renumbered else None
@@ -217,14 +218,6 @@ def clean() -> None:
     for gpu in range(torch.cuda.device_count()):
         torch.cuda.synchronize(gpu)
     torch.cuda.empty_cache()
-
-
-def _device(device_map: dict[str, int], key: str) -> int:
-    while key not in device_map:
-        if not key:
-            return 0
-        key = key.rpartition(".")[0]
-    return device_map[key]
 
 
 def longest(subject: Subject, start: int, deadline: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vlm_doctor.planner.map_names import owner
 from vlm_doctor.units import format_gib
 
 from .failures import LoadFailure
@@ -168,12 +169,10 @@ def offloaded_bytes(parts: Iterable[Placed], device_map: Mapping[str, int | str]
 
 def _planned(name: str, device_map: Mapping[str, int | str]) -> str:
     """Device of the longest key that is the part's name or a parent of it."""
-    path = name
-    while path not in device_map:
-        if not path:
-            return "nowhere" if device_map else "cpu"
-        path = path.rpartition(".")[0]
-    device = device_map[path]
+    key = owner(device_map, name)
+    if key is None:
+        return "nowhere" if device_map else "cpu"
+    device = device_map[key]
     return f"cuda:{device}" if isinstance(device, int) else device
 
 
