@@ -1,4 +1,4 @@
-"""Open files of a checkpoint that somebody else made."""
+"""Open files and folders of a checkpoint that somebody else made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import ModelFileError
+
+_MOST_FILES = 500
 
 
 @contextlib.contextmanager
@@ -64,3 +66,11 @@ def read_text(path: Path, most_bytes: int) -> str | None:
             return file.read(most_bytes).decode("utf-8", "replace")
     except (OSError, ValueError):
         return None
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of what is in a folder, sorted, the first 500; none where it cannot be read."""
+    try:
+        return sorted(path.name for path in folder.iterdir())[:_MOST_FILES]
+    except OSError:
+        return []
