@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from .. import __version__
-from ..calibration import Calibration
-from ..machine import Checkpoint, Driver, FileSetting, Gap, Gpu, KernelEvent, Machine, PciDevice, TorchView
+from ..machine import Checkpoint, Driver, Gap, Gpu, KernelEvent, Machine, PciDevice, TorchView
 from .checkpoints import read_checkpoints
 from .child import Child
 from .driver import read_driver_files
@@ -27,6 +26,7 @@ from .pci import read_pci_devices
 from .torch_view import TorchQuestion, search_path
 
 ResultT = TypeVar("ResultT")
+OtherT = TypeVar("OtherT")
 
 SOURCE_DEADLINE_S = 3.0
 """What reading files may take: far more than it does, far less than a disk whose server is gone."""
@@ -119,26 +119,20 @@ class Collection:
         from .libraries import read_libraries
 
         home = self._environment.get("HOME", "")
-        no_variables: dict[str, str] = {}
-        no_devices: tuple[PciDevice, ...] = ()
-        no_files: dict[str, Any] = {}
-        no_readings: tuple[Calibration, ...] = ()
-        environment = self._read("environment", lambda: read_environment(self._environment), no_variables)
-        devices = self._read("pci_devices", lambda: read_pci_devices(self._root), no_devices)
-        files = self._read("driver", lambda: read_driver_files(self._root), no_files)
+        nothing: dict[str, Any] = {}
+        environment = self._read("environment", lambda: read_environment(self._environment), nothing)
+        devices = self._read("pci_devices", lambda: read_pci_devices(self._root), ())
+        files = self._read("driver", lambda: read_driver_files(self._root), nothing)
         host = self._read("host", lambda: read_host(self._root, self._environment, devices), None)
         libraries = self._read(
             "libraries", lambda: read_libraries(self._search_path, home=home, environment=self._environment), None
         )
-        no_events: tuple[KernelEvent, ...] | None = None
-        no_settings: tuple[FileSetting, ...] = ()
-        no_checkpoints: tuple[Checkpoint, ...] = ()
         is_nvidia = bool(devices or files.get("kernel_module_version"))
         # Without an NVIDIA GPU the kernel has nothing to say that matters here.
-        events = self._read("driver.kernel_events", self._read_kernel_log, no_events) if is_nvidia else no_events
-        settings = self._read("nccl_settings", lambda: read_nccl_files(self._root, self._environment), no_settings)
-        checkpoints = self._read("checkpoints", self._read_checkpoints, no_checkpoints)
-        calibrations = self._read("calibrations", lambda: load_calibrations(self._cache_folder), no_readings)
+        events = self._read("driver.kernel_events", self._read_kernel_log, None) if is_nvidia else None
+        settings = self._read("nccl_settings", lambda: read_nccl_files(self._root, self._environment), ())
+        checkpoints = self._read("checkpoints", self._read_checkpoints, ())
+        calibrations = self._read("calibrations", lambda: load_calibrations(self._cache_folder), ())
         if self._meanwhile is not None:
             self._meanwhile(is_nvidia)
         self.waiting_for = "NVML"
@@ -186,7 +180,7 @@ class Collection:
         transformers = next((folder for folder in folders if (folder / "__init__.py").is_file()), None)
         return read_checkpoints(self._root / str(cache).lstrip("/"), transformers)
 
-    def _read(self, part: str, source: Callable[[], ResultT], otherwise: ResultT) -> ResultT:
+    def _read(self, part: str, source: Callable[[], ResultT], otherwise: OtherT) -> ResultT | OtherT:
         """Read one source; one that fails or does not end in time becomes a gap, so that the others still count."""
         started = time.perf_counter()
         self.waiting_for = part
