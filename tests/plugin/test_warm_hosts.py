@@ -34,13 +34,13 @@ from vlm_doctor.machine import GpuProcess
 from vlm_doctor.units import GIB
 
 from ..until import LIMIT_S, is_running, until
+from .nobody import NOBODY, as_nobody, as_root
 from .projects import is_held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 GPU = "GPU-1"
-NOBODY = 65534
 STUB = Path(__file__).with_name("warm_stub.py")
 ATTACH = """
 import sys, time
@@ -54,7 +54,6 @@ print("attached", flush=True)
 time.sleep(60)
 """
 KEPT: list[socket.socket] = []
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run as another user")
 
 
 class Warm:
@@ -158,39 +157,16 @@ def test_folder_and_socket_are_this_users_alone(warm: Warm) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in warm.place.folder.iterdir()} == {0o600}
 
 
-def as_nobody(body: Callable[[], object]) -> tuple[int, int]:
-    """Run in a child as another user; returns its pid and what can be read of its answer. It lives until it is killed."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.setuid(NOBODY)
-        try:
-            answer = str(body())
-        except Exception as error:  # noqa: BLE001 - told to the parent
-            answer = type(error).__name__
-        os.write(writing, answer.encode())
-        time.sleep(60)
-        os._exit(0)
-    os.close(writing)
-    return child, reading
-
-
-def answer_of(child: int, reading: int) -> str:
-    answer = os.read(reading, 1000).decode()
-    os.close(reading)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return answer
-
-
 @as_root
 def test_another_user_is_kept_out_and_a_folder_of_his_is_refused(warm: Warm) -> None:
     warm.start()
-    assert answer_of(*as_nobody(lambda: socket.socket(socket.AF_UNIX).connect(str(warm.place.socket)))) == "PermissionError"
+    with as_nobody(lambda: socket.socket(socket.AF_UNIX).connect(str(warm.place.socket))) as answer:
+        assert answer.startswith("PermissionError: ")
     warm.place.folder.parent.chmod(0o755)
     warm.place.folder.chmod(0o755)
     warm.place.socket.chmod(0o777)
-    assert answer_of(*as_nobody(lambda: wire.connect(warm.place.socket, 5))) == "WireError"
+    with as_nobody(lambda: wire.connect(warm.place.socket, 5)) as answer:
+        assert answer == "WireError: the process that listens there is another user's"
 
     def ask() -> int:
         """Bytes of the answer, from a host that anybody could reach."""
@@ -198,7 +174,8 @@ def test_another_user_is_kept_out_and_a_folder_of_his_is_refused(warm: Warm) -> 
         connection.connect(str(warm.place.socket))
         return len(connection.recv(100))
 
-    assert answer_of(*as_nobody(ask)) in ("0", "ConnectionResetError")
+    with as_nobody(ask) as answer:
+        assert answer.partition(":")[0] in ("0", "ConnectionResetError")
     warm.place.folder.parent.chmod(0o700)
     with pytest.raises(PlaceError, match="is not one that is this user's alone"):
         folder_for(str(warm.leases))
@@ -220,13 +197,10 @@ def test_a_socket_of_another_user_is_not_talked_to(warm: Warm) -> None:
         KEPT.append(listener)
         return "listens"
 
-    child, reading = as_nobody(listen)
-    until(place.exists)
-
-    with pytest.raises(wire.WireError, match="another user's"):
-        wire.connect(place, 5)
-
-    assert answer_of(child, reading) == "listens"
+    with as_nobody(listen) as answer:
+        assert answer == "listens"
+        with pytest.raises(wire.WireError, match="another user's"):
+            wire.connect(place, 5)
     place.unlink()
 
 
