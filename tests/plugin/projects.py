@@ -107,6 +107,12 @@ def finish(run: subprocess.Popen[str], before: str = "") -> tuple[str, dict[str,
     return text, counts
 
 
+def plan_lines(result: pytest.RunResult) -> list[str]:
+    """What ``--vlm-plan`` prints below its heading."""
+    start = next(number for number, line in enumerate(result.outlines) if line.strip("= ") == "vlmgpu plan")
+    return result.outlines[start + 1 : -1]
+
+
 def is_held(leases: Leases, *gpus: str, by: str = "") -> bool:
     """Whether all of these are held by somebody else; what is free is not kept."""
     taken = leases.take(gpus)
