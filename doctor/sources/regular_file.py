@@ -1,4 +1,4 @@
-"""Open files and folders of a checkpoint that somebody else made."""
+"""Open files of a checkpoint that somebody else made."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import ModelFileError
-
-_MOST_FILES = 500
 
 
 @contextlib.contextmanager
@@ -69,8 +67,8 @@ def read_text(path: Path, most_bytes: int) -> str | None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names of what is in a folder, sorted, the first 500; none where it cannot be read."""
+    """The first 500 names of what is in a folder, sorted; none where it cannot be read."""
     try:
-        return sorted(path.name for path in folder.iterdir())[:_MOST_FILES]
+        return sorted(path.name for path in folder.iterdir())[:500]
     except OSError:
         return []
