@@ -25,6 +25,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +76,8 @@ def _play(function: str) -> None:
     if SCENARIO.get("crash_in") == function:
         os.kill(os.getpid(), signal.SIGSEGV)
     if SCENARIO.get("hang_in") == function:
+        if "hangs" in SCENARIO:
+            Path(SCENARIO["hangs"]).touch()
         time.sleep(3600)
     if function in SCENARIO.get("fail", {}):
         raise NVMLError(SCENARIO["fail"][function])
