@@ -13,6 +13,8 @@ it plays is a JSON scenario in the environment variable NVML_DOUBLE:
     ``{function: code}``, for all GPUs.
 ``missing``
     Functions and constants that this binding does not have.
+``hangs``
+    File that is there once it sleeps.
 ``crash_in``, ``hang_in``
     Name of the function in which the process dies of SIGSEGV, or sleeps.
 """
