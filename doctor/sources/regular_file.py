@@ -72,3 +72,8 @@ def names_in(folder: Path) -> list[str]:
         return sorted(path.name for path in folder.iterdir())[:500]
     except OSError:
         return []
+
+
+def small_text(path: Path) -> str | None:
+    """What a small file says, as the kernel writes them; ``None`` where it is empty, or cannot be read."""
+    return (read_text(path, 65536) or "").strip() or None
