@@ -29,7 +29,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ import torch
 import transformers
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_balanced_memory
+from ballast import held
 from traced_models import config_of, image_inputs
 
 from vlm_doctor.planner import plan
@@ -53,7 +53,6 @@ from vlm_doctor.sources.model_profile import build_profile
 from vlm_doctor.visibility import visible_gpus
 from vlm_doctor.workload import Policy, Workload
 
-HERE = Path(__file__).resolve().parent
 GIB = 2**30
 NEW_TOKENS = 2
 PRECISION = 0.01
@@ -487,18 +486,6 @@ def run(name: str, out: Path, end: float) -> None:
         except subprocess.TimeoutExpired:
             print(name, "timed out", flush=True)
             return
-
-
-@contextmanager
-def held(free: tuple[float, ...]) -> Iterator[str]:
-    """Only so many GiB are free on each GPU; gives what the ballast says."""
-    command = [sys.executable, str(HERE / "ballast.py"), *map(str, free)]
-    ballast = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert ballast.stdout is not None
-    try:
-        yield ballast.stdout.readline().strip()
-    finally:
-        ballast.communicate("")
 
 
 def begun(names: Iterable[str], budget_s: float, least_s: float) -> Iterator[tuple[str, float]]:
