@@ -6,9 +6,32 @@ every machine; a large card with the rest of its memory taken shows the same fre
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 GIB = 2**30
+
+
+@contextmanager
+def held(free_gib: Iterable[float | str]) -> Iterator[str]:
+    """Only so much is free on each GPU while this lasts; gives what the process says that holds the rest.
+
+    Raises:
+        OSError: It holds nothing.
+    """
+    command = [sys.executable, __file__, *map(str, free_gib)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        try:
+            line = holder.stdout.readline().strip()
+            if not line.startswith("ready"):
+                raise OSError(f"ballast.py did not start: {line or 'no answer'}")
+            yield line
+        finally:
+            holder.stdin.close()
 
 
 def main() -> int:

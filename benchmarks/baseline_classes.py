@@ -21,6 +21,7 @@ from vlm_doctor import load_profile
 from vlm_doctor.errors import VlmDoctorError
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.constraints import can_break_tower, chain
+from vlm_doctor.planner.map_names import owner
 from vlm_doctor.sources.checkpoint_folder import INDEX, read_folder
 
 Row = list[Any]
@@ -118,16 +119,14 @@ def _cuttable(model: Any, profile: ModelProfile, blocks: dict[str, str]) -> list
         atoms = chain(profile, breaks_tower=breaks).atoms
         atom_of = {unit.key: number for number, atom in enumerate(atoms) for unit in atom.units}
         for block in blocks:
-            places = {_atom(name, atom_of) for name, _ in model.named_parameters() if name.startswith(f"{block}.")}
+            places = {
+                atom_of.get(owner(atom_of, name) or "")
+                for name, _ in model.named_parameters()
+                if name.startswith(f"{block}.")
+            }
             if len(places) > 1 or None in places:
                 found.add(block)
     return sorted(found)
-
-
-def _atom(name: str, atom_of: dict[str, int]) -> int | None:
-    while name and name not in atom_of:
-        name = name.rpartition(".")[0]
-    return atom_of.get(name)
 
 
 def _listed(blocks: dict[str, str]) -> str:

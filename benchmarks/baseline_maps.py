@@ -27,7 +27,6 @@ from baseline_models import (
     planned,
     sizes_of,
     subject,
-    weights_of,
 )  # fmt: skip
 
 from vlm_doctor import check_map, load_profile
@@ -49,13 +48,13 @@ def _cases() -> Iterator[tuple[str, str]]:
 
 
 def _stages(answer: Plan) -> dict[int, int]:
-    return {stage.gpu: weights_of(stage) for stage in sorted(answer.stages, key=lambda stage: stage.gpu)}
+    return {stage.gpu: stage.weights_bytes for stage in sorted(answer.stages, key=lambda stage: stage.gpu)}
 
 
 def _weight_fill(answer: Plan) -> str:
     if not answer.fits:
         return "does not fit"
-    return f"{max(weights_of(stage) / stage.total_bytes for stage in answer.stages):.0%}"
+    return f"{max(stage.weights_bytes / stage.total_bytes for stage in answer.stages):.0%}"
 
 
 def maps() -> Iterator[Row]:

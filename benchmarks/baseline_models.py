@@ -22,7 +22,8 @@ from tests.models.remote_skeletons import cogvlm2_19b, glm_4v_9b
 from vlm_doctor import Policy, load_machine, load_profile, plan
 from vlm_doctor.machine import Machine
 from vlm_doctor.model import ModelProfile
-from vlm_doctor.placement import Plan, Stage
+from vlm_doctor.placement import Plan
+from vlm_doctor.planner.map_names import owner
 
 GIB = 2**30
 CPU_GIB = 200
@@ -132,9 +133,7 @@ def auto_map(name: str, spec: str) -> dict[str, Device]:
 
 def device_of(name: str, device_map: Mapping[str, Device]) -> Device:
     """By the longest key that is the name, or holds it."""
-    while name not in device_map and name:
-        name = name.rpartition(".")[0]
-    return device_map[name]
+    return device_map[owner(device_map, name) or ""]
 
 
 def blocks_of(model: Any) -> dict[str, str]:
@@ -174,11 +173,6 @@ def planned(name: str, spec: str, gpus: int = 1) -> Plan:
     """Our plan for one image, 512 text tokens and 256 new ones, on at least so many GPUs."""
     answer: Plan = plan(subject(name).profile, machine_of(spec), policy=Policy(min_gpus=gpus))
     return answer
-
-
-def weights_of(stage: Stage) -> int:
-    """Bytes of the weights of a stage."""
-    return sum(line.size_bytes for line in stage.ledger if line.kind == "weights")
 
 
 def best_fill(name: str, spec: str) -> float:

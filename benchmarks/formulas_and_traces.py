@@ -67,7 +67,7 @@ def compare(family: str, folder: Path, workload: Workload, *, is_tiny: bool) -> 
     if tracing.traces is None:
         return {"untraced": tracing.reason}
     traced = plan(profile, machine, workload, POLICY, traces=tracing.traces)
-    weights = sum(line.size_bytes for line in traced.stages[0].ledger if line.kind == "weights")
+    weights = traced.stages[0].weights_bytes
     return {
         "has_script": profile.body_script is not None,
         "weights_bytes": weights,

@@ -28,8 +28,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,13 @@ import torch
 import transformers
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_balanced_memory
+from ballast import held
 from traced_models import config_of, image_inputs
 
 from vlm_doctor.planner import plan
 from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.map_names import owner
 from vlm_doctor.planner.order import Split
 from vlm_doctor.planner.problem import ask
 from vlm_doctor.planner.validate import MAX_EDGE
@@ -52,7 +53,6 @@ from vlm_doctor.sources.model_profile import build_profile
 from vlm_doctor.visibility import visible_gpus
 from vlm_doctor.workload import Policy, Workload
 
-HERE = Path(__file__).resolve().parent
 GIB = 2**30
 NEW_TOKENS = 2
 PRECISION = 0.01
@@ -144,20 +144,20 @@ class Subject:
                 accelerate takes all inputs to GPU 0 first.
         """
         self.remove()
-        owner = {key: _device(device_map, key) for key in [*self.shapes, *self.buffers]}
+        gpus = {key: device_map.get(owner(device_map, key) or "", 0) for key in [*self.shapes, *self.buffers]}
         sizes = [0] * torch.cuda.device_count()
         for key, shape in self.shapes.items():
             if key not in self.tied:
-                sizes[owner[key]] += 2 * torch.Size(shape).numel()
+                sizes[gpus[key]] += 2 * torch.Size(shape).numel()
         for gpu, size in enumerate(sizes):
             if size:
                 torch.empty(size, dtype=torch.uint8, device=gpu)
         for key, shape in self.shapes.items():
             if key not in self.tied:
-                self._set(key, torch.zeros(shape, dtype=torch.bfloat16, device=owner[key]))
+                self._set(key, torch.zeros(shape, dtype=torch.bfloat16, device=gpus[key]))
         for key, value in self.buffers.items():
             module, _, leaf = key.rpartition(".")
-            self.model.get_submodule(module)._buffers[leaf] = value.to(owner[key])
+            self.model.get_submodule(module)._buffers[leaf] = value.to(gpus[key])
         if self.tied:
             self.model.tie_weights()
         first = next(iter(device_map.values())) if is_renumbered else None
@@ -217,14 +217,6 @@ def clean() -> None:
     for gpu in range(torch.cuda.device_count()):
         torch.cuda.synchronize(gpu)
     torch.cuda.empty_cache()
-
-
-def _device(device_map: dict[str, int], key: str) -> int:
-    while key not in device_map:
-        if not key:
-            return 0
-        key = key.rpartition(".")[0]
-    return device_map[key]
 
 
 def longest(subject: Subject, start: int, deadline: float) -> int:
@@ -496,16 +488,17 @@ def run(name: str, out: Path, end: float) -> None:
             return
 
 
-@contextmanager
-def held(free: tuple[float, ...]) -> Iterator[str]:
-    """Only so many GiB are free on each GPU; gives what the ballast says."""
-    command = [sys.executable, str(HERE / "ballast.py"), *map(str, free)]
-    ballast = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert ballast.stdout is not None
-    try:
-        yield ballast.stdout.readline().strip()
-    finally:
-        ballast.communicate("")
+def begun(names: Iterable[str], budget_s: float, least_s: float) -> Iterator[tuple[str, float]]:
+    """Scenarios that there is time for, each with its cards as they are to be, and the seconds that are left for all."""
+    end = time.monotonic() + budget_s
+    for name in names:
+        left = end - time.monotonic()
+        if left < least_s:
+            print("no time left for", name, flush=True)
+            continue
+        with held(cards_of(name)) as line:
+            print(f"== {name}: {line}", flush=True)
+            yield name, left
 
 
 def main() -> None:
@@ -520,15 +513,8 @@ def main() -> None:
     if options.child:
         scenario(options.scenarios[0], Out(options.out), time.monotonic() + options.each)
         return
-    end = time.monotonic() + options.budget
-    for name in options.scenarios or SCENARIOS:
-        left = end - time.monotonic()
-        if left < 40:
-            print("no time left for", name, flush=True)
-            continue
-        with held(cards_of(name)) as line:
-            print(f"== {name}: {line}", flush=True)
-            run(name, options.out, time.monotonic() + min(options.each, left - 25))
+    for name, left in begun(options.scenarios or SCENARIOS, options.budget, 40):
+        run(name, options.out, time.monotonic() + min(options.each, left - 25))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ballast import held
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -204,24 +206,9 @@ class Trial:
         print(text[-4000:], flush=True)
         return {"exit": done.returncode, "last_line": text.strip().splitlines()[-1] if text.strip() else ""}
 
-    @contextmanager
-    def _ballast(self, free_gib: tuple[str, ...]) -> Iterator[None]:
+    def _ballast(self, free_gib: tuple[str, ...]) -> AbstractContextManager[str]:
         """Only so much memory free on each GPU."""
-        if self.is_tiny:
-            yield
-            return
-        command = [sys.executable, str(HERE / "ballast.py"), *free_gib]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-            if holder.stdin is None or holder.stdout is None:
-                raise OSError("ballast.py has no pipes")
-            try:
-                line = holder.stdout.readline().strip()
-                print("ballast:", line, flush=True)
-                if not line.startswith("ready"):
-                    raise OSError(f"ballast.py did not start: {line or 'no answer'}")
-                yield
-            finally:
-                holder.stdin.close()
+        return nullcontext("") if self.is_tiny else held(free_gib)
 
 
 def _is_installed() -> bool:

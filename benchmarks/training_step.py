@@ -46,7 +46,6 @@ LEAST_TOKENS = 256
 MORE = (1.1, 1.2, 1.35, 1.5)
 EDGE_SECONDS = 22
 """After which no longer prompt is tried; one step takes a second or two."""
-PATH = Path(__file__).resolve()
 
 
 def adapt(model: Any) -> Any:
@@ -163,19 +162,13 @@ def main() -> None:
     if options.child:
         scenario(options.scenarios[0], frontier.Out(options.out, "training.json"))
         return
-    end = time.monotonic() + options.budget
-    for name in EDGES if options.scenarios == ["edge"] else options.scenarios or SCENARIOS:
-        left = end - time.monotonic()
-        if left < 30:
-            print("no time left for", name, flush=True)
-            continue
-        with frontier.held(frontier.cards_of(name)) as line:
-            print(f"== {name}: {line}", flush=True)
-            words = [sys.executable, str(PATH), "--out", str(options.out), "--child", name]
-            try:
-                subprocess.run(words, timeout=left, check=False)
-            except subprocess.TimeoutExpired:
-                print(name, "timed out", flush=True)
+    names = EDGES if options.scenarios == ["edge"] else options.scenarios or SCENARIOS
+    for name, left in frontier.begun(names, options.budget, 30):
+        words = [sys.executable, __file__, "--out", str(options.out), "--child", name]
+        try:
+            subprocess.run(words, timeout=left, check=False)
+        except subprocess.TimeoutExpired:
+            print(name, "timed out", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from ballast import held
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -91,18 +94,17 @@ class Run:
 
     def all(self) -> int:
         """In the order of their worth."""
-        ballast = None if self.is_tiny else hold(self.options.free.split(","))
         try:
-            for model in self.models:
-                self.folders[model] = Path(tempfile.mkdtemp(prefix=f"{model}-"))
-                build(model, self.folders[model], is_tiny=self.is_tiny)
-            for steps in (STEPS[:FIRST], STEPS[FIRST:]):
+            with nullcontext("") if self.is_tiny else held(self.options.free.split(",")) as line:
+                print("ballast:", line, flush=True)
                 for model in self.models:
-                    for name, limit in steps:
-                        self.step(model, name, limit)
+                    self.folders[model] = Path(tempfile.mkdtemp(prefix=f"{model}-"))
+                    build(model, self.folders[model], is_tiny=self.is_tiny)
+                for steps in (STEPS[:FIRST], STEPS[FIRST:]):
+                    for model in self.models:
+                        for name, limit in steps:
+                            self.step(model, name, limit)
         finally:
-            if ballast is not None:
-                ballast.communicate()
             for folder in self.folders.values():
                 shutil.rmtree(folder, ignore_errors=True)
         print((self.out / "table.md").read_text())
@@ -243,18 +245,6 @@ def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH", ""))))
     modules = os.environ.get("HF_MODULES_CACHE") or tempfile.gettempdir() + "/true-size-modules"
     return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "HF_MODULES_CACHE": modules}
-
-
-def hold(free: list[str]) -> subprocess.Popen[str]:
-    """Take the memory beyond what shall be free."""
-    command = [sys.executable, str(HERE / "ballast.py"), *free]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    print("ballast:", line, flush=True)
-    if not line.startswith("ready"):
-        raise SystemExit(f"ballast.py did not start: {line or 'no answer'}")
-    return process
 
 
 def build(model: str, folder: Path, *, is_tiny: bool) -> None:

@@ -18,7 +18,7 @@ from .machine import Gpu, Machine
 from .model import ModelProfile
 from .planner.budget import CONTEXT_BYTES
 from .planner.map_check import check_map
-from .planner.map_names import owner
+from .planner.map_names import owner, prefixes
 from .planner.map_question import TITLES
 from .sources import Collection
 from .sources.checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
@@ -143,12 +143,8 @@ def joined(devices: Mapping[str, int | str]) -> dict[str, int | str]:
     """The shortest map that puts each tensor where it is: one key for the outermost modules that are on one device."""
     held: dict[str, set[int | str]] = {}
     for name, device in devices.items():
-        path = name
-        while True:
+        for path in prefixes(name):
             held.setdefault(path, set()).add(device)
-            if not path:
-                break
-            path = path.rpartition(".")[0]
     result: dict[str, int | str] = {}
     for name, device in devices.items():
         parts = name.split(".")

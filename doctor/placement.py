@@ -48,6 +48,11 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         return sum(line.size_bytes for line in self.ledger if line.kind in counted)
 
     @property
+    def weights_bytes(self) -> int:
+        """Of weights on the GPU."""
+        return sum(line.size_bytes for line in self.ledger if line.kind == "weights")
+
+    @property
     def left_bytes(self) -> int:
         """What remains after headroom; negative when it does not fit."""
         return sum(line.size_bytes for line in self.ledger if line.kind == "left")

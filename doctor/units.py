@@ -1,4 +1,4 @@
-"""Byte units: the only place that knows how sizes are spelled.
+"""Units: the only place that knows how sizes and ages are spelled.
 
 Inside the program a size is always an ``int`` of bytes. ``GB`` means 10**9 and ``GiB`` means 2**30: the field mixes
 them up (an "80 GB" H100 reports 79.2 GiB), so both are read and neither is guessed.
@@ -54,3 +54,11 @@ def format_gib(size_bytes: int) -> str:
     if abs(size_bytes) < GIB:
         return f"{size_bytes / MIB:.0f} MiB"
     return f"{size_bytes / GIB:.1f} GiB"
+
+
+def format_age(seconds: float) -> str:
+    """Write how long ago something was, in its largest whole unit (``"3 d"``, ``"2 h"``, ``"5 min"``, ``"0 s"``)."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

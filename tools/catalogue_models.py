@@ -34,6 +34,19 @@ LLAVA_NAMES = (
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 )
+INTERNVL_TEXT = {
+    "model_type": "qwen2",
+    "vocab_size": 151674,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+}
+"""Of InternVL3-8B, in both of its forms."""
 INTERNVL_NAMES = (("model.vision_tower.", "vision_tower."), *LLAVA_NAMES[1:])
 QWEN_NAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
@@ -441,19 +454,7 @@ MODELS = [
             "max_dynamic_patch": 12,
             "use_thumbnail": True,
             "torch_dtype": "bfloat16",
-            "llm_config": {
-                "architectures": ["Qwen2ForCausalLM"],
-                "model_type": "qwen2",
-                "vocab_size": 151674,
-                "hidden_size": 3584,
-                "intermediate_size": 18944,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 28,
-                "num_key_value_heads": 4,
-                "max_position_embeddings": 32768,
-                "use_sliding_window": False,
-                "tie_word_embeddings": False,
-            },
+            "llm_config": {"architectures": ["Qwen2ForCausalLM"], **INTERNVL_TEXT},
             "vision_config": {
                 "architectures": ["InternVisionModel"],
                 "model_type": "intern_vit_6b",
@@ -480,18 +481,7 @@ MODELS = [
             "downsample_ratio": 0.5,
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
-            "text_config": {
-                "model_type": "qwen2",
-                "vocab_size": 151674,
-                "hidden_size": 3584,
-                "intermediate_size": 18944,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 28,
-                "num_key_value_heads": 4,
-                "max_position_embeddings": 32768,
-                "use_sliding_window": False,
-                "tie_word_embeddings": False,
-            },
+            "text_config": INTERNVL_TEXT,
             "vision_config": {
                 "model_type": "internvl_vision",
                 "attention_bias": True,

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from ..data.xids import MINOR_XIDS, XID_ADVICE, XIDS
 from ..findings import Finding, Fix
 from ..machine import Driver, Gpu, KernelEvent, PciDevice
+from ..units import format_age
 from ._check import Check, Facts, Result, found, ids, names, plain, skipped, unknown
 from ._remedy import branch, is_debian, is_red_hat, without_folders
 from .driver import addresses
@@ -279,15 +280,8 @@ def _path(position: int, name: str) -> str:
 
 def _times(event: KernelEvent) -> str:
     """``9 times, 2 h ago``."""
-    age = f", {_age(event.last_s_ago)} ago" if event.last_s_ago is not None else ""
+    age = f", {format_age(event.last_s_ago)} ago" if event.last_s_ago is not None else ""
     return f"{event.count} time{'s' if event.count != 1 else ''}{age}"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 CHECKS = (

@@ -8,7 +8,7 @@ import msgspec
 
 from ..findings import Finding, Fix
 from ..machine import Gpu, GpuProcess
-from ..units import GIB, MIB, format_gib
+from ..units import GIB, MIB, format_age, format_gib
 from ._check import Check, Facts, Result, alike, found, labels, plain, skipped
 
 _MUCH_SHARE, _MUCH_BYTES = 0.1, GIB
@@ -113,17 +113,10 @@ def _process(process: GpuProcess) -> str:
     if process.used_bytes is not None:
         details.append(format_gib(process.used_bytes))
     if process.started_s_ago is not None:
-        details.append(_age(process.started_s_ago))
+        details.append(format_age(process.started_s_ago))
     # WSL gives no numbers.
     who = f"pid {process.pid}" if process.pid > 0 else "a process"
     return f"{who} ({', '.join(details)})"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds // length:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 def held_by_nobody(facts: Facts) -> Result:

@@ -19,6 +19,10 @@ from ._shared import finish, is_terminal, look_for, read_machine, with_project
 from .ahead import loader
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..changes import Saved
+    from ..check_clock import CheckClock
     from ..model import ModelProfile
     from ..sources import Collection
 
@@ -53,16 +57,7 @@ def _check(options: Namespace, started: float, suggestion: _Suggestion, collecti
 
     clock = CheckClock()
     demoted, notes = with_project(options)
-    saved = None
-    if options.since is not None:
-        from ..sources.saved_report import read_saved
-
-        saved = read_saved(options.since)
-        if saved.diagnosis is None:
-            # A bare snapshot: what is judged the same way can be compared.
-            from ..checks import diagnose
-
-            saved = saved._replace(diagnosis=diagnose(saved.machine, by=clock))
+    saved = _saved(options.since, clock)
 
     def judge(machine: Machine) -> Report:
         from ..answer import check_report
@@ -107,6 +102,21 @@ def _check(options: Namespace, started: float, suggestion: _Suggestion, collecti
         return finish(final, options, look)
     write_stdout(tail(final, look, earlier=first))
     return final.exit_status
+
+
+def _saved(since: Path | None, clock: CheckClock) -> Saved | None:
+    """What to compare with, judged; ``None`` where nothing was named."""
+    if since is None:
+        return None
+    from ..sources.saved_report import read_saved
+
+    saved = read_saved(since)
+    if saved.diagnosis is not None:
+        return saved
+    # A bare snapshot: what is judged the same way can be compared.
+    from ..checks import diagnose
+
+    return saved._replace(diagnosis=diagnose(saved.machine, by=clock))
 
 
 def gate(options: Namespace) -> int:

@@ -8,48 +8,24 @@ comes from its ``image_processing_*.py`` (sizes) and its ``processing_*.py`` (to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+
+from msgspec.structs import replace
+
+from ..image_rule import ImageKind, ImageRule
 
 MERGE_DEFAULT_EDGE = 1008
 """Edge of the image assumed where any size goes and the workload names none: 36 x 36 tokens at 28 pixels a token."""
 
 
-class ImageConstants(NamedTuple):
-    """What a family's processor does. Fields are those of ``ImageRule`` but for the last ones."""
+class ImageConstants(ImageRule, frozen=True):
+    """What a family's processor does: a rule, 0 where only the checkpoint tells, and which of its keys tell."""
 
-    kind: Literal["fixed", "merge", "fill", "tiles"]
-    extra_tokens: int = 0
-    extra_patches: int = 0
-    max_tiles: int = 1
-    has_thumbnail: bool = False
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    frames: int = 1
-    """Frames that the processor counts one image as, when it holds the image against its bounds on pixels."""
-    method: str = ""
+    kind: ImageKind
     size: int = 0
     patch: int = 0
     merge: int = 0
-    view_tokens: int | None = None
-    view_patches: int | None = None
-    row_tokens: int = 0
-    tile_tokens: int = 0
-    split_tokens: int = 0
-    min_tiles: int = 1
-    longest_grid: int = 0
-    cut_above: int = 0
-    is_whole_always: bool = False
-    is_single_cut: bool = False
-    whole_size: int = 0
-    min_patches: int = 0
-    max_patches: int = 0
-    max_height: int = 0
-    max_width: int = 0
-    align: int = 0
-    pinpoints: tuple[tuple[int, int], ...] = ()
-    margin: int = 0
-    tolerance: float = 0.0
-    is_bound: bool = False
+    frames: int = 1
+    """Frames that the processor counts one image as, when it holds the image against its bounds on pixels."""
     size_keys: tuple[str, ...] = ("crop_size", "size")
     """Keys of preprocessor_config.json that may hold the edge of the resized image or tile."""
     token_keys: tuple[str, ...] = ()
@@ -109,7 +85,8 @@ _LLAVA_NEXT = ImageConstants(
 """llava_next: the whole image, and tiles of the best of image_grid_pinpoints without their padding, a newline token behind
 each row."""
 
-_ONEVISION = _LLAVA_NEXT._replace(
+_ONEVISION = replace(
+    _LLAVA_NEXT,
     is_single_cut=True,
     max_patches=9,
     token_keys=("num_image_tokens",),
@@ -184,7 +161,7 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
         cut_keys=("crop_to_patches",),
     ),
     "cohere_compass": _QWEN_CLASS,
-    "cosmos3_edge": _GLM4V._replace(min_pixels=256 * 256, max_pixels=4096 * 4096, frames=1),
+    "cosmos3_edge": replace(_GLM4V, min_pixels=256 * 256, max_pixels=4096 * 4096, frames=1),
     "cosmos3_omni": _QWEN_CLASS,
     "deepseek_ocr2": ImageConstants(
         "tiles",
@@ -212,7 +189,7 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
     "emu3": ImageConstants(
         "merge", extra_tokens=11, row_tokens=1, patch=8, merge=1, min_pixels=2**18, max_pixels=2**20, is_bound=True
     ),
-    "ernie4_5_vl_moe": _QWEN_CLASS._replace(max_pixels=28 * 28 * 6177),
+    "ernie4_5_vl_moe": replace(_QWEN_CLASS, max_pixels=28 * 28 * 6177),
     "exaone4_5": _QWEN_CLASS,
     "fast_vlm": ImageConstants("fixed", view_tokens=256, size=1024, patch=64, token_keys=("image_seq_length",)),
     "florence2": ImageConstants(
@@ -222,7 +199,7 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
         "merge", method="shrunk_by_scale", extra_tokens=1, row_tokens=1, patch=30, merge=1, max_height=1080, max_width=1920
     ),
     "gemma3": _GEMMA3,
-    "gemma3n": _GEMMA3._replace(size=768, patch=16, token_keys=("image_seq_length", "vision_soft_tokens_per_image")),
+    "gemma3n": replace(_GEMMA3, size=768, patch=16, token_keys=("image_seq_length", "vision_soft_tokens_per_image")),
     "gemma4": _GEMMA4,
     "gemma4_unified": _GEMMA4,
     "git": ImageConstants("fixed", extra_tokens=1, extra_patches=1),
@@ -248,7 +225,7 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
         token_keys=("image_seq_len",),
         cut_keys=("crop_to_patches",),
     ),
-    "hunyuan_vl": _QWEN_CLASS._replace(extra_tokens=4, row_tokens=1, min_pixels=512 * 512, max_pixels=2048 * 2048),
+    "hunyuan_vl": replace(_QWEN_CLASS, extra_tokens=4, row_tokens=1, min_pixels=512 * 512, max_pixels=2048 * 2048),
     "hyperclovax_vision_v2": _QWEN_CLASS,
     "idefics": ImageConstants("fixed", extra_tokens=3, extra_patches=1, is_bound=True, size_keys=("size",)),
     "idefics2": ImageConstants(
@@ -269,7 +246,7 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
     "inkling2": ImageConstants("merge", method="padded", patch=20, merge=2),
     "inkling_mm_model": ImageConstants("merge", method="padded_beyond", extra_tokens=1, patch=40, merge=1),
     "instructblip": _QUERIES,
-    "instructblipvideo": _QUERIES._replace(kind="tiles", method="number", max_tiles=4),  # four frames
+    "instructblipvideo": replace(_QUERIES, kind="tiles", method="number", max_tiles=4),  # four frames
     "internvl": _INTERNVL,
     "internvl_chat": _INTERNVL,
     "janus": ImageConstants(
@@ -305,7 +282,7 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
         cut_keys=("do_image_splitting",),
     ),
     "lfm3_vl": _QWEN_CLASS,
-    "lighton_ocr": _PIXTRAL._replace(row_tokens=0, patch=14, merge=2),
+    "lighton_ocr": replace(_PIXTRAL, row_tokens=0, patch=14, merge=2),
     "llama4": ImageConstants(
         "tiles",
         method="canvas",
@@ -321,10 +298,10 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
     "llava_next": _LLAVA_NEXT,
     "llava_next_video": _LLAVA_NEXT,
     "llava_onevision": _ONEVISION,
-    "minicpm_ocr": _MINICPM._replace(merge=2),
+    "minicpm_ocr": replace(_MINICPM, merge=2),
     "minicpmv4_6": _MINICPM,
     "minicpmv4_7": _MINICPM,
-    "minimax_m3_vl": _QWEN_CLASS._replace(min_pixels=4 * 28 * 28, max_pixels=451584),
+    "minimax_m3_vl": replace(_QWEN_CLASS, min_pixels=4 * 28 * 28, max_pixels=451584),
     "mistral3": _PIXTRAL,
     "mistral_large4": _PIXTRAL,
     "mllama": ImageConstants("tiles", method="number", tile_tokens=1, extra_patches=1, max_tiles=4),
@@ -412,7 +389,7 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
         max_height=3024,
         size_keys=("patch_size",),
     ),
-    "t5gemma2": _GEMMA3._replace(size=896, patch=14),
+    "t5gemma2": replace(_GEMMA3, size=896, patch=14),
     "udop": ImageConstants("fixed", size=224, patch=16, size_keys=("size",), is_bound=True),
     "unlimited_ocr": ImageConstants(
         "tiles",
@@ -433,13 +410,13 @@ IMAGE_RULES: Mapping[str, ImageConstants] = {
     "video_llava": ImageConstants("fixed", has_strategy=True),
     "vipllava": ImageConstants("fixed", has_strategy=True),
     "cogvlm": _COGVLM,
-    "cogagent": _COGVLM._replace(extra_tokens=2 + 1600, extra_patches=1 + 700),
+    "cogagent": replace(_COGVLM, extra_tokens=2 + 1600, extra_patches=1 + 700),
     "chatglm": _COGVLM,
-    "minicpmv": _MOST._replace(extra_tokens=40, max_tiles=9, size=448, merge=4),
-    "deepseek_vl_v2": _MOST._replace(extra_tokens=411, max_tiles=9, size=384, merge=2),
+    "minicpmv": replace(_MOST, extra_tokens=40, max_tiles=9, size=448, merge=4),
+    "deepseek_vl_v2": replace(_MOST, extra_tokens=411, max_tiles=9, size=384, merge=2),
     "kimi_vl": ImageConstants("merge", extra_tokens=132, min_pixels=1, max_pixels=16384 * 14 * 14, merge=2, is_bound=True),
-    "molmo": _MOST._replace(extra_tokens=160, extra_patches=1, max_tiles=12, size=336, merge=2),
-    "phi3_v": _MOST._replace(extra_tokens=205, extra_patches=1, max_tiles=16, size=336, merge=2),
+    "molmo": replace(_MOST, extra_tokens=160, extra_patches=1, max_tiles=12, size=336, merge=2),
+    "phi3_v": replace(_MOST, extra_tokens=205, extra_patches=1, max_tiles=16, size=336, merge=2),
 }
 """By ``model_type``.
 

@@ -95,7 +95,7 @@ class Page:
         """Write a line to copy, such as a command: never wrapped, since a wrapped command cannot be pasted."""
         self._console.print(self._text((" " * indent, (text, style))), soft_wrap=True)
 
-    def table(self, columns: Sequence[Column], rows: Iterable[Sequence[Piece]], *, indent: int = 2) -> None:
+    def table(self, columns: Sequence[Column], rows: Iterable[Sequence[Piece]]) -> None:
         """Write a table without lines, headings dimmed."""
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
         for column in columns:
@@ -104,7 +104,7 @@ class Page:
             )
         for row in rows:
             table.add_row(*(self._text((cell,)) for cell in row))
-        self._console.print(Padding(table, (0, 0, 0, indent)))
+        self._console.print(Padding(table, (0, 0, 0, 2)))
 
     def gap(self) -> None:
         """Leave one line empty, never two, and none at the top."""

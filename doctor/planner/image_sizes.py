@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 
-from ..model import ImageRule
+from ..image_rule import ImageRule
 
 Cells = tuple[int, int]
 """Units along height and width: tokens, but for families that round edges to something else."""

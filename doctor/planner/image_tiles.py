@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from ..model import ImageRule
+from ..image_rule import ImageRule
 
 Grid = tuple[int, int]
 """Rows and columns of tiles."""

@@ -9,7 +9,8 @@ from functools import lru_cache
 import msgspec
 
 from ..data.activations import CROSS_ATTENTION
-from ..model import ImageRule, ModelProfile
+from ..image_rule import ImageRule
+from ..model import ModelProfile
 from ..trace import Pictures
 from ..workload import Workload
 from .image_sizes import CELLS, cell, rounded, unit

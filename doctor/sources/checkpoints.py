@@ -10,11 +10,10 @@ from pathlib import Path
 
 from ..machine import Checkpoint
 from .own_code import broken_calls, gone
-from .regular_file import read_text
+from .regular_file import names_in, read_text
 
 _DEADLINE_S = 0.3
 _MOST_REPOS = 300
-_MOST_FILES = 500
 _MAX_NAME_CHARS = 200
 
 
@@ -59,20 +58,13 @@ def _newest(folder: Path) -> Path | None:
     commit = (read_text(folder / "refs/main", 100) or "").strip()
     if commit and "/" not in commit and (folder / "snapshots" / commit).is_dir():
         return folder / "snapshots" / commit
-    snapshots = _names(folder / "snapshots")
+    snapshots = names_in(folder / "snapshots")
     return folder / "snapshots" / snapshots[0] if len(snapshots) == 1 else None
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(path.name for path in folder.iterdir())[:_MOST_FILES]
-    except OSError:
-        return []
 
 
 def _missing_files(folder: Path, snapshot: Path | None) -> int:
     """Downloads that were cut off, and links of the snapshot to files that are gone."""
-    missing = sum(name.endswith(".incomplete") for name in _names(folder / "blobs"))
+    missing = sum(name.endswith(".incomplete") for name in names_in(folder / "blobs"))
     if snapshot is not None:
-        missing += sum((snapshot / name).is_symlink() and not (snapshot / name).exists() for name in _names(snapshot))
+        missing += sum((snapshot / name).is_symlink() and not (snapshot / name).exists() for name in names_in(snapshot))
     return missing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,19 +13,20 @@ from typing import Any, TypeVar
 import msgspec
 
 from .. import __version__
-from ..calibration import Calibration
-from ..machine import Checkpoint, Driver, FileSetting, Gap, Gpu, KernelEvent, Machine, PciDevice, TorchView
+from ..machine import Checkpoint, Driver, Gap, Gpu, KernelEvent, Machine, PciDevice, TorchView
 from .checkpoints import read_checkpoints
 from .child import Child
 from .driver import read_driver_files
 from .environment import read_environment
 from .host import hf_cache_folder, read_host
+from .in_time import in_time
 from .nccl_files import read_nccl_files
 from .nvml_answer import NvmlView, understand
 from .pci import read_pci_devices
 from .torch_view import TorchQuestion, search_path
 
 ResultT = TypeVar("ResultT")
+OtherT = TypeVar("OtherT")
 
 SOURCE_DEADLINE_S = 3.0
 """What reading files may take: far more than it does, far less than a disk whose server is gone."""
@@ -119,32 +119,27 @@ class Collection:
         from .libraries import read_libraries
 
         home = self._environment.get("HOME", "")
-        no_variables: dict[str, str] = {}
-        no_devices: tuple[PciDevice, ...] = ()
-        no_files: dict[str, Any] = {}
-        no_readings: tuple[Calibration, ...] = ()
-        environment = self._read("environment", lambda: read_environment(self._environment), no_variables)
-        devices = self._read("pci_devices", lambda: read_pci_devices(self._root), no_devices)
-        files = self._read("driver", lambda: read_driver_files(self._root), no_files)
+        nothing: dict[str, Any] = {}
+        environment = self._read("environment", lambda: read_environment(self._environment), nothing)
+        devices = self._read("pci_devices", lambda: read_pci_devices(self._root), ())
+        files = self._read("driver", lambda: read_driver_files(self._root), nothing)
         host = self._read("host", lambda: read_host(self._root, self._environment, devices), None)
         libraries = self._read(
             "libraries", lambda: read_libraries(self._search_path, home=home, environment=self._environment), None
         )
-        no_events: tuple[KernelEvent, ...] | None = None
-        no_settings: tuple[FileSetting, ...] = ()
-        no_checkpoints: tuple[Checkpoint, ...] = ()
         is_nvidia = bool(devices or files.get("kernel_module_version"))
         # Without an NVIDIA GPU the kernel has nothing to say that matters here.
-        events = self._read("driver.kernel_events", self._read_kernel_log, no_events) if is_nvidia else no_events
-        settings = self._read("nccl_settings", lambda: read_nccl_files(self._root, self._environment), no_settings)
-        checkpoints = self._read("checkpoints", self._read_checkpoints, no_checkpoints)
-        calibrations = self._read("calibrations", lambda: load_calibrations(self._cache_folder), no_readings)
+        events = self._read("driver.kernel_events", self._read_kernel_log, None) if is_nvidia else None
+        settings = self._read("nccl_settings", lambda: read_nccl_files(self._root, self._environment), ())
+        checkpoints = self._read("checkpoints", self._read_checkpoints, ())
+        calibrations = self._read("calibrations", lambda: load_calibrations(self._cache_folder), ())
         if self._meanwhile is not None:
             self._meanwhile(is_nvidia)
         self.waiting_for = "NVML"
         outcome = self._nvml.outcome()
         self._seconds["nvml"] = round(outcome.seconds, 4)
-        seen = self._read("gpus", lambda: understand(outcome), NvmlView(driver=Driver()))
+        unread = Driver(nvml_state="crashed", nvml_message="its answer was not understood")
+        seen = self._read("gpus", lambda: understand(outcome), NvmlView(driver=unread))
         gpus = tuple(_with_numa_node(gpu, devices) for gpu in seen.gpus)
         names = {gpu.name for gpu in gpus}
         return Machine(
@@ -185,12 +180,12 @@ class Collection:
         transformers = next((folder for folder in folders if (folder / "__init__.py").is_file()), None)
         return read_checkpoints(self._root / str(cache).lstrip("/"), transformers)
 
-    def _read(self, part: str, source: Callable[[], ResultT], otherwise: ResultT) -> ResultT:
+    def _read(self, part: str, source: Callable[[], ResultT], otherwise: OtherT) -> ResultT | OtherT:
         """Read one source; one that fails or does not end in time becomes a gap, so that the others still count."""
         started = time.perf_counter()
         self.waiting_for = part
         try:
-            return _in_time(source, SOURCE_DEADLINE_S)
+            return in_time(source, SOURCE_DEADLINE_S)
         except Exception as error:  # noqa: BLE001 - border: reading one source
             self._note_gap(part, error)
             return otherwise
@@ -200,32 +195,6 @@ class Collection:
 
     def _note_gap(self, part: str, error: Exception) -> None:
         self._gaps.append(Gap(path=part, reason=f"{type(error).__name__}: {error}"[:300]))
-
-
-def _in_time(source: Callable[[], ResultT], deadline_s: float) -> ResultT:
-    """What a source gives. It runs in a thread of its own, since nothing can be done about a disk that does not answer.
-
-    Raises:
-        TimeoutError: It did not end in time; the thread is left to itself.
-        Exception: Whatever the source raised.
-    """
-    given: list[ResultT] = []
-    raised: list[Exception] = []
-
-    def look() -> None:
-        try:
-            given.append(source())
-        except Exception as error:  # noqa: BLE001 - raised again in the thread that asked
-            raised.append(error)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(deadline_s)
-    if raised:
-        raise raised[0]
-    if not given:
-        raise TimeoutError(f"no answer within {deadline_s:g} s")
-    return given[0]
 
 
 def collect(

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .regular_file import small_text
+
 _VERSION = re.compile(r"\b(\d{3,4}\.\d{1,3}(?:\.\d{1,3})?)\b")
 
 
@@ -15,11 +17,11 @@ def read_driver_files(root: Path) -> dict[str, Any]:
 
     By hand: ``cat /proc/driver/nvidia/version``, ``ls -l /dev/nvidia*``.
     """
-    banner = _text(root / "proc/driver/nvidia/version")
+    banner = small_text(root / "proc/driver/nvidia/version")
     match = _VERSION.search(banner or "")
     files = device_files(root)
     return {
-        "kernel_module_version": match[1] if match else _text(root / "sys/module/nvidia/version"),
+        "kernel_module_version": match[1] if match else small_text(root / "sys/module/nvidia/version"),
         "is_open_kernel_module": "Open Kernel Module" in banner if banner else None,
         "device_files": tuple(files),
         "forbidden_device_files": tuple(
@@ -31,10 +33,3 @@ def read_driver_files(root: Path) -> dict[str, Any]:
 def device_files(root: Path) -> list[str]:
     """``/dev/nvidia0``, ``/dev/nvidiactl``, ``/dev/nvidia-uvm`` …, sorted, without folders (/dev/nvidia-caps)."""
     return sorted(f"/dev/{path.name}" for path in (root / "dev").glob("nvidia*") if not path.is_dir())
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip() or None
-    except OSError:
-        return None

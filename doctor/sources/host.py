@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from ..machine import Host, PciDevice
 from .environment import shown
+from .in_time import in_time
 from .limits import exists, filesystem_of, read_limits
 from .pci import read_iommu
+from .regular_file import small_text
 
 ResultT = TypeVar("ResultT")
 
@@ -45,10 +45,10 @@ def read_host(root: Path, environment: Mapping[str, str], devices: Sequence[PciD
         limit = None
     shm_total, shm_free = _disk(root / "dev/shm") or (None, None)
     cache = hf_cache_folder(environment)
-    disk = _in_time(lambda: _disk_and_access(root / str(cache).lstrip("/"))) if cache is not None else None
+    disk = _told(lambda: _disk_and_access(root / str(cache).lstrip("/"))) if cache is not None else None
     limits = read_limits(root, environment)
-    tmp = _in_time(lambda: _disk(root / (environment.get("TMPDIR") or "/tmp").lstrip("/")))
-    release = _text(root / "proc/sys/kernel/osrelease") or "unknown"
+    tmp = _told(lambda: _disk(root / (environment.get("TMPDIR") or "/tmp").lstrip("/")))
+    release = small_text(root / "proc/sys/kernel/osrelease") or "unknown"
     return Host(
         os=_os_name(root),
         kernel=release,
@@ -86,7 +86,7 @@ def hf_cache_folder(environment: Mapping[str, str]) -> Path | None:
 def _memory_info(root: Path) -> dict[str, int]:
     """/proc/meminfo in bytes (the kernel writes KiB and calls them kB)."""
     sizes = {}
-    for line in (_text(root / "proc/meminfo") or "").splitlines():
+    for line in (small_text(root / "proc/meminfo") or "").splitlines():
         name, _, rest = line.partition(":")
         number = _decimal(rest.partition("kB")[0])
         if number is not None:
@@ -114,7 +114,7 @@ def _cgroup_memory(root: Path) -> tuple[int | None, int | None]:
 def _cgroup_folders(root: Path) -> list[tuple[Path, str, str, str]]:
     """Folders of the memory controller from this process's group up to the top, with the file names of their version."""
     found: list[tuple[Path, str, str, str]] = []
-    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
+    for line in (small_text(root / "proc/self/cgroup") or "").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
@@ -131,7 +131,7 @@ def _cgroup_folders(root: Path) -> list[tuple[Path, str, str, str]]:
 
 
 def _statistic(path: Path, name: str) -> int:
-    for line in (_text(path) or "").splitlines():
+    for line in (small_text(path) or "").splitlines():
         key, _, value = line.partition(" ")
         if key == name:
             return _decimal(value) or 0
@@ -158,18 +158,12 @@ def _disk_and_access(path: Path) -> tuple[int, bool] | None:
     return (space[1], os.access(nearest, os.W_OK | os.X_OK)) if space is not None and nearest is not None else None
 
 
-def _in_time(look: Callable[[], ResultT]) -> ResultT | None:
-    found: list[ResultT] = []
-
-    def note() -> None:
-        # A name that no file system takes, such as one of 100,000 characters, has nothing to tell.
-        with contextlib.suppress(OSError, ValueError):
-            found.append(look())
-
-    thread = threading.Thread(target=note, daemon=True)
-    thread.start()
-    thread.join(_DISK_DEADLINE_S)
-    return found[0] if found else None
+def _told(look: Callable[[], ResultT]) -> ResultT | None:
+    # A name that no file system takes, such as one of 100,000 characters, has nothing to tell, nor has a dead disk.
+    try:
+        return in_time(look, _DISK_DEADLINE_S)
+    except (OSError, ValueError):
+        return None
 
 
 def _container(root: Path, environment: Mapping[str, str]) -> str | None:
@@ -182,7 +176,7 @@ def _container(root: Path, environment: Mapping[str, str]) -> str | None:
         return "podman"
     if (root / ".dockerenv").exists():
         return "docker"
-    groups = _text(root / "proc/1/cgroup") or ""
+    groups = small_text(root / "proc/1/cgroup") or ""
     for mark, kind in (("kubepods", "kubernetes"), ("docker", "docker"), ("lxc", "lxc"), ("containerd", "container")):
         if mark in groups:
             return kind
@@ -201,24 +195,17 @@ def _is_virtual_machine(root: Path) -> bool | None:
 
 
 def _os_name(root: Path) -> str:
-    for line in (_text(root / "etc/os-release") or "").splitlines():
+    for line in (small_text(root / "etc/os-release") or "").splitlines():
         if line.startswith("PRETTY_NAME="):
             return line.partition("=")[2].strip().strip("\"'") or "unknown"
     return "unknown"
 
 
 def _number(path: Path) -> int | None:
-    return _decimal(_text(path) or "")
+    return _decimal(small_text(path) or "")
 
 
 def _decimal(text: str) -> int | None:
     """A number as the kernel writes it; ``None`` for what is none, or is larger than the kernel has."""
     text = text.strip()
     return int(text) if re.fullmatch("[0-9]{1,19}", text, re.ASCII) else None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip() or None
-    except OSError:
-        return None

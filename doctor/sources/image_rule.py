@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..data.image_rules import IMAGE_RULES, IMAGE_RULES_BY_TOWER, MERGE_DEFAULT_EDGE, ImageConstants
-from ..model import ImageRule
+from ..image_rule import ImageRule
 from .image_bounds import Bounds, size_bounds, tile_bounds
 from .image_files import MAX_NUMBER, ImageFiles, number_of
 
@@ -22,7 +22,6 @@ _OWN_PATCHES = ("slices", "crops")
 _MAX_MERGE = 64
 """Published files have 1 to 8."""
 _MAX_RATE_LETTERS = 20
-_RULE_FIELDS = frozenset(ImageRule.__struct_fields__) & frozenset(ImageConstants._fields)
 
 
 def image_rule(
@@ -47,7 +46,7 @@ def image_rule(
         return None
     merge = 2 if has_conv else _merge(constants, files)
     said = files.counted(constants.token_keys) or constants.view_tokens
-    fields: dict[str, Any] = {name: getattr(constants, name) for name in _RULE_FIELDS}
+    fields: dict[str, Any] = {name: getattr(constants, name) for name in ImageRule.__struct_fields__}
     fields |= {"patch": patch, "merge": merge, "view_tokens": said}
     if constants.kind in ("merge", "fill"):
         return ImageRule(**fields | {"size": MERGE_DEFAULT_EDGE} | size_bounds(constants, files, patch, merge))

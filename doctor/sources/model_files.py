@@ -105,11 +105,6 @@ def _describe(
     )
 
 
-def catalogue_names() -> tuple[str, ...]:
-    """Hub ids of the models that need neither files nor network."""
-    return tuple(catalogue())
-
-
 def _as_folder(name: str) -> Path | None:
     """The path that is meant, or ``None`` when the name may be a hub id or a catalogue name."""
     if not name.strip():

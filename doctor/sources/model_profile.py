@@ -11,7 +11,8 @@ from ..data.families import FLAT_TOWERS, PACKAGED, REMOTE_TYPES, FamilyChanges, 
 from ..data.image_rules import UNKNOWN
 from ..data.linear_weights import UNTOLD_HEADS
 from ..errors import ModelFileError
-from ..model import ImageRule, ModelProfile, TextShape, Unit, VisionShape
+from ..image_rule import ImageRule
+from ..model import ModelProfile, TextShape, Unit, VisionShape
 from .allocation_scripts import body_script, tower_script
 from .checkpoint import TORCH_DTYPES, Checkpoint, StoredTensor
 from .image_files import ImageFiles

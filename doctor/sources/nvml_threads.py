@@ -1,4 +1,8 @@
-"""The part of the NVML program that asks several things side by side."""
+"""The part of the NVML program that asks several things side by side.
+
+``concurrent.futures`` would do it as well, but imports ``logging``: 7 ms more of the 135 that this child takes, which
+everything waits for (Python 3.11).
+"""
 
 from __future__ import annotations
 

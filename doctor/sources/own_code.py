@@ -8,9 +8,8 @@ from pathlib import Path
 
 from ..data.joins import JOINS
 from ..data.removed_calls import BREAKS
-from .regular_file import read_text
+from .regular_file import names_in, read_text
 
-_MOST_FILES = 500
 _CODE_BYTES = 512 * 1024
 """More than the code of any model: modeling_chatglm.py has 50 kB."""
 _ALL_CODE_BYTES = 4 * _CODE_BYTES
@@ -49,18 +48,11 @@ def gone(transformers: Path) -> frozenset[str]:
     return frozenset(found)
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(path.name for path in folder.iterdir())[:_MOST_FILES]
-    except OSError:
-        return []
-
-
 def _texts(folder: Path) -> dict[str, str]:
     """Text of the Python files of a folder, those of models first, up to a bound for all of them."""
     texts: dict[str, str] = {}
     left = _ALL_CODE_BYTES
-    for name in sorted(_names(folder), key=lambda name: (not name.startswith("modeling_"), name)):
+    for name in sorted(names_in(folder), key=lambda name: (not name.startswith("modeling_"), name)):
         if name.endswith(".py"):
             texts[name] = read_text(folder / name, min(left, _CODE_BYTES)) or ""
             left -= len(texts[name])

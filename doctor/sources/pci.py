@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..machine import PciDevice
+from .regular_file import small_text
 
 _NVIDIA = "0x10de"
 _DISPLAY_CLASSES = ("0x0300", "0x0302")
@@ -20,11 +21,11 @@ def read_pci_devices(root: Path) -> tuple[PciDevice, ...]:
         return ()
     found = []
     for device in sorted(folder.iterdir()):
-        if _word(device / "vendor") == _NVIDIA and (_word(device / "class") or "").startswith(_DISPLAY_CLASSES):
+        if small_text(device / "vendor") == _NVIDIA and (small_text(device / "class") or "").startswith(_DISPLAY_CLASSES):
             found.append(
                 PciDevice(
                     bus_id=device.name.lower(),
-                    device_id=(_word(device / "device") or "").removeprefix("0x"),
+                    device_id=(small_text(device / "device") or "").removeprefix("0x"),
                     kernel_driver=(device / "driver").resolve().name if (device / "driver").exists() else None,
                     numa_node=_count(device / "numa_node"),
                     link_width=_count(device / "current_link_width"),
@@ -44,7 +45,7 @@ def read_iommu(root: Path, devices: Sequence[PciDevice]) -> Literal["off", "pass
         if not group.exists():
             modes.add("off")
         else:
-            kind = _word(group / "type") or ""
+            kind = small_text(group / "type") or ""
             modes.add("passthrough" if kind == "identity" else "translating" if kind.startswith("DMA") else "unknown")
     for mode in ("translating", "unknown", "passthrough"):
         if mode in modes:
@@ -52,16 +53,9 @@ def read_iommu(root: Path, devices: Sequence[PciDevice]) -> Literal["off", "pass
     return "off"
 
 
-def _word(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip() or None
-    except OSError:
-        return None
-
-
 def _count(path: Path) -> int | None:
     """A number, or ``None`` where the kernel says -1 (no NUMA), 0 or 255 (no link)."""
-    text = _word(path)
+    text = small_text(path)
     if text is None or not text.isdecimal():
         return None
     number = int(text)

@@ -135,3 +135,16 @@ def read_text(path: Path, most_bytes: int) -> str | None:
             return file.read(most_bytes).decode("utf-8", "replace")
     except (OSError, ValueError):
         return None
+
+
+def names_in(folder: Path) -> list[str]:
+    """The first 500 names of what is in a folder, sorted; none where it cannot be read."""
+    try:
+        return sorted(path.name for path in folder.iterdir())[:500]
+    except OSError:
+        return []
+
+
+def small_text(path: Path) -> str | None:
+    """What a small file says, as the kernel writes them; ``None`` where it is empty, or cannot be read."""
+    return (read_text(path, 65536) or "").strip() or None

@@ -131,9 +131,9 @@ def _out_of_memory(name: str, detail: str, stages: Sequence[Stage], readings: Ma
 
 
 def _figures(stage: Stage, reading: Allocation | None) -> str:
-    weights = sum(line.size_bytes for line in stage.ledger if line.kind == "weights")
     planned = (
-        f"GPU {stage.gpu} ({stage.name}) {format_gib(weights)} of weights and a peak of {format_gib(stage.peak_bytes)}"
+        f"GPU {stage.gpu} ({stage.name}) {format_gib(stage.weights_bytes)} of weights and "
+        f"a peak of {format_gib(stage.peak_bytes)}"
     )
     if reading is None:
         return planned

@@ -91,7 +91,7 @@ def expected(model: str, plan: Plan, loads: Iterable[TimedLoad]) -> str:
         plan: Where it goes.
         loads: From :func:`known`.
     """
-    size = sum(line.size_bytes for stage in plan.stages for line in stage.ledger if line.kind == "weights")
+    size = sum(stage.weights_bytes for stage in plan.stages)
     uuids = tuple(stage.uuid for stage in plan.stages)
     if not size or plan.offloaded is not None:
         return ""

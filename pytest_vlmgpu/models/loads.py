@@ -79,13 +79,12 @@ def describe(spec: VlmSpec, plan: Plan | None, loaded: Any, seconds: float) -> L
     if plan is None:
         return Load(spec.label, "the CPU", seconds, **kept)
     stages = stages_used(plan, loaded)
-    lines = [line for stage in plan.stages for line in stage.ledger]
     planned = plan.offloaded.weights_bytes if plan.offloaded is not None else 0
     return Load(
         spec.label,
         f"GPU {', '.join(str(stage.gpu) for stage in stages)}" if stages else "the CPU",
         seconds,
-        weights_bytes=sum(line.size_bytes for line in lines if line.kind == "weights"),
+        weights_bytes=sum(stage.weights_bytes for stage in plan.stages),
         # Of a model that transformers has placed, nobody has predicted any.
         predicted_peak_bytes=0 if spec.is_placed_by_transformers else sum(stage.peak_bytes for stage in plan.stages),
         offloaded_bytes=loaded.offloaded_bytes if isinstance(loaded, LoadedVlm) else planned,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vlm_doctor.planner.map_names import owner
 from vlm_doctor.units import format_gib
 
+from ..wording import first, plural
 from .failures import LoadFailure
 
 if TYPE_CHECKING:
@@ -133,8 +135,7 @@ def check_automatic(name: str, how: str, parts: Iterable[Placed], *, may_offload
     """
     fallen = [] if may_offload else [part for part in parts if part.device in _WITHOUT_GPU]
     if fallen:
-        shown = [f"{part.name or 'all'} is on {part.device}" for part in fallen[:_SHOWN]]
-        shown += [f"and {len(fallen) - _SHOWN} more"] if len(fallen) > _SHOWN else []
+        shown = first([f"{part.name or 'all'} is on {part.device}" for part in fallen], _SHOWN)
         raise LoadFailure(
             "VLM714",
             f'device_map="{how}" has put {_amount(fallen)} of {name} off the GPUs ({"; ".join(shown)}): run vlm-doctor to '
@@ -168,32 +169,23 @@ def offloaded_bytes(parts: Iterable[Placed], device_map: Mapping[str, int | str]
 
 def _planned(name: str, device_map: Mapping[str, int | str]) -> str:
     """Device of the longest key that is the part's name or a parent of it."""
-    path = name
-    while path not in device_map:
-        if not path:
-            return "nowhere" if device_map else "cpu"
-        path = path.rpartition(".")[0]
-    device = device_map[path]
+    key = owner(device_map, name)
+    if key is None:
+        return "nowhere" if device_map else "cpu"
+    device = device_map[key]
     return f"cuda:{device}" if isinstance(device, int) else device
 
 
 def _offenders(name: str, parts: Sequence[Placed], device_map: Mapping[str, int | str]) -> str:
-    shown = [
-        f"{part.name or 'all'} is on {part.device}, planned {_planned(part.name, device_map)}" for part in parts[:_SHOWN]
-    ]
-    if len(parts) > _SHOWN:
-        shown.append(f"and {len(parts) - _SHOWN} more")
-    count, size = _count(parts), _size(parts)
+    found = [f"{part.name or 'all'} is on {part.device}, planned {_planned(part.name, device_map)}" for part in parts]
+    shown, count, size = first(found, _SHOWN), plural(len(parts), "part"), _size(parts)
     return f"{count} of {name}{f', {size},' if size else ''} landed elsewhere than planned ({'; '.join(shown)})"
 
 
 def _amount(parts: Sequence[Placed]) -> str:
     size = _size(parts)
-    return f"{_count(parts)} ({size})" if size else _count(parts)
-
-
-def _count(parts: Sequence[Placed]) -> str:
-    return f"{len(parts)} parts" if len(parts) > 1 else "1 part"
+    count = plural(len(parts), "part")
+    return f"{count} ({size})" if size else count
 
 
 def _size(parts: Sequence[Placed]) -> str:

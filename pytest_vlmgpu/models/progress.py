@@ -81,7 +81,7 @@ def told(config: pytest.Config, label: str, plan: Plan | None) -> Iterator[Calla
             shares = [
                 Share(f"GPU {stage.gpu}", min(progress.loaded.get(stage.uuid, 0), total), total)
                 for stage in stages
-                if (total := sum(item.size_bytes for item in stage.ledger if item.kind == "weights"))
+                if (total := stage.weights_bytes)
             ]
             shown_line.show(lambda: line(label, progress.seconds, shares, progress.host_bytes))
 
@@ -118,9 +118,8 @@ def _poller(
         grown = {ordinal: max(0, size - before.get(ordinal, 0)) for ordinal, size in now.items()}
         shares = []
         for position, stage in enumerate(stages):
-            total = sum(item.size_bytes for item in stage.ledger if item.kind == "weights")
             loaded = grown.get(ordinals.get(stage.uuid, position), 0)
-            shares.append(Share(f"GPU {stage.gpu}", min(loaded, total), total))
+            shares.append(Share(f"GPU {stage.gpu}", min(loaded, stage.weights_bytes), stage.weights_bytes))
         if stages and not is_planned:
             whole = sum(share.total for share in shares)
             shares = [Share("all GPUs", min(sum(grown.values()), whole), whole)]

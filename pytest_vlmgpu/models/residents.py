@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from vlm_doctor.machine import Machine
     from vlm_doctor.placement import Plan
@@ -134,11 +134,3 @@ def free_before(plan: Plan | None, machine: Machine | None, *, is_open: bool = F
         for gpu in machine.gpus
         if gpu.uuid in wanted and gpu.memory_free_bytes is not None
     }
-
-
-def uses_of(tests: Iterable[tuple[int, VlmSpec]]) -> dict[VlmSpec, list[int]]:
-    """Positions of the tests that use each model."""
-    uses: dict[VlmSpec, list[int]] = {}
-    for position, spec in tests:
-        uses.setdefault(spec, []).append(position)
-    return uses

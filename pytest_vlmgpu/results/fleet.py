@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from ..verdicts import BUSY, NOWHERE, WRONG
+from ..wording import first, plural
 from .evidence import Broken
 from .given_file import read_given
-from .reporting import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +30,6 @@ NONE = "none"
 """A runner without any GPU, as in ``--vlm-gpus``."""
 _TABLE = "runners"
 _MAX_BYTES = 2**20
-_NAMED = 10
-"""Tests that a message names; the rest are counted."""
 
 
 class Runner(NamedTuple):
@@ -167,9 +165,8 @@ def unrunnable(found: Sequence[Fate], name: str) -> list[Broken]:
     nowhere = [fate.nodeid for fate in found if fate.is_nowhere]
     if not nowhere:
         return []
-    named = [*nowhere[:_NAMED], *([f"and {len(nowhere) - _NAMED} more"] if len(nowhere) > _NAMED else [])]
     count = plural(len(nowhere), "gated test")
-    return [Broken(code=NOWHERE, message=f"{count} can run on no runner of {name}: {', '.join(named)}.")]
+    return [Broken(code=NOWHERE, message=f"{count} can run on no runner of {name}: {', '.join(first(nowhere))}.")]
 
 
 def told(fate: Fate) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from _pytest.runner import runtestprotocol  # as pytest-xdist and pytest-rerunfailures do: there is no public name
 
 from ..state import GATED_TEST, VERDICT, gate_of
-from .reporting import plural
+from ..wording import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

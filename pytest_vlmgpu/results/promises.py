@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from .. import verdicts
+from ..wording import first, plural
 from .evidence import Broken
 
 if TYPE_CHECKING:
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
 
     from ..models.loads import Load
     from .evidence import GatedRecord
-
-_NAMED = 10
-"""Tests that a message names; the rest are counted."""
 
 
 def too_few_ran(tests: Mapping[str, GatedRecord], min_tests: int | None, origin: str) -> list[Broken]:
@@ -26,7 +24,7 @@ def too_few_ran(tests: Mapping[str, GatedRecord], min_tests: int | None, origin:
     others = Counter(_fate(record) for record in tests.values() if not record.is_proof)
     why = ", ".join(f"{count} {fate}" for fate, count in sorted(others.items()))
     rest = f": {why}" if why else "; no other one was collected"
-    return [Broken(code=verdicts.TOO_FEW_RAN, message=f"{ran} gated {_tests(ran)} ran, {origin}={min_tests}{rest}.")]
+    return [Broken(code=verdicts.TOO_FEW_RAN, message=f"{plural(ran, 'gated test')} ran, {origin}={min_tests}{rest}.")]
 
 
 def did_not_run(tests: Mapping[str, GatedRecord], baseline: Collection[str] | None, name: str) -> list[Broken]:
@@ -35,11 +33,9 @@ def did_not_run(tests: Mapping[str, GatedRecord], baseline: Collection[str] | No
     missing = [nodeid for nodeid in listed if nodeid not in tests or not tests[nodeid].is_proof]
     if not missing:
         return []
-    named = [f"{nodeid} {_what_became_of(tests.get(nodeid))}" for nodeid in missing[:_NAMED]]
-    if len(missing) > _NAMED:
-        named.append(f"and {len(missing) - _NAMED} more")
-    count = f"{len(missing)} of {len(listed)} {_tests(len(listed))} of {name} did not run again"
-    return [Broken(code=verdicts.DID_NOT_RUN, message=f"{count}: {'; '.join(named)}.")]
+    told = first([f"{nodeid} {_what_became_of(tests.get(nodeid))}" for nodeid in missing])
+    count = f"{len(missing)} of {plural(len(listed), 'test')} of {name} did not run again"
+    return [Broken(code=verdicts.DID_NOT_RUN, message=f"{count}: {'; '.join(told)}.")]
 
 
 def _what_became_of(record: GatedRecord | None) -> str:
@@ -62,10 +58,6 @@ def _fate(record: GatedRecord) -> str:
         return "with part of its model in host memory"
     word = {"not_run": "not reached"}.get(record.outcome, record.outcome)
     return f"{word} ({record.code})" if record.code else word
-
-
-def _tests(count: int) -> str:
-    return "test" if count == 1 else "tests"
 
 
 def memory_stayed(loads: Iterable[Load], level: str, tolerance_bytes: int) -> list[Broken]:

@@ -14,6 +14,7 @@ import pytest
 from ..output import keep_output
 from ..state import GATE, GATED_TEST, REQUESTS, VERDICT, gate_of
 from ..verdicts import OWN_SKIP
+from ..wording import plural
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -171,8 +172,3 @@ def describe(machine: Machine) -> str:
         f"GPU {gpu.index} {format_gib(gpu.memory_free_bytes)}" for gpu in machine.gpus if gpu.memory_free_bytes is not None
     ]
     return f"{machine.description}; free: {', '.join(free)}" if free else machine.description
-
-
-def plural(count: int, word: str) -> str:
-    """``1 test``, ``2 tests``."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ..state import GATE, GATED_TEST, SETTINGS
-from .reporting import OUTPUT, PHASES, PREFIX, plural, said_by
+from ..wording import plural
+from .reporting import OUTPUT, PHASES, PREFIX, said_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

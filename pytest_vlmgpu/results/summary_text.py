@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from .reporting import plural
+from ..wording import first, plural
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from .evidence import GatedRecord
 
 _WORTH_TELLING_S = 0.1
-_NAMED = 10
-"""Tests that a list names; the rest are counted."""
 
 
 def counts(tests: Mapping[str, GatedRecord]) -> str:
@@ -51,13 +49,16 @@ def _title(code: str, titles: Mapping[str, str]) -> str:
 
 def offloaded_lines(tests: Mapping[str, GatedRecord]) -> list[str]:
     """Tests that ran with part of their model in host memory; none in most runs."""
-    found = [(nodeid, record) for nodeid, record in tests.items() if record.is_executed and record.offloaded_gib]
+    found = [
+        f"{nodeid}: {record.offloaded_gib:.1f} GiB of {record.model}"
+        for nodeid, record in tests.items()
+        if record.is_executed and record.offloaded_gib
+    ]
     if not found:
         return []
-    named = [f"  {nodeid}: {record.offloaded_gib:.1f} GiB of {record.model}" for nodeid, record in found[:_NAMED]]
-    more = [f"  and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
+    named = [f"  {line}" for line in first(found)]
     head = f"{plural(len(found), 'test').upper()} RAN WITH PART OF THE MODEL OFF THE GPUS"
-    return [f"{head} (--vlm-allow-offload): slow, and no proof of what GPUs do.", *named, *more]
+    return [f"{head} (--vlm-allow-offload): slow, and no proof of what GPUs do.", *named]
 
 
 def load_line(load: Load, tests: int) -> str:

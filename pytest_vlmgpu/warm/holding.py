@@ -38,11 +38,6 @@ class Holding:
             self._about = {"warm": order.label}
             self._leases = Leases(Path(order.lease_dir), self._about)
 
-    @property
-    def is_held(self) -> bool:
-        """True while no run has the GPUs."""
-        return self._leases is not None and bool(self._leases.held)
-
     def know(self, runs: Iterable[int]) -> None:
         """Note processes of runs that may hold the leases while they have the model."""
         self._runs.update(runs)

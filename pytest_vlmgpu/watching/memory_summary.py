@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from ..state import SETTINGS
+from .properties import DECLARED, NOTE, PEAK_EACH, RESERVED_EACH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_NOTE = "vlmgpu.note"
-_PEAK_EACH = "vlmgpu.peak_gib_of_gpu"
-_RESERVED_EACH = "vlmgpu.reserved_gib_of_gpu"
-_DECLARED = "vlmgpu.declared_gib"
 CONTEXT_GIB = 0.75
 """One CUDA context with kernels and libraries; measured 0.68 GiB on H200. Source: benchmarks/README.md."""
 SLACK = 1.05
@@ -63,10 +60,10 @@ class MemorySummary:
         if report.when != "teardown":
             return
         found = dict(report.user_properties)
-        notes = [str(value) for name, value in report.user_properties if name == _NOTE]
+        notes = [str(value) for name, value in report.user_properties if name == NOTE]
         if notes:
             self._notes[report.nodeid] = notes
-        peak, reserved, declared = found.get(_PEAK_EACH), found.get(_RESERVED_EACH), found.get(_DECLARED)
+        peak, reserved, declared = found.get(PEAK_EACH), found.get(RESERVED_EACH), found.get(DECLARED)
         if isinstance(peak, float) and isinstance(reserved, float):
             self._measured[report.nodeid] = Measured(peak, reserved, declared if isinstance(declared, float) else None)
 

@@ -14,21 +14,11 @@ from ..models.keepers import holder_of
 from ..state import WATCHED_TEST
 from ..verdicts import OVER_LIMIT
 from .meter import ATTACHED, Meter, allocated_bytes, driver_bytes, empty_cache
+from .properties import DECLARED, DRIVER, PEAK, PEAK_EACH, RESERVED, RESERVED_EACH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-PEAK = "vlmgpu.peak_gib"
-"""Property of a report: most memory that the test's tensors took at once, of all GPUs together, in GiB."""
-PEAK_EACH = "vlmgpu.peak_gib_of_gpu"
-"""The largest of any one GPU."""
-RESERVED = "vlmgpu.reserved_gib"
-"""As the first one, with the gaps in the allocator's segments."""
-RESERVED_EACH = "vlmgpu.reserved_gib_of_gpu"
-DRIVER = "vlmgpu.driver_gib"
-"""What the driver said was taken of these GPUs when the test ended, by everybody."""
-DECLARED = "vlmgpu.declared_gib"
-"""``vlm_requires(vram_gib=…)`` of the test."""
 _LEAST_LEFT = 2**20
 """Tensors below 1 MiB are not looked for when memory was left behind: they explain nothing."""
 

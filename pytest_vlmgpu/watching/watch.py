@@ -17,6 +17,7 @@ from ..state import FAILURE, GATED_TEST, WATCH, WATCHED_TEST, gate_of
 from ..verdicts import FAULT, LEFT_BY_TEST, MUTATED
 from . import fingerprint, memory_report, vram
 from .meter import Meter, allocated_bytes
+from .properties import NOTE
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from ..options import Level
     from .fingerprint import Fingerprint
 
-NOTE = "vlmgpu.note"
-"""Property of a report: a sentence for the summary. It may come several times."""
 _FIXTURES_MODULE = "pytest_vlmgpu.fixtures"
 _NAME = "vlmgpu-watch"
 

@@ -16,6 +16,7 @@ from ..leasing.shares import Share, Shares, lease_folder, teller
 from ..leasing.waiting import GRACE_S
 from ..requirements import Requirements, VlmSpec
 from ..state import CONTROLLER, SETTINGS, WORKER_INPUT, gate_of
+from ..wording import plural
 from .worker import warn, write
 
 if TYPE_CHECKING:
@@ -255,11 +256,10 @@ def account(config: pytest.Config) -> list[str]:
     share = controller.share if controller is not None else gate.own.share
     lines = remarks(config)
     if share is not None and share.run_gpus:
-        count = len(share.run_gpus)
         owners = controller.owners() if controller is not None else []
         whose = f": {'; '.join(owners)}" if owners else ""
         word = "leased" if gate.settings.lease == "machine" else "for this run"
-        lines.append(f"{count} GPU{'s' if count > 1 else ''} {word}{whose}")
+        lines.append(f"{plural(len(share.run_gpus), 'GPU')} {word}{whose}")
     if gate.own.waiting.waited_s > GRACE_S + 1:
         lines.append(f"waited {gate.own.waiting.waited_s:.0f} s for GPUs")
     return lines

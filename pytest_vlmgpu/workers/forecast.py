@@ -9,6 +9,7 @@ from ..gating.slices import has_slices
 from ..leasing.sets import by_preference, demands_of, divide, owners_of
 from ..leasing.shares import Wish
 from ..requirements import Requirements
+from ..wording import plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,5 +52,5 @@ def lines(needs: Sequence[Need], machine: Machine, choice: GpuChoice, workers: i
 
 
 def _group(need: Need) -> str:
-    count = f"{need.tests} test{'s' if need.tests > 1 else ''}"
+    count = plural(need.tests, "test")
     return f"{need.specs[0].label} ({count})" if need.specs else f"{count} of GPUs"

@@ -108,7 +108,7 @@ def test_quick_checks_leave_no_note_no_timer_and_no_handler() -> None:
         pytest.fail("nobody has set the timer")
 
     signal.signal(signal.SIGALRM, mine)
-    clock = CheckClock()
+    clock = CheckClock(slow_s=20)  # so slow is no machine
     assert diagnose(MACHINE, by=clock) == diagnose(MACHINE)
     assert clock.notes() == ()
     assert signal.getsignal(signal.SIGALRM) is mine
@@ -123,7 +123,7 @@ def test_in_another_thread_a_check_is_only_measured(broken: Callable[..., None])
     thread.start()
     thread.join()
     assert states == ["passed"]
-    assert "VLM101 0." in clock.notes()[0]
+    assert "VLM101 " in clock.notes()[0]
 
 
 def test_the_timer_of_somebody_else_is_left_alone(broken: Callable[..., None]) -> None:

@@ -24,7 +24,7 @@ from vlm_doctor.machine import Machine, TorchView
 from vlm_doctor.redaction import redact
 from vlm_doctor.report import Report
 from vlm_doctor.sources import load_machine
-from vlm_doctor.sources.model_files import catalogue_names
+from vlm_doctor.sources.catalogue import catalogue
 
 MACHINES = Path(__file__).parents[1] / "machines"
 MODEL = DEFAULT_MODEL
@@ -105,7 +105,7 @@ def test_check_suggests_no_placement_where_every_gpu_is_hidden(run: Run) -> None
 
 
 def test_check_suggests_the_model_that_is_named(run: Run) -> None:
-    other = next(name for name in catalogue_names() if name != MODEL)
+    other = next(name for name in catalogue() if name != MODEL)
 
     assert f"{other}: " in run("--machine", "2xH200", "--model", other).out
 
@@ -560,7 +560,7 @@ def test_the_project_says_what_is_expected_and_the_report_says_so(
 
 
 def test_the_model_of_the_project_is_suggested(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = next(name for name in catalogue_names() if name != MODEL)
+    other = next(name for name in catalogue() if name != MODEL)
     (tmp_path / "pyproject.toml").write_text(f"[tool.vlm-doctor]\nmodel = '{other}'\n", "utf-8")
     monkeypatch.chdir(tmp_path)
 

@@ -30,7 +30,7 @@ SHOWN = re.compile(r"```console\n\$ vlm-doctor (?P<words>[^\n|>]*--machine [^\n|
 RUN = ["docs/ci.md", "docs/explain-error.md"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if (ROOT / page).exists()])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_on_a_page_can_be_understood(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     for block in BLOCK.finditer(text):

@@ -38,7 +38,7 @@ from vlm_doctor.visibility import visible_gpus
 MACHINES = sorted((Path(__file__).parents[1] / "machines").glob("*.json"))
 TEXTS = [path.read_bytes() for path in MACHINES]
 SLOW_S = 5.0
-"""A verdict takes a few milliseconds; on a loaded machine a hundred times that is still no hang."""
+"""Of the CPU, so that it does not matter what else the machine does. A verdict takes a few milliseconds."""
 MEMORY_BYTES = 2 * 2**30
 
 HOSTILE = st.one_of(
@@ -93,7 +93,7 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 def judged(data: bytes, *, formats: bool = True) -> Report | None:
     """Read, judge and print; ``None`` when the snapshot was refused, in one sentence."""
-    started = time.perf_counter()
+    started = time.process_time()
     report = None
     try:
         machine = machine_from_json(data, where="m.json")
@@ -115,7 +115,7 @@ def judged(data: bytes, *, formats: bool = True) -> Report | None:
                 with contextlib.suppress(UsageError):  # a format for plans only says so
                     assert "\x1b[31m" not in render(report, name, **msgspec.structs.asdict(Look()))
         machine_from_json(to_json(redact(machine)).encode(), where="m.json")
-    assert time.perf_counter() - started < SLOW_S
+    assert time.process_time() - started < SLOW_S
     return report
 
 
@@ -253,7 +253,7 @@ VALUES = st.one_of(
 def test_any_environment_is_read_and_judged(
     tmp_path_factory: pytest.TempPathFactory, env: dict[str, str], data: bytes
 ) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     kept = read_environment(env)
     assert all(len(value) <= MAX_VALUE_CHARS for value in kept.values())
     root = tmp_path_factory.getbasetemp()
@@ -266,7 +266,7 @@ def test_any_environment_is_read_and_judged(
         pass  # becomes a gap, see Collection
     report = judged(to_json(machine).encode())
     assert report is not None
-    assert time.perf_counter() - started < SLOW_S
+    assert time.process_time() - started < SLOW_S
 
 
 @fuzz

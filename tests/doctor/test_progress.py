@@ -5,6 +5,8 @@ import threading
 
 from vlm_doctor.progress import Progress
 
+from ..until import LIMIT_S
+
 
 class Terminal(io.StringIO):
     """Remembers what was written, and tells when there is something."""
@@ -26,7 +28,7 @@ def test_what_takes_long_is_named_and_then_gone() -> None:
     terminal = Terminal()
 
     with Progress(lambda: "NVML", terminal, delay_s=0.0):
-        assert terminal.has_text.wait(10)
+        assert terminal.has_text.wait(LIMIT_S)
 
     assert "waiting for NVML ... 0 s" in terminal.getvalue()
     assert terminal.getvalue().endswith("\r\x1b[K")
@@ -55,7 +57,7 @@ def test_between_two_sources_there_is_no_name() -> None:
     terminal = Terminal()
 
     with Progress(lambda: "", terminal, delay_s=0.0):
-        assert terminal.has_text.wait(10)
+        assert terminal.has_text.wait(LIMIT_S)
 
     assert "waiting" not in terminal.getvalue()
 
@@ -69,4 +71,4 @@ def test_a_terminal_that_has_gone_is_no_error() -> None:
     terminal = Gone()
 
     with Progress(lambda: "NVML", terminal, delay_s=0.0):
-        assert terminal.has_text.wait(10)
+        assert terminal.has_text.wait(LIMIT_S)

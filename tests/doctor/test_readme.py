@@ -70,8 +70,12 @@ def test_every_option_in_the_documentation_exists(capsys: pytest.CaptureFixture[
     assert set(OPTION.findall((ROOT / "docs" / "doctor.md").read_text(encoding="utf-8"))) <= options
 
 
+def words_of(name: str) -> str:
+    return " ".join((ROOT / name).read_text("utf-8").split())
+
+
 def test_the_figures_of_the_architectures_are_those_of_their_page() -> None:
-    readme, page = (" ".join((ROOT / name).read_text("utf-8").split()) for name in ("README.md", "docs/architectures.md"))
+    readme, page = words_of("README.md"), words_of("docs/architectures.md")
 
     said = re.search(r"Of (\d+) architectures of transformers ([\d.]+), .* crashes none; .* own maps crash (\d+),", readme)
     found = re.search(r"Of (\d+) architectures that were run, .* crashes on 0; .* crashes on (\d+)\.", page)
@@ -81,3 +85,24 @@ def test_the_figures_of_the_architectures_are_those_of_their_page() -> None:
     assert found is not None
     assert release is not None
     assert said.groups() == (found[1], release[1], found[2])
+
+
+def test_the_figures_of_gpus_are_those_that_were_measured() -> None:
+    readme, page, measured = map(words_of, ("README.md", "docs/architectures.md", "benchmarks/README.md"))
+    ran = re.search(r"The (\d+) image-text-to-text .* crashed none of them, .* crashed (\d+), and", readme)
+    stages = re.search(r"Over (\d+) stages of six models .* within ([\d.]+) %", readme)
+    rows = re.findall(r"\| scripts \| allocated \| \w+ \| (\d+) \| [\d.]+ % \| [\d.]+ % \| ([\d.]+) % \|", measured)
+    found = re.search(r"where (\d+) of \d+ ran: .* fails on 0; .*? fails on (\d+)\.", page)
+
+    assert ran is not None
+    assert stages is not None
+    assert found is not None
+    assert ran.groups() == found.groups()
+    assert int(stages[1]) == sum(int(count) for count, _ in rows)
+    assert max(float(largest) for _, largest in rows) <= float(stages[2])
+
+
+def test_every_result_that_is_kept_is_told_of() -> None:
+    told = words_of("benchmarks/README.md")
+
+    assert [path.name for path in (ROOT / "benchmarks" / "results").iterdir() if f"results/{path.name}" not in told] == []

@@ -21,7 +21,7 @@ from vlm_doctor.workload import Workload
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vlm_doctor.model import ImageRule
+    from vlm_doctor.image_rule import ImageRule
 
 pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]
 

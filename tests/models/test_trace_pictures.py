@@ -17,7 +17,7 @@ from vlm_doctor.planner.image_tokens import pictures
 from vlm_doctor.workload import Workload
 
 if TYPE_CHECKING:
-    from vlm_doctor.model import ImageRule
+    from vlm_doctor.image_rule import ImageRule
     from vlm_doctor.trace import Pictures
 
 pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]

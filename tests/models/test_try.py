@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,8 @@ from vlm_doctor.sources.child import Outcome  # noqa: E402
 from vlm_doctor.trace import Pictures  # noqa: E402
 from vlm_doctor.trial import Attempt  # noqa: E402
 from vlm_doctor.workload import Workload  # noqa: E402
+
+from ..until import is_running, until  # noqa: E402
 
 CALL = Workload(text_tokens=60, new_tokens=4, image_width=112, image_height=56)
 LLAVA = Workload(text_tokens=60, new_tokens=4)
@@ -186,36 +187,20 @@ def test_a_trial_ends_with_the_process_that_asked_for_it(tiny_vlms: Mapping[str,
     words = [sys.executable, "-m", "vlm_doctor", "try", str(tiny_vlms["llava"]), "--cpu", "--text-tokens", "60"]
     asker = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     try:
-        child = wait_for(lambda: next(iter(children_of(asker.pid)), None))
+        child = until(lambda: next(iter(children_of(asker.pid)), None))
         # Once torch is on its way, the program is past its first lines.
-        wait_for(lambda: "libtorch" in Path(f"/proc/{child}/maps").read_text("utf-8"))
+        until(lambda: "libtorch" in Path(f"/proc/{child}/maps").read_text("utf-8"))
     finally:
         asker.kill()
         asker.wait()
 
-    wait_for(lambda: not Path(f"/proc/{child}").exists() or is_zombie(child))
-
-
-def wait_for(question: Callable[[], Any]) -> Any:
-    """The answer, once there is one."""
-    until = time.monotonic() + 60
-    while not (answer := question()):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    return answer
+    until(lambda: not is_running(child))
 
 
 def children_of(pid: int) -> list[int]:
     found = [Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()]
     programs = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in found[0]}
     return [child for child, command in programs.items() if b"probes.try_child" in command]
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def shaped(forward: Any, config: SimpleNamespace, **work: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +27,8 @@ from pytest_vlmgpu.warm.attaching import borrow
 from pytest_vlmgpu.warm.hosts import Hosts
 from pytest_vlmgpu.warm.places import Place, folder_for
 from pytest_vlmgpu.warm.records import Attach
+
+from ..until import until
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -213,11 +214,7 @@ def test_a_killed_host_and_a_killed_run_leave_the_next_run_a_model(project: Proj
     project.pytester.makepyfile(test_x=waits)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *project.options()]
     run = subprocess.Popen(command, cwd=project.pytester.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 200
-    while not (project.pytester.path / "has").exists():
-        assert run.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    until((project.pytester.path / "has").exists)
     run.kill()
     run.wait()
 

@@ -6,18 +6,19 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from pytest_vlmgpu.leasing.leases import Leases
 from vlm_doctor.units import GIB
+
+from ..until import LIMIT_S
 
 with_workers = pytest.mark.skipif(find_spec("xdist") is None, reason="pytest-xdist is not installed")
 
-LIMIT_S = 300
 UUIDS = [f"GPU-{index:08d}-0000-0000-0000-000000000000" for index in range(4)]
 ONE_MODEL = """
 import pytest
@@ -106,15 +107,14 @@ def finish(run: subprocess.Popen[str], before: str = "") -> tuple[str, dict[str,
     return text, counts
 
 
-def wait_for(path: Path) -> None:
-    until = time.monotonic() + LIMIT_S
-    while not path.exists():
-        assert time.monotonic() < until, f"{path} did not come"
-        time.sleep(0.05)
+def plan_lines(result: pytest.RunResult) -> list[str]:
+    """What ``--vlm-plan`` prints below its heading."""
+    start = next(number for number, line in enumerate(result.outlines) if line.strip("= ") == "vlmgpu plan")
+    return result.outlines[start + 1 : -1]
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+def is_held(leases: Leases, *gpus: str, by: str = "") -> bool:
+    """Whether all of these are held by somebody else; what is free is not kept."""
+    taken = leases.take(gpus)
+    leases.release()
+    return set(taken) == set(gpus) and all(by in holder for holder in taken.values())

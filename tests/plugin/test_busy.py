@@ -9,7 +9,8 @@ import pytest
 from pytest_vlmgpu import GateCode, verdicts
 from vlm_doctor.codes import all_codes
 
-from .projects import ONE_MODEL, SLOW, finish, wait_for
+from ..until import until
+from .projects import ONE_MODEL, SLOW, finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +53,7 @@ def test_leased_gpus(make: Callable[..., Project], options: list[str], counts: d
     first, second = make("first", gpus=1), make("second", gpus=1)
     holder = first.start(test_x=SLOW)
     try:
-        wait_for(first.folder / "started")
+        until((first.folder / "started").exists)
         text, found = second.run("-rs", *options, test_x=ONE_MODEL)
     finally:
         (first.folder / "go").touch()

@@ -15,6 +15,7 @@ from vlm_doctor.placement import Offload, Plan, Shortage
 from vlm_doctor.units import GIB
 
 from .made_up_plans import plan
+from .projects import plan_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,9 +64,7 @@ def plans(suite: Any) -> Any:
 
     def plan(machine: str, *arguments: str, source: str = THREE) -> list[str]:
         result = suite.run("--vlm-plan", f"--vlm-machine={machine}", *arguments, test_x=source)
-        start = next(number for number, line in enumerate(result.outlines) if line.strip("= ") == "vlmgpu plan")
-        lines: list[str] = result.outlines[start + 2 : -1]
-        return lines
+        return plan_lines(result)[1:]
 
     return plan
 

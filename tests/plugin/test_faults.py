@@ -16,7 +16,8 @@ import pytest
 
 from pytest_vlmgpu.leasing.leases import Leases
 
-from .projects import LIMIT_S, ONE_MODEL, SLOW, UUIDS, finish, is_running, wait_for, with_workers
+from ..until import LIMIT_S, is_running, until
+from .projects import ONE_MODEL, SLOW, UUIDS, finish, with_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +48,7 @@ def test_a_run_that_is_terminated_leaves_nothing_locked_and_no_process(
 ) -> None:
     killed, after = make("killed"), make("after")
     run = killed.start(*options, "--vlm-gpus=2", "--vlm-report=out.json", test_x=SLOW)
-    wait_for(killed.folder / "started")
+    until((killed.folder / "started").exists)
     holders = [int(path.suffix[1:]) for path in (killed.shared / "memory").iterdir()]
     assert not free_leases(killed)
 
@@ -272,7 +273,7 @@ def test_a_clock_that_jumps_ahead_ends_no_waiting(make: Callable[..., Project]) 
     first, second = make("first", gpus=1), make("second", gpus=1)
     holder = first.start(test_x=SLOW)
     try:
-        wait_for(first.folder / "started")
+        until((first.folder / "started").exists)
         second.conftest = """
 import time
 real, ahead = time.time, [0.0]

@@ -12,6 +12,8 @@ from pytest_vlmgpu.results.fleet import read_fleet
 from vlm_doctor.codec import to_json
 from vlm_doctor.sources import load_machine
 
+from .projects import plan_lines
+
 SUITE = """
 import pytest
 @pytest.fixture(autouse=True, scope="session")
@@ -51,8 +53,7 @@ def fleet(suite: Any) -> Any:
 
 def plan(suite: Any, source: str, *arguments: str) -> tuple[Any, list[str]]:
     result = suite.run("--vlm-plan", "--vlm-fleet=runners/fleet.toml", *arguments, test_x=source)
-    start = next(number for number, line in enumerate(result.outlines) if line.strip("= ") == "vlmgpu plan")
-    return result, result.outlines[start + 1 : -1]
+    return result, plan_lines(result)
 
 
 @pytest.mark.parametrize("workers", [[], ["-n2"]])

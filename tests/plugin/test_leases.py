@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from pytest_vlmgpu.leasing import holders, leases
 from pytest_vlmgpu.leasing.leases import LeaseError, Leases
 
+from .nobody import as_nobody, as_root
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 GPU = "GPU-1"
-NOBODY = 65534
 TAKE = """
 import sys, time
 from pathlib import Path
@@ -30,7 +31,6 @@ leases = Leases(Path(sys.argv[1]))
 print(leases.take(sys.argv[2:]), flush=True)
 sys.stdin.read()
 """
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run as another user")
 
 
 def other(folder: Path, *names: str, **options: object) -> subprocess.Popen[str]:
@@ -178,25 +178,13 @@ def test_a_folder_that_cannot_be_made_is_an_error() -> None:
         Leases(Path("/proc/vlmgpu-leases")).take([GPU])
 
 
-def as_nobody(folder: Path, body: Callable[[], object]) -> str:
-    """What another user gets, in a process of their own."""
+def answer_of_nobody(folder: Path, body: Callable[[], object]) -> str:
+    """What another user gets, who may come to the folder."""
     for parent in (folder, *folder.parents):
         if str(parent).startswith("/tmp/"):
             parent.chmod(parent.stat().st_mode | 0o055)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.setuid(NOBODY)
-        try:
-            answer = str(body())
-        except Exception as error:  # noqa: BLE001 - told to the parent
-            answer = f"{type(error).__name__}: {error}"
-        os.write(writing, answer.encode())
-        os._exit(0)
-    os.close(writing)
-    os.waitpid(child, 0)
-    with os.fdopen(reading) as stream:
-        return stream.read()
+    with as_nobody(body) as answer:
+        return answer
 
 
 @as_root
@@ -204,11 +192,13 @@ def test_users_share_the_folder(tmp_path: Path) -> None:
     mine = Leases(tmp_path / "leases")
     mine.take([GPU])
 
-    assert f"pid {os.getpid()} (" in as_nobody(tmp_path, lambda: Leases(mine.folder).take([GPU]))
-    assert as_nobody(tmp_path, lambda: Leases(mine.folder).take(["GPU-2"])) == "{}"
+    assert f"pid {os.getpid()} (" in answer_of_nobody(tmp_path, lambda: Leases(mine.folder).take([GPU]))
+    assert answer_of_nobody(tmp_path, lambda: Leases(mine.folder).take(["GPU-2"])) == "{}"
     mine.release()
 
-    assert as_nobody(tmp_path, lambda: Leases(mine.folder).take([GPU])) == "{}", "a file of another user cannot be locked"
+    assert answer_of_nobody(tmp_path, lambda: Leases(mine.folder).take([GPU])) == "{}", (
+        "a file of another user cannot be locked"
+    )
     assert mine.take([GPU, "GPU-2"]) == {}
     mine.release()
 
@@ -220,9 +210,9 @@ def test_without_the_right_to_write_it_is_said(tmp_path: Path) -> None:
     (folder / "GPU-private.lock").touch(mode=0o600)
     (folder / "GPU-readable.lock").touch(mode=0o644)
 
-    new = as_nobody(tmp_path, lambda: Leases(folder).take(["GPU-new"]))
-    private = as_nobody(tmp_path, lambda: Leases(folder).take(["GPU-private"]))
-    readable = as_nobody(tmp_path, lambda: Leases(folder).take(["GPU-readable"]))
+    new = answer_of_nobody(tmp_path, lambda: Leases(folder).take(["GPU-new"]))
+    private = answer_of_nobody(tmp_path, lambda: Leases(folder).take(["GPU-private"]))
+    readable = answer_of_nobody(tmp_path, lambda: Leases(folder).take(["GPU-readable"]))
 
     assert new == (
         f"LeaseError: {folder}/GPU-new.lock cannot be opened (Permission denied): make it writable for all who share these "

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from .projects import plan_lines
+
 SUITE = """
 import sys
 import pytest
@@ -45,8 +47,7 @@ def test_a_plan_names_gpus_peaks_loads_and_reasons(suite: Any, workers: list[str
     result = suite.run(*workers, "--vlm-plan", "--vlm-report=out.json", test_x=SUITE)
 
     assert result.ret == 0
-    start = next(number for number, line in enumerate(result.outlines) if line.strip("= ") == "vlmgpu plan")
-    lines = result.outlines[start + 1 : -1]
+    lines = plan_lines(result)
     lines, who = (lines[:-2], lines[-2:]) if workers else (lines, [])
     assert [line.partition(":")[0] for line in who] == (
         ["worker 0 with GPU 0, 1", "worker 1 with no GPU"] if workers else []

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_vlmgpu.models.loads import Load
-from pytest_vlmgpu.models.residents import CONTEXT_BYTES, Resident, Residents, free_before, uses_of
+from pytest_vlmgpu.models.residents import CONTEXT_BYTES, Resident, Residents, free_before
 from pytest_vlmgpu.requirements import VlmSpec
 from pytest_vlmgpu.watching.meter import Meter
 from vlm_doctor.machine import Gpu, GpuProcess, Machine
@@ -63,7 +63,8 @@ def test_the_model_that_nobody_needs_goes_before_all() -> None:
 @given(st.lists(st.sampled_from([A, B, C])), st.integers(-1, 20))
 def test_the_next_use_is_the_first_that_is_still_to_come(order: list[VlmSpec], now: int) -> None:
     residents = Residents()
-    residents.uses, residents.now = uses_of(enumerate(order)), now
+    residents.uses = {spec: [at for at, used in enumerate(order) if used == spec] for spec in order}
+    residents.now = now
 
     for spec in (A, B, C):
         position = residents.next_use(spec)

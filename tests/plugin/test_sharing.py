@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +17,8 @@ import vlm_doctor.machine as m
 from vlm_doctor.codec import from_json, to_json
 from vlm_doctor.units import GIB
 
-from .projects import (
-    LIMIT_S,
-    ONE_MODEL,
-    SLOW,
-    UUIDS,
-    finish,
-    is_running,
-    read_until,
-    wait_for,
-    with_workers,
-)
+from ..until import LIMIT_S, is_running, until
+from .projects import ONE_MODEL, SLOW, UUIDS, finish, read_until, with_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,8 +85,9 @@ def test_with_three_gpus_two_are_for_the_wide_model(make: Callable[..., Project]
 
 
 @with_workers
-def test_as_many_workers_as_gpus_with_auto(make: Callable[..., Project]) -> None:
-    text, counts = make(gpus=3).run("-nauto", "--vlm-gpus=auto", "-v", test_x=TWO_MODELS)
+@pytest.mark.parametrize("found_first", ["vlmgpu", "xdist"])
+def test_as_many_workers_as_gpus_with_auto(make: Callable[..., Project], found_first: str) -> None:
+    text, counts = make(gpus=3).run("-p", found_first, "-nauto", "--vlm-gpus=auto", "-v", test_x=TWO_MODELS)
 
     assert counts == {"passed": 14}
     assert "3 workers" in text
@@ -191,9 +182,9 @@ def test_two_runs_take_a_gpu_each_and_a_third_is_told_who_has_them(make: Callabl
     first, second, third = make("first"), make("second"), make("third")
     one, two = first.start(test_x=SLOW), None
     try:
-        wait_for(first.folder / "started")
+        until((first.folder / "started").exists)
         two = second.start("--vlm-gpus=1", test_x=SLOW)
-        wait_for(second.folder / "started")
+        until((second.folder / "started").exists)
         text, counts = third.run("--vlm-gpus=1", test_x=ONE_MODEL)
         assert counts == {"passed": 1, "error": 1}, text
         assert f"GPU 0 (NVIDIA L4) is leased by pid {one.pid} (" in text
@@ -218,7 +209,7 @@ def test_two_runs_take_a_gpu_each_and_a_third_is_told_who_has_them(make: Callabl
 def test_after_a_sigkill_the_next_run_starts_at_once(make: Callable[..., Project]) -> None:
     killed, after = make("killed"), make("after")
     run = killed.start("--vlm-gpus=2", test_x=SLOW)
-    wait_for(killed.folder / "started")
+    until((killed.folder / "started").exists)
     run.send_signal(signal.SIGKILL)
     run.communicate()
 
@@ -231,7 +222,7 @@ def test_after_a_sigkill_the_next_run_starts_at_once(make: Callable[..., Project
 def test_after_a_sigkill_of_the_controller_its_workers_go_too(make: Callable[..., Project]) -> None:
     killed, after = make("killed"), make("after")
     run = killed.start("-n2", test_x=SLOW)
-    wait_for(killed.folder / "started")
+    until((killed.folder / "started").exists)
     holders = [int(path.suffix[1:]) for path in (killed.shared / "memory").iterdir()]
     run.send_signal(signal.SIGKILL)
     run.communicate()
@@ -334,7 +325,7 @@ def test_slices_of_one_gpu_are_leased_one_by_one(make: Callable[..., Project]) -
 
     holder = first.start(test_x=SLOW)
     try:
-        wait_for(first.folder / "started")
+        until((first.folder / "started").exists)
         beside, counts = second.run(test_x=ONE_MODEL)
         assert counts == {"passed": 2}, beside
         same, counts = third.run(test_x=ONE_MODEL)
@@ -372,10 +363,9 @@ def pytest_configure_node(node): node.workerinput["vlmgpu"]["folder"] = "/proc/f
 def test_rounds_of_sigkill_at_random_moments(make: Callable[..., Project]) -> None:
     project = make()
     program = Path(__file__).parents[2] / "benchmarks" / "kill_rounds.py"
-    seed = str(time.time_ns() % 1000)
 
     run = subprocess.run(
-        [sys.executable, str(program), "--fake", "--rounds", "3", "--seed", seed],
+        [sys.executable, str(program), "--fake", "--rounds", "3", "--seed", "5"],
         env={**os.environ, **project.environment},
         text=True,
         capture_output=True,
@@ -383,7 +373,7 @@ def test_rounds_of_sigkill_at_random_moments(make: Callable[..., Project]) -> No
         timeout=10 * LIMIT_S,
     )
 
-    assert run.returncode == 0, f"seed {seed}: {run.stdout}{run.stderr}"
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("options", [[], pytest.param(["-n2"], marks=with_workers)])
@@ -448,7 +438,7 @@ def test_another_run_is_not_kept_off_by_leases_of_the_run(make: Callable[..., Pr
     first, second = make("first", gpus=1), make("second", gpus=1)
     holder = first.start("--vlm-lease=run", test_x=SLOW)
     try:
-        wait_for(first.folder / "started")
+        until((first.folder / "started").exists)
         text, counts = second.run(test_x=ONE_MODEL)
     finally:
         (first.folder / "go").touch()

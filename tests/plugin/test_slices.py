@@ -20,7 +20,8 @@ from vlm_doctor.sources import load_machine
 from vlm_doctor.units import GIB
 from vlm_doctor.visibility import visible_gpus
 
-from .projects import ONE_MODEL, SLOW, finish, wait_for, with_workers
+from ..until import until
+from .projects import ONE_MODEL, SLOW, finish, with_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -257,7 +258,7 @@ def test_a_run_takes_a_slice_that_no_other_run_has(make: Callable[..., Project])
     first, second, third = sliced_project(make, "p", "q", "r")
     holder = first.start(f"--vlm-gpus={A}", test_x=SLOW)
     try:
-        wait_for(first.folder / "started")
+        until((first.folder / "started").exists)
         beside, counts = second.run(f"--vlm-gpus={A},{B}", test_x=ONE_MODEL)
         assert counts == {"passed": 2}, beside
         same, counts = third.run(f"--vlm-gpus={A}", test_x=ONE_MODEL)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,8 @@ from pytest_vlmgpu.warm.hosts import Hosts
 from pytest_vlmgpu.warm.places import Place, folder_for, records
 from pytest_vlmgpu.warm.records import Order
 
-from .projects import ONE_MODEL, UUIDS, is_running, with_workers
+from ..until import is_running, until
+from .projects import ONE_MODEL, UUIDS, is_held, with_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,11 +65,8 @@ class Host:
         self.until_it_has_its_lease()
 
     def until_it_has_its_lease(self) -> None:
-        leases, end = Leases(self.leases), time.monotonic() + 30
-        while any("warm host" not in leases.take([uuid]).get(uuid, "") for uuid in self.gpus):
-            leases.release()
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        leases = Leases(self.leases)
+        until(lambda: is_held(leases, *self.gpus, by="warm host"))
 
     @property
     def is_alive(self) -> bool:
@@ -216,10 +213,7 @@ def test_a_run_that_is_killed_leaves_the_leases_to_the_host(
     host = start()
     slow = SMALL.replace("pass", "open('started', 'w').close(); __import__('time').sleep(300)")
     run = project.start("--vlm-warm", test_x=slow)
-    end = time.monotonic() + 120
-    while not (project.folder / "started").exists():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until((project.folder / "started").exists)
 
     run.kill()
     run.communicate()

@@ -33,13 +33,14 @@ from pytest_vlmgpu.warm.starting import start
 from vlm_doctor.machine import GpuProcess
 from vlm_doctor.units import GIB
 
-from .projects import is_running
+from ..until import LIMIT_S, is_running, until
+from .nobody import NOBODY, as_nobody, as_root
+from .projects import is_held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 GPU = "GPU-1"
-NOBODY = 65534
 STUB = Path(__file__).with_name("warm_stub.py")
 ATTACH = """
 import sys, time
@@ -53,7 +54,6 @@ print("attached", flush=True)
 time.sleep(60)
 """
 KEPT: list[socket.socket] = []
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run as another user")
 
 
 class Warm:
@@ -79,7 +79,7 @@ class Warm:
 
     def start(self, **fields: Any) -> int:
         """Start a host; returns its pid."""
-        assert self.launch(**fields).wait(60) == 0
+        assert self.launch(**fields).wait(LIMIT_S) == 0
         return self.status().pid
 
     def answer(self) -> Status | None:
@@ -116,20 +116,6 @@ def warm(tmp_path: Path) -> Iterator[Warm]:
     shutil.rmtree(made.place.folder, ignore_errors=True)
 
 
-def is_held(leases: Leases, *gpus: str, by: str = "") -> bool:
-    """Whether all of these are held by somebody else; what is free is not kept."""
-    taken = leases.take(gpus)
-    leases.release()
-    return set(taken) == set(gpus) and all(by in holder for holder in taken.values())
-
-
-def until(is_so: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_a_host_lends_and_takes_back_and_is_nobodys_child(warm: Warm) -> None:
     pid = warm.start()
     until(lambda: warm.status().is_loaded)
@@ -151,7 +137,7 @@ def test_a_host_lends_and_takes_back_and_is_nobodys_child(warm: Warm) -> None:
 
 
 def test_it_ends_when_nobody_has_asked_for_so_long(warm: Warm) -> None:
-    pid = warm.start(ttl_s=0.5)
+    pid = warm.start()
     loan = warm.attach(ttl_s=0.5)
     time.sleep(1.0)
     assert is_running(pid)  # it is lent
@@ -171,39 +157,16 @@ def test_folder_and_socket_are_this_users_alone(warm: Warm) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in warm.place.folder.iterdir()} == {0o600}
 
 
-def as_nobody(body: Callable[[], object]) -> tuple[int, int]:
-    """Run in a child as another user; returns its pid and what can be read of its answer. It lives until it is killed."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.setuid(NOBODY)
-        try:
-            answer = str(body())
-        except Exception as error:  # noqa: BLE001 - told to the parent
-            answer = type(error).__name__
-        os.write(writing, answer.encode())
-        time.sleep(60)
-        os._exit(0)
-    os.close(writing)
-    return child, reading
-
-
-def answer_of(child: int, reading: int) -> str:
-    answer = os.read(reading, 1000).decode()
-    os.close(reading)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return answer
-
-
 @as_root
 def test_another_user_is_kept_out_and_a_folder_of_his_is_refused(warm: Warm) -> None:
     warm.start()
-    assert answer_of(*as_nobody(lambda: socket.socket(socket.AF_UNIX).connect(str(warm.place.socket)))) == "PermissionError"
+    with as_nobody(lambda: socket.socket(socket.AF_UNIX).connect(str(warm.place.socket))) as answer:
+        assert answer.startswith("PermissionError: ")
     warm.place.folder.parent.chmod(0o755)
     warm.place.folder.chmod(0o755)
     warm.place.socket.chmod(0o777)
-    assert answer_of(*as_nobody(lambda: wire.connect(warm.place.socket, 5))) == "WireError"
+    with as_nobody(lambda: wire.connect(warm.place.socket, 5)) as answer:
+        assert answer == "WireError: the process that listens there is another user's"
 
     def ask() -> int:
         """Bytes of the answer, from a host that anybody could reach."""
@@ -211,7 +174,8 @@ def test_another_user_is_kept_out_and_a_folder_of_his_is_refused(warm: Warm) -> 
         connection.connect(str(warm.place.socket))
         return len(connection.recv(100))
 
-    assert answer_of(*as_nobody(ask)) in ("0", "ConnectionResetError")
+    with as_nobody(ask) as answer:
+        assert answer.partition(":")[0] in ("0", "ConnectionResetError")
     warm.place.folder.parent.chmod(0o700)
     with pytest.raises(PlaceError, match="is not one that is this user's alone"):
         folder_for(str(warm.leases))
@@ -233,13 +197,10 @@ def test_a_socket_of_another_user_is_not_talked_to(warm: Warm) -> None:
         KEPT.append(listener)
         return "listens"
 
-    child, reading = as_nobody(listen)
-    until(place.exists)
-
-    with pytest.raises(wire.WireError, match="another user's"):
-        wire.connect(place, 5)
-
-    assert answer_of(child, reading) == "listens"
+    with as_nobody(listen) as answer:
+        assert answer == "listens"
+        with pytest.raises(wire.WireError, match="another user's"):
+            wire.connect(place, 5)
     place.unlink()
 
 
@@ -354,7 +315,7 @@ def test_a_killed_host_leaves_nothing_in_the_way(warm: Warm) -> None:
 def test_of_two_that_start_at_once_one_stays(warm: Warm) -> None:
     starting = [warm.launch() for _ in range(3)]
 
-    assert sorted(process.wait(60) for process in starting) == [0, BUSY, BUSY]
+    assert sorted(process.wait(LIMIT_S) for process in starting) == [0, BUSY, BUSY]
     warm.attach().close()
     assert warm.loads() == 1
 
@@ -571,7 +532,7 @@ def test_it_has_its_leases_while_no_run_does_and_gives_way_when_it_is_asked(warm
 
     mine.ask_for([GPU, "GPU-2"], most=1)
 
-    until(lambda: not mine.take([GPU]), seconds=10)
+    until(lambda: not mine.take([GPU]))
     until(lambda: not is_running(pid))
     assert warm.place.why_ended() == "another run wants the GPUs"
 
@@ -602,7 +563,7 @@ def test_a_lent_model_does_not_give_way(warm: Warm) -> None:
 def test_it_ends_when_another_run_was_quicker(warm: Warm) -> None:
     run = Leases(warm.leases)
     run.take([GPU])
-    warm.launch(gpus=(GPU,), runs=(1,)).wait(60)
+    warm.launch(gpus=(GPU,), runs=(1,)).wait(LIMIT_S)
 
     until(lambda: warm.place.why_ended() and not Hosts(warm.place.folder).alive())
 
@@ -630,7 +591,7 @@ def test_rounds_of_sigkill_at_random_moments(warm: Warm) -> None:
     command = [sys.executable, "-c", ATTACH, str(warm.place.folder)]
     for _ in range(8):
         if not Hosts(warm.place.folder).alive():
-            assert warm.launch(gpus=(GPU,), runs=(os.getpid(),)).wait(60) in (0, BUSY)
+            assert warm.launch(gpus=(GPU,), runs=(os.getpid(),)).wait(LIMIT_S) in (0, BUSY)
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0, 0.6))
         for record in records(warm.place.folder):
@@ -647,5 +608,5 @@ def test_rounds_of_sigkill_at_random_moments(warm: Warm) -> None:
             leases = Leases(warm.leases)
             assert leases.take([GPU]) == {}
             leases.release()
-    until(lambda: Hosts(warm.place.folder).alive() or warm.launch(gpus=(GPU,)).wait(60) == 0)
+    until(lambda: Hosts(warm.place.folder).alive() or warm.launch(gpus=(GPU,)).wait(LIMIT_S) == 0)
     warm.attach().close()

@@ -7,7 +7,7 @@ import pytest
 from vlm_doctor.errors import ModelNotFoundError
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.sources.catalogue import catalogue, expand, find_entry
-from vlm_doctor.sources.model_files import catalogue_names, load_profile
+from vlm_doctor.sources.model_files import load_profile
 
 NAMES = [
     "THUDM/cogvlm-chat-hf",
@@ -37,7 +37,7 @@ def profile(name: str) -> ModelProfile:
 
 
 def test_the_catalogue_holds_these_models() -> None:
-    assert set(catalogue_names()) == set(NAMES)
+    assert set(catalogue()) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from vlm_doctor.data.config_defaults import ARCHITECTURES
 from vlm_doctor.data.image_rules import ASSUMED, IMAGE_RULES, NO_IMAGES, ImageConstants
-from vlm_doctor.model import ImageRule, ModelProfile
+from vlm_doctor.image_rule import ImageRule
+from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.image_sizes import CELLS
 from vlm_doctor.planner.image_tiles import GRIDS
 from vlm_doctor.planner.image_tokens import image_load

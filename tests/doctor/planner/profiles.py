@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
+from vlm_doctor.image_rule import ImageRule
 from vlm_doctor.machine import Gpu, Link, Machine
-from vlm_doctor.model import ImageRule, LinearWeights, ModelProfile, Role, TextShape, Unit, VisionShape
+from vlm_doctor.model import LinearWeights, ModelProfile, Role, TextShape, Unit, VisionShape
 from vlm_doctor.units import GIB, MIB
 
 DRIVER_BYTES = 200 * MIB

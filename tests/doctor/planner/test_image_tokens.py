@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlm_doctor.model import ImageRule
+from vlm_doctor.image_rule import ImageRule
 from vlm_doctor.planner.image_tokens import NO_IMAGES, image_load
 from vlm_doctor.workload import Workload
 

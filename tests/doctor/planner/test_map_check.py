@@ -20,8 +20,9 @@ from vlm_doctor.planner.map_check import MAX_KEYS, check_map
 from vlm_doctor.planner.map_devices import main_device, spelled
 from vlm_doctor.planner.map_names import Names, loaded_by, outermost, owner, trapped
 from vlm_doctor.planner.map_repair import fewest_moves
+from vlm_doctor.sources.catalogue import catalogue
 from vlm_doctor.sources.installed_transformers import has_flat_towers
-from vlm_doctor.sources.model_files import catalogue_names, load_profile
+from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.units import GIB
 from vlm_doctor.workload import Policy, Training, Workload
 
@@ -130,7 +131,7 @@ def test_a_sound_map_is_clean_and_says_what_is_where() -> None:
     assert checked.best.fits
 
 
-@pytest.mark.parametrize("name", catalogue_names())
+@pytest.mark.parametrize("name", catalogue())
 @pytest.mark.parametrize("gpus", [1, 2, 3])
 def test_the_planners_own_maps_are_clean(name: str, gpus: int) -> None:
     profile, where = load_profile(name, allow_network=False), machine([150] * 3)

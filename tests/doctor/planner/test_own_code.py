@@ -10,8 +10,8 @@ import pytest
 
 from vlm_doctor import Machine, ModelProfile, Policy, Workload, load_machine, plan
 from vlm_doctor.data.removed_calls import BREAKS, NATIVE, PUBLISHED, is_broken
+from vlm_doctor.image_rule import ImageRule
 from vlm_doctor.machine import Libraries, Package
-from vlm_doctor.model import ImageRule
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.map_check import check_map

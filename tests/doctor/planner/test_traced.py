@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from vlm_doctor.model import ImageRule, ModelProfile, TextShape, VisionShape
+from vlm_doctor.image_rule import ImageRule
+from vlm_doctor.model import ModelProfile, TextShape, VisionShape
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.memory import Footprint

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from vlm_doctor.sources import child
+
 _DOUBLE = Path(__file__).with_name("nvml_double.py")
 
 
@@ -45,8 +47,9 @@ def double_environment(tmp_path: Path) -> Callable[[dict[str, Any]], dict[str, s
 
 
 @pytest.fixture
-def no_children_left() -> Iterator[None]:
+def no_children_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail the test when a process that it started is still there, dead or alive."""
+    monkeypatch.setattr(child, "_REAP_S", 60.0)  # a busy machine needs long to end what was killed
     before = set(psutil.Process().children(recursive=True))
     yield
     left = set(psutil.Process().children(recursive=True)) - before

@@ -13,6 +13,8 @@ it plays is a JSON scenario in the environment variable NVML_DOUBLE:
     ``{function: code}``, for all GPUs.
 ``missing``
     Functions and constants that this binding does not have.
+``hangs``
+    File that is there once it sleeps.
 ``crash_in``, ``hang_in``
     Name of the function in which the process dies of SIGSEGV, or sleeps.
 """
@@ -25,6 +27,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +78,8 @@ def _play(function: str) -> None:
     if SCENARIO.get("crash_in") == function:
         os.kill(os.getpid(), signal.SIGSEGV)
     if SCENARIO.get("hang_in") == function:
+        if "hangs" in SCENARIO:
+            Path(SCENARIO["hangs"]).touch()
         time.sleep(3600)
     if function in SCENARIO.get("fail", {}):
         raise NVMLError(SCENARIO["fail"][function])

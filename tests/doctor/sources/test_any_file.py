@@ -29,6 +29,7 @@ from vlm_doctor.sources.project_file import read_project
 from vlm_doctor.sources.saved_report import read_saved
 
 SLOW_S = 10.0
+"""Of the CPU, as in test_fuzz.py."""
 MACHINES = Path(__file__).parents[2] / "machines"
 BUS = "sys/bus/pci/devices/0000:01:00.0"
 FILES = (
@@ -69,7 +70,7 @@ def test_a_machine_of_any_files_is_seen_and_judged(
     root = tmp_path_factory.mktemp("root")
     for name, data in files.items():
         put(root / name, data)
-    started = time.perf_counter()
+    started = time.process_time()
     machine = collect(
         with_torch=False,
         environment={"HOME": "/home/u", "PATH": os.environ["PATH"]},
@@ -82,7 +83,7 @@ def test_a_machine_of_any_files_is_seen_and_judged(
     assert machine_from_json(to_json(machine).encode(), where="m.json") == replace(machine, origin="recorded")
     # One odd figure costs that figure, not all that is known of the host.
     assert machine.host is not None
-    assert time.perf_counter() - started < SLOW_S
+    assert time.process_time() - started < SLOW_S
 
 
 @fuzz
@@ -118,10 +119,10 @@ def test_any_cache_of_checkpoints(
     odd(cache / "models--odd", refs)
     for name, kind in entries.items():
         odd(snapshot / name, kind)
-    started = time.perf_counter()
+    started = time.process_time()
     for found in read_checkpoints(cache, snapshot):
         assert found.missing_files or found.lost_calls
-    assert time.perf_counter() - started < SLOW_S
+    assert time.process_time() - started < SLOW_S
 
 
 def odd(path: Path, kind: str) -> None:
@@ -224,7 +225,7 @@ PIECES = st.sampled_from(
 def test_any_log(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("log") / "log.bin"
     path.write_bytes(data)
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         log = read_log(str(path))
     except UsageError as error:
@@ -235,4 +236,4 @@ def test_any_log(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
         shown = render(report, "terminal", **asdict(Look())).splitlines()
         assert json.loads(render(report, "json", **asdict(Look())))["exit_status"] == report.exit_status
     assert all(character.isprintable() for text in shown for character in text), shown
-    assert time.perf_counter() - started < SLOW_S
+    assert time.process_time() - started < SLOW_S

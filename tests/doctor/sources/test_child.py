@@ -5,17 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import pytest
 
 from vlm_doctor.sources import child as child_module
 from vlm_doctor.sources import child_entry
 from vlm_doctor.sources.child import Child, Outcome
+
+from ...until import is_running, until
 
 pytestmark = pytest.mark.usefixtures("no_children_left")
 
@@ -25,13 +25,6 @@ def run(folder: Path, body: str, *, deadline_s: float = 20.0, idle_s: float | No
     (folder / "program.py").write_text(f"import os, signal, sys, time\n\ndef main(say, **arguments):\n{lines}\n")
     child = Child("program", arguments, environment=os.environ, deadline_s=deadline_s, idle_s=idle_s, folder=folder)
     return child.outcome()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_answer_and_arguments_travel(tmp_path: Path) -> None:
@@ -55,10 +48,7 @@ def test_a_child_does_not_wait_for_a_reader_that_is_busy(tmp_path: Path) -> None
     )
     done = tmp_path / "done"
     child = Child("program", {"done": str(done)}, environment=os.environ, deadline_s=60, folder=tmp_path)
-    until = time.monotonic() + 30
-    while not done.exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert done.exists(), "it waits for somebody to read"
+    until(done.exists)
     assert child.outcome().answer == {"is_fine": True}
 
 
@@ -128,10 +118,16 @@ def test_what_was_said_before_a_crash_is_kept(tmp_path: Path) -> None:
 
 
 def test_hang_is_cut_off_at_the_deadline_and_keeps_what_was_said(tmp_path: Path) -> None:
-    started = time.monotonic()
-    outcome = run(tmp_path, "say('first', {'a': 1})\ntime.sleep(3600)", deadline_s=0.7)
-    assert (outcome.state, outcome.answer, outcome.message) == ("timed_out", {"a": 1}, "no answer within 0.7 s")
-    assert time.monotonic() - started < 3
+    (tmp_path / "program.py").write_text(
+        "import time\nfrom pathlib import Path\n"
+        "def main(say, said):\n    say('first', {'a': 1})\n    Path(said).touch()\n    time.sleep(3600)\n"
+    )
+    said = tmp_path / "said"
+    child = Child("program", {"said": str(said)}, environment=os.environ, deadline_s=600, folder=tmp_path)
+    until(said.exists)
+    child._started -= 600
+    outcome = child.outcome()
+    assert (outcome.state, outcome.answer, outcome.message) == ("timed_out", {"a": 1}, "no answer within 600 s")
 
 
 def test_child_that_ignores_signals_is_killed(tmp_path: Path) -> None:
@@ -144,9 +140,9 @@ time.sleep(3600)
 
 
 def test_endless_noise_on_stderr_does_not_outlast_the_deadline(tmp_path: Path) -> None:
-    started = time.monotonic()
-    assert run(tmp_path, "while True:\n    os.write(2, b'x' * 65536)", deadline_s=0.7).state == "timed_out"
-    assert time.monotonic() - started < 3
+    outcome = run(tmp_path, "while True:\n    os.write(2, b'x' * 65536)", deadline_s=0.7)
+    assert outcome.state == "timed_out"
+    assert outcome.seconds < 60
 
 
 def test_endless_answer_is_cut_off(tmp_path: Path) -> None:
@@ -177,15 +173,13 @@ os.kill(os.getpid(), signal.SIGSEGV)
 """
     outcome = run(tmp_path, body)
     assert (outcome.state, outcome.message) == ("crashed", "SIGSEGV")
-    end = time.monotonic() + 10
-    while is_running(int(pid_file.read_text())):
-        assert time.monotonic() < end
+    until(lambda: not is_running(int(pid_file.read_text())))
 
 
 def test_answer_of_a_child_that_lingers_is_taken_at_once(tmp_path: Path) -> None:
-    outcome = run(tmp_path, "say('all', {}, is_final=True)\ntime.sleep(3600)", deadline_s=30)
+    outcome = run(tmp_path, "say('all', {}, is_final=True)\ntime.sleep(3600)", deadline_s=600)
     assert outcome.state == "ok"
-    assert outcome.seconds < 10
+    assert outcome.seconds < 300
 
 
 def test_crash_at_the_exit_of_a_child_that_has_answered_does_not_matter(tmp_path: Path) -> None:
@@ -194,14 +188,13 @@ def test_crash_at_the_exit_of_a_child_that_has_answered_does_not_matter(tmp_path
 
 
 def test_answer_that_waits_for_a_late_reader_counts(tmp_path: Path) -> None:
+    said = tmp_path / "said"
     (tmp_path / "program.py").write_text(
-        "def main(say):\n"
-        f"    say('all', {{'x': 'y' * 1000}}, is_final=True)\n    open({str(tmp_path / 'said')!r}, 'w').close()\n"
+        f"def main(say):\n    say('all', {{'x': 'y' * 1000}}, is_final=True)\n    open({str(said)!r}, 'w').close()\n"
     )
-    child = Child("program", {}, environment=os.environ, deadline_s=1.0, folder=tmp_path)
-    end = time.monotonic() + 20
-    while not (tmp_path / "said").exists() or time.monotonic() < child._started + 1.1:
-        assert time.monotonic() < end
+    child = Child("program", {}, environment=os.environ, deadline_s=600, folder=tmp_path)
+    until(said.exists)
+    child._started -= 601
     assert child.outcome().state == "ok"
 
 
@@ -224,7 +217,7 @@ def test_forgotten_child_is_killed(tmp_path: Path) -> None:
     child = Child("program", {}, environment=os.environ, deadline_s=20, folder=tmp_path)
     pid = child._process.pid
     del child
-    assert not psutil.pid_exists(pid)
+    assert not is_running(pid)
 
 
 def test_interpreter_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +247,7 @@ def test_program_that_ignores_sigchld_can_use_children(tmp_path: Path) -> None:
     )
     (tmp_path / "program.py").write_text("def main(say):\n    say('all', {}, is_final=True)\n")
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
     )
     assert done.stdout == "ok\n"
 
@@ -289,17 +282,17 @@ def test_child_ends_itself_when_its_parent_is_gone(tmp_path: Path) -> None:
     entry = Path(child_module.__file__).with_name("child_entry.py")
     (tmp_path / "program.py").write_text("import time\n\ndef main(say):\n    time.sleep(3600)\n")
     command = [sys.executable, str(entry), str(writer), str(tmp_path), "program", "-1.5", "{}"]
-    done = subprocess.run(command, pass_fds=(writer,), timeout=30, check=False)
+    done = subprocess.run(command, pass_fds=(writer,), timeout=300, check=False)
     os.close(reader)
     os.close(writer)
     assert done.returncode == -signal.SIGALRM
 
 
 def test_a_child_that_does_nothing_is_not_waited_for(tmp_path: Path) -> None:
-    outcome = run(tmp_path, "time.sleep(3600)", deadline_s=60.0, idle_s=0.5)
+    outcome = run(tmp_path, "time.sleep(3600)", deadline_s=600.0, idle_s=0.5)
 
     assert (outcome.state, outcome.message) == ("timed_out", "no answer, and nothing done for 0.5 s")
-    assert outcome.seconds < 30
+    assert outcome.seconds < 300
 
 
 def test_a_child_that_works_or_has_begun_to_answer_has_until_the_deadline(tmp_path: Path) -> None:

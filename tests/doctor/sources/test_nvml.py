@@ -19,6 +19,8 @@ from vlm_doctor.sources import nvml, nvml_processes
 from vlm_doctor.sources.child import Child, Outcome
 from vlm_doctor.sources.nvml_answer import NvmlView, understand
 
+from ...until import until
+
 Double = Callable[[dict[str, Any]], ModuleType]
 View = Callable[[dict[str, Any]], NvmlView]
 
@@ -579,11 +581,15 @@ def test_crash_keeps_what_was_read_before(
 
 
 @pytest.mark.usefixtures("no_children_left")
-def test_hang_keeps_what_was_read_before(double_environment: Environment) -> None:
-    environment = double_environment(TWO_H200 | {"hang_in": "nvmlDeviceGetP2PStatus"})
-    seen = understand(Child("nvml", {}, environment=environment, deadline_s=1.5).outcome())
+def test_hang_keeps_what_was_read_before(double_environment: Environment, tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs"
+    environment = double_environment(TWO_H200 | {"hang_in": "nvmlDeviceGetP2PStatus", "hangs": str(hangs)})
+    child = Child("nvml", {}, environment=environment, deadline_s=600)
+    until(hangs.exists)
+    child._started -= 600
+    seen = understand(child.outcome())
     assert (seen.driver.nvml_state, seen.driver.driver_version) == ("timed_out", "580.159.04")
-    assert seen.driver.nvml_message == "no answer within 1.5 s, after NVLinks of the GPUs"
+    assert seen.driver.nvml_message == "no answer within 600 s, after NVLinks of the GPUs"
     assert [len(gpu.nvlinks) for gpu in seen.gpus] == [18, 18]
 
 

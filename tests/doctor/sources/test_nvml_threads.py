@@ -9,6 +9,8 @@ import pytest
 
 from vlm_doctor.sources.nvml_threads import MAX_THREADS, side_by_side
 
+from ...until import LIMIT_S
+
 
 def test_results_are_in_the_order_of_the_jobs() -> None:
     def job(position: int) -> int:
@@ -20,7 +22,7 @@ def test_results_are_in_the_order_of_the_jobs() -> None:
 
 
 def test_jobs_run_side_by_side_and_one_alone_needs_no_thread() -> None:
-    meeting = threading.Barrier(MAX_THREADS, timeout=20)
+    meeting = threading.Barrier(MAX_THREADS, timeout=LIMIT_S)
     side_by_side([meeting.wait] * MAX_THREADS)
     assert side_by_side([threading.current_thread]) == [threading.current_thread()]
 

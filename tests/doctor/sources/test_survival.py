@@ -228,7 +228,7 @@ def test_source_that_fails_is_a_gap_and_the_rest_is_read(
     assert part in machine.seconds
     assert (machine.host is None) == (part == "host")
     assert (machine.libraries is None) == (part == "libraries")
-    assert len(machine.gpus) == (0 if part == "gpus" else 1)
+    assert (len(machine.gpus), machine.driver.nvml_state) == ((0, "crashed") if part == "gpus" else (1, "ok"))
 
 
 def test_torch_that_cannot_even_be_asked_is_a_gap(

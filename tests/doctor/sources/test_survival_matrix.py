@@ -15,7 +15,6 @@ import pytest
 
 from vlm_doctor.answer import check_report
 from vlm_doctor.sources import Collection, collect, collection
-from vlm_doctor.sources.collection import SOURCE_DEADLINE_S
 
 from .test_survival import TORCH as TORCH_FILES
 
@@ -151,14 +150,14 @@ def test_the_command_prints_json_and_nothing_else(
 def test_a_source_that_hangs_is_named_and_the_others_go_on(
     double_environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collection, "SOURCE_DEADLINE_S", 0.2)
-    monkeypatch.setattr(collection, "read_host", lambda *_: time.sleep(SOURCE_DEADLINE_S))
+    monkeypatch.setattr(collection, "SOURCE_DEADLINE_S", 1.0)
+    monkeypatch.setattr(collection, "read_host", lambda *_: time.sleep(60))
     environment = double_environment({"gpus": [GPU]})
     with Collection(with_torch=False, environment=environment, root=tmp_path, deadline_s=20.0) as running:
         machine = running.without_torch()
-    assert (machine.gaps[0].path, machine.gaps[0].reason) == ("host", "TimeoutError: no answer within 0.2 s")
+    assert (machine.gaps[0].path, machine.gaps[0].reason) == ("host", "TimeoutError: no answer within 1 s")
     assert (machine.host, len(machine.gpus)) == (None, 1)
-    assert machine.seconds["host"] >= 0.2
+    assert machine.seconds["host"] >= 1
     report = check_report(machine)
     assert report.diagnosis is not None
     states = {outcome.code: outcome.state for outcome in report.diagnosis.outcomes}
