@@ -76,11 +76,20 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
             places = places | {TOWER} if has_tower else places - {TOWER}
         return frozenset(places)
 
-    def of_device(self, places: frozenset[int]) -> Iterator[tuple[int, int, int]]:
+    def returned(self) -> frozenset[int]:
+        """Indices of the events with which logits of the prompt are read where it was embedded."""
+        behind = next((index for index, event in enumerate(self.events) if event.place == self.layers), len(self.events))
+        return frozenset(index for index in range(behind, self.decode_begin()) if self.events[index].place == BEFORE)
+
+    def of_device(self, places: frozenset[int], more: frozenset[int] = frozenset()) -> Iterator[tuple[int, int, int]]:
         """What the allocator of a device with these places sees: ``(tensor, size_bytes, event)``, a size of 0 for an end.
 
         A tensor made elsewhere is copied when it is first read at a place here, as accelerate's hooks do for a layer, and
         the copy goes when that place has done its work. Copies have negative tensor numbers.
+
+        Args:
+            places: Of the device.
+            more: Events that are here, too, whatever their place.
         """
         mine: set[int] = set()
         copies: list[int] = []
@@ -93,7 +102,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
                 if event.tensor in mine:
                     mine.remove(event.tensor)
                     yield event.tensor, 0, index
-            elif event.place in places:
+            elif event.place in places or index in more:
                 if event.size_bytes > 0:
                     mine.add(event.tensor)
                     yield event.tensor, event.size_bytes, index

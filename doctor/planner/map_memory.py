@@ -59,6 +59,7 @@ def device_uses(question: Question, layout: Layout) -> tuple[DeviceUse, ...]:
             has_head=layout.role_device("head") == device,
             layer_keys=keys,
             loading_bytes=loading_bytes(loaded, question.profile, question.workload, problem.footprint.release),
+            is_main=None if layout.role_device("embedding") == layout.main else device == layout.main,
         )
         need_bytes = _need(problem, layout, device, holding, budget) if budget else None
         if need_bytes is not None and device == layout.main:
@@ -108,10 +109,11 @@ def _need(problem: Problem, layout: Layout, device: Device, holding: Holding, bu
     stage = _stage(problem, layout, device)
     if stage is not None:
         if problem.replay is None:
-            return footprint.detail(*stage, text_tokens).total_bytes
+            return footprint.detail(*stage, text_tokens, is_main=holding.is_main).total_bytes
         position = problem.budgets.index(budget)
         # What is replayed begins with the prompt.
-        running = problem.replay.need(stage, position, budget.available_bytes).total_bytes
+        need = problem.replay.need(stage, position, budget.available_bytes, is_main=holding.is_main)
+        running = need.total_bytes
         return max(running, holding.weights_bytes + holding.loading_bytes)
     atoms = len(footprint.atoms)
     if holding.has_embedding or holding.has_tower:

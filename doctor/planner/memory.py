@@ -271,9 +271,38 @@ class Footprint:
             return 0, 0, FRAGMENTATION_BYTES
         return FRAGMENTATION_OF_KV_CACHE, FRAGMENTATION_OF_ENCODING, FRAGMENTATION_BYTES
 
-    def detail(self, first: int, end: int, text_tokens: int) -> StageNeed:
-        """What the atoms from ``first`` up to, not including, ``end`` need, item by item."""
-        total = self.needs(text_tokens)(first, end)
+    def more_bytes(self, first: int, end: int, text_tokens: int, *, is_main: bool | None) -> int:
+        """What a run of atoms needs beyond :meth:`needs` where the model begins on another device than the main one.
+
+        Args:
+            first: The first of the atoms.
+            end: Behind the last.
+            text_tokens: Of one prompt.
+            is_main: As in ``Holding``.
+        """
+        holding = self._run_holding(first, end)
+        away = msgspec.structs.replace(holding, is_main=is_main)
+        if self.workload.training is not None or not (
+            away.has_more_pixels or away.may_get_logits != holding.may_get_logits
+        ):
+            return 0
+        return self.need_of(away, text_tokens).total_bytes - self.need_of(holding, text_tokens).total_bytes
+
+    def _run_holding(self, first: int, end: int) -> Holding:
+        """What a run of atoms holds, by the number of its layers."""
+        executes_guests = not first
+        return Holding(
+            weights_bytes=self._weights[end] - self._weights[first],
+            layers=self._layers[end] - self._layers[first] + executes_guests * self._guest_layers,
+            has_tower=self._towers[end] > self._towers[first],
+            has_embedding=first <= self._embedding < end,
+            has_head=self._heads[end] > self._heads[first] or (executes_guests and self._has_guest_head),
+            loading_bytes=max(self._loading[first:end]),
+        )
+
+    def detail(self, first: int, end: int, text_tokens: int, *, is_main: bool | None = None) -> StageNeed:
+        """What the atoms from ``first`` up to, not including, ``end`` need, item by item; ``is_main`` as in ``Holding``."""
+        total = self.needs(text_tokens)(first, end) + self.more_bytes(first, end, text_tokens, is_main=is_main)
         if self.workload.training is not None:
             held = self.weights_of(first, end) + (0 if first else self.copy_bytes)
             works = self.work(text_tokens), self._step_work(text_tokens)
@@ -288,15 +317,7 @@ class Footprint:
         if executes_guests:
             units += [unit for atom in self.offloaded for unit in atom.units]
         keys = tuple(unit.key for unit in units if unit.role == "layer")
-        holding = Holding(
-            weights_bytes=self.weights_of(first, end),
-            layers=len(keys),
-            has_tower=self._towers[end] > self._towers[first],
-            has_embedding=first <= self._embedding < end,
-            has_head=self._heads[end] > self._heads[first] or (executes_guests and self._has_guest_head),
-            layer_keys=keys,
-            loading_bytes=max(self._loading[first:end]),
-        )
+        holding = msgspec.structs.replace(self._run_holding(first, end), layer_keys=keys, is_main=is_main)
         peak = self.need_of(holding, text_tokens)
         if executes_guests:
             peak = msgspec.structs.replace(peak, activations_bytes=peak.activations_bytes + self.copy_bytes)
@@ -314,6 +335,7 @@ class Footprint:
         prefilled, finished = (
             sum(count * getattr(work.cached[kind], name) for kind, count in kinds.items()) for name in ("prefill", "final")
         )
+        more_pixels = work.pixels if holding.has_more_pixels else 0
         busy = {"the prompt is embedded": 0}
         if kinds:
             busy = {"a layer reads the prompt": max(work.layer[kind] for kind in kinds)}
@@ -326,12 +348,13 @@ class Footprint:
             + max((work.next_token[kind] for kind in kinds), default=0)
             + (work.answer if holding.has_head else 0)
             + (work.pixels if holding.has_embedding else 0),
-            "the logits come back": prefilled + work.pixels + work.returned
-            if holding.has_embedding and not holding.has_head
+            "the logits come back": prefilled + (work.pixels if holding.has_embedding else 0) + work.returned
+            if holding.may_get_logits
             else 0,
             "the vision tower runs": work.encode if holding.has_tower else 0,
-            "the weights are loaded": holding.loading_bytes,
         }
+        totals = {name: size + more_pixels for name, size in totals.items() if size or name == moment}
+        totals["the weights are loaded"] = holding.loading_bytes
         moment = max(totals, key=lambda name: totals[name])
         # Of moments that differ little, the ledger has what is kept beside what is worked with.
         kept = min(max(prefilled, finished), totals[moment])
@@ -415,13 +438,7 @@ class Footprint:
         kinds = Counter({kind: number for kind, sums in self._counts.items() if (number := sums[end] - sums[first])})
         if not first:
             kinds += self._guest_kinds
-        holding = Holding(
-            weights_bytes=self.weights_of(first, end),
-            layers=sum(kinds.values()),
-            has_tower=self._towers[end] > self._towers[first],
-            has_embedding=first <= self._embedding < end,
-            has_head=self._heads[end] > self._heads[first] or (not first and self._has_guest_head),
-        )
+        holding = self._run_holding(first, end)
         own = self._trained[end] - self._trained[first]
         fixed = own._replace(step=own.step + max(self._largest_step[first:end]))
         return self._step_peak(holding, kinds, fixed, works)

@@ -20,9 +20,9 @@ from .image_tokens import image_load
 from .memory import Footprint, StageNeed
 from .order import Split
 from .pins import pinned
-from .place import smallest_count
+from .place import largest, smallest_count
 from .release import release_for
-from .search import Choice, choose, closest, longest_text_tokens
+from .search import Choice, choose, closest
 from .settle import Replay, replay_of, settle, takes_anyway
 from .validate import MAX_TOKENS
 
@@ -159,9 +159,42 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     def choose(self) -> Choice | None:
         """The best split by the policy, or ``None`` when nothing fits."""
-        if self.replay is None:
-            return self.choose_among(self.counts)
-        return settle(self)
+        if self.replay is not None:
+            return settle(self)
+        return self._by_formulas()
+
+    def _by_formulas(self) -> Choice | None:
+        """The best split that also holds what a model takes that begins on another GPU than the main one.
+
+        The search does not know of that: where the workload then does not fit, it is asked again with so much less room.
+        """
+        choice = self.choose_among(self.counts)
+        if choice is not None and not self._holds(choice.split, self.workload.text_tokens):
+            prefer = self.policy.prefer
+            choice = choose(self.footprint, self._less_room, self.counts, self.most_text_tokens, prefer)
+        longest = self.longest_text_tokens(choice.split) if choice else None
+        if choice is None or longest is None:
+            return None
+        return msgspec.structs.replace(choice, text_tokens=min(longest, choice.text_tokens))
+
+    @cached_property
+    def _less_room(self) -> Fleet:
+        """The GPUs without what any of them may have to take when the model begins on another than the main one."""
+        work = self.footprint.work(self.workload.text_tokens)
+        first = min(budget.gpu.index for budget in self.budgets)
+        more = [work.pixels + work.returned * (budget.gpu.index == first) for budget in self.budgets]
+        return self.fleet.with_rooms(
+            [
+                room._replace(capacity_bytes=room.capacity_bytes - size)
+                for room, size in zip(self.fleet.rooms, more, strict=True)
+            ]
+        )
+
+    def is_main(self, split: Split, stage: int) -> bool | None:
+        """As in ``Holding``: of the GPUs of a split, the one with the lowest number."""
+        indices = [self.budgets[gpu].gpu.index for gpu in split.gpus]
+        main = indices.index(min(indices))
+        return None if main == 0 else stage == main
 
     def choose_among(self, counts: range) -> Choice | None:
         """The best split over one of these numbers of GPUs, by the formulas."""
@@ -171,8 +204,9 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         """What one stage of a split needs, item by item."""
         run, position = split.runs[stage], split.gpus[stage]
         if self.replay is None:
-            return self.footprint.detail(*run, self.workload.text_tokens)
-        return self.replay.need(run, position, self.fleet.rooms[position].capacity_bytes)
+            return self.footprint.detail(*run, self.workload.text_tokens, is_main=self.is_main(split, stage))
+        capacity_bytes = self.fleet.rooms[position].capacity_bytes
+        return self.replay.need(run, position, capacity_bytes, is_main=self.is_main(split, stage))
 
     def closest_split(self) -> Split | None:
         """The split that lacks least; ``None`` when there is none with as many stages, pins and links as they are."""
@@ -181,23 +215,43 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     def longest_text_tokens(self, split: Split) -> int | None:
         """Most text tokens of a prompt by the formulas; ``None`` when the workload itself does not fit."""
-        return longest_text_tokens(self.footprint, self.fleet.rooms, split, self.most_text_tokens)
+        low, most = self.workload.text_tokens, max(self.workload.text_tokens, self.most_text_tokens)
+        return largest(low, most, lambda tokens: self._holds(split, tokens)) if self._holds(split, low) else None
 
     def takes(self, split: Split, text_tokens: int) -> bool:
         """Whether a split takes a prompt with so much text."""
-        if self.replay is None:
-            return split.margin(self.footprint.needs(text_tokens), self.fleet.rooms) >= 0
-        return takes_anyway(self, split, text_tokens)
+        return self._holds(split, text_tokens) if self.replay is None else takes_anyway(self, split, text_tokens)
+
+    def _holds(self, split: Split, text_tokens: int) -> bool:
+        """The same by the formulas."""
+        return min(self._margins(split, text_tokens)) >= 0
+
+    def _margins(self, split: Split, text_tokens: int) -> list[int]:
+        """What each GPU keeps, in bytes, by the formulas."""
+        need, rooms = self.footprint.needs(text_tokens), self.fleet.rooms
+        return [
+            rooms[gpu].margin(need, *run) - self.footprint.more_bytes(*run, text_tokens, is_main=self.is_main(split, stage))
+            for stage, (gpu, run) in enumerate(zip(split.gpus, split.runs, strict=True))
+        ]
 
     def margin_bytes(self) -> int | None:
         """Margin in the tightest GPU of the best split; negative when nothing fits, ``None`` when there is no split."""
         found = closest(self.footprint, self.fleet.without_preference, self.counts)
-        return found[0] if found else None
+        return found[0] - self._lost(found[1]) if found else None
+
+    def _lost(self, split: Split) -> int:
+        """How much less a split keeps where it does not begin on the main GPU."""
+        tokens = self.workload.text_tokens
+        return split.margin(self.footprint.needs(tokens), self.fleet.rooms) - min(self._margins(split, tokens))
 
     def fits(self) -> bool:
         """Whether some split fits."""
-        need = self.footprint.needs(self.workload.text_tokens)
-        return smallest_count(len(self.atoms), need, self.fleet.rounded(), self.counts) is not None
+        need, atoms = self.footprint.needs(self.workload.text_tokens), len(self.atoms)
+        if smallest_count(atoms, need, self.fleet.rounded(), self.counts) is None:
+            return False
+        # Only where it is tight does it matter on which GPU the model begins.
+        is_ample = smallest_count(atoms, need, self._less_room.rounded(), self.counts) is not None
+        return is_ample or self._by_formulas() is not None
 
     def split_fits(self, split: Split) -> bool:
         """Whether one split fits."""

@@ -40,6 +40,9 @@ class Held(msgspec.Struct, frozen=True):
     """Of the weights, those of tensors of at most 1 MiB."""
     more_pixels_bytes: int = 0
     """Pixels that are here beside those that the tower's script tells of."""
+    gets_logits: bool = False
+    """Logits of the prompt come back here though it is embedded elsewhere. Heeded by traces: scripts are of ``generate``,
+    which has those of one token."""
 
 
 class Replayed(ABC):

@@ -63,7 +63,6 @@ class Replay:
         self._footprint = footprint
         self._kernels = [cudnn_width(gpu, libraries) for gpu in gpus]
         self._programs = {width: _program(footprint, cudnn_width=width) for width in {*self._kernels}}
-        self._default = min(range(len(gpus)), key=lambda position: gpus[position].index, default=0)
         self._pixels_bytes = pixels_bytes(footprint.images, footprint.item_bytes) * footprint.workload.batch
         self._held: dict[tuple[int, int], Held] = {}
         self._known: dict[tuple[object, ...], bool] = {}
@@ -71,27 +70,23 @@ class Replay:
         """Bytes with which nothing is given back to the driver: with more, all goes on in the same way."""
         self._peaks: dict[tuple[object, ...], tuple[int, int]] = {}
 
-    def runs(self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int) -> bool:
+    def runs(
+        self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int, *, is_main: bool | None = None
+    ) -> bool:
         """Whether a run of atoms on a GPU takes a prompt with so much text, in so much memory.
 
-        The caller's tensors are where the model begins.
-        """
-        return self._runs(self._hold(run), self._kernels[position], text_tokens, capacity_bytes)
-
-    def runs_anyway(self, run: tuple[int, int], position: int, text_tokens: int, capacity_bytes: int) -> bool:
-        """The same, also if they are on the first GPU that torch sees, where the caller's ``inputs.to("cuda")`` puts them,
-        and accelerate's hook around the whole model, whichever the model begins on.
-
-        Source: ``main_device`` of dispatch_model is the first of a set of numbers. Pixels then are there, and once more,
-        moved for the tower, beside the caller's where the model begins: 62 MB of 2240 x 2240 each, seen on two H200s.
+        The caller's tensors are where the model begins; where ``is_main`` says, as in ``Holding``, that the main GPU is
+        another, also if they are there, where ``inputs.to("cuda")`` puts them. Accelerate's hook around the whole model
+        takes them there in any case: pixels then are there, and once more, moved for the tower, beside the caller's where
+        the model begins: 62 MB of 2240 x 2240 each, seen on two H200s. Logits come back to where the prompt came from.
         """
         held, kernel = self._hold(run), self._kernels[position]
         cases = {held}
-        if position == self._default:
+        if is_main:
             is_moved = held.has_inputs or self._programs[kernel].has_movable_inputs
-            pixels_bytes = 0 if held.is_first else self._pixels_bytes
-            cases.add(msgspec.structs.replace(held, has_inputs=is_moved, more_pixels_bytes=pixels_bytes))
-        elif held.is_first:
+            away = msgspec.structs.replace(held, has_inputs=is_moved, more_pixels_bytes=self._pixels_bytes)
+            cases.add(msgspec.structs.replace(away, gets_logits=not held.has_head))
+        elif is_main is False and held.is_first:
             cases.add(msgspec.structs.replace(held, more_pixels_bytes=self._pixels_bytes))
         return all(self._runs(case, kernel, text_tokens, capacity_bytes) for case in cases)
 
@@ -106,8 +101,8 @@ class Replay:
             self._known[question] = self._programs[kernel].runs(held, tokens, capacity_bytes)
         return self._known[question]
 
-    def need(self, run: tuple[int, int], position: int, capacity_bytes: int) -> StageNeed:
-        """What a run of atoms needs of a GPU for the workload, item by item.
+    def need(self, run: tuple[int, int], position: int, capacity_bytes: int, *, is_main: bool | None = None) -> StageNeed:
+        """What a run of atoms needs of a GPU for the workload, item by item; ``is_main`` as in ``Holding``.
 
         Fragmentation is what the stage needs beyond its peak: least memory in which it runs, to within 16 MiB.
         """
@@ -119,13 +114,13 @@ class Replay:
         self._enough[held, kernel, tokens] = reserved
         low = held.weights_bytes + peak
         high = max(reserved, low) + SLACK_BYTES
-        if self.runs_anyway(run, position, text_tokens, min(capacity_bytes, high)):
+        if self.runs(run, position, text_tokens, min(capacity_bytes, high), is_main=is_main):
             high = min(capacity_bytes, high)
             if high - SLACK_BYTES < reserved:
                 _, reserved = self._peaks_of(held, kernel, tokens, high - SLACK_BYTES)
         while high - low > _NEED_STEP:
             middle = (low + high) // 2
-            if self.runs_anyway(run, position, text_tokens, middle):
+            if self.runs(run, position, text_tokens, middle, is_main=is_main):
                 high = middle
             else:
                 low = middle
@@ -297,29 +292,30 @@ def _without_gaps(problem: Problem, split: Split, longest: int, wanted: int) -> 
 
 def takes(problem: Problem, split: Split, text_tokens: int) -> bool:
     """Whether a split takes a prompt with so much text; the caller's tensors are where the model begins."""
-    replay = problem.replay
-    assert replay is not None
-    return _all_run(problem, split, text_tokens, replay.runs)
+    return _all_run(problem, split, text_tokens, lambda _: None)
 
 
 def takes_anyway(problem: Problem, split: Split, text_tokens: int) -> bool:
-    """The same, also if the caller put them on the first GPU that torch sees.
+    """The same, also if the caller put them on the main GPU, and with what hooks then copy.
 
     Where that costs, the choice does not depend on it, but what is promised does.
     """
-    replay = problem.replay
+    return _all_run(problem, split, text_tokens, lambda stage: problem.is_main(split, stage))
+
+
+def _all_run(problem: Problem, split: Split, text_tokens: int, is_main: Callable[[int], bool | None]) -> bool:
+    replay, rooms = problem.replay, problem.fleet.rooms
     assert replay is not None
-    return _all_run(problem, split, text_tokens, replay.runs_anyway)
-
-
-def _all_run(
-    problem: Problem, split: Split, text_tokens: int, runs: Callable[[tuple[int, int], int, int, int], bool]
-) -> bool:
-    rooms = problem.fleet.rooms
     need = problem.bare.footprint.needs(text_tokens)
-    stages = sorted((rooms[gpu].margin(need, *run), gpu, run) for gpu, run in zip(split.gpus, split.runs, strict=True))
+    stages = sorted(
+        (rooms[gpu].margin(need, *run), gpu, run, stage)
+        for stage, (gpu, run) in enumerate(zip(split.gpus, split.runs, strict=True))
+    )
     # What lives at once does not fit if it does not in the tightest, which also is the likeliest to fail: it comes first.
-    return stages[0][0] >= 0 and all(runs(run, gpu, text_tokens, rooms[gpu].capacity_bytes) for _, gpu, run in stages)
+    return stages[0][0] >= 0 and all(
+        replay.runs(run, gpu, text_tokens, rooms[gpu].capacity_bytes, is_main=is_main(stage))
+        for _, gpu, run, stage in stages
+    )
 
 
 def _candidates(problem: Problem, choice: Choice) -> Iterator[Split]:

@@ -43,3 +43,17 @@ class Holding(msgspec.Struct, frozen=True):
     """Keys of its layers; where they are not given, the neediest ``layers`` stand for them."""
     loading_bytes: int = 0
     """Needed beside the weights while they are loaded."""
+    is_main: bool | None = None
+    """Of several devices the one with the lowest number, to which accelerate's hook around the whole model takes what it is
+    called with; the caller's tensors may be there or where the prompt is embedded. ``None``: the two are the same device.
+    Source: ``main_device`` of dispatch_model, the first of a set of numbers."""
+
+    @property
+    def has_more_pixels(self) -> bool:
+        """Pixels are here once more: as the caller or that hook has them, beside those that the tower is given."""
+        return self.is_main is not None and self.is_main != self.has_embedding
+
+    @property
+    def may_get_logits(self) -> bool:
+        """Logits made elsewhere come back here: to where the caller's tensors may be."""
+        return (self.has_embedding or bool(self.is_main)) and not self.has_head

@@ -197,15 +197,20 @@ class Timeline:
         self.layers = trace.layers
         self.items = tuple(_items(trace))
 
-    def peak(self, places: frozenset[int]) -> tuple[int, int, Phase]:
-        """Most bytes alive on a device with these places, and the place and the phase in which that is."""
+    def peak(self, places: frozenset[int], *, gets_logits: bool = False) -> tuple[int, int, Phase]:
+        """Most bytes alive on a device with these places, and the place and the phase in which that is.
+
+        Args:
+            places: Of the device.
+            gets_logits: Those of the prompt come back to it, wherever the prompt is embedded.
+        """
         now = most = copies = 0
         visit, at = -1, TOWER
         phase: Phase = "prompt"
         for item in self.items:
             if item.visit != visit:
                 visit, copies = item.visit, 0
-            if item.place in places:
+            if item.place in places or (gets_logits and item.phase == "return"):
                 total = now + copies + item.spike_bytes
                 if total > most:
                     most, at, phase = total, item.place, item.phase

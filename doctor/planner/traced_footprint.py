@@ -158,7 +158,7 @@ class TracedFootprint(Footprint):
     def _need(
         self, by_formula: Callable[[int, int], int], timeline: Timeline, first: int, end: int, text_tokens: int
     ) -> int:
-        holding = self._holding(first, end)
+        holding = self._run_holding(first, end)
         formula = super().need_of(holding, text_tokens)
         copy_bytes = 0 if first else self.copy_bytes
         lost = 0 if self.is_bare else max(0, by_formula(first, end) - formula.total_bytes - copy_bytes)
@@ -166,28 +166,17 @@ class TracedFootprint(Footprint):
         # A trace begins when the weights are loaded.
         return holding.weights_bytes + max(copy_bytes + peak + lost, holding.loading_bytes)
 
-    def _holding(self, first: int, end: int) -> Holding:
-        executes_guests = not first
-        return Holding(
-            weights_bytes=self._weights[end] - self._weights[first],
-            layers=self._layers[end] - self._layers[first] + executes_guests * self._guest_layers,
-            has_tower=self._towers[end] > self._towers[first],
-            has_embedding=first <= self._embedding < end,
-            has_head=self._heads[end] > self._heads[first] or (executes_guests and self._has_guest_head),
-            loading_bytes=max(self._loading[first:end]),
-        )
-
-    def detail(self, first: int, end: int, text_tokens: int) -> StageNeed:
-        """What the atoms from ``first`` up to, not including, ``end`` need, item by item."""
-        holding = self._holding(first, end)
-        need = self._of_places(holding.weights_bytes, self._run_places(first, end), text_tokens)
+    def detail(self, first: int, end: int, text_tokens: int, *, is_main: bool | None = None) -> StageNeed:
+        """What the atoms from ``first`` up to, not including, ``end`` need, item by item; ``is_main`` as in ``Holding``."""
+        holding = msgspec.structs.replace(self._run_holding(first, end), is_main=is_main)
+        need = self._of_places(holding, self._run_places(first, end), text_tokens)
         if not first:
             need = msgspec.structs.replace(need, activations_bytes=need.activations_bytes + self.copy_bytes)
         if holding.loading_bytes > need.kv_cache_bytes + need.activations_bytes:
             need = msgspec.structs.replace(
                 need, activations_bytes=holding.loading_bytes - need.kv_cache_bytes, moment="the weights are loaded"
             )
-        total = self.needs(text_tokens)(first, end)
+        total = self.needs(text_tokens)(first, end) + self.more_bytes(first, end, text_tokens, is_main=is_main)
         return msgspec.structs.replace(need, fragmentation_bytes=total - need.total_bytes)
 
     def need_of(self, holding: Holding, text_tokens: int) -> StageNeed:
@@ -200,14 +189,15 @@ class TracedFootprint(Footprint):
         first = layers - holding.layers if holding.has_head and not holding.has_embedding else 0
         places = set(range(first, first + holding.layers))
         places.update([TOWER] * holding.has_tower + [BEFORE] * holding.has_embedding + [layers] * holding.has_head)
-        return self._of_places(holding.weights_bytes, frozenset(places), text_tokens)
+        return self._of_places(holding, frozenset(places), text_tokens)
 
-    def _of_places(self, weights_bytes: int, places: frozenset[int], text_tokens: int) -> StageNeed:
+    def _of_places(self, holding: Holding, places: frozenset[int], text_tokens: int) -> StageNeed:
         timeline = self._timeline(text_tokens)
-        peak, place, phase = timeline.peak(places)
+        peak, place, phase = timeline.peak(places, gets_logits=bool(holding.is_main) and holding.may_get_logits)
+        peak += self.work(text_tokens).pixels if holding.has_more_pixels else 0
         kept = min(peak, timeline.kept(places))
         return StageNeed(
-            weights_bytes=weights_bytes,
+            weights_bytes=holding.weights_bytes,
             kv_cache_bytes=kept,
             activations_bytes=peak - kept,
             fragmentation_bytes=0,

@@ -25,7 +25,7 @@ class TracedProgram(Replayed):
         self._later = max(0, new_tokens - 2)
         self._tokens = -1
         self._sizes: list[int] = []
-        self._programs: dict[tuple[int, frozenset[int]], list[tuple[int, int, bool]]] = {}
+        self._programs: dict[tuple[int, frozenset[int], bool], list[tuple[int, int, bool]]] = {}
 
     def places_of(self, held: Held, tokens: int) -> frozenset[int]:
         """Places of a stage that is told by its kinds of layers: the first run of layers that has them."""
@@ -45,15 +45,15 @@ class TracedProgram(Replayed):
     def _growth(self, tokens: int) -> Growth:
         return self._regimes.growth(tokens + self._later)
 
-    def _program(self, growth: Growth, places: frozenset[int]) -> list[tuple[int, int, bool]]:
+    def _program(self, growth: Growth, places: frozenset[int], *, gets_logits: bool) -> list[tuple[int, int, bool]]:
         """What a device with these places does: ``(tensor, event, is brief)``; an event of -1 is the end of a tensor.
 
         A tensor is brief that goes before the program is at another place, or with it, as copies do. Keys and values are
         not, though they go when the next token has them joined with its own.
         """
-        key = growth.shape.tokens, places
+        key = growth.shape.tokens, places, gets_logits
         if key not in self._programs:
-            events = list(growth.shape.of_device(places))
+            events = list(growth.shape.of_device(places, growth.shape.returned() if gets_logits else frozenset()))
             visits = visits_of(growth.shape)
             begun = {tensor: visits[index] for tensor, size, index in events if size}
             brief = {
@@ -68,7 +68,7 @@ class TracedProgram(Replayed):
         if tokens != self._tokens:
             self._tokens, self._sizes = tokens, growth.sizes(tokens, new_tokens=self._later)
         blocks: dict[int, Block] = {}
-        for tensor, index, is_brief in self._program(growth, self.places_of(held, tokens)):
+        for tensor, index, is_brief in self._program(growth, self.places_of(held, tokens), gets_logits=held.gets_logits):
             if index < 0:
                 block = blocks.pop(tensor, None)
                 if block is not None:

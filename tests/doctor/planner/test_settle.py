@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from itertools import combinations, permutations
 from typing import Any
 
@@ -168,20 +168,19 @@ def test_pixels_are_on_the_first_gpu_of_torch_too_wherever_the_model_begins() ->
     images = Workload(images=1, image_height=2240, image_width=2240, text_tokens=64, new_tokens=2)
     pixels = (2240 // 14) ** 2 * 6 * 14**2 * 2
 
-    def least(position: int, run: tuple[int, int], *, is_anyway: bool) -> int:
+    def least(position: int, run: tuple[int, int], *, is_main: bool | None) -> int:
         rules = Policy(context_bytes=0)
         made = machine([24.0, 24.0])
         asked = ask(QWEN, images, rules, made, chain=chain(QWEN), found=budgets(made, rules))
         assert asked.replay is not None
-        runs = asked.replay.runs_anyway if is_anyway else asked.replay.runs
-        return next(size for size in range(4 * GIB, 24 * GIB, 8 * MIB) if runs(run, position, 64, size))
+        takes = partial(asked.replay.runs, run, position, 64, is_main=is_main)
+        return next(size for size in range(4 * GIB, 24 * GIB, 8 * MIB) if takes(size))
 
     atoms = len(chain(QWEN).atoms)
     for position, run in ((1, (0, 9)), (0, (9, atoms))):
-        more = least(position, run, is_anyway=True) - least(position, run, is_anyway=False)
+        more = least(position, run, is_main=position == 0) - least(position, run, is_main=None)
         assert 0.8 * pixels < more < 1.5 * pixels
-    assert least(0, (0, 9), is_anyway=True) == least(0, (0, 9), is_anyway=False)
-    assert least(1, (9, atoms), is_anyway=True) == least(1, (9, atoms), is_anyway=False)
+    assert least(1, (9, atoms), is_main=False) == least(1, (9, atoms), is_main=None)
 
 
 MACHINES = (("80GiB", 0), ("2x24GiB", 1), ("4x80GiB", 2))

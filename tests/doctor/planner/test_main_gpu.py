@@ -1,0 +1,168 @@
+"""A model that begins on another GPU than the main one, to which accelerate moves what it is called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from vlm_doctor import ModelProfile, Plan, Policy, Workload, plan
+from vlm_doctor.planner.budget import budgets
+from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.image_tokens import image_load
+from vlm_doctor.planner.map_check import check_map
+from vlm_doctor.planner.memory import Footprint
+from vlm_doctor.planner.problem import Problem, ask
+from vlm_doctor.planner.replay import Held
+from vlm_doctor.planner.traced import Regimes
+from vlm_doctor.planner.traced_footprint import TracedFootprint
+from vlm_doctor.planner.traced_replay import TracedProgram
+from vlm_doctor.units import GIB, MIB
+
+from .profiles import glm41v_9b, machine
+from .traces import small_trace, traces_of
+
+LARGE = Workload(images=2, image_height=2240, image_width=2240, text_tokens=64, new_tokens=2)
+PIXELS = 2 * (2240 // 14) ** 2 * 6 * 14**2 * 2
+FORWARD = Workload(images=0, text_tokens=1000, logits="forward")
+LOGITS = 1000 * 151_552 * 2
+ATOMS = len(chain(glm41v_9b()).atoms)
+
+
+def prices(workload: Workload) -> Footprint:
+    profile = glm41v_9b()
+    return Footprint(profile, workload, image_load(profile, workload), chain(profile).atoms)
+
+
+def traced_prices(*, returned_bytes: int = 151_552 * 2) -> TracedFootprint:
+    profile = glm41v_9b()
+    runs = [
+        small_trace(tokens, layers=40, more=0, has_tower=False, returned_bytes=returned_bytes) for tokens in (65, 577, 1089)
+    ]
+    return TracedFootprint(
+        profile, FORWARD, image_load(profile, FORWARD), chain(profile).atoms, traces=traces_of(runs), is_bare=True
+    )
+
+
+def question(profile: ModelProfile, free_gib: list[float], workload: Workload, **policy: Any) -> Problem:
+    made, rules = machine(free_gib), Policy(**policy)
+    return ask(profile, workload, rules, made, chain=chain(profile), found=budgets(made, rules))
+
+
+@pytest.mark.parametrize(("run", "is_main"), [((0, 9), False), ((9, 20), True), ((9, ATOMS), True)])
+def test_pixels_are_there_once_more(run: tuple[int, int], is_main: bool) -> None:
+    asked = prices(LARGE)
+    usual, away = (asked.detail(*run, 64, is_main=main) for main in (None, is_main))
+    assert away.total_bytes - usual.total_bytes == PIXELS == asked.more_bytes(*run, 64, is_main=is_main)
+    assert away.fragmentation_bytes == usual.fragmentation_bytes
+    assert asked.more_bytes(*run, 64, is_main=None) == 0
+    assert asked.more_bytes(*run, 64, is_main=not is_main) == 0
+
+
+@pytest.mark.parametrize("asked", [prices(FORWARD), traced_prices()], ids=["formulas", "traced"])
+def test_logits_come_back_to_where_the_caller_may_have_the_prompt(asked: Footprint) -> None:
+    """Beside the keys and values of the layers there; where the head is, they are already."""
+    usual, away = (asked.detail(9, 12, 1000, is_main=main) for main in (None, True))
+    assert away.moment == "the logits come back"
+    assert usual.moment != away.moment
+    assert away.activations_bytes + away.kv_cache_bytes == pytest.approx(LOGITS + usual.kv_cache_bytes, rel=0.02)
+    assert asked.more_bytes(9, 12, 1000, is_main=True) == away.total_bytes - usual.total_bytes > 0
+    assert asked.more_bytes(9, ATOMS, 1000, is_main=True) == 0
+
+
+def test_the_allocator_is_asked_for_logits_that_come_back() -> None:
+    runs = [small_trace(tokens, layers=3, more=0, has_tower=False, returned_bytes=300_000) for tokens in (65, 577, 1089)]
+    program = TracedProgram(Regimes(traces_of(runs), None), ("full", "full", "full"))
+    held = Held(kinds=("full",), weights_bytes=0, is_first=False, has_head=False)
+    usual, away = (program.peaks(msgspec.structs.replace(held, gets_logits=is_main), 1000)[0] for is_main in (False, True))
+    assert away == pytest.approx(300_000_000, rel=0.01)
+    assert usual < away
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_plan_and_the_judge_of_its_map_say_the_same(attention: Any) -> None:
+    """Both where the allocator is asked (GLM-4.1V has no script here, so by formulas) and where formulas alone tell."""
+    workload = msgspec.structs.replace(LARGE, attention="sdpa" if attention == "sdpa" else "eager", images=1)
+    profile, there = glm41v_9b(), machine([40, 40])
+    pinned = Policy(pins=(("model.visual", 1), ("lm_head", 0)), min_gpus=2)
+    made = plan(profile, there, workload, pinned)
+    assert [stage.gpu for stage in made.stages] == [1, 0]
+    gpus = {key: stage.gpu for stage in made.stages for key in stage.keys}
+    judged = check_map(gpus, profile, there, workload)
+    needed = {use.gpu: use.need_bytes for use in judged.devices}
+    for stage in made.stages:
+        counted = sum(
+            line.size_bytes for line in stage.ledger if line.kind in ("weights", "kv_cache", "activations", "fragmentation")
+        )
+        assert needed[stage.gpu] == pytest.approx(counted, abs=32 * MIB)
+
+
+def longest(free_gib: list[float], pins: dict[str, int], **fields: Any) -> Plan:
+    asked = msgspec.structs.replace(LARGE, images=8, image_height=1120, image_width=1120, **fields)
+    return plan(glm41v_9b(), machine(free_gib), asked, Policy(pins=tuple(pins.items()), min_gpus=2))
+
+
+def test_a_model_that_begins_on_gpu_1_is_promised_no_more_than_one_that_begins_on_gpu_0() -> None:
+    """The same room in the same order; what differs is the numbers, and with them where pixels are."""
+    first, other = (
+        longest([16, 14], {"model.visual": 0, "lm_head": 1}),
+        longest([14, 16], {"model.visual": 1, "lm_head": 0}),
+    )
+    for made in (first, other):
+        assert made.fits
+        assert all(line.size_bytes >= 0 for stage in made.stages for line in stage.ledger if line.kind == "left")
+    assert first.longest_prompt_tokens is not None
+    assert other.longest_prompt_tokens is not None
+    assert first.limits is not None
+    assert other.limits is not None
+    assert 0.8 * first.longest_prompt_tokens < other.longest_prompt_tokens < first.longest_prompt_tokens
+    assert other.limits.images is not None
+    assert first.limits.images is not None
+    assert other.limits.images <= first.limits.images
+
+
+def test_where_the_search_left_no_room_for_it_another_split_is_found_or_none() -> None:
+    """Memory on the edge: with the numbers exchanged the same cards hold less."""
+    profile, edge = glm41v_9b(), []
+    for size in range(14 * 64, 14 * 64 + 20):
+        asked = question(profile, [size / 64, size / 64], LARGE, pins=(("model.visual", 1), ("lm_head", 0)), min_gpus=2)
+        by_search = asked.choose_among(asked.counts)
+        chosen = asked.choose()
+        edge.append((by_search is not None, chosen is not None))
+        if chosen is not None:
+            assert asked.split_fits(chosen.split)
+            assert by_search is not None
+            assert chosen.text_tokens <= by_search.text_tokens
+    assert (True, False) in edge
+    assert (False, True) not in edge
+    assert (edge[0], edge[-1]) == ((False, False), (True, True))
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "gpus", "end"), [([13.0, 16.0], (1, 0), 21), ([13.5, 15.25], (0, 1), 15), ([13.0, 15.25], None, 0)]
+)
+def test_the_other_split_may_begin_elsewhere(free_gib: list[float], gpus: tuple[int, ...] | None, end: int) -> None:
+    asked = question(glm41v_9b(), free_gib, LARGE, min_gpus=2)
+    assert asked.choose_among(asked.counts) is not None
+    assert asked.fits() == (gpus is not None)
+    choice = asked.choose()
+    assert (choice and (choice.split.gpus, choice.split.ends[0])) == (gpus and (gpus, end))
+    made = plan(glm41v_9b(), machine(free_gib), LARGE, Policy(min_gpus=2))
+    assert made.fits == asked.fits()
+    if made.shortage is not None:
+        assert "lacks 86 MiB on GPU 1" in made.shortage.message
+        assert made.shortage.is_permanent
+        assert (asked.margin_bytes() or 0) < 0
+
+
+def test_the_main_gpu_is_the_lowest_of_the_map_not_of_the_machine() -> None:
+    asked = question(glm41v_9b(), [0.5, 16, 16], LARGE, pins=(("model.visual", 2), ("lm_head", 1)))
+    choice = asked.choose()
+    assert choice is not None
+    assert [asked.budgets[gpu].gpu.index for gpu in choice.split.gpus] == [2, 1]
+    assert [asked.is_main(choice.split, stage) for stage in (0, 1)] == [False, True]
+    usual = question(glm41v_9b(), [0.5, 16, 16], LARGE, pins=(("model.visual", 1), ("lm_head", 2))).choose()
+    assert usual is not None
+    assert [asked.is_main(usual.split, stage) for stage in (0, 1)] == [None, None]
+    assert asked.need(choice.split, 0).total_bytes < 16 * GIB
