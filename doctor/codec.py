@@ -90,7 +90,8 @@ def machine_from_json(data: bytes, *, where: str) -> Machine:
         raise MachineError(f"{where}: {len(data):,} bytes is too large for a snapshot (at most {MAX_SNAPSHOT_BYTES:,}).")
     machine = from_json(data, Machine, where=where)
     if machine.schema != SCHEMA:
-        raise MachineError(f"{where}: snapshot schema {machine.schema}, this version reads {SCHEMA}; {_AGAIN}.")
+        advice = "update vlm-doctor" if machine.schema > SCHEMA else _AGAIN
+        raise MachineError(f"{where}: snapshot schema {machine.schema}, this version reads {SCHEMA}; {advice}.")
     _check_consistency(machine, where)
     if machine.origin == "live":
         machine = msgspec.structs.replace(machine, origin="recorded")
