@@ -124,9 +124,13 @@ def _inconsistency(machine: Machine) -> str | None:
             return f"GPU {gpu.index} has a memory size out of range"
         if gpu.memory_total_bytes is not None and (gpu.memory_free_bytes or 0) > gpu.memory_total_bytes:
             return f"GPU {gpu.index} has more free memory than memory"
+    joined: set[tuple[int, int]] = set()
     for link in machine.links:
         if link.a not in known or link.b not in known or link.a >= link.b:
             return f"link {link.a}-{link.b} does not join two of its GPUs in rising order"
+        if (link.a, link.b) in joined:
+            return f"link {link.a}-{link.b} is given twice"
+        joined.add((link.a, link.b))
     return _wrong_reading(machine)
 
 

@@ -105,6 +105,7 @@ def test_a_snapshot_of_a_newer_version_asks_for_that() -> None:
         (change(gpus__0__index=-1), "GPU index -1 is given twice or out of range"),
         (change(links__0__b=7), "link 0-7 does not join two of its GPUs in rising order"),
         (change(links__0__a=1), "link 1-1 does not join two of its GPUs in rising order"),
+        (change(links=[{"a": 0, "b": 1}] * 2), "link 0-1 is given twice"),
         (change(gpus__0__memory_free_bytes=2**35), "GPU 0 has more free memory than memory"),
         (change(gpus__0__memory_total_bytes=-1), "GPU 0 has a memory size out of range"),
         (change(gpus__0__name=5), "not a readable machine: Expected `str`, got `int` - at `$.gpus[0].name`"),
