@@ -198,5 +198,6 @@ def codes(texts: Sequence[str], known: Collection[str], *, where: str = "--ignor
 
 def suggestion(word: str, known: Collection[str]) -> str:
     """``; did you mean plan?``, or nothing."""
-    near = nearest(word.partition("=")[0], known, most=1, cutoff=0.6)
+    # All words of the command line are in small letters.
+    near = nearest(word.partition("=")[0].lower(), known, most=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else "."

@@ -90,7 +90,8 @@ def machine_from_json(data: bytes, *, where: str) -> Machine:
         raise MachineError(f"{where}: {len(data):,} bytes is too large for a snapshot (at most {MAX_SNAPSHOT_BYTES:,}).")
     machine = from_json(data, Machine, where=where)
     if machine.schema != SCHEMA:
-        raise MachineError(f"{where}: snapshot schema {machine.schema}, this version reads {SCHEMA}; {_AGAIN}.")
+        advice = "update vlm-doctor" if machine.schema > SCHEMA else _AGAIN
+        raise MachineError(f"{where}: snapshot schema {machine.schema}, this version reads {SCHEMA}; {advice}.")
     _check_consistency(machine, where)
     if machine.origin == "live":
         machine = msgspec.structs.replace(machine, origin="recorded")
@@ -123,9 +124,13 @@ def _inconsistency(machine: Machine) -> str | None:
             return f"GPU {gpu.index} has a memory size out of range"
         if gpu.memory_total_bytes is not None and (gpu.memory_free_bytes or 0) > gpu.memory_total_bytes:
             return f"GPU {gpu.index} has more free memory than memory"
+    joined: set[tuple[int, int]] = set()
     for link in machine.links:
         if link.a not in known or link.b not in known or link.a >= link.b:
             return f"link {link.a}-{link.b} does not join two of its GPUs in rising order"
+        if (link.a, link.b) in joined:
+            return f"link {link.a}-{link.b} is given twice"
+        joined.add((link.a, link.b))
     return _wrong_reading(machine)
 
 

@@ -32,8 +32,14 @@ def explain(code: str) -> str:
         return f"# {wanted}: no longer used\n\n{RETIRED[wanted]}\n"
     page = _pages().get(wanted)
     if page is None:
+        family = [name for name in _pages() if re.fullmatch(r"VLM[0-9]{1,2}", wanted, re.ASCII) and name.startswith(wanted)]
         near = nearest(wanted[:20], _pages(), most=3, cutoff=0.8)
-        hint = f"did you mean {' or '.join(near)}?" if near else "codes are VLM and three digits, such as VLM501."
+        if family:
+            hint = f"name one of {min(family)} to {max(family)}, which vlm-doctor explain lists."
+        elif near:
+            hint = f"did you mean {' or '.join(near)}?"
+        else:
+            hint = "codes are VLM and three digits, such as VLM501."
         raise UsageError(f"There is no code {code[:20]!a}; {hint}")
     return page
 

@@ -76,10 +76,7 @@ def fault_of_link(machine: Machine, a: int, b: int) -> str | None:
         b: Another GPU index.
     """
     link = machine.link(a, b)
-    for index in sorted((a, b)):
-        gpu = machine.gpu(index)
-        if gpu is None:
-            continue
+    for gpu in filter(None, map(machine.gpu, sorted((a, b)))):
         if gpu.recovery_action in ("drain_p2p", "drain_and_reset"):
             return f"the driver asks for an end of peer traffic of GPU {gpu.index}"
         # What the fabric says of a GPU matters to pairs that NVLink joins: others do not go through it.

@@ -411,7 +411,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def _link_of_pair(self) -> dict[tuple[int, int], Link]:
-        return {(link.a, link.b): link for link in reversed(self.links)}
+        return {(link.a, link.b): link for link in self.links}
 
     def gap(self, path: str) -> Gap | None:
         """The gap that covers ``path``: the path itself, or a part that contains it."""

@@ -44,11 +44,20 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python makes of bytes on the command line that are not UTF-8."""
 
 
+_SENTENCES = (
+    (re.compile(r"argument (?:-\w/)?(\S+): expected one argument"), r"\1 needs a value, as in \1=VALUE"),
+    (re.compile(r"argument (?:-\w/)?(\S+): ignored explicit argument (.*)"), r"\1 takes no value, and was given \2"),
+)
+"""Sentences of argparse that leave out what to do, and ours."""
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ours: one sentence, raised instead of printed."""
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong with the command line."""
+        for theirs, ours in _SENTENCES:
+            message = theirs.sub(ours, message)
         raise UsageError(f"{message.rstrip('.')}. Try '{self.prog} --help'.")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -85,7 +94,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         if set(words[1:]) - {"--json"}:
             raise UsageError("--version stands alone, or with --json.")
         return argparse.Namespace(command=None, json="--json" in words)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
+    is_implied = not words or (words[0].startswith("-") and words[0] not in ("-h", "--help"))
+    if is_implied:
         words = ["check", *words]
     if not words[0].startswith("-") and words[0] not in COMMANDS:
         raise UsageError(
@@ -95,6 +105,15 @@ def parse(words: list[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(words)
     if unknown:
         known = re.findall(r"--[a-z-]+", commands[options.command].format_usage())
+        if is_implied and unknown[0] in COMMANDS:
+            raise UsageError(
+                f"{unknown[0]!r} stands behind an option; write the command first: vlm-doctor {unknown[0]} ..."
+            )
+        if not unknown[0].startswith("-"):
+            raise UsageError(
+                f"{unknown[0]!r} is one argument too many for vlm-doctor {options.command}. "
+                f"Try 'vlm-doctor {options.command} --help'."
+            )
         raise UsageError(
             f"{unknown[0]!r} is no option of vlm-doctor {options.command}{arguments.suggestion(unknown[0], known)} "
             f"Try 'vlm-doctor {options.command} --help'."

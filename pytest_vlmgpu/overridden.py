@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+import traceback
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +49,16 @@ def estimate_of(config: pytest.Config, spec: VlmSpec) -> Estimate | None:
     """What an engine that places a model itself says that it needs (``pytest_vlmgpu_estimate``); ``None`` for the others.
 
     Raises:
-        UsageError: The hook gives something else.
+        UsageError: The hook gives something else, or fails.
     """
-    estimate = config.hook.pytest_vlmgpu_estimate(config=config, spec=spec)
+    try:
+        estimate = config.hook.pytest_vlmgpu_estimate(config=config, spec=spec)
+    except Exception as error:
+        # Tests are still being put in order: pytest would take it for an error of its own.
+        from vlm_doctor.errors import UsageError
+
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        raise UsageError(f"the hook pytest_vlmgpu_estimate fails for {spec.name}: {what}; correct it.") from error
     check_value(estimate, (Estimate, NoneType), origin="hook pytest_vlmgpu_estimate", wanted="an Estimate or None")
     return estimate  # type: ignore[no-any-return]  # was just looked at

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from ..errors import UsageError
 from ..units import MIB
+from .regular_file import unreadable
 
 HEAD_BYTES = MIB
 TAIL_BYTES = 3 * MIB
@@ -45,6 +46,8 @@ def read_log(name: str) -> LogFile:
         UsageError: It cannot be read, or is empty.
     """
     where = "standard input" if name == "-" else name
+    if not name.strip():
+        raise UsageError("The name of the log is empty; name one, or - for standard input.")
     try:
         if name == "-":
             if sys.stdin is None:
@@ -61,9 +64,10 @@ def read_log(name: str) -> LogFile:
                 log = _read(file)
     except FileNotFoundError:
         raise UsageError(f"{name}: no such file; name a log, or - for standard input.") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{where} cannot be read: {reason}.") from error
+    except OSError as error:
+        raise UsageError(f"{where} {unreadable(error, again='name a log, or - for standard input')}.") from error
+    except ValueError as error:
+        raise UsageError(f"{where} cannot be read ({error}); name a log, or - for standard input.") from error
     if not log.text.strip():
         raise UsageError(f"{where} is empty; paste a log or a traceback.")
     return log

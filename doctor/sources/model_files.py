@@ -134,8 +134,9 @@ def _load_hub_model(name: str, model: HubId, own: Mapping[str, FamilyChanges], *
         profile = _describe(entry.checkpoint(), name, "catalogue", own)
     elif not allow_network or settings.is_offline:
         raise problem or ModelNotFoundError(
-            f"{name}: no such folder, not in the catalogue nor in {settings.cache}, and the network may not be used; "
-            f"download it, or allow the network{_end(name)}"
+            f"{name}: no such folder, not in the catalogue nor in {settings.cache}, and the network may not be used "
+            f"({'HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set' if settings.is_offline else '--offline'}); "
+            f"download it, or allow that{_end(name)}"
         )
     else:
         # Late: http costs more than everything else here, and local models do without.

@@ -111,7 +111,7 @@ def _model(spec: str, what: str) -> GpuModel:
     if model is not None:
         return model
     if _SIZE.fullmatch(what):
-        size = _size(spec, what)
+        size = _size(spec, what, least=1)
         return GpuModel(f"GPU with {format_gib(size)}", size, 0, (0, 0), _BRIDGED_PORTS)
     names = [*GPUS, *ALIASES]
     by_lower = {name.lower(): name for name in names}
@@ -238,11 +238,11 @@ def _with_free(spec: str, gpus: Sequence[Gpu], value: str) -> list[Gpu]:
     return changed
 
 
-def _size(spec: str, text: str) -> int:
+def _size(spec: str, text: str, *, least: int = 0) -> int:
     try:
         size = parse_bytes(text, where=spec)
     except UsageError as error:
         raise MachineError(str(error)) from None
-    if not 0 <= size < 2**50:
+    if not least <= size < 2**50:
         raise MachineError(f"{spec}: {text} is not a size that a GPU can have.")
     return size

@@ -88,17 +88,24 @@ def test_links_and_gaps_are_found_by_what_they_are_about() -> None:
     assert machine.gpus[0].label == "GPU 0 (NVIDIA L4)"
 
 
+def test_a_snapshot_of_a_newer_version_asks_for_that() -> None:
+    with pytest.raises(MachineError) as caught:
+        machine_from_json(change(schema=2), where="m.json")
+    assert str(caught.value) == "m.json: snapshot schema 2, this version reads 1; update vlm-doctor."
+
+
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
         (b"", "not a readable machine: Input data was truncated"),
         (b"[]", "not a readable machine: Expected `object`, got `array`"),
         (b"{}", "not a readable machine: Object missing required field `origin`"),
-        (change(schema=2), "snapshot schema 2, this version reads 1"),
+        (change(schema=0), "snapshot schema 0, this version reads 1"),
         (change(gpus__1__index=0), "GPU index 0 is given twice or out of range"),
         (change(gpus__0__index=-1), "GPU index -1 is given twice or out of range"),
         (change(links__0__b=7), "link 0-7 does not join two of its GPUs in rising order"),
         (change(links__0__a=1), "link 1-1 does not join two of its GPUs in rising order"),
+        (change(links=[{"a": 0, "b": 1}] * 2), "link 0-1 is given twice"),
         (change(gpus__0__memory_free_bytes=2**35), "GPU 0 has more free memory than memory"),
         (change(gpus__0__memory_total_bytes=-1), "GPU 0 has a memory size out of range"),
         (change(gpus__0__name=5), "not a readable machine: Expected `str`, got `int` - at `$.gpus[0].name`"),

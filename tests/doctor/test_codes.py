@@ -122,7 +122,8 @@ def test_a_code_may_be_spelled_loosely(spelling: str) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("VLM51", "There is no code 'VLM51'; did you mean VLM751 or VLM512 or VLM511?"),
+        ("VLM51", "There is no code 'VLM51'; name one of VLM510 to VLM512, which vlm-doctor explain lists."),
+        ("vlm5", "There is no code 'vlm5'; name one of VLM501 to VLM512, which vlm-doctor explain lists."),
         ("VML403", "There is no code 'VML403'; did you mean VLM403?"),
         ("VLM999", "There is no code 'VLM999'; codes are VLM and three digits, such as VLM501."),
         ("", "There is no code ''; codes are VLM and three digits, such as VLM501."),

@@ -62,7 +62,12 @@ def test_version() -> None:
         (["\x1b[31m"], f"'\\x1b[31m' is not a command (they are {', '.join(COMMANDS)})."),
         (["plan", "m", "--imags=2"], "'--imags=2' is no option of vlm-doctor plan; did you mean --images? "
          "Try 'vlm-doctor plan --help'."),
-        (["--json", "plan", "m"], "'plan' is no option of vlm-doctor check. Try 'vlm-doctor check --help'."),
+        (["--json", "plan", "m"], "'plan' stands behind an option; write the command first: vlm-doctor plan ..."),
+        (["check", "plan"], "'plan' is one argument too many for vlm-doctor check. Try 'vlm-doctor check --help'."),
+        (["PLAN"], f"'PLAN' is not a command (they are {', '.join(COMMANDS)}); did you mean plan?"),
+        (["--json=1"], "--json takes no value, and was given '1'. Try 'vlm-doctor check --help'."),
+        (["--output"], "--output needs a value, as in --output=VALUE. Try 'vlm-doctor check --help'."),
+        (["--machine", "-4GiB"], "--machine needs a value, as in --machine=VALUE. Try 'vlm-doctor check --help'."),
         (["plan", "/tmp/\udcff"],
          "'/tmp/\\udcff' is not UTF-8 text, which a report could not hold; rename the file or folder."),
         (["plan"], "the following arguments are required: MODEL. Try 'vlm-doctor plan --help'."),

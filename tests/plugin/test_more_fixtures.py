@@ -255,6 +255,19 @@ def test_a_hook_that_gives_no_verdict_is_one_sentence(pytester: pytest.Pytester)
     result.stdout.fnmatch_lines(["VLM720: the hook pytest_vlmgpu_verdict gives 5; let it give a Verdict or None."])
 
 
+def test_a_hook_that_fails_to_estimate_is_one_sentence_with_its_place(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("def pytest_vlmgpu_estimate(config, spec):\n    return {}[spec.name]")
+    pytester.makepyfile(NAMED)
+
+    result = pytester.runpytest_subprocess("--vlm-fake-gpus=2xL4")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([
+        "ERROR: VLM720: the hook pytest_vlmgpu_estimate fails for llava-hf/llava-1.5-7b-hf: "
+        "KeyError: 'llava-hf/llava-1.5-7b-hf' (conftest.py, line 2); correct it."
+    ])  # fmt: skip
+
+
 def test_a_hook_that_gives_no_estimate_is_one_sentence(pytester: pytest.Pytester) -> None:
     pytester.makeconftest("def pytest_vlmgpu_estimate(config, spec): return '9' if spec else None")
     pytester.makepyfile(

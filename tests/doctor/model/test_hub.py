@@ -356,9 +356,10 @@ def test_without_network_nothing_is_asked(
 ) -> None:
     if variable is not None:
         monkeypatch.setenv(variable, value)
+    why = "--offline" if variable is None else "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
     assert refusal(allow_network=variable is not None) == (
         f"org/vlm: no such folder, not in the catalogue nor in {tmp_path / 'home' / 'hub'}, "
-        "and the network may not be used; download it, or allow the network."
+        f"and the network may not be used ({why}); download it, or allow that."
     )
     assert site.asked == []
 

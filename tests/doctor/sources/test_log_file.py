@@ -99,7 +99,9 @@ def test_only_so_many_errors_of_the_middle_are_kept(tmp_path: Path) -> None:
         ("missing", "missing: no such file; name a log, or - for standard input."),
         ("/dev/zero", "/dev/zero is a device; name a log, or - for standard input."),
         (".", ". is a folder; name the log in it."),
-        ("a\0b", "cannot be read: embedded null byte."),
+        ("a\0b", "cannot be read (embedded null byte); name a log, or - for standard input."),
+        ("x" * 300, "cannot be read (File name too long); correct the name."),
+        (" ", "The name of the log is empty; name one, or - for standard input."),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(name: str, sentence: str) -> None:

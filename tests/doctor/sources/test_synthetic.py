@@ -147,6 +147,7 @@ def test_names_as_people_write_them(written: str, name: str) -> None:
             "2xL4:free=1GiB,2GiB,3GiB: free has 3 sizes for 2 GPUs; write one for all or one for each.",
         ),
         ("2xL4:free=12", "2xL4:free=12: '12' is not a size; write a number and a unit, such as 24GiB or 80GB."),
+        ("0GiB", "0GiB: 0GiB is not a size that a GPU can have."),
         ("999999999TiB", "999999999TiB: 999999999TiB is not a size that a GPU can have."),
         ("a1\x1b", "'a1\\x1b': 'a1\\x1b' is not a GPU of the catalogue; did you mean A10 or A10G or A100?"),
         ("x" * 2001, "A machine spec has at most 2,000 characters, this one 2,001."),
