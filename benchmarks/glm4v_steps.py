@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frontier import split_of
 from msgspec.structs import replace
 
 from vlm_doctor.planner import account, plan
 from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
-from vlm_doctor.planner.order import Split
-from vlm_doctor.planner.problem import Problem
+from vlm_doctor.planner.problem import ask
 from vlm_doctor.sources import collect, load_machine
 from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.workload import Policy, Workload
@@ -178,7 +178,7 @@ def measure(vlm: LoadedVlm, workload: Workload, places: list[tuple[Stage, int, i
     peaks = meter.stop()
     rows = []
     for stage, ordinal, free in places:
-        peak, weights = peaks[ordinal], total_of(stage, "weights")
+        peak, weights = peaks[ordinal], stage.weights_bytes
         work = max(1, peak.allocated - weights)
         rows.append(
             {
@@ -325,18 +325,8 @@ def cuts_near(planned: Plan, profile: ModelProfile) -> Iterator[tuple[str, Plan]
 def stages_for(planned: Plan, profile: ModelProfile, machine: Machine, workload: Workload) -> tuple[Stage, ...]:
     """The ledger of a plan's map for another workload."""
     policy = replace(POLICY, gpus=tuple(stage.gpu for stage in planned.stages))
-    usable = budgets(machine, policy).usable
-    problem = Problem(profile, chain(profile), workload, policy, usable)
-    ends: list[int] = []
-    sizes = [len(stage.keys) for stage in planned.stages]
-    units = 0
-    for number, atom in enumerate(problem.chain.atoms, start=1):
-        units += len(atom.units)
-        if units == sum(sizes[: len(ends) + 1]):
-            ends.append(number)
-    positions = {budget.gpu.index: position for position, budget in enumerate(usable)}
-    split = Split(tuple(positions[stage.gpu] for stage in planned.stages), tuple(ends))
-    return account.stages(problem.footprint, split, usable)
+    problem = ask(profile, workload, policy, machine, chain=chain(profile), found=budgets(machine, policy))
+    return account.stages(problem, split_of(problem, planned.stages))
 
 
 def total_of(stage: Stage, *kinds: str) -> int:
@@ -349,7 +339,7 @@ def facts_of(planned: Plan) -> dict[str, Any]:
         "longest_prompt_tokens": planned.longest_prompt_tokens,
         "gpus": [stage.gpu for stage in planned.stages],
         "layers": [sum(".layers." in key for key in stage.keys) for stage in planned.stages],
-        "weights_bytes": [total_of(stage, "weights") for stage in planned.stages],
+        "weights_bytes": [stage.weights_bytes for stage in planned.stages],
         "shortage": planned.shortage.message if planned.shortage else None,
     }
 

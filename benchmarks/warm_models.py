@@ -30,9 +30,9 @@ def child(way: str, folder: str, dtype: str | None) -> dict[str, float]:
     import torch
     import transformers
 
+    from pytest_vlmgpu.leasing.holders import pid_namespace
     from pytest_vlmgpu.models.loading import load
     from pytest_vlmgpu.models.source import find_source
-    from pytest_vlmgpu.warm import wire
     from pytest_vlmgpu.warm.attaching import _constructed, assembled, borrow
     from pytest_vlmgpu.warm.facts import digest_of, facts_of
     from pytest_vlmgpu.warm.places import Place, folder_for
@@ -46,7 +46,7 @@ def child(way: str, folder: str, dtype: str | None) -> dict[str, float]:
         loaded = load(folder, None, dtype=dtype)
     else:
         place = Place(folder_for(LEASES), digest_of(facts_of(folder, None, None, dtype)))
-        request = Attach(place.digest, wire.pid_namespace(), 600.0)
+        request = Attach(place.digest, pid_namespace(), 600.0)
         loan = borrow(place, request, lambda _: None, lambda: None)
         loaded = assembled(loan, folder, source, None, ordinals=None, started=started)
     ready = time.perf_counter() - started

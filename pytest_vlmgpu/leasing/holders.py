@@ -39,7 +39,7 @@ def describe_self(about: Mapping[str, object] | None = None) -> bytes:
         "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": os.uname().nodename,
         "boot": _boot(),
-        "pid_namespace": _pid_namespace(),
+        "pid_namespace": pid_namespace(),
         "started": _start_ticks(os.getpid()),
     }
     return json.dumps(record).encode("utf-8", "replace")[:MAX_BYTES]
@@ -62,7 +62,7 @@ def describe(raw: bytes) -> str:
     if record.get("boot") != _boot():
         # Another computer, with a shared folder; or a file that is older than this computer's last start.
         return f"{who} on {_plain(record.get('host')) or 'another computer'}"
-    if record.get("pid_namespace") != _pid_namespace():
+    if record.get("pid_namespace") != pid_namespace():
         return f"{who} (the pid counts in another container)"
     return who if _start_ticks(pid) == record.get("started") else _UNKNOWN
 
@@ -71,7 +71,7 @@ def is_here(raw: bytes) -> bool:
     """True where the process of a record runs on this computer, and its pid counts here."""
     record, pid = _read(raw), pid_of(raw)
     places = record.get("boot"), record.get("pid_namespace")
-    return pid is not None and places == (_boot(), _pid_namespace()) and _start_ticks(pid) == record.get("started")
+    return pid is not None and places == (_boot(), pid_namespace()) and _start_ticks(pid) == record.get("started")
 
 
 def gives_way(raw: bytes) -> bool:
@@ -130,7 +130,8 @@ def _boot() -> str:
         return ""
 
 
-def _pid_namespace() -> str:
+def pid_namespace() -> str:
+    """Where pids count the same; empty where nobody can tell."""
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no file: the link's text is the answer
     except OSError:

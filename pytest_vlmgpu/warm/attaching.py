@@ -177,7 +177,7 @@ def assembled(
     from ..models.loading import check_devices, torch_ordinals
     from ..models.placing import Orders, device_map_for, ordinals_in
     from ..models.processors import load_processor
-    from .sharing import filled, mapped, sample
+    from .sharing import filled, mapped, one_line, sample
 
     lent, orders = loan.lent, Orders()
     try:
@@ -203,7 +203,7 @@ def assembled(
     except (NotAttached, LoadFailure):
         raise
     except Exception as error:  # noqa: BLE001 - of classes that are put together, of CUDA, of accelerate
-        raise NotAttached(f"its weights did not arrive ({_one_line(error)})") from None
+        raise NotAttached(f"its weights did not arrive ({one_line(error)})") from None
     loan.count(storages)
     model.config._name_or_path = model.name_or_path = source.name
     landed = check_devices(name, model, orders)
@@ -258,10 +258,6 @@ def _dispatch(model: Any, device_map: Any) -> None:
     moved = [key for key, tensor in model.named_parameters() if before[key] != tensor.data_ptr()]
     if moved:
         raise NotAttached(f"putting hooks on it has moved weights ({moved[0]})")
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(f"{type(error).__name__}: {error}".splitlines()), "")[:200]
 
 
 def import_libraries() -> None:

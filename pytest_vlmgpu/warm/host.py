@@ -16,6 +16,7 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from ..leasing.holders import pid_namespace
 from . import wire
 from .holding import Evicted, Holding
 from .records import Ask, Attach, Done, End, Progress, Refused, Request, Status, TakeLeases
@@ -203,7 +204,7 @@ class Host:
     def _why_not(self, client: Client, attach: Attach) -> Refused | None:
         if attach.digest != self._order.digest:
             return Refused("the warm host has another model")
-        if attach.pid_namespace != wire.pid_namespace():
+        if attach.pid_namespace != pid_namespace():
             return Refused("the warm host is in another container (PID namespace)")
         if self._stock is None or not self._stock.is_for_one:
             return None

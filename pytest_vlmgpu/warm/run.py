@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..leasing.holders import pid_namespace
 from ..leasing.leases import DEFAULT_FOLDER
 from ..models.residents import CONTEXT_BYTES
 from ..watching.meter import empty_cache
-from . import facts, wire
+from . import facts
 from .attaching import Loan, NotAttached, assembled, borrow, import_libraries
 from .facts import NotKept
 from .hosts import Hosts
@@ -251,9 +252,7 @@ class Warmth:
         return _with(loaded, Warm("attached", lent.age_s, saved, loan))
 
     def _borrow(self, key: Key, told: Callable[[Progress], None]) -> Loan:
-        request = Attach(
-            key.place.digest, wire.pid_namespace(), self._settings.warm or 0.0, runs=(os.getpid(), os.getppid())
-        )
+        request = Attach(key.place.digest, pid_namespace(), self._settings.warm or 0.0, runs=(os.getpid(), os.getppid()))
         return borrow(key.place, request, told, import_libraries)
 
     def _start(self, key: Key, spec: VlmSpec, plan: Plan | None, ordinals: Mapping[str, int] | None) -> None:

@@ -119,7 +119,7 @@ class Taken:
         except NotKept:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a foreign class raises while it is pickled
-            raise NotKept(f"it cannot be pickled ({_one_line(error)})", is_for_good=True) from None
+            raise NotKept(f"it cannot be pickled ({one_line(error)})", is_for_good=True) from None
         for tensor in taken:
             _check_tensor(tensor)
         return buffer.getvalue()
@@ -321,6 +321,6 @@ def _span(tensors: Sequence[Any]) -> tuple[int, int]:
     return first, max(ends)
 
 
-def _one_line(error: Exception) -> str:
-    text = next(iter(f"{type(error).__name__}: {error}".splitlines()), "")
-    return text[:200]
+def one_line(error: Exception) -> str:
+    """Its type and the beginning of what it says."""
+    return next(iter(f"{type(error).__name__}: {error}".splitlines()), "")[:200]

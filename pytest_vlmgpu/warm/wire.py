@@ -44,14 +44,6 @@ def peer_of(connection: socket.socket) -> Peer:
     return Peer(pid, uid)
 
 
-def pid_namespace() -> str:
-    """Where pids count the same; empty where nobody can tell."""
-    try:
-        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no file: the link's text is the answer
-    except OSError:
-        return ""
-
-
 def connect(path: Any, timeout_s: float) -> socket.socket | None:
     """A connection to a host of this user; ``None`` where none listens.
 

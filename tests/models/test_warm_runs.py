@@ -22,7 +22,7 @@ import pytest_vlmgpu.warm.run
 import pytest_vlmgpu.warm.sharing
 import pytest_vlmgpu.watching.watch  # noqa: F401
 import vlm_doctor.sources.collection  # noqa: F401
-from pytest_vlmgpu.warm import wire
+from pytest_vlmgpu.leasing.holders import pid_namespace
 from pytest_vlmgpu.warm.attaching import borrow
 from pytest_vlmgpu.warm.hosts import Hosts
 from pytest_vlmgpu.warm.places import Place, folder_for
@@ -236,7 +236,7 @@ def test_a_run_that_wants_none_ends_them(project: Project) -> None:
 def test_a_run_that_wants_none_takes_none_that_cannot_be_ended(project: Project) -> None:
     project.keep()
     (record,) = Hosts(project.folder).alive()
-    request = Attach(record.digest, wire.pid_namespace(), 60.0)
+    request = Attach(record.digest, pid_namespace(), 60.0)
     loan = borrow(Place(project.folder, record.digest), request, lambda progress: None, lambda: None)
     twice = """
 import pytest

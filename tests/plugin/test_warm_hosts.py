@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pytest_vlmgpu.leasing.holders import pid_namespace
 from pytest_vlmgpu.leasing.leases import Leases
 from pytest_vlmgpu.warm import wire
 from pytest_vlmgpu.warm.attaching import Loan, NotAttached, borrow
@@ -45,11 +46,11 @@ STUB = Path(__file__).with_name("warm_stub.py")
 ATTACH = """
 import sys, time
 from pathlib import Path
-from pytest_vlmgpu.warm import wire
+from pytest_vlmgpu.leasing.holders import pid_namespace
 from pytest_vlmgpu.warm.attaching import borrow
 from pytest_vlmgpu.warm.places import Place
 from pytest_vlmgpu.warm.records import Attach
-loan = borrow(Place(Path(sys.argv[1]), "d"), Attach("d", wire.pid_namespace(), 60.0), print, lambda: None)
+loan = borrow(Place(Path(sys.argv[1]), "d"), Attach("d", pid_namespace(), 60.0), print, lambda: None)
 print("attached", flush=True)
 time.sleep(60)
 """
@@ -92,7 +93,7 @@ class Warm:
         return status
 
     def attach(self, **fields: Any) -> Loan:
-        values = {"digest": "d", "pid_namespace": wire.pid_namespace(), "ttl_s": 60.0, "runs": (os.getpid(),)}
+        values = {"digest": "d", "pid_namespace": pid_namespace(), "ttl_s": 60.0, "runs": (os.getpid(),)}
         self.loans.append(borrow(self.place, Attach(**{**values, **fields}), lambda progress: None, lambda: None))
         return self.loans[-1]
 
@@ -402,7 +403,7 @@ def test_progress_comes_while_it_loads(warm: Warm) -> None:
         if len(seen) == 2:
             (warm.folder / "loading").unlink()
 
-    request = Attach("d", wire.pid_namespace(), 60.0)
+    request = Attach("d", pid_namespace(), 60.0)
     borrow(warm.place, request, told, lambda: None).close()
 
     assert len(seen) >= 2
