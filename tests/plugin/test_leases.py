@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from pytest_vlmgpu.leasing import holders, leases
 from pytest_vlmgpu.leasing.leases import LeaseError, Leases
 
+from .other_user import Nobody, as_root
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 GPU = "GPU-1"
-NOBODY = 65534
 TAKE = """
 import sys, time
 from pathlib import Path
@@ -30,7 +31,6 @@ leases = Leases(Path(sys.argv[1]))
 print(leases.take(sys.argv[2:]), flush=True)
 sys.stdin.read()
 """
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run as another user")
 
 
 def other(folder: Path, *names: str, **options: object) -> subprocess.Popen[str]:
@@ -183,20 +183,7 @@ def as_nobody(folder: Path, body: Callable[[], object]) -> str:
     for parent in (folder, *folder.parents):
         if str(parent).startswith("/tmp/"):
             parent.chmod(parent.stat().st_mode | 0o055)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.setuid(NOBODY)
-        try:
-            answer = str(body())
-        except Exception as error:  # noqa: BLE001 - told to the parent
-            answer = f"{type(error).__name__}: {error}"
-        os.write(writing, answer.encode())
-        os._exit(0)
-    os.close(writing)
-    os.waitpid(child, 0)
-    with os.fdopen(reading) as stream:
-        return stream.read()
+    return Nobody(body).answer()
 
 
 @as_root
