@@ -33,13 +33,13 @@ from pytest_vlmgpu.warm.starting import start
 from vlm_doctor.machine import GpuProcess
 from vlm_doctor.units import GIB
 
+from .other_user import NOBODY, Nobody, as_root
 from .projects import is_running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 GPU = "GPU-1"
-NOBODY = 65534
 STUB = Path(__file__).with_name("warm_stub.py")
 ATTACH = """
 import sys, time
@@ -53,7 +53,6 @@ print("attached", flush=True)
 time.sleep(60)
 """
 KEPT: list[socket.socket] = []
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can run as another user")
 
 
 class Warm:
@@ -171,39 +170,14 @@ def test_folder_and_socket_are_this_users_alone(warm: Warm) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in warm.place.folder.iterdir()} == {0o600}
 
 
-def as_nobody(body: Callable[[], object]) -> tuple[int, int]:
-    """Run in a child as another user; returns its pid and what can be read of its answer. It lives until it is killed."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.setuid(NOBODY)
-        try:
-            answer = str(body())
-        except Exception as error:  # noqa: BLE001 - told to the parent
-            answer = type(error).__name__
-        os.write(writing, answer.encode())
-        time.sleep(60)
-        os._exit(0)
-    os.close(writing)
-    return child, reading
-
-
-def answer_of(child: int, reading: int) -> str:
-    answer = os.read(reading, 1000).decode()
-    os.close(reading)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return answer
-
-
 @as_root
 def test_another_user_is_kept_out_and_a_folder_of_his_is_refused(warm: Warm) -> None:
     warm.start()
-    assert answer_of(*as_nobody(lambda: socket.socket(socket.AF_UNIX).connect(str(warm.place.socket)))) == "PermissionError"
+    assert "PermissionError" in Nobody(lambda: socket.socket(socket.AF_UNIX).connect(str(warm.place.socket))).answer()
     warm.place.folder.parent.chmod(0o755)
     warm.place.folder.chmod(0o755)
     warm.place.socket.chmod(0o777)
-    assert answer_of(*as_nobody(lambda: wire.connect(warm.place.socket, 5))) == "WireError"
+    assert "WireError" in Nobody(lambda: wire.connect(warm.place.socket, 5)).answer()
 
     def ask() -> int:
         """Bytes of the answer, from a host that anybody could reach."""
@@ -211,7 +185,7 @@ def test_another_user_is_kept_out_and_a_folder_of_his_is_refused(warm: Warm) -> 
         connection.connect(str(warm.place.socket))
         return len(connection.recv(100))
 
-    assert answer_of(*as_nobody(ask)) in ("0", "ConnectionResetError")
+    assert Nobody(ask).answer().partition(":")[0] in ("0", "ConnectionResetError")
     warm.place.folder.parent.chmod(0o700)
     with pytest.raises(PlaceError, match="is not one that is this user's alone"):
         folder_for(str(warm.leases))
@@ -233,13 +207,13 @@ def test_a_socket_of_another_user_is_not_talked_to(warm: Warm) -> None:
         KEPT.append(listener)
         return "listens"
 
-    child, reading = as_nobody(listen)
+    nobody = Nobody(listen)
     until(place.exists)
 
     with pytest.raises(wire.WireError, match="another user's"):
         wire.connect(place, 5)
 
-    assert answer_of(child, reading) == "listens"
+    assert nobody.answer() == "listens"
     place.unlink()
 
 
@@ -349,6 +323,44 @@ def test_a_killed_host_leaves_nothing_in_the_way(warm: Warm) -> None:
     assert Hosts(warm.place.folder).alive() == []
     assert warm.start() != pid
     warm.attach().close()
+
+
+def test_what_a_killed_host_has_left_goes_when_somebody_looks(warm: Warm) -> None:
+    hosts = Hosts(warm.place.folder)
+    record = records(warm.place.folder)[0] if warm.start() else None
+    assert warm.place.clear() is False, "it lives"
+    assert hosts.alive() == [record]
+    os.kill(warm.status().pid, signal.SIGKILL)
+    assert record is not None
+    until(lambda: not is_running(record.pid))
+
+    assert hosts.alive() == []
+
+    assert not warm.place.record.exists()
+    assert not warm.place.socket.exists()
+    assert warm.place.why_ended() == "it was killed"
+    assert hosts.record_of("d") == record, "whoever waits for its memory still knows it"
+    warm.start()
+    assert warm.place.why_ended() == ""
+
+
+def test_a_host_that_hangs_is_asked_once(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.kill(warm.start(), signal.SIGSTOP)
+    monkeypatch.setattr("pytest_vlmgpu.warm.hosts._ANSWER_S", 0.2)
+    hosts, borrowed = Hosts(warm.place.folder), Borrowed(warm.place.folder)
+    (record,) = hosts.alive()
+    monkeypatch.setattr("pytest_vlmgpu.warm.hosts.records", lambda folder: [msgspec.structs.replace(record, gpus=(GPU,))])
+
+    assert hosts.status(record) is None
+    assert borrowed.ask() == []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wire, "connect", lambda *_: pytest.fail("it was asked again"))
+        assert hosts.status(record) is None
+        assert hosts.alive() == []
+        assert hosts.end(record) == "it does not answer"
+        assert borrowed.ask() == []
+    assert warm.place.socket.exists(), "it lives, and may go on"
 
 
 def test_of_two_that_start_at_once_one_stays(warm: Warm) -> None:
