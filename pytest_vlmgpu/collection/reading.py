@@ -204,7 +204,7 @@ class Readings:
                     place = place[id(value)]
                 kwargs = mark.kwargs
                 for keyword in kwargs:
-                    place = place[keyword, id(kwargs[keyword])]
+                    place = place[keyword][id(kwargs[keyword])]
             elif name == "usefixtures":
                 place = place[id(info)]
         if None not in place:
