@@ -69,7 +69,6 @@ def pytest_configure(config: pytest.Config) -> None:
         for alias in found.values():
             config.addinivalue_line("markers", f"{alias.name}{alias.signature}: stands for {alias.target} of pytest-vlmgpu")
     config.stash[OURS] = concern.Ours(found)
-    config.pluginmanager.register(concern.Parametrizing(found), "vlmgpu-parametrizing")
     config.pluginmanager.register(fixtures, "vlmgpu-fixtures")
     for line in declare.MARKERS:
         config.addinivalue_line("markers", line)
@@ -115,13 +114,10 @@ def pytest_make_collect_report(
     """Read what each collected test asks for; a wrong marker makes the collection of its module fail."""
     report = yield
     tests = [item for item in report.result or () if isinstance(item, pytest.Function)]
-    if not tests:
-        return report
-    concerned = concern.may_be_gated(collector, tests, collector.config.stash[OURS])
-    if concerned:
+    if tests and concern.any_may_be_gated(collector, tests, collector.config.stash[OURS]):
         from .collection import collecting
 
-        collecting.examine(report, concerned)
+        collecting.examine(report, tests)
     return report
 
 
@@ -131,7 +127,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if ASKED in config.stash:
         from .collection import ordering
 
-        ordering.arrange(config, items, ordering.requests_of(config, items))
+        ordering.arrange(config, items)
 
 
 @pytest.hookimpl(tryfirst=True)

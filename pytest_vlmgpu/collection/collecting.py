@@ -1,4 +1,4 @@
-"""From collected tests to gated ones: read markers and fixtures, parametrise, store what each test asks for."""
+"""From collected tests to gated ones: read markers and fixtures, store what each test asks for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .. import markers
 from ..state import ASKED, EXAMINED, GATED_TEST, OURS, READ_MARKS, REQUESTS, WATCHED_TEST
-from .reading import GATE_FIXTURE, WATCH_FIXTURE, Examinations, Readings, is_parametrized_by_user, scope_of_vlm, uses
+from .reading import GATE_FIXTURE, WATCH_FIXTURE, Examinations, Readings, scope_of_vlm
+from .spreading import Spreading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,27 +19,16 @@ if TYPE_CHECKING:
     from .ordering import Requests
 
 
-def parametrize(metafunc: pytest.Metafunc) -> None:
-    """Run a test that names several models with each; the last part of each name is added to the test's id.
-
-    One model is given to the test at the end of the collection: pytest's own way there costs as much as all the rest of a
-    test.
-
-    Raises:
-        pytest.Collector.CollectError: A marker is wrong.
-    """
-    definition = metafunc.definition
-    if not uses(definition, metafunc.fixturenames, "vlm") or is_parametrized_by_user(definition):
-        return
-    specs = markers.read_models(definition, definition.nodeid)
-    if len(specs) > 1:
-        ids = [spec.name.rstrip("/").split("/")[-1] for spec in specs]
-        metafunc.parametrize("vlm", specs, indirect=True, scope="session", ids=ids)
-
-
 def examine(report: pytest.CollectReport, concerned: Sequence[pytest.Function]) -> None:
-    """Store what each test asks for and put the gate before its fixtures; turn a wrong marker into a collection error."""
-    error = _examine(concerned)
+    """Store what each test asks for and put the gate before its fixtures; turn a wrong marker into a collection error.
+
+    A test that names several models becomes one for each.
+    """
+    spreading = Spreading()
+    error = _examine(concerned, spreading)
+    if error is None and (spread := spreading.spread()):
+        error = _examine([test for tests in spread.values() for test in tests])
+        report.result = list(spreading.in_their_place(report.result, spread))
     if error is not None:
         report.outcome = "failed"
         report.longrepr = error
@@ -103,8 +92,13 @@ def give_models(items: Sequence[Any], requests: Requests) -> None:
         callspec.params["vlm"] = examined.model
 
 
-def _examine(concerned: Sequence[Any]) -> str | None:
-    """Examine tests; returns what is wrong with the first that is wrong."""
+def _examine(concerned: Sequence[Any], spreading: Spreading | None = None) -> str | None:
+    """Examine tests; returns what is wrong with the first that is wrong.
+
+    Args:
+        concerned: The tests.
+        spreading: Where those go that name several models; an error without.
+    """
     config = concerned[0].config
     ours = config.stash[OURS]
     readings = Readings(ours)
@@ -117,11 +111,18 @@ def _examine(concerned: Sequence[Any]) -> str | None:
     try:
         for item in concerned:
             # Written for speed: this is done for each test.
-            reading, fixturenames, examined = entry_of(item)
-            of[id(item)] = examined or reading.examined(item)
+            entry = entry_of(item)
+            if entry is None:
+                continue
+            reading, fixturenames, examined, has_parameters = entry
+            if examined is None:
+                if spreading is not None and spreading.takes(item, reading.named):
+                    continue
+                examined = reading.examined(item)
+            of[id(item)] = examined
             if fixturenames is None:
                 pass
-            elif hasattr(item, "callspec"):
+            elif has_parameters:
                 # A list of its own: pytest shares one between all parameters of a function.
                 item.fixturenames = fixturenames.copy()
             else:

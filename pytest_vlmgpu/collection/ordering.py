@@ -26,15 +26,18 @@ def requests_of(config: pytest.Config, items: Sequence[pytest.Item]) -> list[Exa
     return list(map(examinations.of.get, map(id, items))) if examinations is not None else [None] * len(items)
 
 
-def arrange(config: pytest.Config, items: list[pytest.Item], requests: list[Examined | None]) -> None:
-    """Order tests, and with them what they ask for, so that each model is loaded once.
+def arrange(config: pytest.Config, items: list[pytest.Item], requests: list[Examined | None] | None = None) -> None:
+    """Order tests, and with them what they ask for where that is known, so that each model is loaded once.
 
     pytest before 9.2 groups session parameters by their position and not by their value, and a shuffling plugin does not
     group at all. Tests that need free memory and load nothing run before the first model takes it. Where an order loads
     each model once, it is not touched.
     """
     asked = config.stash.get(ASKED, [])
-    if all(_is_the_same(examined, asked[0]) for examined in asked) or _is_in_order(requests):
+    if all(_is_the_same(examined, asked[0]) for examined in asked):
+        return
+    requests = requests_of(config, items) if requests is None else requests
+    if _is_in_order(requests):
         return
     order = _in_order(requests)
     items[:] = [items[position] for position in order]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import markers
-from ..concern import GATED_FIXTURES
+from ..concern import GATED_FIXTURES, may_be_gated
 from ..requirements import GatedTest, Requirements, WatchedTest
 from ..state import gate_of
 
@@ -148,6 +148,15 @@ class Entry(NamedTuple):
     """Those of the test with ours among them, to be copied; ``None`` where the test is none of ours."""
     examined: Examined | None
     """``None`` where it depends on the test's parameters."""
+    has_parameters: bool
+
+
+class _Tree(dict[Any, Any]):
+    """What tests say, one step a word: who says the same ends in the same place, where ``None`` leads to the entry."""
+
+    def __missing__(self, word: object) -> _Tree:
+        branch = self[word] = _Tree()
+        return branch
 
 
 class Readings:
@@ -159,62 +168,59 @@ class Readings:
 
     def __init__(self, ours: Ours) -> None:
         self._ours = ours
-        # Identities in the keys live as long as the collector's tests, and these longer than this object.
-        self._entries: dict[tuple[Any, ...], Entry] = {}
+        # Identities among the words live as long as the collector's tests, and these longer than this object.
+        self._tree = _Tree()
         self._readings: dict[tuple[Any, ...], Reading] = {}
-        self._last: dict[Any, tuple[Any, list[Any], list[str], tuple[str, ...], Entry]] = {}
-        """What a first marker says, in short, to the last test with such a one: parent, markers, fixtures, arguments."""
+        self._parent: object = None
+        self._argnames: tuple[str, ...] = ()
+        self._names: list[str] = []
+        """Where the last test was, what it takes, and what that needs."""
+        self._branch = self._tree
+        """Of all tests for which these are the same."""
 
-    def of(self, item: Any) -> Entry:
-        """Read what a test asks for, or remember.
+    def of(self, item: Any) -> Entry | None:
+        """Read what a test asks for, or remember; ``None`` for a test that is no concern of ours.
 
         Raises:
             pytest.Collector.CollectError: A marker is wrong.
         """
-        # Written for speed: this is done for each test, and most say what the one before says.
-        marks = item.own_markers
-        if not marks or hasattr(item, "callspec"):  # its __dict__ would be a new object for whoever asks for it
-            return self._known(item)
-        first = marks[0]
-        hint = id(first.args[0]) if first.args else first.name
-        last = self._last.get(hint)
-        if last is not None:
-            parent, others, fixturenames, argnames, entry = last
-            is_same = parent is item.parent and fixturenames == item.fixturenames and argnames == item._fixtureinfo.argnames
-            if is_same and _say_the_same(marks, others):
-                return entry
-        entry = self._known(item)
-        if not any(mark.name == "usefixtures" for mark in marks):
-            self._last[hint] = (item.parent, marks, item.fixturenames.copy(), item._fixtureinfo.argnames, entry)
-        return entry
-
-    def _known(self, item: Any) -> Entry:
-        """Look it up by all that a test says. Equal values would not do, as True equals 1: identities stand for them."""
+        # Written for speed: this is done for each test, and most say what others say.
+        info = item._fixtureinfo
+        if (
+            item.fixturenames != self._names
+            or info.argnames != self._argnames
+            or item.parent is not self._parent
+            or hasattr(item, "callspec")  # its __dict__ would be a new object for whoever asks for it
+        ):
+            self._turn_to(item)
+        place = self._branch
         ours = self._ours
-        key: list[Any] = [id(item.parent)]
-        has_own_setup = hasattr(item, "callspec")
         for mark in item.own_markers:
             name = mark.name
             if ours[name]:
-                args, kwargs = mark.args, mark.kwargs
-                key += name, len(args), *map(id, args)
-                if kwargs:
-                    key += kwargs
-                    key += map(id, kwargs.values())
+                # Equal values would not do, as True equals 1. Of one file, equal constants are the same.
+                place = place[name]
+                for value in mark.args:
+                    place = place[id(value)]
+                kwargs = mark.kwargs
+                for keyword in kwargs:
+                    place = place[keyword][id(kwargs[keyword])]
             elif name == "usefixtures":
-                has_own_setup = True
-        info = item._fixtureinfo
-        if has_own_setup:
-            key.append(id(info))
-        else:
-            key += info.argnames
-            key.append(None)
-            key += item.fixturenames
-        whole = tuple(key)
-        entry = self._entries.get(whole)
-        if entry is None:
-            entry = self._entries[whole] = self._read(item, self._said(item))
+                place = place[id(info)]
+        if None not in place:
+            place[None] = self._read(item) if may_be_gated(item, ours) else None
+        entry: Entry | None = place[None]
         return entry
+
+    def _turn_to(self, item: Any) -> None:
+        """Look up the branch of a test whose place or fixtures are not those of the test before."""
+        info = item._fixtureinfo
+        self._names, self._argnames = item.fixturenames.copy(), info.argnames
+        # What fixtures with parameters are is a matter of each function.
+        has_parameters = hasattr(item, "callspec")
+        self._parent = None if has_parameters else item.parent
+        words = (id(item.parent), info.argnames, *self._names, id(info) if has_parameters else None)
+        self._branch = self._tree[words]
 
     def _said(self, item: Any) -> tuple[Any, ...]:
         """What our markers of a test say, equal for all tests of which they say the same."""
@@ -232,7 +238,8 @@ class Readings:
         """What was found, each once."""
         return [examined for reading in self._readings.values() for examined in reading.known.values()]
 
-    def _read(self, item: Any, said: tuple[Any, ...]) -> Entry:
+    def _read(self, item: Any) -> Entry:
+        said = self._said(item)
         names = item.fixturenames
         near = GATED_FIXTURES.intersection(names)
         used = frozenset(name for name in near if uses(item, names, name))
@@ -241,31 +248,13 @@ class Readings:
         if reading is None:
             reading = self._readings[key] = Reading(item, used, len(said) // 3)
         own = reading.watched is not None or reading.is_gated
+        has_parameters = hasattr(item, "callspec")
         return Entry(
             reading,
             _with_ours(item, reading) if own else None,
-            None if reading.loads and hasattr(item, "callspec") else reading.examined(item),
+            None if reading.loads and (has_parameters or len(reading.named) > 1) else reading.examined(item),
+            has_parameters,
         )
-
-
-def _say_the_same(marks: Sequence[Any], others: Sequence[Any]) -> bool:
-    """True for the same markers with the same objects as arguments: of one file, equal constants are the same."""
-    if len(marks) != len(others):
-        return False
-    for position, mark in enumerate(marks):
-        other = others[position]
-        if mark is other:
-            continue
-        kwargs, known = mark.kwargs, other.kwargs
-        if mark.name != other.name or len(mark.args) != len(other.args) or len(kwargs) != len(known):
-            return False
-        for name, value in kwargs.items():
-            if known.get(name, mark) is not value:
-                return False
-        for number, value in enumerate(mark.args):
-            if other.args[number] is not value:
-                return False
-    return True
 
 
 def uses(definition: Any, fixturenames: Sequence[str], name: str) -> bool:

@@ -27,8 +27,8 @@ _SET_BY_TORCH = ("CUDA_HOME", "TORCHINDUCTOR_", "TORCH_WARM_POOL")
 (cache_dir_utils.py, cpp_builder.py, async_compile.py). Of cuBLAS, which computes in the run, no variable counts."""
 _CODE = ("models/first_stage.py", "models/loading.py", "models/placing.py", "models/source.py", "warm")
 """Of this package: what loads and shares. A changed line makes another model of it."""
-STALE = frozenset(("checkpoint", "loader code", "python", *_LIBRARIES))
-"""Where one of these differs, nobody will ask for the old model again."""
+_REPLACED = frozenset(("loader code", "python", *_LIBRARIES))
+"""Where one of these differs in the same environment, it was installed anew there."""
 
 
 class NotKept(Exception):  # noqa: N818 - no error: the model is loaded as without --vlm-warm
@@ -66,7 +66,7 @@ def facts_of(name: str, revision: str | None, plan: Plan | None, dtype: str | No
         facts["attention"] = plan.workload.attention
     # A conftest may have set it, and a model's own buffers follow it.
     facts["torch's default dtype"] = str(torch.get_default_dtype()) if torch is not None else ""
-    facts["python"] = f"{sys.version} {sys.prefix}"
+    facts["python"], facts["environment"] = sys.version, sys.prefix
     for library in _LIBRARIES:
         try:
             facts[library] = metadata.version(library)
@@ -104,6 +104,12 @@ def digest_of(facts: Mapping[str, str]) -> str:
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """The words of what differs."""
     return [word for word in {**old, **new} if old.get(word) != new.get(word)]
+
+
+def is_stale(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
+    """True where nobody will ask for the old model again; the models of two virtual environments live beside each other."""
+    changed = set(difference(old, new))
+    return "checkpoint" in changed or ("environment" not in changed and not _REPLACED.isdisjoint(changed))
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:

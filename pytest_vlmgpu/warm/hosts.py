@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +34,30 @@ class Hosts:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._silent: set[str] = set()
+        """Digests of those that have let this process wait for nothing: it does so once."""
+        self._gone: dict[str, HostRecord] = {}
+        """What killed hosts had left, by digest."""
 
     def alive(self) -> list[HostRecord]:
-        """Those that can be asked."""
+        """Those that can be asked; what killed ones have left is taken away."""
         if self._folder is None:
             return []
-        return [record for record in records(self._folder) if self._is_alive(record)]
+        found = []
+        for record in records(self._folder):
+            if self._is_alive(record):
+                found.append(record)
+            elif not _is_running(record.pid) and Place(self._folder, record.digest).clear():
+                self._gone[record.digest] = record
+        return found
+
+    def is_silent(self, digest: str) -> bool:
+        """True for the host of a model that this process has asked in vain."""
+        return digest in self._silent
+
+    def note_silence(self, digest: str) -> None:
+        """Ask this one no more."""
+        self._silent.add(digest)
 
     def status(self, record: HostRecord) -> Status | None:
         """What a host says of itself; ``None`` where it does not."""
@@ -57,6 +74,8 @@ class Hosts:
         reply = self._request(digest, End())
         if isinstance(reply, Refused):
             return reply.reason
+        if self.is_silent(digest):
+            return "it does not answer"
         if isinstance(status, Status):
             _await(status.pid)
         return ""
@@ -64,7 +83,7 @@ class Hosts:
     def record_of(self, digest: str) -> HostRecord | None:
         """What the host of a model has left, alive or not; ``None`` where there is none."""
         found = [] if self._folder is None else records(self._folder)
-        return next((record for record in found if record.digest == digest), None)
+        return next((record for record in found if record.digest == digest), self._gone.get(digest))
 
     def await_end(self, record: HostRecord | None, *, is_ending: bool = False) -> bool:
         """Wait for the end of a host that answers nobody any more, or has said that it ends; False if it goes on."""
@@ -109,7 +128,7 @@ class Hosts:
 
     def _request(self, digest: str, request: Any) -> Any:
         """The answer; ``True`` where only the connection was asked for, ``None`` where nobody answers."""
-        if self._folder is None:
+        if self._folder is None or self.is_silent(digest):
             return None
         try:
             connection = wire.connect(Place(self._folder, digest).socket, _ANSWER_S)
@@ -120,7 +139,9 @@ class Hosts:
                     return True
                 wire.send(connection, request)
                 reply, descriptors = wire.receive(connection, Reply)
-        except (OSError, wire.WireError):
+        except (OSError, wire.WireError) as error:
+            if isinstance(error, TimeoutError):
+                self.note_silence(digest)
             return None
         for descriptor in descriptors:
             os.close(descriptor)
@@ -137,11 +158,12 @@ class Borrowed:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._connections: dict[str, tuple[HostRecord, socket.socket]] = {}
+        self._silent: set[str] = set()
 
     def ask(self) -> list[HostRecord]:
         """Have idle hosts let go of their leases; returns those that did."""
         for record in records(self._folder):
-            if record.gpus and record.digest not in self._connections:
+            if record.gpus and record.digest not in self._connections and record.digest not in self._silent:
                 self._take(record)
         return [record for record, _ in self._connections.values()]
 
@@ -154,11 +176,14 @@ class Borrowed:
 
     def _take(self, record: HostRecord) -> None:
         connection, reply = None, None
-        with suppress(OSError, wire.WireError):
+        try:
             connection = wire.connect(Place(self._folder, record.digest).socket, _ANSWER_S)
             if connection is not None:
                 wire.send(connection, TakeLeases(runs=(os.getpid(),)))
                 reply, _ = wire.receive(connection, Reply)
+        except (OSError, wire.WireError) as error:
+            if isinstance(error, TimeoutError):
+                self._silent.add(record.digest)
         if connection is not None and isinstance(reply, Done):
             self._connections[record.digest] = record, connection
         elif connection is not None:

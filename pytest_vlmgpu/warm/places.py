@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import stat
@@ -86,6 +87,23 @@ class Place(NamedTuple):
         """Why the last host of this model has ended; empty where there was none, or it was killed."""
         note = load_record(self.ending, Note, most_bytes=_MAX_RECORD_BYTES)
         return note.reason if note is not None else ""
+
+    def clear(self) -> bool:
+        """Take away what a host that was killed has left; False where one lives, or is about to."""
+        try:
+            lock = os.open(self.lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.note_end("it was killed")
+            self.socket.unlink(missing_ok=True)
+            self.record.unlink(missing_ok=True)
+        except OSError:
+            return False
+        finally:
+            os.close(lock)
+        return True
 
     def note_end(self, reason: str) -> None:
         """Say why the host has ended, for the run that looks for it."""

@@ -157,7 +157,7 @@ class Warmth:
         """True of a host of this model that nobody is to use any more."""
         if not isinstance(key, Key) or record.name != key.name:
             return False
-        is_stale = not facts.STALE.isdisjoint(facts.difference(record.facts, key.facts))
+        is_stale = facts.is_stale(record.facts, key.facts)
         return is_stale or (self._settings.cold and key.name not in self._cooled)
 
     def load(
@@ -188,6 +188,8 @@ class Warmth:
             return _with(plain(), Warm(f"not kept: {key}"))
         if not self._settings.keeps_warm:
             return plain()
+        if self._hosts.is_silent(key.place.digest):
+            return _with(plain(), Warm("not kept: its warm host does not answer"))
         started = time.perf_counter()
         before = self._hosts.record_of(key.place.digest)
         is_ending = is_silent = has_arrived = False
@@ -197,6 +199,7 @@ class Warmth:
         except NotAttached as error:
             reason, loan, is_ending, is_silent = str(error), None, error.is_ending, error.is_silent
         if is_silent:
+            self._hosts.note_silence(key.place.digest)
             return _with(plain(), Warm(f"not kept: {reason}"))
         try:
             if loan is None:

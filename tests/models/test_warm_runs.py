@@ -208,7 +208,7 @@ def test_a_killed_host_and_a_killed_run_leave_the_next_run_a_model(project: Proj
         os.kill(host, signal.SIGKILL)
     after = project.run()
     after.assert_outcomes(passed=1)
-    after.stdout.fnmatch_lines(["*loaded in * cold this time: its warm host was killed); 1 test"])
+    after.stdout.fnmatch_lines(["*loaded in * cold this time: its warm host had ended (it was killed)); 1 test"])
 
     waits = "def test_x(vlm):\n    import pathlib, time\n    pathlib.Path('has').touch()\n    time.sleep(600)\n"
     project.pytester.makepyfile(test_x=waits)

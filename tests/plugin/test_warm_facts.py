@@ -19,7 +19,7 @@ from pytest_vlmgpu.models.source import Source
 from pytest_vlmgpu.requirements import VlmSpec
 from pytest_vlmgpu.results.summary_text import load_line
 from pytest_vlmgpu.warm import facts
-from pytest_vlmgpu.warm.facts import NotKept, difference, digest_of, facts_of
+from pytest_vlmgpu.warm.facts import NotKept, difference, digest_of, facts_of, is_stale
 from pytest_vlmgpu.warm.run import _becomes, _has_room, _refusal, duration
 from vlm_doctor.placement import Offload
 from vlm_doctor.units import GIB
@@ -231,3 +231,31 @@ def test_the_summary_says_what_came_of_it() -> None:
     assert load_line(dataclasses.replace(load, saved_seconds=0.04), 1) == f"{told}; 1 test"
     cold = Load("org/a", "the CPU", 2.0, warm="not kept: it is quantized")
     assert load_line(cold, 1) == "org/a: loaded in 2.0 s on the CPU (not kept: it is quantized); 1 test"
+
+
+@pytest.mark.parametrize(
+    ("changed", "stale"),
+    [
+        ({"checkpoint": "2"}, True),
+        ({"torch": "2"}, True),
+        ({"python": "2"}, True),
+        ({"dtype": "2"}, False),
+        ({"environment": "2"}, False),
+        ({"environment": "2", "torch": "2", "loader code": "2"}, False),
+        ({"environment": "2", "checkpoint": "2"}, True),
+    ],
+)
+def test_two_environments_live_beside_each_other_and_what_was_installed_anew_is_stale(
+    changed: dict[str, str], stale: bool
+) -> None:
+    before = dict.fromkeys(("checkpoint", "torch", "python", "environment", "loader code", "dtype"), "1")
+
+    assert is_stale(before, {**before, **changed}) is stale
+    assert is_stale(before, before) is False
+
+
+def test_an_environment_is_told_by_its_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = facts_of(str(folder), None, None, None)
+    monkeypatch.setattr("sys.prefix", "/another/venv")
+
+    assert difference(before, facts_of(str(folder), None, None, None)) == ["environment"]

@@ -313,6 +313,44 @@ def test_a_killed_host_leaves_nothing_in_the_way(warm: Warm) -> None:
     warm.attach().close()
 
 
+def test_what_a_killed_host_has_left_goes_when_somebody_looks(warm: Warm) -> None:
+    hosts = Hosts(warm.place.folder)
+    record = records(warm.place.folder)[0] if warm.start() else None
+    assert warm.place.clear() is False, "it lives"
+    assert hosts.alive() == [record]
+    os.kill(warm.status().pid, signal.SIGKILL)
+    assert record is not None
+    until(lambda: not is_running(record.pid))
+
+    assert hosts.alive() == []
+
+    assert not warm.place.record.exists()
+    assert not warm.place.socket.exists()
+    assert warm.place.why_ended() == "it was killed"
+    assert hosts.record_of("d") == record, "whoever waits for its memory still knows it"
+    warm.start()
+    assert warm.place.why_ended() == ""
+
+
+def test_a_host_that_hangs_is_asked_once(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.kill(warm.start(), signal.SIGSTOP)
+    monkeypatch.setattr("pytest_vlmgpu.warm.hosts._ANSWER_S", 0.2)
+    hosts, borrowed = Hosts(warm.place.folder), Borrowed(warm.place.folder)
+    (record,) = hosts.alive()
+    monkeypatch.setattr("pytest_vlmgpu.warm.hosts.records", lambda folder: [msgspec.structs.replace(record, gpus=(GPU,))])
+
+    assert hosts.status(record) is None
+    assert borrowed.ask() == []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wire, "connect", lambda *_: pytest.fail("it was asked again"))
+        assert hosts.status(record) is None
+        assert hosts.alive() == []
+        assert hosts.end(record) == "it does not answer"
+        assert borrowed.ask() == []
+    assert warm.place.socket.exists(), "it lives, and may go on"
+
+
 def test_of_two_that_start_at_once_one_stays(warm: Warm) -> None:
     starting = [warm.launch() for _ in range(3)]
 
