@@ -62,6 +62,10 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
     """Copies of the image features (as wide as the text body) that the caller holds while the layers read the prompt."""
     pair_elements: float = 0
     """For each pair of patches of all images: a mask that keeps them apart, and its copy with aligned rows."""
+    score_bytes: int = 0
+    """Bytes for each head and pair of patches of a run, whatever attention is asked for: of code that cannot fuse it."""
+    pixel_elements: int = 0
+    """For each pixel, of towers that are no stack of equal blocks of patches; as the published models are made."""
 
     def elements(self, *, intermediate: int, hidden: int, layers: int) -> float:
         """Elements that live at once for each patch."""
@@ -154,6 +158,12 @@ _KEEPS_ALL = VisionCoefficient(2, 6, True, f"{_COUNTED}; it keeps the hidden sta
 
 _FORGETS = VisionCoefficient(2, 6, False, _COUNTED)
 _TAKEN_TO_FORGET = VisionCoefficient(2, 6, False, "taken from PaliGemma, whose tower is of the same make; not counted")
+_COUNTED_SMALL = "counted with blocks 1,024 wide"
+_PLAIN = VisionCoefficient(2, 4.6, False, _COUNTED_SMALL)
+_GATED = VisionCoefficient(3, 5.8, False, _COUNTED_SMALL)
+_ROTATED = VisionCoefficient(0, 18.2, False, _COUNTED_SMALL)
+_NORMED_AND_ROTATED = VisionCoefficient(0, 20.7, False, _COUNTED_SMALL)
+"""With norms of queries and keys, or a sum of positions beside."""
 _PIXTRAL = VisionCoefficient(3, 5.8, False, _COUNTED, pair_elements=1)
 """It joins the patches of all images in one sequence, with a mask that keeps images apart."""
 
@@ -161,10 +171,53 @@ _OF_EVA = VisionCoefficient(2, 4, False, "counted, and measured on an H200")
 """EVA2-CLIP of CogVLM, CogVLM2 and GLM-4V-9B: 6,401 patches take 497 MiB, 9,217 take 667."""
 
 VISION: dict[str, VisionCoefficient] = {
+    **dict.fromkeys(
+        (
+            "blip-2",
+            "cosmos3_edge",
+            "deepseek_vl",
+            "hunyuan_vl",
+            "instructblip",
+            "janus",
+            "lfm2_vl",
+            "minimax_m3_vl",
+            "qianfan_ocr",
+            "shieldgemma2",
+        ),
+        _PLAIN,
+    ),
+    **dict.fromkeys(("diffusion_gemma", "exaone4_5", "gemma4", "lfm3_vl", "ovis2"), _GATED),
+    **dict.fromkeys(
+        ("ernie4_5_vl_moe", "glmga", "hyperclovax_vision_v2", "inkling2", "kimi_k25", "llama4", "qwen2_5_omni_thinker"),
+        _ROTATED,
+    ),
+    **dict.fromkeys(
+        ("dots3_note", "glm5_next", "glm_ocr", "muse_glimmer", "muse_spark", "paddleocr_vl", "qwen4_exp", "video_llama_3"),
+        _NORMED_AND_ROTATED,
+    ),
     "aria": VisionCoefficient(0, 13.9, False, _COUNTED),
     "aya_vision": VisionCoefficient(2, 4.6, False, _COUNTED),
+    **dict.fromkeys(
+        ("blip", "git"), msgspec.structs.replace(_PLAIN, score_bytes=10, source=f"{_COUNTED}; its attention is never fused")
+    ),
+    "chameleon": VisionCoefficient(0, 0, False, f"{_COUNTED}: convolutions, 128 channels at first", pixel_elements=580),
     "cohere2_vision": VisionCoefficient(2, 11.3, False, f"{_COUNTED}; its projector is wide"),
+    "deepseek_vl_hybrid": msgspec.structs.replace(
+        _PLAIN, score_bytes=3, source=f"{_COUNTED}; the scores of its second tower are biased"
+    ),
+    "emu3": VisionCoefficient(
+        0,
+        0,
+        False,
+        "taken from Chameleon, whose image tokenizer is of the same make, with 256 channels",
+        pixel_elements=1160,
+    ),
+    "florence2": VisionCoefficient(0, 0, False, f"{_COUNTED}, and doubled for the larger model", pixel_elements=100),
     "gemma3": VisionCoefficient(2, 4, False, _COUNTED),
+    **dict.fromkeys(
+        ("got_ocr2", "pp_chart2table"),
+        msgspec.structs.replace(_PLAIN, score_bytes=12, source=f"{_COUNTED}; its scores are biased, and never fused"),
+    ),
     **dict.fromkeys(("glm46v", "glm4v_moe"), VisionCoefficient(0, 18.2, False, _COUNTED)),
     "glm4v": VisionCoefficient(0, 18.2, False, f"{_COUNTED}, and measured on an H200"),
     "idefics2": VisionCoefficient(0, 39, False, f"{_COUNTED}; its connector is as wide as the text body"),
@@ -173,13 +226,13 @@ VISION: dict[str, VisionCoefficient] = {
     "llava": _KEEPS_ALL,
     "llava_next": _KEEPS_ALL,
     "llava_onevision": _KEEPS_ALL,
-    "mistral3": _PIXTRAL,
+    **dict.fromkeys(("lighton_ocr", "mistral3", "mistral_large4"), _PIXTRAL),
     "mllama": VisionCoefficient(0, 57, False, f"{_COUNTED}; it joins the hidden states of six layers"),
     "paligemma": _FORGETS,
     "qwen2_5_vl": _ROTARY_IN_FLOAT32,
     "qwen2_vl": _ROTARY_IN_FLOAT32,
     **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe"),
+        ("cohere_compass", "cosmos3_omni", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe"),
         VisionCoefficient(0, 23.4, False, f"{_COUNTED}; three of its layers feed features to the text", 9),
     ),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), VisionCoefficient(0, 20.7, False, _COUNTED)),

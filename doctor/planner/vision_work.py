@@ -37,13 +37,14 @@ def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, i
     vision, batch = profile.vision, workload.batch
     patches = images.sequences * images.patches * batch
     pixels = pixels_bytes(images, item_bytes) * batch
-    if vision is None:
-        return pixels, pixels, 0
     coefficient = tower_coefficient(profile)
+    if vision is None:
+        seen = images.sequences * images.run_height * images.run_width * batch
+        return pixels, pixels + seen * coefficient.pixel_elements * item_bytes, 0
     elements = coefficient.elements(intermediate=vision.intermediate, hidden=vision.hidden, layers=vision.layers)
     work = math.ceil(patches * elements * item_bytes)
     work += math.ceil(coefficient.pair_elements * patches**2 * item_bytes)
-    if workload.attention == "eager":
-        work += vision.heads * images.sequences * batch * images.patches**2 * score_bytes(profile, workload)
+    eager = score_bytes(profile, workload) if workload.attention == "eager" else 0
+    work += vision.heads * images.sequences * batch * images.patches**2 * max(eager, coefficient.score_bytes)
     features = images.features * batch * profile.text.hidden * item_bytes
     return pixels, pixels + work, coefficient.kept_features * features + patches * vision.hidden * item_bytes
