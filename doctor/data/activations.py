@@ -220,6 +220,7 @@ VISION: dict[str, VisionCoefficient] = {
     ),
     **dict.fromkeys(("glm46v", "glm4v_moe"), VisionCoefficient(0, 18.2, False, _COUNTED)),
     "glm4v": VisionCoefficient(0, 18.2, False, f"{_COUNTED}, and measured on an H200"),
+    "granite_docling": VisionCoefficient(2, 6.2, False, _COUNTED_SMALL),
     "idefics2": VisionCoefficient(0, 39, False, f"{_COUNTED}; its connector is as wide as the text body"),
     "idefics3": VisionCoefficient(2, 4.9, False, _COUNTED),
     "internvl": VisionCoefficient(2, 5.5, False, _COUNTED),

@@ -215,6 +215,7 @@ def test_a_stage_that_runs_in_less_than_it_takes_to_load_does_not_fit(monkeypatc
     need = roomy.need(choice.split, 0)
     assert need.moment == "the weights are loaded"
     assert need.kv_cache_bytes + need.activations_bytes == loading
+    assert need.reserved_bytes is not None
     assert need.reserved_bytes >= need.weights_bytes + loading
     least = (need.weights_bytes + loading) / GIB
     assert problem(few_layers(), machine([least + 0.1]), headroom_fraction=0.0, headroom_min_bytes=0).choose() is not None
