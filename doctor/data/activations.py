@@ -252,6 +252,18 @@ FULL_LOGITS_ARCHITECTURES = ("CogVLM", "CogAgent", "ChatGLM")
 Source: modeling_cogvlm.py (CogVLM, CogAgent, CogVLM2) and modeling_chatglm.py (GLM-4V-9B) of their checkpoints."""
 
 
+ALL_LOGITS = frozenset({
+    "blip-2", "instructblip", "instructblipvideo", "minicpm_ocr", "minicpmv4_6", "nemotron_h_omni", "qwen2_5_omni_thinker",
+    "qwen3_omni_moe_thinker", "video_llama_3",
+})  # fmt: skip
+"""Types of models whose ``forward`` takes no ``logits_to_keep``, so that ``generate`` makes the logits of every token.
+Source: the signatures of transformers 5.23; releases from 5.0 on are taken to be alike."""
+ALL_LOGITS_BEFORE_5 = frozenset({
+    "blip", "blip-2", "chameleon", "git", "idefics", "instructblip", "kosmos-2", "kosmos-2.5", "qwen2_vl",
+})  # fmt: skip
+"""The same. Source: the signatures of transformers 4.57.6."""
+
+
 _REMOTE_CODE = {"CogVLM": "cogvlm", "CogAgent": "cogvlm", "ChatGLM": "chatglm"}
 """Beginnings of class names. Their model types differ between releases."""
 _EVA_CLASSES = ("CogVLM", "ChatGLM")

@@ -19,6 +19,7 @@ from .kernels import cudnn_width
 from .memory import Footprint, StageNeed
 from .near import near_best
 from .order import Split
+from .prompt_work import makes_all_logits
 from .release import is_before_5
 from .replay import Held, Program, Replayed, dimensions
 from .search import Choice
@@ -189,6 +190,7 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu], libraries: Libraries | 
         and workload.allocator == "native"
         and not workload.is_padded
         and not (profile.text.experts and is_before_5(footprint.release))
+        and not makes_all_logits(profile, footprint.release)
         and profile.quantization is None
     )
     if footprint.traced_program() is not None:
