@@ -23,7 +23,7 @@ def test_every_example_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: 
     def real(match: re.Match[str]) -> str:
         with pytest.raises(SystemExit):
             cli.main(shlex.split(match["words"]))
-        text = re.sub(r"Took [\d.]+ s", "Took 0.10 s", capsys.readouterr().out)
+        text = re.sub(r"Took [\d.]+ s", "Took 0.50 s", capsys.readouterr().out)
         return f"```console\n$ vlm-doctor {match['words']}\n{text}```"
 
     written, count = EXAMPLE.subn(real, page)
