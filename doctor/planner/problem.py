@@ -179,10 +179,13 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def _less_room(self) -> Fleet:
-        """The GPUs without what any of them may have to take when the model begins on another than the main one."""
+        """The GPUs without what any of them may have to take when the model begins on another than the main one.
+
+        That is the lowest of those that are used: the one with the highest number is it for no split over several.
+        """
         work = self.footprint.work(self.workload.text_tokens)
-        first = min(budget.gpu.index for budget in self.budgets)
-        more = [work.pixels + work.returned * (budget.gpu.index == first) for budget in self.budgets]
+        last = max(budget.gpu.index for budget in self.budgets)
+        more = [work.pixels + work.returned * (budget.gpu.index != last) for budget in self.budgets]
         return self.fleet.with_rooms(
             [
                 room._replace(capacity_bytes=room.capacity_bytes - size)

@@ -156,6 +156,17 @@ def test_the_other_split_may_begin_elsewhere(free_gib: list[float], gpus: tuple[
         assert (asked.margin_bytes() or 0) < 0
 
 
+@pytest.mark.parametrize(("free_gib", "is_enough"), [([0.5, 11.34, 9.18, 6.51], False), ([0.5, 13, 9.5, 8.5], True)])
+def test_logits_come_back_to_the_main_gpu_whatever_its_number(free_gib: list[float], is_enough: bool) -> None:
+    """GPU 0 takes part in nothing here: GPU 1, in the middle of the model, is the main one."""
+    workload = msgspec.structs.replace(FORWARD, text_tokens=4000)
+    asked = question(glm41v_9b(), free_gib, workload, pins=(("model.visual", 2), ("lm_head", 3)), min_gpus=3)
+    assert asked.choose_among(asked.counts) is not None
+    choice = asked.choose()
+    assert (choice is not None) == asked.fits() == is_enough
+    assert choice is None or [asked.is_main(choice.split, stage) for stage in (0, 1, 2)] == [False, True, False]
+
+
 def test_the_main_gpu_is_the_lowest_of_the_map_not_of_the_machine() -> None:
     asked = question(glm41v_9b(), [0.5, 16, 16], LARGE, pins=(("model.visual", 2), ("lm_head", 1)))
     choice = asked.choose()
