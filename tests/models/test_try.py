@@ -15,10 +15,13 @@ import pytest
 
 pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
+sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks")]
+import formulas_and_traces  # noqa: E402 - of the benchmarks
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
 
 from pytest_vlmgpu.testing import TINY_FAMILIES  # noqa: E402
 from vlm_doctor import load_profile  # noqa: E402
@@ -133,6 +136,45 @@ def test_a_checkpoint_without_processor_is_called_all_the_same(copy: Path) -> No
     assert (attempt.state, attempt.is_finite) == ("ran", True)
     assert attempt.text is None
     assert attempt.notes[0].startswith("Its processor makes no prompt here (")
+
+
+@pytest.mark.parametrize(("family", "prompt_tokens"), [("pix2struct", 1), ("kosmos-2.5", 46)])
+def test_flat_patches_keep_the_places_that_stand_before_their_pixels(
+    tmp_path: Path, family: str, prompt_tokens: int
+) -> None:
+    """Without a processor; noise there is no row of a table. The decoder of Pix2Struct begins by itself."""
+    if family not in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    torch.manual_seed(0)
+    config = formulas_and_traces.tiny_config(family)
+    transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+
+    attempt = tried(tmp_path, Workload(text_tokens=40, new_tokens=2))
+
+    assert (attempt.state, attempt.reached) == ("ran", "second call"), attempt.traceback
+    assert attempt.prompt_tokens == prompt_tokens
+
+
+def test_a_prompt_of_shapes_has_room_for_a_word_behind_each_image(copy: Path) -> None:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (copy / name).unlink()
+    several = Workload(images=3, text_tokens=1, new_tokens=2)
+    planned = _work(load_profile(str(copy)), several)
+
+    attempt = tried(copy, several)
+
+    assert attempt.state == "ran", attempt.traceback
+    assert attempt.prompt_tokens == planned["image_tokens"] + 3 == planned["prompt_tokens"] + 2
+
+
+def test_noise_is_in_the_place_of_pixels_alone() -> None:
+    sizes = torch.tensor([[2, 3]])
+    noise = try_prompt._noise_like([torch.zeros(3, 4), (torch.zeros(2), sizes), "same"])
+
+    assert [noise[0].shape, noise[1][0].shape] == [(3, 4), (2,)]
+    assert float(noise[0].abs().sum()) > 0 < float(noise[1][0].abs().sum())
+    assert noise[1][1] is sizes
+    assert noise[2] == "same"
 
 
 def test_tensors_are_held_against_the_map(tiny_vlms: Mapping[str, Path]) -> None:
