@@ -29,6 +29,13 @@ DEADLINE_S = 300.0
 _IDLE_S = 20.0
 FOLDER = Path(__file__).parent.parent
 PROGRAM = "sources.trace_child"
+_PROGRAMS = ("sources/trace*.py", "trace.py", "data/image_rules.py")
+"""What the child is made of."""
+_LIBRARIES = (
+    "torch", "transformers", "torchvision", "pillow", "timm", "kernels", "flash-linear-attention", "causal-conv1d",
+)  # fmt: skip
+"""By their versions, or by whether they are there, a class runs other code."""
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _MAX_CACHE_BYTES = 64 * 2**20
 _KEPT_FILES = 64
 """Cached traces beyond so many go, oldest first."""
@@ -243,21 +250,25 @@ def _cache_path(request: TraceRequest, config: Mapping[str, Any], folder: Path |
     if cache is None:
         return None
     digest = hashlib.sha256()
-    for file in sorted(FOLDER.glob("sources/trace*.py")):
-        digest.update(file.read_bytes())
-    for library in ("torch", "transformers", "torchvision", "pillow"):
+    for pattern in _PROGRAMS:
+        for file in sorted(FOLDER.glob(pattern)):
+            digest.update(file.read_bytes())
+    for library in _LIBRARIES:
         digest.update(f"{library} {_version(library)}\0".encode())
     digest.update(msgspec.json.encode([request, dict(config)]))
     if folder is not None and request.is_remote_code:
         try:
-            for file in sorted(folder.glob("*.py")):
-                digest.update(f"{file.name}\0".encode() + file.read_bytes())
+            # auto_map may name a file in a folder of its own.
+            for file in sorted(folder.rglob("*.py")):
+                if not file.is_file():
+                    return None
+                digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
         except OSError:
             return None
     if folder is not None and request.pictures:
-        for name in ("preprocessor_config.json", "processor_config.json"):
+        for name in _PROCESSOR_FILES:
             with contextlib.suppress(OSError):
-                digest.update((folder / name).read_bytes())
+                digest.update(f"{name}\0".encode() + (folder / name).read_bytes())
     return cache / f"trace-{digest.hexdigest()[:32]}.json"
 
 
