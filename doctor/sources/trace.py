@@ -130,9 +130,9 @@ def trace(
             for name in ("architecture", "dtype", "attention", "layers", "tower", "cudnn_width")
         },
     }
-    with tempfile.TemporaryDirectory(prefix="vlm-doctor-") as copied:
+    with contextlib.ExitStack() as stack:
         # transformers copies the code of a checkpoint before it imports it.
-        own = {} if code is None else {"HF_MODULES_CACHE": copied}
+        own = {} if code is None else {"HF_MODULES_CACHE": stack.enter_context(_empty_folder())}
         outcome = Child(
             PROGRAM,
             arguments,
@@ -145,6 +145,13 @@ def trace(
     if path is not None:
         _store(path, traces)
     return traces
+
+
+def _empty_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="vlm-doctor-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise TraceError(f"there is no folder for copies of its code ({error.strerror or error})") from error
 
 
 def understand(outcome: Outcome, request: TraceRequest) -> Traces:

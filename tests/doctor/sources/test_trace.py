@@ -257,6 +257,18 @@ def test_copies_of_own_code_go_where_nobody_else_looks(
     assert len(asked) == 2
 
 
+def test_copies_of_own_code_that_have_no_place(
+    asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class of transformers needs none."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    (tmp_path / "code.py").write_text("")
+    with pytest.raises(TraceError, match=r"no folder for copies of its code \(No such file or directory\)"):
+        trace(OWN, AUTO_MAP, folder=tmp_path, cache_folder=tmp_path)
+    assert not asked
+    assert trace(REQUEST, {}, cache_folder=tmp_path).runs
+
+
 @pytest.mark.parametrize("damage", ["", "{", "null", "link", "folder"])
 def test_a_cache_that_is_damaged_is_no_cache(damage: str, asked: list[dict[str, Any]], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
