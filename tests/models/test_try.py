@@ -26,6 +26,7 @@ from transformers.models.auto import modeling_auto  # noqa: E402
 from pytest_vlmgpu.testing import TINY_FAMILIES  # noqa: E402
 from vlm_doctor import load_profile  # noqa: E402
 from vlm_doctor.probes import try_child, try_prompt  # noqa: E402
+from vlm_doctor.probes.loading import load_processor  # noqa: E402
 from vlm_doctor.probes.trial_run import _blocks, _work, understand  # noqa: E402
 from vlm_doctor.sources.child import Outcome  # noqa: E402
 from vlm_doctor.trace import Pictures  # noqa: E402
@@ -165,6 +166,42 @@ def test_a_prompt_of_shapes_has_room_for_a_word_behind_each_image(copy: Path) ->
 
     assert attempt.state == "ran", attempt.traceback
     assert attempt.prompt_tokens == planned["image_tokens"] + 3 == planned["prompt_tokens"] + 2
+
+
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_parts_of_a_processor_run_code_of_a_checkpoint_only_where_it_is_trusted(
+    is_trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without torchvision, where each part is loaded by itself: unless it is told, transformers asks at the terminal."""
+    told: list[bool | None] = []
+
+    class Family:
+        @staticmethod
+        def get_processor_dict(name: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+            return {}, {}
+
+        @classmethod
+        def from_args_and_dict(cls, parts: list[Any], settings: dict[str, Any]) -> list[Any]:
+            return parts
+
+    def whole(name: str, **more: Any) -> None:
+        raise ImportError("torchvision")
+
+    def part(name: str, *, revision: str | None, trust_remote_code: bool | None = None) -> str:
+        told.append(trust_remote_code)
+        return name
+
+    made = SimpleNamespace(
+        AutoProcessor=SimpleNamespace(from_pretrained=whole),
+        AutoImageProcessor=SimpleNamespace(from_pretrained=part),
+        AutoTokenizer=SimpleNamespace(from_pretrained=part),
+        PROCESSOR_MAPPING={SimpleNamespace: Family},
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    parts = load_processor(made, "org/vlm", None, SimpleNamespace(), trust_remote_code=is_trusted)
+    assert parts == ["org/vlm", "org/vlm", None]
+    assert told == [is_trusted, is_trusted]
 
 
 def test_noise_is_in_the_place_of_pixels_alone() -> None:
