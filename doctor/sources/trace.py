@@ -23,6 +23,7 @@ from ..trace import Event, Trace, TraceRequest, Traces
 from .cache_files import default_folder, load_record, store_record
 from .checkpoint_folder import CONFIG, parse_object
 from .child import Child, Outcome
+from .regular_file import read_text
 
 DEADLINE_S = 300.0
 """The slowest model tried takes 40 s on one slow core."""
@@ -264,14 +265,12 @@ def _cache_path(request: TraceRequest, config: Mapping[str, Any], folder: Path |
         digest.update(f"{library} {_version(library)}\0".encode())
     digest.update(msgspec.json.encode([request, dict(config)]))
     if folder is not None and request.is_remote_code:
-        try:
-            # auto_map may name a file in a folder of its own.
-            for file in sorted(folder.rglob("*.py")):
-                if not file.is_file():
-                    return None
-                digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
-        except OSError:
-            return None
+        # auto_map may name a file in a folder of its own.
+        for file in sorted(folder.rglob("*.py")):
+            text = read_text(file, _MAX_CACHE_BYTES)
+            if text is None:
+                return None
+            digest.update(f"{file.relative_to(folder)}\0{text}\0".encode("utf-8", "surrogateescape"))
     if folder is not None and request.pictures:
         for name in _PROCESSOR_FILES:
             with contextlib.suppress(OSError):

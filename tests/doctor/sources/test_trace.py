@@ -193,7 +193,7 @@ OWN = msgspec.structs.replace(REQUEST, is_remote_code=True)
 AUTO_MAP = {"auto_map": {"AutoConfig": "code.MadeConfig", "AutoModel": "code.MadeForConditionalGeneration"}}
 
 
-@pytest.mark.parametrize("change", ["", "file", "deeper", "pipe", "mode", "elsewhere"])
+@pytest.mark.parametrize("change", ["", "file", "name", "deeper", "pipe", "mode", "elsewhere"])
 def test_a_trace_of_own_code_is_of_this_code(
     change: str, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +208,8 @@ def test_a_trace_of_own_code_is_of_this_code(
     assert asked[0]["code"] == next(reversed(config["auto_map"].values()))
     if change == "file":
         (folder / "more.py").write_text("more = 1")
+    elif change == "name":
+        (folder / os.fsdecode(b"\xff.py")).touch()
     elif change == "deeper":
         (folder / "deep" / "more.py").write_text("more = 1")
     elif change == "pipe":
