@@ -194,10 +194,14 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         )
 
     def is_main(self, split: Split, stage: int) -> bool | None:
-        """As in ``Holding``: of the GPUs of a split, the one with the lowest number."""
+        """As in ``Holding``: of the GPUs of a split, the one with the lowest number.
+
+        Blocks of a tower that is cut may run on others before the prompt is embedded.
+        """
         indices = [self.budgets[gpu].gpu.index for gpu in split.gpus]
         main = indices.index(min(indices))
-        return None if main == 0 else stage == main
+        first, end = split.runs[main]
+        return None if any(atom.has_embedding for atom in self.atoms[first:end]) else stage == main
 
     def choose_among(self, counts: range) -> Choice | None:
         """The best split over one of these numbers of GPUs, by the formulas."""

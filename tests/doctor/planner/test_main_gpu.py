@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from vlm_doctor import ModelProfile, Plan, Policy, Workload, plan
+from vlm_doctor import ModelProfile, Plan, Policy, Workload, load_profile, plan
 from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
@@ -177,3 +177,25 @@ def test_the_main_gpu_is_the_lowest_of_the_map_not_of_the_machine() -> None:
     assert usual is not None
     assert [asked.is_main(usual.split, stage) for stage in (0, 1)] == [None, None]
     assert asked.need(choice.split, 0).total_bytes < 16 * GIB
+
+
+def test_logits_come_back_to_a_main_gpu_that_has_blocks_of_the_tower_alone() -> None:
+    """The plan says of it what the judge of its map says."""
+    profile = load_profile("llava-1.5-7b", allow_network=False)
+    workload = Workload(images=1, text_tokens=8000, logits="forward")
+    rules, made = Policy(min_gpus=3), machine([3, 16, 16])
+    parts = chain(profile, breaks_tower=True)
+    asked = ask(profile, workload, rules, made, chain=parts, found=budgets(made, rules))
+    choice = asked.choose()
+    assert choice is not None
+    assert choice.split.gpus == (0, 1, 2)
+    assert [any(atom.has_embedding for atom in parts.atoms[first:end]) for first, end in choice.split.runs] == [0, 1, 0]
+    assert [asked.is_main(choice.split, stage) for stage in (0, 1, 2)] == [True, False, False]
+    logits = (8000 + 576) * 32_064 * 2
+    needed = asked.need(choice.split, 0)
+    assert needed.moment == "the logits come back"
+    assert logits < needed.total_bytes < logits + 256 * MIB
+    scarce = machine([1.3, 16, 16])
+    tight = ask(profile, workload, rules, scarce, chain=parts, found=budgets(scarce, rules))
+    assert tight.choose_among(tight.counts) is not None
+    assert (tight.choose(), tight.fits()) == (None, False)
