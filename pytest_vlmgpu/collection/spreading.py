@@ -113,6 +113,8 @@ def _with_model(item: Any, spec: VlmSpec, number: int, label: str) -> pytest.Fun
 
 def _replaced(item: Any) -> dict[str, Any]:
     """What a hook runs in the place of a function; pytest finds all others itself, methods on an object for each test."""
-    own = getattr(getattr(item.parent, "obj", None), item.originalname, None)
-    is_own = getattr(item.obj, "__func__", item.obj) is getattr(own, "__func__", own)
-    return {} if is_own else {"callobj": item.obj}
+    try:
+        is_found = item._getobj() == item.obj
+    except AttributeError:
+        is_found = False
+    return {} if is_found else {"callobj": item.obj}

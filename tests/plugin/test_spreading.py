@@ -198,6 +198,25 @@ def pytest_pycollect_makeitem(collector, name, obj):
     result.stdout.fnmatch_lines(["FAILED test_x.py::test_wrapped?b? - AssertionError: said by the hook*"])
 
 
+def test_a_function_that_a_collector_of_the_project_gives_runs_with_each_model(suite: Any) -> None:
+    suite.configure(
+        """
+import pytest
+@pytest.mark.vlm("org/a", "org/b")
+def written(vlm, request): assert request.node.name == f"made[{vlm.name[-1]}]"
+class Made(pytest.File):
+    def collect(self):
+        yield pytest.Function.from_parent(self, name="made", callobj=written)
+def pytest_collect_file(file_path, parent):
+    if file_path.suffix == ".made":
+        return Made.from_parent(parent, path=file_path)
+"""
+    )
+    (suite.folder / "x.made").touch()
+
+    suite.run("x.made").assert_outcomes(passed=2)
+
+
 def test_unmarked_tests_beside_gated_ones_are_left_alone(suite: Any) -> None:
     result = suite.run(
         test_x="""
