@@ -68,7 +68,7 @@ def _with_each_model(tests: Sequence[tuple[Any, tuple[VlmSpec, ...]]]) -> Iterat
     for number, label in enumerate(_labels(tests[0][1])):
         for item, named in tests:
             # As pytest writes what is not ASCII.
-            yield _with_model(item, named[number], number, label.encode("unicode_escape").decode())
+            yield _with_model(item, named, number, label.encode("unicode_escape").decode())
 
 
 def _labels(specs: Sequence[VlmSpec]) -> Sequence[str]:
@@ -82,17 +82,19 @@ def _labels(specs: Sequence[VlmSpec]) -> Sequence[str]:
     return [f"{name}-{number}" for number, name in enumerate(short)]
 
 
-def _with_model(item: Any, spec: VlmSpec, number: int, label: str) -> pytest.Function:
+def _with_model(item: Any, named: Sequence[VlmSpec], number: int, label: str) -> pytest.Function:
     """The same test with one of its models as a parameter."""
     known = getattr(item, "callspec", _NO_PARAMETERS)
     labels = [label, *known._idlist]
     callspec = SimpleNamespace(
-        params={"vlm": spec, **known.params},
+        params={"vlm": named[number], **known.params},
         indices={"vlm": number, **known.indices},
         _arg2scope={"vlm": scope_of_vlm(item), **known._arg2scope},
         _idlist=labels,
         marks=known.marks,
         id="-".join(labels),
+        # No word of pytest's: a hook that names more of them later is too late.
+        models=len(named),
     )
     test: pytest.Function = type(item).from_parent(
         item.parent,
