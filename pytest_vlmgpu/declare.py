@@ -192,7 +192,9 @@ def _read(words: Iterable[object]) -> Iterator[object]:
             yield word
             continue
         with suppress(OSError, ValueError):  # pytest says it
-            yield from _read(Path(word[1:]).read_text().splitlines())
+            path = Path(word[1:])
+            # A pipe, as of "@<(ls)", can be read once, and pytest is to do that.
+            yield from _read(path.read_text().splitlines() if path.is_file() else ())
 
 
 def add_options(parser: pytest.Parser, words: Iterable[object] = ()) -> None:

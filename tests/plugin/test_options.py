@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pytest_vlmgpu import declare
 from pytest_vlmgpu.options import GpuChoice, Settings, parse_gpus, resolve
 
 GPU_FORMS = "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…, MIG-…)"
@@ -342,6 +344,17 @@ def test_the_plugin_may_be_named_in_a_call_of_main(suite: Any, monkeypatch: pyte
     result = suite.pytester.runpytest_inprocess("--vlm-warm=20m", plugins=["pytest_vlmgpu.plugin"])
 
     result.assert_outcomes(passed=1)
+
+
+def test_words_that_come_through_a_pipe_are_left_to_pytest() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"--vlm-warm=20m")
+    os.close(writing)
+
+    assert declare.words_given(SimpleNamespace(invocation_params=SimpleNamespace(args=[f"@/dev/fd/{reading}"]))) == []
+
+    assert os.read(reading, 100) == b"--vlm-warm=20m"
+    os.close(reading)
 
 
 def test_native_toml(suite: Any) -> None:
