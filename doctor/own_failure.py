@@ -61,9 +61,18 @@ def _named_packages(error: Exception) -> list[str]:
     if isinstance(error, AttributeError):
         return [_package(error.obj.__name__)] if isinstance(error.obj, ModuleType) else []
     if isinstance(error, SyntaxError) and error.filename:
-        path = Path(error.filename)
-        return [path.parent.name if path.stem == "__init__" else path.stem]
+        return [_package_of_file(Path(error.filename))]
     return []
+
+
+def _package_of_file(file: Path) -> str:
+    """The outermost package that a file is part of, or a module that stands alone: pip knows no part of a package."""
+    if Path(__file__).parent in file.parents:
+        return _OURS
+    found = file.parent if file.stem == "__init__" else file
+    while (found.parent / "__init__.py").is_file():
+        found = found.parent
+    return found.stem
 
 
 def _package(module: str) -> str:

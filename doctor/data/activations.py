@@ -220,6 +220,7 @@ VISION: dict[str, VisionCoefficient] = {
     ),
     **dict.fromkeys(("glm46v", "glm4v_moe"), VisionCoefficient(0, 18.2, False, _COUNTED)),
     "glm4v": VisionCoefficient(0, 18.2, False, f"{_COUNTED}, and measured on an H200"),
+    "granite_docling": VisionCoefficient(2, 6.2, False, _COUNTED_SMALL),
     "idefics2": VisionCoefficient(0, 39, False, f"{_COUNTED}; its connector is as wide as the text body"),
     "idefics3": VisionCoefficient(2, 4.9, False, _COUNTED),
     "internvl": VisionCoefficient(2, 5.5, False, _COUNTED),
@@ -249,6 +250,18 @@ cross-attention (``cross`` in ``TextShape.cached_layers``). Source: ``cross_atte
 FULL_LOGITS_ARCHITECTURES = ("CogVLM", "CogAgent", "ChatGLM")
 """Beginnings of class names whose own code computes the logits of every token, in float32, even in ``generate``.
 Source: modeling_cogvlm.py (CogVLM, CogAgent, CogVLM2) and modeling_chatglm.py (GLM-4V-9B) of their checkpoints."""
+
+
+ALL_LOGITS = frozenset({
+    "blip-2", "instructblip", "instructblipvideo", "minicpm_ocr", "minicpmv4_6", "nemotron_h_omni", "qwen2_5_omni_thinker",
+    "qwen3_omni_moe_thinker", "video_llama_3",
+})  # fmt: skip
+"""Types of models whose ``forward`` takes no ``logits_to_keep``, so that ``generate`` makes the logits of every token.
+Source: the signatures of transformers 5.23; releases from 5.0 on are taken to be alike."""
+ALL_LOGITS_BEFORE_5 = frozenset({
+    "blip", "blip-2", "chameleon", "git", "idefics", "instructblip", "kosmos-2", "kosmos-2.5", "qwen2_vl",
+})  # fmt: skip
+"""The same. Source: the signatures of transformers 4.57.6."""
 
 
 _REMOTE_CODE = {"CogVLM": "cogvlm", "CogAgent": "cogvlm", "ChatGLM": "chatglm"}

@@ -127,7 +127,9 @@ def _write_limits(page: Page, plan: Plan) -> None:
     if limits.images:
         others.append(f"{limits.images:,} {'image' if limits.images == 1 else 'images'} in each prompt")
     if limits.image_edge is not None:
-        others.append(f"images of {limits.image_edge:,} x {limits.image_edge:,} pixels")
+        edges = f"{limits.image_edge:,} x {limits.image_edge:,} pixels"
+        asked = max(plan.workload.image_height or 0, plan.workload.image_width or 0)
+        others.append(f"images of {edges}" if asked <= limits.image_edge else f"larger images, scaled down to {edges} too")
     page.text(f"Or, with the rest as asked: {_any(others)}.")
 
 

@@ -148,6 +148,10 @@ class Footprint:
         """What to replay through torch's allocator, where the model was traced."""
         return None
 
+    def loading_of(self, first: int, end: int) -> int:
+        """Bytes that loading the atoms from ``first`` up to, not including, ``end`` takes beside their weights."""
+        return max(self._loading[first:end])
+
     def weights_of(self, first: int, end: int) -> int:
         """Bytes of the weights of a run of atoms."""
         return self._weights[end] - self._weights[first]
@@ -297,7 +301,7 @@ class Footprint:
             has_tower=self._towers[end] > self._towers[first],
             has_embedding=first <= self._embedding < end,
             has_head=self._heads[end] > self._heads[first] or (executes_guests and self._has_guest_head),
-            loading_bytes=max(self._loading[first:end]),
+            loading_bytes=self.loading_of(first, end),
         )
 
     def detail(self, first: int, end: int, text_tokens: int, *, is_main: bool | None = None) -> StageNeed:

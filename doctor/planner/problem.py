@@ -179,10 +179,13 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def _less_room(self) -> Fleet:
-        """The GPUs without what any of them may have to take when the model begins on another than the main one."""
+        """The GPUs without what any of them may have to take when the model begins on another than the main one.
+
+        That is the lowest of those that are used: the one with the highest number is it for no split over several.
+        """
         work = self.footprint.work(self.workload.text_tokens)
-        first = min(budget.gpu.index for budget in self.budgets)
-        more = [work.pixels + work.returned * (budget.gpu.index == first) for budget in self.budgets]
+        last = max(budget.gpu.index for budget in self.budgets)
+        more = [work.pixels + work.returned * (budget.gpu.index != last) for budget in self.budgets]
         return self.fleet.with_rooms(
             [
                 room._replace(capacity_bytes=room.capacity_bytes - size)
@@ -191,10 +194,14 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         )
 
     def is_main(self, split: Split, stage: int) -> bool | None:
-        """As in ``Holding``: of the GPUs of a split, the one with the lowest number."""
+        """As in ``Holding``: of the GPUs of a split, the one with the lowest number.
+
+        Blocks of a tower that is cut may run on others before the prompt is embedded.
+        """
         indices = [self.budgets[gpu].gpu.index for gpu in split.gpus]
         main = indices.index(min(indices))
-        return None if main == 0 else stage == main
+        first, end = split.runs[main]
+        return None if any(atom.has_embedding for atom in self.atoms[first:end]) else stage == main
 
     def choose_among(self, counts: range) -> Choice | None:
         """The best split over one of these numbers of GPUs, by the formulas."""

@@ -9,13 +9,13 @@ from collections.abc import Collection
 
 import msgspec
 
-from ..data.activations import FULL_LOGITS_ARCHITECTURES
+from ..data.activations import ALL_LOGITS, ALL_LOGITS_BEFORE_5, FULL_LOGITS_ARCHITECTURES
 from ..model import ModelProfile
 from ..workload import Workload
 from .image_tokens import ImageLoad
 from .kv_cache import Cached, cached
 from .layer_work import LayerKind, coefficient_of, layer_bytes, next_token_bytes
-from .release import Release
+from .release import Release, is_before_5
 from .vision_work import vision_bytes
 from .weights import computed_item_bytes
 
@@ -77,7 +77,7 @@ def prompt_work(
     pixels, encode, kept = vision_bytes(profile, workload, images, item)
     temporary = _quantization_temporary(profile, workload, tokens)
     has_next = workload.answer_tokens > 1
-    rows, logits, returned = _logits(profile, workload, tokens, item)
+    rows, logits, returned = _logits(profile, workload, tokens, item, release=release)
     return Work(
         cached={
             kind: cached(
@@ -117,17 +117,24 @@ def _layer_inputs(profile: ModelProfile, tokens: int, item_bytes: int) -> int:
     return tokens * item_bytes * (2 * text.layers * text.layer_input + text.hidden) if text.layer_input else 0
 
 
-def _logits(profile: ModelProfile, workload: Workload, tokens: int, item_bytes: int) -> tuple[int, int, int]:
+def makes_all_logits(profile: ModelProfile, release: Release) -> bool:
+    """Whether the class makes the logits of every token of the prompt, whoever calls it."""
+    return profile.model_type in (ALL_LOGITS_BEFORE_5 if is_before_5(release) else ALL_LOGITS)
+
+
+def _logits(
+    profile: ModelProfile, workload: Workload, tokens: int, item_bytes: int, *, release: Release
+) -> tuple[int, int, int]:
     """Of the last token in ``generate``, of every token in a plain forward and in classes that always compute all.
 
     Returns:
-        Of how many tokens, bytes while they are made, and of what the model returns. ``generate`` and those classes copy
-        them to float32, the latter before they return them.
+        Of how many tokens, bytes while they are made, and of what the model returns. ``generate`` copies
+        what it reads to float32; CogVLM and GLM-4V-9B copy all before they return them.
     """
     if profile.architecture.startswith(FULL_LOGITS_ARCHITECTURES):
         elements = tokens * profile.text.vocabulary
         return tokens, elements * (item_bytes + 4), elements * 4
-    if workload.logits == "forward":
+    if workload.logits == "forward" or makes_all_logits(profile, release):
         made = tokens * profile.text.vocabulary * item_bytes
         return tokens, made, made
     elements = workload.batch * profile.text.vocabulary

@@ -19,6 +19,7 @@ from .kernels import cudnn_width
 from .memory import Footprint, StageNeed
 from .near import near_best
 from .order import Split
+from .prompt_work import makes_all_logits
 from .release import is_before_5
 from .replay import Held, Program, Replayed, dimensions
 from .search import Choice
@@ -81,6 +82,8 @@ class Replay:
         the model begins: 62 MB of 2240 x 2240 each, seen on two H200s. Logits come back to where the prompt came from.
         """
         held, kernel = self._hold(run), self._kernels[position]
+        if capacity_bytes < held.weights_bytes + self._footprint.loading_of(*run):
+            return False
         cases = {held}
         if is_main:
             is_moved = held.has_inputs or self._programs[kernel].has_movable_inputs
@@ -112,12 +115,16 @@ class Replay:
         tokens = text_tokens + self._footprint.images.tokens
         peak, reserved = self._peaks_of(held, kernel, tokens)
         self._enough[held, kernel, tokens] = reserved
+        loading = self._footprint.loading_of(*run)
+        if loading > peak:
+            rough = msgspec.structs.replace(rough, moment="the weights are loaded")
+            peak, reserved = loading, max(reserved, held.weights_bytes + loading)
         low = held.weights_bytes + peak
         high = max(reserved, low) + SLACK_BYTES
         if self.runs(run, position, text_tokens, min(capacity_bytes, high), is_main=is_main):
             high = min(capacity_bytes, high)
             if high - SLACK_BYTES < reserved:
-                _, reserved = self._peaks_of(held, kernel, tokens, high - SLACK_BYTES)
+                reserved = max(low, self._peaks_of(held, kernel, tokens, high - SLACK_BYTES)[1])
         while high - low > _NEED_STEP:
             middle = (low + high) // 2
             if self.runs(run, position, text_tokens, middle, is_main=is_main):
@@ -183,6 +190,7 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu], libraries: Libraries | 
         and workload.allocator == "native"
         and not workload.is_padded
         and not (profile.text.experts and is_before_5(footprint.release))
+        and not makes_all_logits(profile, footprint.release)
         and profile.quantization is None
     )
     if footprint.traced_program() is not None:

@@ -40,7 +40,7 @@ def lengths(image_tokens: int, window: int | None, steps: int, active_experts: i
         window: Tokens of the sliding window; ``None`` when there is none.
         steps: Tokens to generate.
         active_experts: That read each token, in a mixture of experts.
-        least: Tokens below which the model runs another program.
+        least: Tokens below which the model runs another program, or a prompt has no room for what it needs.
     """
     least = max(least, image_tokens + _SHORTEST, _SHORT_SORT // active_experts + 1 if active_experts else 0)
     if window is None:

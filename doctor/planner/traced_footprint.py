@@ -51,6 +51,10 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
     steps = min(2, max(1, workload.new_tokens)) if workload.makes_answer else 0
     dtype = workload.dtype or profile.dtype
     widths = [cudnn_width(gpu, machine.libraries) for gpu in machine.gpus]
+    # A word stands behind each image.
+    least = load.tokens + workload.images if images else 0
+    if profile.is_remote_code:
+        least = max(least, _MOST_REAL_ELEMENTS // profile.text.hidden + 1)
     return TraceRequest(
         architecture=profile.architecture,
         dtype=dtype if dtype in _TRACED_DTYPES else "bfloat16",
@@ -58,13 +62,7 @@ def trace_request(profile: ModelProfile, workload: Workload, machine: Machine) -
         cudnn_width=min(widths, default=0) if workload.attention == "sdpa" else 0,
         layers=tuple(unit.key for unit in profile.units if unit.role == "layer"),
         tower=tuple(unit.key for unit in profile.units if unit.role in _TOWER_ROLES) if images else (),
-        lengths=lengths(
-            load.tokens,
-            profile.text.sliding_window,
-            steps,
-            profile.text.active_experts,
-            _MOST_REAL_ELEMENTS // profile.text.hidden + 1 if profile.is_remote_code else 0,
-        ),
+        lengths=lengths(load.tokens, profile.text.sliding_window, steps, profile.text.active_experts, least),
         steps=steps,
         batch=workload.batch,
         pictures=images,

@@ -53,6 +53,8 @@ def make_prompt(
 
 def _length(inputs: dict[str, Any], model: Any, work: dict[str, Any]) -> int:
     """Tokens of a prompt, those counted that a GLM-4V-9B puts in the place of three."""
+    if "input_ids" not in inputs:
+        return 1  # the decoder behind an encoder of images alone begins by itself
     length = int(inputs["input_ids"].shape[1])
     begin = getattr(model.config, "boi_token_id", None)
     is_short = "images" in inputs and begin is not None and int(inputs["input_ids"][0, 0]) == begin
@@ -105,12 +107,27 @@ def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
     encode = encoder_of(model)
     names = {*accepted, *(inspect.signature(encode).parameters if encode else ())}
     images = image_inputs(model.config, names, name, pictures, batch)
-    images = {key: torch.randn_like(value) if value.is_floating_point() else value for key, value in images.items()}
+    # Flattened patches have their places in front of their pixels: what is no pixel stays as it is.
+    images = {key: _noise_like(value) if "pixel_values" in key else value for key, value in images.items()}
     with torch.no_grad():
         placed = {key: _placed(value, model) for key, value in images.items()}
-        features = count_features(encode, placed) // batch if encode else work["image_tokens"]
+        # Kosmos-2.5 has no method that encodes images alone, and one image in each prompt.
+        told = getattr(model.config, "latent_query_num", work["image_tokens"])
+        features = count_features(encode, placed) // batch if encode else told
     places = [features // pictures.images] * pictures.images
+    # A word stands behind each image, also where less text was planned.
+    tokens = max(tokens, sum(places) + pictures.images)
     return prompt_inputs(model.config, accepted, tokens, batch, images=images, places=places)
+
+
+def _noise_like(value: Any) -> Any:
+    """Noise in the shape of pixels, which image processors may give as a list; whole numbers stay."""
+    import torch
+
+    if isinstance(value, (list, tuple)):
+        return [_noise_like(item) for item in value]
+    is_real = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return torch.randn_like(value) if is_real else value
 
 
 def _placed(value: Any, model: Any) -> Any:

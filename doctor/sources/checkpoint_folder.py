@@ -84,7 +84,7 @@ def _without_config(folder: Path) -> str:
         base = parse_object(text.encode(), where=ADAPTER).get("base_model_name_or_path")
     except ModelFileError:
         base = None
-    named = f" of {base[:120]}" if isinstance(base, str) and base.isprintable() else ""
+    named = f" of {base[:120]}" if isinstance(base, str) and base.strip() and base.isprintable() else ""
     return f"holds an adapter{named} and no model; name the model that it belongs to"
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 
-if __name__ == "__main__":
+# With PYTHONSAFEPATH=1 it is not on it, and what is first is somebody's own.
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
     del sys.path[0]
 
 import importlib

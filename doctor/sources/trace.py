@@ -23,12 +23,20 @@ from ..trace import Event, Trace, TraceRequest, Traces
 from .cache_files import default_folder, load_record, store_record
 from .checkpoint_folder import CONFIG, parse_object
 from .child import Child, Outcome
+from .regular_file import read_text
 
 DEADLINE_S = 300.0
 """The slowest model tried takes 40 s on one slow core."""
 _IDLE_S = 20.0
 FOLDER = Path(__file__).parent.parent
 PROGRAM = "sources.trace_child"
+_PROGRAMS = ("sources/trace*.py", "trace.py", "data/image_rules.py")
+"""What the child is made of."""
+_LIBRARIES = (
+    "torch", "transformers", "torchvision", "pillow", "timm", "kernels", "flash-linear-attention", "causal-conv1d",
+)  # fmt: skip
+"""By their versions, or by whether they are there, a class runs other code."""
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _MAX_CACHE_BYTES = 64 * 2**20
 _KEPT_FILES = 64
 """Cached traces beyond so many go, oldest first."""
@@ -123,9 +131,9 @@ def trace(
             for name in ("architecture", "dtype", "attention", "layers", "tower", "cudnn_width")
         },
     }
-    with tempfile.TemporaryDirectory(prefix="vlm-doctor-") as copied:
+    with contextlib.ExitStack() as stack:
         # transformers copies the code of a checkpoint before it imports it.
-        own = {} if code is None else {"HF_MODULES_CACHE": copied}
+        own = {} if code is None else {"HF_MODULES_CACHE": stack.enter_context(_empty_folder())}
         outcome = Child(
             PROGRAM,
             arguments,
@@ -138,6 +146,13 @@ def trace(
     if path is not None:
         _store(path, traces)
     return traces
+
+
+def _empty_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="vlm-doctor-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise TraceError(f"there is no folder for copies of its code ({error.strerror or error})") from error
 
 
 def understand(outcome: Outcome, request: TraceRequest) -> Traces:
@@ -243,21 +258,23 @@ def _cache_path(request: TraceRequest, config: Mapping[str, Any], folder: Path |
     if cache is None:
         return None
     digest = hashlib.sha256()
-    for file in sorted(FOLDER.glob("sources/trace*.py")):
-        digest.update(file.read_bytes())
-    for library in ("torch", "transformers", "torchvision", "pillow"):
+    for pattern in _PROGRAMS:
+        for file in sorted(FOLDER.glob(pattern)):
+            digest.update(file.read_bytes())
+    for library in _LIBRARIES:
         digest.update(f"{library} {_version(library)}\0".encode())
     digest.update(msgspec.json.encode([request, dict(config)]))
     if folder is not None and request.is_remote_code:
-        try:
-            for file in sorted(folder.glob("*.py")):
-                digest.update(f"{file.name}\0".encode() + file.read_bytes())
-        except OSError:
-            return None
+        # auto_map may name a file in a folder of its own.
+        for file in sorted(folder.rglob("*.py")):
+            text = read_text(file, _MAX_CACHE_BYTES)
+            if text is None:
+                return None
+            digest.update(f"{file.relative_to(folder)}\0{text}\0".encode("utf-8", "surrogateescape"))
     if folder is not None and request.pictures:
-        for name in ("preprocessor_config.json", "processor_config.json"):
+        for name in _PROCESSOR_FILES:
             with contextlib.suppress(OSError):
-                digest.update((folder / name).read_bytes())
+                digest.update(f"{name}\0".encode() + (folder / name).read_bytes())
     return cache / f"trace-{digest.hexdigest()[:32]}.json"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import inspect
 from collections.abc import Callable, Collection, Iterator
@@ -208,7 +207,7 @@ def class_of_code(code: str, folder: str) -> Any:
 
 def build(kind: Any, config: dict[str, Any], dtype: torch.dtype, attention: str | None) -> Any:
     """The model with weights that have no data, tied as the class ties them."""
-    fields = copy.deepcopy(config)
+    fields = _without_weights(config)
     fields.pop("quantization_config", None)
     settings = kind.config_class.from_dict(fields)
     with torch.no_grad(), OnGpu(), Recorder(), torch.device("cuda"):
@@ -224,6 +223,13 @@ def build(kind: Any, config: dict[str, Any], dtype: torch.dtype, attention: str 
             generation.bos_token_id = generation.bos_token_id or 0
             generation.cache_implementation = None
     return model
+
+
+def _without_weights(config: Any) -> Any:
+    """A copy of what config.json holds without files of weights: timm would load them, older ones with their pickle."""
+    if isinstance(config, dict):
+        return {key: _without_weights(value) for key, value in config.items() if key != "checkpoint_path"}
+    return [_without_weights(value) for value in config] if isinstance(config, list) else config
 
 
 @contextlib.contextmanager

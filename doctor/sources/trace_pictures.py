@@ -85,12 +85,13 @@ def _collect(found: Any, parts: list[Any]) -> None:
 
 
 def _processed(folder: str, taken: Container[str], pictures: Pictures, batch: int) -> Inputs | None:
-    """Inputs by the checkpoint's own processor; ``None`` when it has none that works here."""
+    """Inputs by the image processor that transformers has for a checkpoint; ``None`` when there is none that works here."""
     try:
         from PIL import Image
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        # An explicit False: None would make transformers ask at the terminal whether code of the checkpoint may run.
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         one = Image.new("RGB", (pictures.width, pictures.height))
         try:
             made = processor(images=[[one] * pictures.images for _ in range(batch)], return_tensors="pt")

@@ -47,8 +47,10 @@ class Hosts:
         for record in records(self._folder):
             if self._is_alive(record):
                 found.append(record)
-            elif not _is_running(record.pid) and Place(self._folder, record.digest).clear():
+            elif not _is_running(record.pid):
+                # Another run may be taking it away just now.
                 self._gone[record.digest] = record
+                Place(self._folder, record.digest).clear()
         return found
 
     def is_silent(self, digest: str) -> bool:

@@ -96,7 +96,8 @@ class Place(NamedTuple):
             return False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.note_end("it was killed")
+            if self.record.exists():  # one that ends by itself takes it away, and has said why
+                self.note_end("it was killed")
             self.socket.unlink(missing_ok=True)
             self.record.unlink(missing_ok=True)
         except OSError:

@@ -94,5 +94,18 @@ def test_the_name_that_pip_knows_is_given() -> None:
     assert sentence.endswith("--force-reinstall markdown-it-py.")
 
 
-def test_a_part_of_a_package_that_is_no_python_names_its_file() -> None:
-    assert "package tables is broken" in own_failure(raised("compile('(', '/x/tables.py', 'exec')")).sentence
+def test_a_file_that_is_no_python_is_told_by_its_package(tmp_path: Path) -> None:
+    """pip would install whatever somebody published under the name of a part."""
+    inner = tmp_path / "whole" / "inner"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").touch()
+    for file, package in ((inner / "part.py", "whole"), (inner / "__init__.py", "whole"), (tmp_path / "alone.py", "alone")):
+        sentence = own_failure(raised(f"compile('(', {str(file)!r}, 'exec')")).sentence
+        assert f"package {package} is broken" in sentence
+        assert sentence.endswith(f"--force-reinstall {package}.")
+
+
+def test_a_file_of_ours_that_is_no_python_is_a_defect() -> None:
+    ours = Path(own_failure.__code__.co_filename).with_name("cli.py")
+    assert own_failure(raised(f"compile('(', {str(ours)!r}, 'exec')")).kind == "InternalError"

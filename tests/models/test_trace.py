@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -158,3 +159,24 @@ def test_nonsense_in_a_config_is_one_phrase(tiny_vlms: Mapping[str, Path], tmp_p
         trace(request, config, cache_folder=tmp_path)
     assert "\n" not in str(caught.value)
     assert math.isfinite(len(str(caught.value)))
+
+
+def test_no_file_that_a_config_names_is_loaded() -> None:
+    """timm takes the path of a checkpoint among the arguments of a model."""
+    torch = pytest.importorskip("torch")
+    from vlm_doctor.sources.trace_model import build
+
+    seen: list[dict[str, Any]] = []
+
+    class Config:
+        @staticmethod
+        def from_dict(fields: dict[str, Any]) -> dict[str, Any]:
+            seen.append(fields)
+            raise LookupError("enough")
+
+    arguments = {"depth": 3, "checkpoint_path": "x.pth"}
+    config = {"vision_config": {"model_args": arguments}, "parts": [{"checkpoint_path": 1}, 2]}
+    with pytest.raises(LookupError, match="enough"):
+        build(SimpleNamespace(config_class=Config), config, torch.float32, None)
+    assert seen == [{"vision_config": {"model_args": {"depth": 3}}, "parts": [{}, 2]}]
+    assert "checkpoint_path" in arguments

@@ -103,6 +103,28 @@ def test_inputs_have_the_shapes_that_the_processor_gives(family: str, case: imag
         assert ours == wanted, (height, width)
 
 
+def test_code_of_a_checkpoint_that_is_an_image_processor_never_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where somebody sits at the terminal who would say yes."""
+    import transformers.dynamic_module_utils as dynamic
+
+    from vlm_doctor.sources.trace_pictures import _processed
+
+    ran = tmp_path / "ran"
+    settings = {"image_processor_type": "OwnImageProcessor", "auto_map": {"AutoImageProcessor": "own.OwnImageProcessor"}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "own"}')
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    images = made_for("own", MODEL.image, 336, 336) if MODEL.image else None
+
+    assert images is not None
+    assert _processed(str(tmp_path), {"pixel_values"}, images, 1) is None
+    assert not ran.exists()
+
+
 FAMILIES = (
     "aya_vision", "blip", "chameleon", "cosmos3_omni", "deepseek_vl_hybrid", "florence2", "fuyu", "gemma3", "gemma4",
     "gemma4_unified", "git", "granite4_vision", "granite_docling", "idefics", "idefics2", "instructblip",

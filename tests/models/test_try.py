@@ -15,14 +15,18 @@ import pytest
 
 pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
+sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks")]
+import formulas_and_traces  # noqa: E402 - of the benchmarks
 from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
 
 from pytest_vlmgpu.testing import TINY_FAMILIES  # noqa: E402
 from vlm_doctor import load_profile  # noqa: E402
 from vlm_doctor.probes import try_child, try_prompt  # noqa: E402
+from vlm_doctor.probes.loading import load_processor  # noqa: E402
 from vlm_doctor.probes.trial_run import _blocks, _work, understand  # noqa: E402
 from vlm_doctor.sources.child import Outcome  # noqa: E402
 from vlm_doctor.trace import Pictures  # noqa: E402
@@ -133,6 +137,81 @@ def test_a_checkpoint_without_processor_is_called_all_the_same(copy: Path) -> No
     assert (attempt.state, attempt.is_finite) == ("ran", True)
     assert attempt.text is None
     assert attempt.notes[0].startswith("Its processor makes no prompt here (")
+
+
+@pytest.mark.parametrize(("family", "prompt_tokens"), [("pix2struct", 1), ("kosmos-2.5", 46)])
+def test_flat_patches_keep_the_places_that_stand_before_their_pixels(
+    tmp_path: Path, family: str, prompt_tokens: int
+) -> None:
+    """Without a processor; noise there is no row of a table. The decoder of Pix2Struct begins by itself."""
+    if family not in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    torch.manual_seed(0)
+    config = formulas_and_traces.tiny_config(family)
+    transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+
+    attempt = tried(tmp_path, Workload(text_tokens=40, new_tokens=2))
+
+    assert (attempt.state, attempt.reached) == ("ran", "second call"), attempt.traceback
+    assert attempt.prompt_tokens == prompt_tokens
+
+
+def test_a_prompt_of_shapes_has_room_for_a_word_behind_each_image(copy: Path) -> None:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (copy / name).unlink()
+    several = Workload(images=3, text_tokens=1, new_tokens=2)
+    planned = _work(load_profile(str(copy)), several)
+
+    attempt = tried(copy, several)
+
+    assert attempt.state == "ran", attempt.traceback
+    assert attempt.prompt_tokens == planned["image_tokens"] + 3 == planned["prompt_tokens"] + 2
+
+
+@pytest.mark.parametrize("is_trusted", [False, True])
+def test_parts_of_a_processor_run_code_of_a_checkpoint_only_where_it_is_trusted(
+    is_trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without torchvision, where each part is loaded by itself: unless it is told, transformers asks at the terminal."""
+    told: list[bool | None] = []
+
+    class Family:
+        @staticmethod
+        def get_processor_dict(name: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+            return {}, {}
+
+        @classmethod
+        def from_args_and_dict(cls, parts: list[Any], settings: dict[str, Any]) -> list[Any]:
+            return parts
+
+    def whole(name: str, **more: Any) -> None:
+        raise ImportError("torchvision")
+
+    def part(name: str, *, revision: str | None, trust_remote_code: bool | None = None) -> str:
+        told.append(trust_remote_code)
+        return name
+
+    made = SimpleNamespace(
+        AutoProcessor=SimpleNamespace(from_pretrained=whole),
+        AutoImageProcessor=SimpleNamespace(from_pretrained=part),
+        AutoTokenizer=SimpleNamespace(from_pretrained=part),
+        PROCESSOR_MAPPING={SimpleNamespace: Family},
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    parts = load_processor(made, "org/vlm", None, SimpleNamespace(), trust_remote_code=is_trusted)
+    assert parts == ["org/vlm", "org/vlm", None]
+    assert told == [is_trusted, is_trusted]
+
+
+def test_noise_is_in_the_place_of_pixels_alone() -> None:
+    sizes = torch.tensor([[2, 3]])
+    noise = try_prompt._noise_like([torch.zeros(3, 4), (torch.zeros(2), sizes), "same"])
+
+    assert [noise[0].shape, noise[1][0].shape] == [(3, 4), (2,)]
+    assert float(noise[0].abs().sum()) > 0 < float(noise[1][0].abs().sum())
+    assert noise[1][1] is sizes
+    assert noise[2] == "same"
 
 
 def test_tensors_are_held_against_the_map(tiny_vlms: Mapping[str, Path]) -> None:

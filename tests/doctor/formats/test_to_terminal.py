@@ -234,6 +234,17 @@ def test_quantization_and_every_token_s_logits_are_named(plan_report: Report) ->
     assert "Longest prompt" not in text
 
 
+def test_larger_images_than_the_processor_keeps_are_no_limit(plan_report: Report) -> None:
+    plan = plan_report.plan
+    assert plan is not None
+    assert plan.limits is not None
+    limits = msgspec.structs.replace(plan.limits, image_edge=3584)
+    workload = msgspec.structs.replace(plan.workload, image_height=5000, image_width=None)
+    changed = msgspec.structs.replace(plan, limits=limits, workload=workload)
+    text = " ".join(render(replace(plan_report, plan=changed), "terminal").split())
+    assert "or larger images, scaled down to 3,584 x 3,584 pixels too." in text
+
+
 def test_no_image_is_no_way_to_grow(plan_report: Report) -> None:
     """Where the prompt has no image and none would fit."""
     plan = plan_report.plan

@@ -316,6 +316,7 @@ def test_what_is_no_json_is_said_without_the_words_of_python(write_checkpoint: W
 @pytest.mark.parametrize(
     ("adapter", "named"),
     [
+        ('{"base_model_name_or_path": " "}', ""),
         ('{"base_model_name_or_path": "org/vlm"}', " of org/vlm"),
         ('{"base_model_name_or_path": "a\\nb"}', ""),
         ('{"base_model_name_or_path": 5}', ""),

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from vlm_doctor import ModelProfile, Plan, Policy, Workload, plan
+from vlm_doctor import ModelProfile, Plan, Policy, Workload, load_profile, plan
 from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
@@ -156,6 +156,17 @@ def test_the_other_split_may_begin_elsewhere(free_gib: list[float], gpus: tuple[
         assert (asked.margin_bytes() or 0) < 0
 
 
+@pytest.mark.parametrize(("free_gib", "is_enough"), [([0.5, 11.34, 9.18, 6.51], False), ([0.5, 13, 9.5, 8.5], True)])
+def test_logits_come_back_to_the_main_gpu_whatever_its_number(free_gib: list[float], is_enough: bool) -> None:
+    """GPU 0 takes part in nothing here: GPU 1, in the middle of the model, is the main one."""
+    workload = msgspec.structs.replace(FORWARD, text_tokens=4000)
+    asked = question(glm41v_9b(), free_gib, workload, pins=(("model.visual", 2), ("lm_head", 3)), min_gpus=3)
+    assert asked.choose_among(asked.counts) is not None
+    choice = asked.choose()
+    assert (choice is not None) == asked.fits() == is_enough
+    assert choice is None or [asked.is_main(choice.split, stage) for stage in (0, 1, 2)] == [False, True, False]
+
+
 def test_the_main_gpu_is_the_lowest_of_the_map_not_of_the_machine() -> None:
     asked = question(glm41v_9b(), [0.5, 16, 16], LARGE, pins=(("model.visual", 2), ("lm_head", 1)))
     choice = asked.choose()
@@ -166,3 +177,25 @@ def test_the_main_gpu_is_the_lowest_of_the_map_not_of_the_machine() -> None:
     assert usual is not None
     assert [asked.is_main(usual.split, stage) for stage in (0, 1)] == [None, None]
     assert asked.need(choice.split, 0).total_bytes < 16 * GIB
+
+
+def test_logits_come_back_to_a_main_gpu_that_has_blocks_of_the_tower_alone() -> None:
+    """The plan says of it what the judge of its map says."""
+    profile = load_profile("llava-1.5-7b", allow_network=False)
+    workload = Workload(images=1, text_tokens=8000, logits="forward")
+    rules, made = Policy(min_gpus=3), machine([3, 16, 16])
+    parts = chain(profile, breaks_tower=True)
+    asked = ask(profile, workload, rules, made, chain=parts, found=budgets(made, rules))
+    choice = asked.choose()
+    assert choice is not None
+    assert choice.split.gpus == (0, 1, 2)
+    assert [any(atom.has_embedding for atom in parts.atoms[first:end]) for first, end in choice.split.runs] == [0, 1, 0]
+    assert [asked.is_main(choice.split, stage) for stage in (0, 1, 2)] == [True, False, False]
+    logits = (8000 + 576) * 32_064 * 2
+    needed = asked.need(choice.split, 0)
+    assert needed.moment == "the logits come back"
+    assert logits < needed.total_bytes < logits + 256 * MIB
+    scarce = machine([1.3, 16, 16])
+    tight = ask(profile, workload, rules, scarce, chain=parts, found=budgets(scarce, rules))
+    assert tight.choose_among(tight.counts) is not None
+    assert (tight.choose(), tight.fits()) == (None, False)

@@ -14,7 +14,10 @@ from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.kv_cache import Cached
 from vlm_doctor.planner.memory import Footprint, Holding, StageNeed, item_bytes, loaded_dtype, unit_bytes
+from vlm_doctor.planner.settle import replay_of
 from vlm_doctor.planner.weights import loading_bytes
+from vlm_doctor.sources import load_machine
+from vlm_doctor.sources.allocation_scripts import body_script
 from vlm_doctor.units import MIB
 from vlm_doctor.workload import Workload
 
@@ -170,6 +173,22 @@ def test_logits_of_one_token_or_of_all() -> None:
     assert footprint(glm41v_9b(), images=0, logits="forward").work(512).head == 2 * 512 * 4096 * 2 + 512 * 151552 * 2
     cog = llava_13b(architecture="CogVLMForCausalLM")
     assert footprint(cog, images=0).work(512).head == 2 * states + 512 * 32064 * 6
+
+
+@pytest.mark.parametrize(
+    ("family", "release", "has_all"),
+    [("qwen2_vl", (4, 57), True), ("qwen2_vl", None, False), ("video_llama_3", (5, 23), True), ("glm4v", (4, 57), False)],
+)
+def test_classes_that_cannot_be_told_to_keep_the_last_logits_make_all(
+    family: str, release: tuple[int, int] | None, has_all: bool
+) -> None:
+    known = footprint(glm41v_9b(model_type=family, body_script=body_script("glm4v_text")), images=0, text_tokens=4096)
+    prices = Footprint(known.profile, known.workload, known.images, known.atoms, release=release)
+    made = 4096 * 151552 * 2
+    assert (prices.work(4096).head > made) == has_all
+    assert (prices.work(4096).returned == made) == has_all
+    # What was written down of the class is of a release that makes the last ones alone.
+    assert (replay_of(prices, load_machine("1xA100").gpus) is None) == has_all
 
 
 @pytest.mark.parametrize(

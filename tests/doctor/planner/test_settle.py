@@ -17,6 +17,7 @@ from vlm_doctor.planner import plan
 from vlm_doctor.planner import settle as settling
 from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.memory import Footprint
 from vlm_doctor.planner.order import Split
 from vlm_doctor.planner.problem import Problem, ask
 from vlm_doctor.planner.settle import takes
@@ -202,3 +203,20 @@ def test_few_lengths_above_what_is_wanted_are_all_tried(
     monkeypatch.setattr(settling, "takes_anyway", lambda _problem, _split, tokens: tokens not in gap)
     problem: Any = None
     assert settling._without_gaps(problem, problem, 1000, 990) == longest
+
+
+def test_a_stage_that_runs_in_less_than_it_takes_to_load_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with joined experts, which exist twice while they are loaded."""
+    loading = 3 * GIB
+    monkeypatch.setattr(Footprint, "loading_of", lambda *_: loading)
+    roomy = problem(few_layers(), machine([40]))
+    choice = roomy.choose()
+    assert choice is not None
+    need = roomy.need(choice.split, 0)
+    assert need.moment == "the weights are loaded"
+    assert need.kv_cache_bytes + need.activations_bytes == loading
+    assert need.reserved_bytes is not None
+    assert need.reserved_bytes >= need.weights_bytes + loading
+    least = (need.weights_bytes + loading) / GIB
+    assert problem(few_layers(), machine([least + 0.1]), headroom_fraction=0.0, headroom_min_bytes=0).choose() is not None
+    assert problem(few_layers(), machine([least - 0.1]), headroom_fraction=0.0, headroom_min_bytes=0).choose() is None

@@ -36,6 +36,7 @@ WIDTH, MLP_WIDTH, BLOCKS = 1024, 4096, 4
         ("glm5_next", 5184, 19.07),
         ("glm_ocr", 5184, 19.07),
         ("glmga", 5184, 17.07),
+        ("granite_docling", 33792, 13.75),
         ("hunyuan_vl", 4096, 11.0),
         ("hyperclovax_vision_v2", 4900, 17.071),
         ("inkling2", 2704, 17.081),

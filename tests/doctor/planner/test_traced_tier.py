@@ -325,6 +325,12 @@ class TestRequest:
             images=2, height=336, width=672, sequences=2, run_height=336, run_width=672, patches=24 * 48, patch=14, merge=2
         )
 
+    @pytest.mark.parametrize("images", [1, 64, 100])
+    def test_a_word_behind_each_image_has_room(self, images: int) -> None:
+        asked = Workload(images=images, image_height=56, image_width=56, text_tokens=0)
+        request = trace_request(glm41v_9b(), asked, self.machine)
+        assert min(request.lengths) >= image_load(glm41v_9b(), asked).tokens + max(64, images)
+
     def test_images_of_a_size_that_nobody_names_are_those_that_the_plan_counts(self) -> None:
         """InternVL shows one tile of an image as large as a tile, and twelve beside the whole at most."""
         model = load_profile("OpenGVLab/InternVL3-8B-hf", allow_network=False)

@@ -259,6 +259,16 @@ def test_our_file_names_shadow_no_module(tmp_path: Path) -> None:
     assert str(tmp_path) not in outcome.answer["path"]
 
 
+def test_folders_of_the_user_stay_where_python_adds_none_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"))
+    for is_safe in ("", "1"):
+        monkeypatch.setenv("PYTHONSAFEPATH", is_safe)
+        path = run(tmp_path, "say('all', {'path': sys.path}, is_final=True)").answer["path"]
+        assert path[0] == str(tmp_path / "own")
+
+
 def test_entry_runs_a_program_and_reports_what_it_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "good.py").write_text("def main(say, number):\n    say('all', {'number': number}, is_final=True)\n")
     (tmp_path / "bad.py").write_text("def main(say):\n    raise ValueError\n")

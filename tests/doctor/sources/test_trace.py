@@ -155,7 +155,7 @@ def test_a_second_trace_comes_from_the_cache(asked: list[dict[str, Any]], tmp_pa
     assert trace(REQUEST, {"a": 1}, cache_folder=cache, is_fresh=True).is_cached is False
 
 
-@pytest.mark.parametrize("change", ["request", "config", "version", "processor"])
+@pytest.mark.parametrize("change", ["request", "config", "version", "timm", "processor"])
 def test_what_a_trace_depends_on_makes_another(
     change: str, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,9 +169,23 @@ def test_what_a_trace_depends_on_makes_another(
         config = {"a": 2}
     elif change == "version":
         monkeypatch.setattr(source, "_version", lambda library: "1.1")
+    elif change == "timm":
+        monkeypatch.setattr(source, "_version", lambda library: None if library == "timm" else "1.0")
     else:
         (folder / "preprocessor_config.json").write_text("{}")
     trace(request, config, folder=folder, cache_folder=tmp_path)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("changed", ["sources/trace_child.py", "trace.py", "data/image_rules.py"])
+def test_another_program_makes_another_trace(
+    changed: str, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "FOLDER", tmp_path / "doctor")
+    for number in (1, 2):
+        (tmp_path / "doctor" / changed).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "doctor" / changed).write_text(f"number = {number}")
+        trace(REQUEST, {}, cache_folder=tmp_path)
     assert len(asked) == 2
 
 
@@ -179,13 +193,14 @@ OWN = msgspec.structs.replace(REQUEST, is_remote_code=True)
 AUTO_MAP = {"auto_map": {"AutoConfig": "code.MadeConfig", "AutoModel": "code.MadeForConditionalGeneration"}}
 
 
-@pytest.mark.parametrize("change", ["", "file", "mode", "elsewhere"])
+@pytest.mark.parametrize("change", ["", "file", "name", "deeper", "pipe", "mode", "elsewhere"])
 def test_a_trace_of_own_code_is_of_this_code(
     change: str, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, config = tmp_path / "model", AUTO_MAP
     folder.mkdir()
     (folder / "code.py").write_text("")
+    (folder / "deep").mkdir()
     if change == "elsewhere":
         # Nobody looks whether code of another repository is the same.
         config = {"auto_map": {"AutoModel": "org/code--code.MadeForConditionalGeneration"}}
@@ -193,6 +208,12 @@ def test_a_trace_of_own_code_is_of_this_code(
     assert asked[0]["code"] == next(reversed(config["auto_map"].values()))
     if change == "file":
         (folder / "more.py").write_text("more = 1")
+    elif change == "name":
+        (folder / os.fsdecode(b"\xff.py")).touch()
+    elif change == "deeper":
+        (folder / "deep" / "more.py").write_text("more = 1")
+    elif change == "pipe":
+        os.mkfifo(folder / "more.py")
     elif change == "mode":
         (folder / "more.py").symlink_to("nowhere")
     again = trace(OWN, config, folder=folder, cache_folder=tmp_path)
@@ -236,6 +257,18 @@ def test_copies_of_own_code_go_where_nobody_else_looks(
     assert not Path(seen[0]).exists()
     assert seen[1] == ""
     assert len(asked) == 2
+
+
+def test_copies_of_own_code_that_have_no_place(
+    asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class of transformers needs none."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    (tmp_path / "code.py").write_text("")
+    with pytest.raises(TraceError, match=r"no folder for copies of its code \(No such file or directory\)"):
+        trace(OWN, AUTO_MAP, folder=tmp_path, cache_folder=tmp_path)
+    assert not asked
+    assert trace(REQUEST, {}, cache_folder=tmp_path).runs
 
 
 @pytest.mark.parametrize("damage", ["", "{", "null", "link", "folder"])
