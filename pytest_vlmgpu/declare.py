@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import pytest
 
@@ -178,7 +180,21 @@ class _Level(argparse.Action):
 def words_given(config: Any) -> list[object]:
     """What pytest is about to parse: words of the command line, of ``PYTEST_ADDOPTS`` and of the ini key ``addopts``."""
     by_variable = shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))
-    return [*config.invocation_params.args, *by_variable, *config.getini("addopts")]
+    # A plugin that a call of pytest.main() names is asked before there is any ini file.
+    by_file = config.getini("addopts") if hasattr(config, "known_args_namespace") else []
+    return [*_read([*config.invocation_params.args, *by_variable]), *by_file]
+
+
+def _read(words: Iterable[object]) -> Iterator[object]:
+    """Words, and of a file of words (``@FILE``, one a line) those that are in it."""
+    for word in words:
+        if not isinstance(word, str) or not word.startswith("@"):
+            yield word
+            continue
+        with suppress(OSError, ValueError):  # pytest says it
+            path = Path(word[1:])
+            # A pipe, as of "@<(ls)", can be read once, and pytest is to do that.
+            yield from _read(path.read_text().splitlines() if path.is_file() else ())
 
 
 def add_options(parser: pytest.Parser, words: Iterable[object] = ()) -> None:

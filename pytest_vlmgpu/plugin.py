@@ -107,7 +107,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return make(config, log)
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, trylast=True)  # who else looks at these tests, to pick some by their ids, say, comes behind
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
@@ -146,8 +146,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         requests = ordering.requests_of(config, session.items)
     ordering.arrange(config, session.items, requests)
     collecting.settle(config, requests)
-    if not config.option.collectonly:
+    if config.option.collectonly:
+        return
+    try:
         _prepare(session, requests)
+    except pytest.UsageError as error:
+        if not hasattr(config, "workerinput"):
+            raise
+        collecting.refuse(session, str(error))
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

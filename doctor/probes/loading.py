@@ -97,10 +97,10 @@ def load_processor(transformers: Any, name: str, revision: str | None, config: A
         # Without torchvision there is no video processor, and every family that knows videos is refused as a whole.
         if importlib.util.find_spec("torchvision") is not None or type(config) not in transformers.PROCESSOR_MAPPING:
             raise
-    return _for_images_only(transformers, name, revision, config)
+    return _for_images_only(transformers, name, revision, config, trust_remote_code=trust_remote_code)
 
 
-def _for_images_only(transformers: Any, name: str, revision: str | None, config: Any) -> Any:
+def _for_images_only(transformers: Any, name: str, revision: str | None, config: Any, *, trust_remote_code: bool) -> Any:
     """The family's own processor with nothing in the place of its video processor."""
     family: Any = transformers.PROCESSOR_MAPPING[type(config)]
 
@@ -113,7 +113,8 @@ def _for_images_only(transformers: Any, name: str, revision: str | None, config:
     WithoutVideo.__name__ = family.__name__
     settings, _ = family.get_processor_dict(name, revision=revision)
     classes = (transformers.AutoImageProcessor, transformers.AutoTokenizer)
-    parts = [*(part.from_pretrained(name, revision=revision) for part in classes), None]
+    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    parts = [*(part.from_pretrained(name, **where) for part in classes), None]
     return WithoutVideo.from_args_and_dict(parts, settings)
 
 

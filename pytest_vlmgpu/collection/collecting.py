@@ -51,10 +51,19 @@ def examine_again(session: pytest.Session, requests: Requests) -> bool:
             item.fixturenames = [name for name in item.fixturenames if name not in (GATE_FIXTURE, WATCH_FIXTURE)]
         error = _examine(items)
         if error is not None:
-            report = pytest.CollectReport(collector.nodeid, "failed", error, [])
-            session.config.hook.pytest_collectreport(report=report)
+            _report(session, collector.nodeid, error)
             session.items[:] = [item for item in session.items if item.parent is not collector]
     return bool(changed)
+
+
+def refuse(session: pytest.Session, error: str) -> None:
+    """Let a worker of pytest-xdist run nothing, and have the controller say why; its own errors of usage nobody sees."""
+    _report(session, "the tests of a worker", error)
+    session.items.clear()
+
+
+def _report(session: pytest.Session, nodeid: str, error: str) -> None:
+    session.config.hook.pytest_collectreport(report=pytest.CollectReport(nodeid, "failed", error, []))
 
 
 def settle(config: pytest.Config, requests: Requests) -> None:

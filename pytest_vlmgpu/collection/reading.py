@@ -116,11 +116,12 @@ class Reading:
         parameter = callspec.params["vlm"] if is_given else None
         if not is_given and len(self.named) == 1:
             return self.named[0]
-        if self.named and parameter not in self.named and not is_parametrized_by_user(item):
-            raise self._several_models(item)
         spec = gate_of(item.config).spec_from(parameter)
         if spec is not None and spec.min_gpus != self.requirements.gpus:
-            return spec.spread_over(self.requirements.gpus)
+            spec = spec.spread_over(self.requirements.gpus)
+        is_one_of_them = spec in self.named and getattr(callspec, "models", 0) == len(self.named)
+        if self.named and not is_one_of_them and not is_parametrized_by_user(item):
+            raise self._several_models(item)
         return spec
 
     def _several_models(self, item: Any) -> pytest.Collector.CollectError:
@@ -129,7 +130,7 @@ class Reading:
                 f"{item.nodeid}: @pytest.mark.vlm names {len(self.named)} models, and tests of a unittest.TestCase run "
                 "once: name one, and make a subclass for each other model."
             )
-        if not hasattr(item, "callspec"):
+        if not hasattr(item, "callspec") or hasattr(item.callspec, "models"):
             return markers.wrong(
                 f"{item.nodeid}: @pytest.mark.vlm names {len(self.named)} models, and a hook that adds it to a "
                 "collected test can name one: write it in the module, or as pytestmark."

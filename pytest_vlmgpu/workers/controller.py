@@ -211,11 +211,14 @@ def start_controller(config: pytest.Config, specs: Sequence[Any]) -> None:
 
 
 def auto_workers(config: pytest.Config) -> int | None:
-    """How many workers ``-n auto`` means: one for each GPU that ``--vlm-gpus`` allows.
+    """How many workers ``-n auto`` means: one for each GPU that ``--vlm-gpus`` allows, unless a conftest knows better.
 
     Raises:
         pytest.UsageError: A setting is wrong.
     """
+    import xdist.plugin
+
+    from .. import plugin
     from ..gating.selection import judge
     from ..options import resolve
 
@@ -223,6 +226,11 @@ def auto_workers(config: pytest.Config) -> int | None:
     is_told = not settings.is_gpus_given or settings.gpus.kind == "none" or os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
     if is_told:
         return None
+    name = "pytest_xdist_auto_num_workers"
+    others = config.pluginmanager.subset_hook_caller(name, remove_plugins=[plugin, xdist.plugin])
+    said: int | None = others(config=config)
+    if said is not None:
+        return said
     verdict = judge(Requirements(), gate_of(config).machine(), settings.gpus, is_busy_decided_later=True)
     return len(verdict.gpus) or None
 

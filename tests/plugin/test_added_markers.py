@@ -55,6 +55,31 @@ def test_a_wrong_added_marker_is_a_collection_error(suite: Any, hook: str, quiet
         )
 
 
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_is_added_to_a_test_of_several_models_counts_for_each(suite: Any, hook: str) -> None:
+    with_hook(suite, hook, "vlm_requires(gpus=2)")
+
+    result = suite.run(
+        test_x="""
+        import pytest
+        @pytest.mark.vlm("org/a", "org/b")
+        def test_x(vlm, request): assert request.node.callspec.params["vlm"].label == f"{vlm.name} (at least 2 GPUs)"
+        """
+    )
+
+    result.assert_outcomes(passed=2)
+
+
+def test_a_model_more_is_too_late_for_a_test_of_several(suite: Any) -> None:
+    with_hook(suite, "itemcollected", 'vlm("org/c")')
+
+    result = suite.run(test_x='import pytest\n@pytest.mark.vlm("org/a", "org/b")\ndef test_x(vlm): pass\n')
+
+    result.stdout.fnmatch_lines(
+        ["*test_x[[]a]: @pytest.mark.vlm names 3 models, and a hook that adds it to a collected test *"]
+    )
+
+
 @pytest.mark.parametrize("hook", ["itemcollected", "modifyitems"])
 def test_a_wrong_added_marker_ends_a_run_with_workers_too(suite: Any, hook: str) -> None:
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")

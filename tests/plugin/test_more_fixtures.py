@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .projects import with_workers
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -266,6 +268,20 @@ def test_a_hook_that_fails_to_estimate_is_one_sentence_with_its_place(pytester: 
         "ERROR: VLM720: the hook pytest_vlmgpu_estimate fails for llava-hf/llava-1.5-7b-hf: "
         "KeyError: 'llava-hf/llava-1.5-7b-hf' (conftest.py, line 2); correct it."
     ])  # fmt: skip
+
+
+@with_workers
+def test_a_hook_that_fails_to_estimate_ends_a_run_with_workers_too(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("def pytest_vlmgpu_estimate(config, spec):\n    return {}[spec.name]")
+    pytester.makepyfile(test_named=NAMED, test_other="def test_other(): pass")
+
+    result = pytester.runpytest_subprocess("--vlm-fake-gpus=2xL4", "-n2")
+
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(
+        ["*ERROR collecting the tests of a worker*", "VLM720: the hook pytest_vlmgpu_estimate *; correct it."]
+    )
+    assert "INTERNALERROR" not in result.stdout.str()
 
 
 def test_a_hook_that_gives_no_estimate_is_one_sentence(pytester: pytest.Pytester) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pytest_vlmgpu import declare
 from pytest_vlmgpu.options import GpuChoice, Settings, parse_gpus, resolve
 
 GPU_FORMS = "auto, none, a count (2), positions (0,2) or UUIDs (GPU-…, MIG-…)"
@@ -312,7 +314,7 @@ def test_a_level_is_never_taken_from_the_word_behind(suite: Any, words: list[str
         ("--vlm-plan=x", "--vlm-plan: it takes no value, and has 'x'; write --vlm-plan alone."),
     ],
 )
-@pytest.mark.parametrize("place", ["command line", "addopts", "PYTEST_ADDOPTS"])
+@pytest.mark.parametrize("place", ["command line", "addopts", "PYTEST_ADDOPTS", "@words.txt"])
 def test_a_wrong_level_gets_a_sentence_of_ours(
     suite: Any, monkeypatch: pytest.MonkeyPatch, word: str, message: str, place: str
 ) -> None:
@@ -320,8 +322,11 @@ def test_a_wrong_level_gets_a_sentence_of_ours(
         suite.pytester.makeini(f"[pytest]\naddopts = '{word}'")
     elif place == "PYTEST_ADDOPTS":
         monkeypatch.setenv("PYTEST_ADDOPTS", f"'{word}'")
+    elif place == "@words.txt":
+        suite.pytester.makefile(".txt", words=f"-v\n{word}")
+    given = {"command line": [word], "@words.txt": [place]}.get(place, [])
 
-    result = suite.run(*[word] * (place == "command line"), test_x="def test_x(): pass")
+    result = suite.run(*given, test_x="def test_x(): pass")
 
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: VLM720: {message}" in result.errlines
@@ -330,6 +335,26 @@ def test_a_wrong_level_gets_a_sentence_of_ours(
 
 def test_any_time_may_be_written_behind_warm(suite: Any) -> None:
     assert suite.pytester.parseconfig("--vlm-warm=20m", "tests").getoption("vlm_warm") == "20m"
+
+
+def test_the_plugin_may_be_named_in_a_call_of_main(suite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    suite.pytester.makepyfile(test_x="def test_x(pytestconfig): assert pytestconfig.getoption('vlm_warm') == '20m'")
+
+    result = suite.pytester.runpytest_inprocess("--vlm-warm=20m", plugins=["pytest_vlmgpu.plugin"])
+
+    result.assert_outcomes(passed=1)
+
+
+def test_words_that_come_through_a_pipe_are_left_to_pytest() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"--vlm-warm=20m")
+    os.close(writing)
+
+    assert declare.words_given(SimpleNamespace(invocation_params=SimpleNamespace(args=[f"@/dev/fd/{reading}"]))) == []
+
+    assert os.read(reading, 100) == b"--vlm-warm=20m"
+    os.close(reading)
 
 
 def test_native_toml(suite: Any) -> None:

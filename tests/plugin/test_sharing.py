@@ -94,6 +94,17 @@ def test_as_many_workers_as_gpus_with_auto(make: Callable[..., Project], found_f
 
 
 @with_workers
+@pytest.mark.parametrize(("said", "workers"), [("2", "2 workers"), ("None", "3 workers")])
+def test_a_conftest_may_say_how_many_workers_auto_means(make: Callable[..., Project], said: str, workers: str) -> None:
+    project = make(gpus=3)
+    project.conftest = f"def pytest_xdist_auto_num_workers(config): return {said}\n"
+
+    text, _ = project.run("-nauto", "--vlm-gpus=auto", "-v", test_x=TWO_MODELS)
+
+    assert workers in text
+
+
+@with_workers
 @pytest.mark.parametrize(
     ("visible", "workers", "indices"),
     [("1", 2, {"1"}), (UUIDS[1], 2, {"1"}), ("GPU-00000002", 2, {"2"}), ("2,1", 2, {"1", "2"})],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import re
@@ -330,6 +331,32 @@ def test_what_a_killed_host_has_left_goes_when_somebody_looks(warm: Warm) -> Non
     assert hosts.record_of("d") == record, "whoever waits for its memory still knows it"
     warm.start()
     assert warm.place.why_ended() == ""
+
+
+def test_a_killed_host_is_known_to_a_run_whose_neighbour_takes_away_what_it_has_left(warm: Warm) -> None:
+    pid = warm.start()
+    (record,) = records(warm.place.folder)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not is_running(pid))
+    hosts = Hosts(warm.place.folder)
+
+    with warm.place.lock.open("r+") as neighbour:
+        fcntl.flock(neighbour, fcntl.LOCK_EX)
+        assert hosts.alive() == []
+        warm.place.record.unlink()
+
+    assert hosts.record_of("d") == record
+
+
+def test_a_host_that_has_said_why_it_ended_was_not_killed(warm: Warm) -> None:
+    pid = warm.start()
+    (record,) = records(warm.place.folder)
+    assert Hosts(warm.place.folder).end(record) == ""
+    until(lambda: not is_running(pid))
+
+    assert warm.place.clear()
+
+    assert warm.place.why_ended() == f"pid {os.getpid()} asked it to"
 
 
 def test_a_host_that_hangs_is_asked_once(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
