@@ -31,11 +31,10 @@ def text_inputs(config: Any, taken: Container[str], tokens: int, batch: int) -> 
         batch: Prompts.
     """
     ids = torch.full((batch, tokens), WORD if marker_of(config) != WORD else OTHER_WORD)
-    inputs: dict[str, Any] = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "token_type_ids": torch.zeros_like(ids),
-    }
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.model_type == "gemma3":
+        # The others' processors give kinds of tokens with images alone, and their masks differ with them.
+        inputs["token_type_ids"] = torch.zeros_like(ids)
     if "bbox" in taken:
         inputs["bbox"] = torch.zeros(batch, tokens, 4)
     return {name: value for name, value in inputs.items() if name in taken or name not in _OPTIONAL}

@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import tiny_remote  # noqa: E402
 from architecture_trial import Row  # noqa: E402
 from remote_trial import RemoteTrial  # noqa: E402
 
-pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("copied_code"), pytest.mark.models, pytest.mark.filterwarnings("ignore")]
 
 WORK = Workload(images=1, text_tokens=16, new_tokens=4)
 TOGETHER: dict[str, tuple[str, ...]] = {
@@ -49,18 +49,6 @@ TOGETHER: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What must share a device, by the code and the guides of each family."""
 _ROTARY = ("language_model.model.rotary_emb", "llm.model.rotary_emb")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """transformers copies code of checkpoints there."""
-    import transformers.dynamic_module_utils as dynamic
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        path = list(sys.path)
-        yield
-        sys.path[:] = path
 
 
 @pytest.fixture(scope="module")

@@ -35,17 +35,12 @@ MACHINE = load_machine("80GiB,80GiB")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where this process has copies of code while checkpoints are written, and where traces are kept."""
-    import transformers.dynamic_module_utils as dynamic
-
+def _traces(tmp_path_factory: pytest.TempPathFactory, copied_code: Path) -> Iterator[None]:
+    """Where traces are kept."""
     kept = tmp_path_factory.mktemp("traces")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         patch.setattr("vlm_doctor.sources.trace.default_folder", lambda: kept)
-        path = list(sys.path)
         yield
-        sys.path[:] = path
 
 
 @pytest.fixture(scope="module")
