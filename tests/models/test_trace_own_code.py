@@ -66,7 +66,7 @@ def traced(folder: Path, **fields: Any) -> Tracing:
     ("name", "family", "more"),
     [
         ("THUDM/glm-4v-9b", "chatglm", {}),
-        ("THUDM/cogvlm2-llama3-chat-19B", "cogvlm2", {"num_multi_query_heads": 8}),
+        ("THUDM/cogvlm2-llama3-chat-19B", "cogvlm2", {"num_multi_query_heads": 8, "tie_word_embeddings": False}),
         ("OpenGVLab/InternVL3-8B", "internvl_chat", {}),
     ],
 )
