@@ -95,7 +95,7 @@ def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
     import torch
 
     from ..sources.trace_inputs import prompt_inputs, square_inputs
-    from ..sources.trace_pictures import count_features, encoder_of, image_inputs
+    from ..sources.trace_pictures import count_features, encoder_of, image_inputs, names_taken
 
     accepted = inspect.signature(type(model).forward).parameters
     tokens, batch, pictures = work["prompt_tokens"], work["batch"], work["pictures"]
@@ -105,8 +105,7 @@ def _by_shape(model: Any, work: dict[str, Any], name: str) -> dict[str, Any]:
         pixels = torch.randn(batch * pictures.images, 3, pictures.height, pictures.width)
         return square_inputs(model.config, accepted, pixels, tokens=tokens, batch=batch, places=work["image_tokens"])
     encode = encoder_of(model)
-    names = {*accepted, *(inspect.signature(encode).parameters if encode else ())}
-    images = image_inputs(model.config, names, name, pictures, batch)
+    images = image_inputs(model.config, names_taken(accepted, encode), name, pictures, batch)
     # Flattened patches have their places in front of their pixels: what is no pixel stays as it is.
     images = {key: _noise_like(value) if "pixel_values" in key else value for key, value in images.items()}
     with torch.no_grad():

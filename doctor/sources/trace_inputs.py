@@ -17,8 +17,6 @@ _MARKERS = (
     "media_placeholder_token_id",
 )  # fmt: skip
 """Names of the token that stands for an image feature."""
-_OPTIONAL = ("token_type_ids", "mm_token_type_ids", "attention_mask")
-"""Arguments that some classes, and some releases of one, do not take."""
 
 
 def text_inputs(config: Any, taken: Container[str], tokens: int, batch: int) -> dict[str, Any]:
@@ -37,7 +35,8 @@ def text_inputs(config: Any, taken: Container[str], tokens: int, batch: int) -> 
         inputs["token_type_ids"] = torch.zeros_like(ids)
     if "bbox" in taken:
         inputs["bbox"] = torch.zeros(batch, tokens, 4)
-    return {name: value for name, value in inputs.items() if name in taken or name not in _OPTIONAL}
+    # Some classes, and some releases of one, take no mask or no kinds of tokens.
+    return {name: value for name, value in inputs.items() if name in taken}
 
 
 def marker_of(config: Any) -> int | None:

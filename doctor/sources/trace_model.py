@@ -16,7 +16,7 @@ from ..trace import Pictures
 from .trace_attention import OnGpu
 from .trace_ghost import CUDA, META, Ghost, map_nested, pretend_cuda
 from .trace_inputs import OTHER_WORD, TAKE_SQUARES, marker_of, prompt_inputs, square_inputs
-from .trace_pictures import count_features, encoder_of, image_inputs
+from .trace_pictures import count_features, encoder_of, image_inputs, names_taken
 from .trace_recorder import Recorder
 
 TOWER = -2
@@ -113,8 +113,9 @@ class Tracer:
             config.img_context_token_id = self.model.img_context_token_id = OTHER_WORD
         if self._is_remote and (encode is None or marker_of(config) is None):
             raise LookupError("it is not known how its code takes images")
-        names = {*taken, *(inspect.signature(encode).parameters if encode else ())}
-        images = image_inputs(config, names, None if self._is_remote else self._folder, pictures, batch)
+        images = image_inputs(
+            config, names_taken(taken, encode), None if self._is_remote else self._folder, pictures, batch
+        )
         self.features = pictures.images if encode is None else self._features(encode, images) // batch
         places = [self.features // pictures.images] * pictures.images
         return prompt_inputs(config, taken, tokens, batch, images=images, places=places)

@@ -8,7 +8,7 @@ transformers 5.23 give. Of a family that is not known here the checkpoint's imag
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ def encoder_of(model: Any) -> Callable[..., Any] | None:
     """The method that gives image features; ``None`` where there is none."""
     bodies = list(model.modules())
     return next((found for name in _ENCODERS for body in bodies if (found := getattr(body, name, None)) is not None), None)
+
+
+def names_taken(accepted: Iterable[str], encode: Callable[..., Any] | None) -> set[str]:
+    """Arguments of a model's ``forward``, and of what encodes its images."""
+    return {*accepted, *(inspect.signature(encode).parameters if encode else ())}
 
 
 def count_features(encode: Callable[..., Any], images: Inputs) -> int:
