@@ -64,7 +64,8 @@ def test_json_is_json_even_where_what_writes_it_is_broken(tmp_path: Path) -> Non
 
 def raised(code: str) -> Exception:
     try:
-        exec(compile(code, "a_file.py", "exec"), {"__name__": "vlm_doctor.made_up"})
+        # No name of a file: what measures coverage would look for the source.
+        exec(compile(code, "<made up>", "exec"), {"__name__": "vlm_doctor.made_up"})
     except (KeyError, ValueError, AttributeError, ImportError, SyntaxError) as error:
         return error
     raise AssertionError(code)
