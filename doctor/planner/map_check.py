@@ -87,7 +87,8 @@ def check_map(
     question = Question.of(profile, machine, workload, policy)
     anatomy = Anatomy(profile, workload)
     judged = judge(question, anatomy, device_map)
-    best = plan(profile, machine, workload, policy)
+    # A corrected map is for the process that the map was for.
+    best = plan(profile, machine, workload, msgspec.structs.replace(policy, keeps_numbers=True))
     corrected, changes = _correct(question, judged, best) if judged.wants_repair else (None, ())
     extra = () if judged.has_errors else tuple(_fewer_gpus(question, judged, best))
     return MapCheck(

@@ -181,10 +181,11 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     def _less_room(self) -> Fleet:
         """The GPUs without what any of them may have to take when the model begins on another than the main one.
 
-        That is the lowest of those that are used: the one with the highest number is it for no split over several.
+        Where GPUs keep their numbers, that is the lowest of those that are used: the one with the highest number is it
+        for no split over several.
         """
         work = self.footprint.work(self.workload.text_tokens)
-        last = max(budget.gpu.index for budget in self.budgets)
+        last = max(budget.gpu.index for budget in self.budgets) if self.policy.keeps_numbers else None
         more = [work.pixels + work.returned * (budget.gpu.index != last) for budget in self.budgets]
         return self.fleet.with_rooms(
             [
@@ -194,12 +195,14 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         )
 
     def is_main(self, split: Split, stage: int) -> bool | None:
-        """As in ``Holding``: of the GPUs of a split, the one with the lowest number.
+        """As in ``Holding``: of the GPUs of a split, the one with the lowest number in the process that loads the model.
 
         Blocks of a tower that is cut may run on others before the prompt is embedded.
         """
-        indices = [self.budgets[gpu].gpu.index for gpu in split.gpus]
-        main = indices.index(min(indices))
+        main = 0
+        if self.policy.keeps_numbers:
+            indices = [self.budgets[gpu].gpu.index for gpu in split.gpus]
+            main = indices.index(min(indices))
         first, end = split.runs[main]
         return None if any(atom.has_embedding for atom in self.atoms[first:end]) else stage == main
 

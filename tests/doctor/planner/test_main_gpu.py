@@ -46,7 +46,7 @@ def traced_prices(*, returned_bytes: int = 151_552 * 2) -> TracedFootprint:
 
 
 def question(profile: ModelProfile, free_gib: list[float], workload: Workload, **policy: Any) -> Problem:
-    made, rules = machine(free_gib), Policy(**policy)
+    made, rules = machine(free_gib), Policy(keeps_numbers=True, **policy)
     return ask(profile, workload, rules, made, chain=chain(profile), found=budgets(made, rules))
 
 
@@ -85,7 +85,7 @@ def test_a_plan_and_the_judge_of_its_map_say_the_same(attention: Any) -> None:
     """Both where the allocator is asked (GLM-4.1V has no script here, so by formulas) and where formulas alone tell."""
     workload = msgspec.structs.replace(LARGE, attention="sdpa" if attention == "sdpa" else "eager", images=1)
     profile, there = glm41v_9b(), machine([40, 40])
-    pinned = Policy(pins=(("model.visual", 1), ("lm_head", 0)), min_gpus=2)
+    pinned = Policy(pins=(("model.visual", 1), ("lm_head", 0)), min_gpus=2, keeps_numbers=True)
     made = plan(profile, there, workload, pinned)
     assert [stage.gpu for stage in made.stages] == [1, 0]
     gpus = {key: stage.gpu for stage in made.stages for key in stage.keys}
@@ -98,9 +98,10 @@ def test_a_plan_and_the_judge_of_its_map_say_the_same(attention: Any) -> None:
         assert needed[stage.gpu] == pytest.approx(counted, abs=32 * MIB)
 
 
-def longest(free_gib: list[float], pins: dict[str, int], **fields: Any) -> Plan:
-    asked = msgspec.structs.replace(LARGE, images=8, image_height=1120, image_width=1120, **fields)
-    return plan(glm41v_9b(), machine(free_gib), asked, Policy(pins=tuple(pins.items()), min_gpus=2))
+def longest(free_gib: list[float], pins: dict[str, int], *, keeps_numbers: bool = True) -> Plan:
+    asked = msgspec.structs.replace(LARGE, images=8, image_height=1120, image_width=1120)
+    rules = Policy(pins=tuple(pins.items()), min_gpus=2, keeps_numbers=keeps_numbers)
+    return plan(glm41v_9b(), machine(free_gib), asked, rules)
 
 
 def test_a_model_that_begins_on_gpu_1_is_promised_no_more_than_one_that_begins_on_gpu_0() -> None:
@@ -120,6 +121,17 @@ def test_a_model_that_begins_on_gpu_1_is_promised_no_more_than_one_that_begins_o
     assert other.limits.images is not None
     assert first.limits.images is not None
     assert other.limits.images <= first.limits.images
+
+
+def test_under_its_own_variable_a_plan_begins_on_device_0_whatever_number_the_machine_gives_it() -> None:
+    first, other = (
+        longest([16, 14], {"model.visual": 0, "lm_head": 1}, keeps_numbers=False),
+        longest([14, 16], {"model.visual": 1, "lm_head": 0}, keeps_numbers=False),
+    )
+    assert [stage.gpu for stage in other.stages] == [1, 0]
+    assert other.cuda_visible_devices == "1,0"
+    assert (other.device_map, other.limits) == (first.device_map, first.limits)
+    assert other.longest_prompt_tokens == first.longest_prompt_tokens
 
 
 def test_where_the_search_left_no_room_for_it_another_split_is_found_or_none() -> None:
@@ -148,7 +160,7 @@ def test_the_other_split_may_begin_elsewhere(free_gib: list[float], gpus: tuple[
     assert asked.fits() == (gpus is not None)
     choice = asked.choose()
     assert (choice and (choice.split.gpus, choice.split.ends[0])) == (gpus and (gpus, end))
-    made = plan(glm41v_9b(), machine(free_gib), LARGE, Policy(min_gpus=2))
+    made = plan(glm41v_9b(), machine(free_gib), LARGE, asked.policy)
     assert made.fits == asked.fits()
     if made.shortage is not None:
         assert "lacks 86 MiB on GPU 1" in made.shortage.message

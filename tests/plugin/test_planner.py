@@ -1,0 +1,24 @@
+"""The plugin's own planner: that of vlm-doctor, asked for the process that tests run in."""
+
+from __future__ import annotations
+
+from pytest_vlmgpu.models.ladder import make_planner
+from pytest_vlmgpu.requirements import VlmSpec
+from vlm_doctor import Policy, Workload, load_machine, load_profile, plan
+
+MODEL = "zai-org/GLM-4.1V-9B-Thinking"
+
+
+def test_a_session_does_not_renumber_its_gpus_for_one_model() -> None:
+    """What a model is given goes to the lowest GPU of its map, where the model need not begin."""
+    machine = load_machine("14GiB+16GiB")
+    workload = Workload(images=8, image_height=1120, image_width=1120, text_tokens=64)
+    policy = Policy(pins=(("model.visual", 1), ("lm_head", 0)))
+
+    here = make_planner(workload, policy)(VlmSpec(MODEL, min_gpus=2), machine, (0, 1))
+    alone = plan(load_profile(MODEL), machine, workload, Policy(pins=policy.pins, min_gpus=2))
+
+    assert [stage.gpu for stage in here.stages] == [stage.gpu for stage in alone.stages] == [1, 0]
+    assert here.longest_prompt_tokens is not None
+    assert alone.longest_prompt_tokens is not None
+    assert here.longest_prompt_tokens < alone.longest_prompt_tokens
