@@ -16,6 +16,7 @@ def test_a_session_does_not_renumber_its_gpus_for_one_model() -> None:
     policy = Policy(pins=(("model.visual", 1), ("lm_head", 0)))
 
     here = make_planner(workload, policy)(VlmSpec(MODEL, min_gpus=2), machine, (0, 1))
+    assert here is not None
     alone = plan(load_profile(MODEL), machine, workload, Policy(pins=policy.pins, min_gpus=2))
 
     assert [stage.gpu for stage in here.stages] == [stage.gpu for stage in alone.stages] == [1, 0]
