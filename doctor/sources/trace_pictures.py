@@ -35,7 +35,7 @@ def image_inputs(config: Any, taken: Container[str], folder: str | None, picture
     Args:
         config: Of the model.
         taken: Arguments that its ``forward``, or whatever encodes images, takes.
-        folder: The checkpoint, for its image processor.
+        folder: The checkpoint, for its image processor; a hub id means the commit that the config came from.
         pictures: Images of one prompt.
         batch: Prompts.
 
@@ -45,7 +45,7 @@ def image_inputs(config: Any, taken: Container[str], folder: str | None, picture
     kind = config.model_type
     if kind in IMAGE_RULES and kind not in _BY_PROCESSOR:
         return Tower(config, taken, pictures, batch).inputs()
-    made = _processed(folder, taken, pictures, batch) if folder else None
+    made = _processed(folder, getattr(config, "_commit_hash", None), taken, pictures, batch) if folder else None
     if made is None and kind in _BY_PROCESSOR:
         raise LookupError(
             f"how {kind} takes an image is known to its image processor alone, which is not here or fails here"
@@ -89,14 +89,16 @@ def _collect(found: Any, parts: list[Any]) -> None:
             _collect(one, parts)
 
 
-def _processed(folder: str, taken: Container[str], pictures: Pictures, batch: int) -> Inputs | None:
+def _processed(folder: str, revision: str | None, taken: Container[str], pictures: Pictures, batch: int) -> Inputs | None:
     """Inputs by the image processor that transformers has for a checkpoint; ``None`` when there is none that works here."""
     try:
         from PIL import Image
         from transformers import AutoImageProcessor
 
         # An explicit False: None would make transformers ask at the terminal whether code of the checkpoint may run.
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(
+            folder, revision=revision, local_files_only=True, trust_remote_code=False
+        )
         one = Image.new("RGB", (pictures.width, pictures.height))
         try:
             made = processor(images=[[one] * pictures.images for _ in range(batch)], return_tensors="pt")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -121,8 +122,41 @@ def test_code_of_a_checkpoint_that_is_an_image_processor_never_runs(
     images = made_for("own", MODEL.image, 336, 336) if MODEL.image else None
 
     assert images is not None
-    assert _processed(str(tmp_path), {"pixel_values"}, images, 1) is None
+    assert _processed(str(tmp_path), None, {"pixel_values"}, images, 1) is None
     assert not ran.exists()
+
+
+def test_the_image_processor_is_that_of_the_commit_whose_config_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants as hub
+
+    from vlm_doctor.sources.trace_pictures import image_inputs
+
+    repo, old, new = tmp_path / "models--some--model", "a" * 40, "b" * 40
+    for commit, edge in ((old, 28), (new, 56)):
+        snapshot = repo / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        size = {"height": edge, "width": edge}
+        settings = {
+            "image_processor_type": "ViTImageProcessor",
+            "size": size,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
+        (snapshot / "preprocessor_config.json").write_text(json.dumps(settings))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(new)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    # Where transformers before 5 reads it.
+    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path), raising=False)
+    images = made_for("own", MODEL.image, 336, 336) if MODEL.image else None
+
+    assert images is not None
+    for commit, edge in ((old, 28), (new, 56), (None, 56)):
+        config = SimpleNamespace(model_type="own", _commit_hash=commit)
+        made = image_inputs(config, {"pixel_values"}, "some/model", images, 1)
+        assert made["pixel_values"].shape == (1, 3, edge, edge)
 
 
 FAMILIES = (
