@@ -153,8 +153,8 @@ def test_the_image_processor_is_that_of_the_commit_whose_config_it_is(
     images = made_for("own", MODEL.image, 336, 336) if MODEL.image else None
 
     assert images is not None
-    for commit, edge in ((old, 28), (new, 56), (None, 56)):
-        config = SimpleNamespace(model_type="own", _commit_hash=commit)
+    for loaded, edge in ((old, 28), (new, 56), (None, 56)):
+        config = SimpleNamespace(model_type="own", _commit_hash=loaded)
         made = image_inputs(config, {"pixel_values"}, "some/model", images, 1)
         assert made["pixel_values"].shape == (1, 3, edge, edge)
 
