@@ -150,6 +150,10 @@ class VisionShape(msgspec.Struct, frozen=True, kw_only=True):
     heads: int
     patch: int
     """Pixels along a patch's edge."""
+    kind: str = ""
+    """``model_type`` of its config, such as ``pixtral``; empty where the config names none."""
+    keeps_states: bool = False
+    """The machine's transformers keeps what every block gives until the tower is done."""
 
 
 class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):

@@ -154,7 +154,7 @@ head. Less than the MLP needs, it counts only where scores or masks of all pairs
 DEFAULT_TEXT = TextCoefficient(4, 3.5, "the most of any architecture counted, since this one was not")
 
 _ROTARY_IN_FLOAT32 = VisionCoefficient(0, 18.2, False, _COUNTED)
-_KEEPS_ALL = VisionCoefficient(2, 6, True, f"{_COUNTED}; it keeps the hidden states of all layers")
+_CLIP = VisionCoefficient(3, 4.6, False, f"{_COUNTED}; its activation function makes two copies")
 
 _FORGETS = VisionCoefficient(2, 6, False, _COUNTED)
 _TAKEN_TO_FORGET = VisionCoefficient(2, 6, False, "taken from PaliGemma, whose tower is of the same make; not counted")
@@ -224,9 +224,8 @@ VISION: dict[str, VisionCoefficient] = {
     "idefics2": VisionCoefficient(0, 39, False, f"{_COUNTED}; its connector is as wide as the text body"),
     "idefics3": VisionCoefficient(2, 4.9, False, _COUNTED),
     "internvl": VisionCoefficient(2, 5.5, False, _COUNTED),
-    "llava": _KEEPS_ALL,
-    "llava_next": _KEEPS_ALL,
-    "llava_onevision": _KEEPS_ALL,
+    **dict.fromkeys(("llava", "llava_next", "llava_next_video", "video_llava"), _CLIP),
+    "llava_onevision": _PLAIN,
     **dict.fromkeys(("lighton_ocr", "mistral3", "mistral_large4"), _PIXTRAL),
     "mllama": VisionCoefficient(0, 57, False, f"{_COUNTED}; it joins the hidden states of six layers"),
     "paligemma": _FORGETS,
@@ -238,8 +237,24 @@ VISION: dict[str, VisionCoefficient] = {
     ),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), VisionCoefficient(0, 20.7, False, _COUNTED)),
     "smolvlm": _TAKEN_TO_FORGET,
+    "vipllava": msgspec.structs.replace(
+        _CLIP, hidden_multiple=7.7, source=f"{_COUNTED}; it joins the states of five blocks"
+    ),
 }
 """By ``model_type`` of config.json."""
+
+_TOWERS = {"pixtral": _PIXTRAL}
+"""By ``model_type`` of the vision config, of towers whose family usually has another."""
+
+KEPT_STATES = frozenset({
+    "aria", "aya_vision", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "mistral_large4",
+    "video_llava", "vipllava",
+})  # fmt: skip
+"""Types of models whose tower keeps what every block gives (``output_hidden_states=True``) under older releases of
+transformers, to take those of one block or a few."""
+STATES_LET_GO = (5, 23)
+"""The release of transformers from which on those keep what they take. Source: ``select_hidden_states`` in
+``utils/output_capturing.py``, which 5.22 does not have."""
 
 DEFAULT_VISION = VisionCoefficient(2, 6, True, "the most of any architecture counted, since this one was not")
 
@@ -285,6 +300,14 @@ def text_coefficient(model_type: str, body: str = "", architecture: str = "") ->
     return TEXT.get(model_type) or BODIES.get(body) or BODIES.get(model_type, DEFAULT_TEXT)
 
 
-def vision_coefficient(model_type: str, architecture: str = "") -> VisionCoefficient:
-    """The coefficient of a vision tower. Arguments: see :func:`text_coefficient`."""
-    return _OF_EVA if architecture.startswith(_EVA_CLASSES) else VISION.get(model_type, DEFAULT_VISION)
+def vision_coefficient(model_type: str, architecture: str = "", tower: str = "") -> VisionCoefficient:
+    """The coefficient of a vision tower.
+
+    Args:
+        model_type: Of the whole model.
+        architecture: Name of the class; code of checkpoints is told by it.
+        tower: ``model_type`` of its vision config.
+    """
+    if architecture.startswith(_EVA_CLASSES):
+        return _OF_EVA
+    return _TOWERS.get(tower) or VISION.get(model_type, DEFAULT_VISION)

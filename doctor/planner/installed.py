@@ -6,6 +6,7 @@ from itertools import chain
 
 import msgspec
 
+from ..data.activations import KEPT_STATES, STATES_LET_GO
 from ..data.families import NORM_OUTSIDE_BEFORE
 from ..data.joins import TOWER_WINDOWED
 from ..machine import Machine
@@ -18,7 +19,7 @@ from .release import Release, is_before_5, release_for, release_of
 def as_loaded(profile: ModelProfile, machine: Machine) -> ModelProfile:
     """The profile as this machine will hold it, if its transformers is known; as the newest would, if not."""
     release = release_of(machine)
-    found = _with_norm_outside(_with_whole_tower(profile, release), release)
+    found = _with_norm_outside(_with_whole_tower(_with_kept_states(profile, release), release), release)
     if is_before_5(release_for(profile, machine)):
         found = _with_single_experts(found)
     if is_before_5(release):
@@ -62,6 +63,16 @@ def _with_whole_tower(profile: ModelProfile, release: Release) -> ModelProfile:
         return profile
     units = tuple(msgspec.structs.replace(unit, parts=()) if unit.parts else unit for unit in profile.units)
     return msgspec.structs.replace(profile, units=units)
+
+
+def _with_kept_states(profile: ModelProfile, release: Release) -> ModelProfile:
+    """A tower that keeps what each of its blocks gives, as older releases do."""
+    vision = profile.vision
+    if vision is None or vision.keeps_states or profile.model_type not in KEPT_STATES:
+        return profile
+    if release is None or release >= STATES_LET_GO:
+        return profile
+    return msgspec.structs.replace(profile, vision=msgspec.structs.replace(vision, keeps_states=True))
 
 
 def _with_norm_outside(profile: ModelProfile, release: Release) -> ModelProfile:

@@ -87,6 +87,7 @@ class Program(Replayed):
         batch: Prompts at once.
         new_tokens: Tokens that are made.
         cudnn_width: The widest head for which attention is cuDNN's, see :mod:`.kernels`.
+        keeps_states: What each block of the tower gives stays until the tower is done.
     """
 
     has_movable_inputs = True
@@ -101,6 +102,7 @@ class Program(Replayed):
         batch: int,
         new_tokens: int,
         cudnn_width: int,
+        keeps_states: bool = False,
     ) -> None:
         self._script = script
         self._tower = tower
@@ -109,6 +111,7 @@ class Program(Replayed):
         self._batch = batch
         self._new_tokens = new_tokens
         self._cudnn_width = cudnn_width
+        self._keeps_states = keeps_states
         self._tokens = -1
         self._sized: dict[tuple[int, int], list[int]] = {}
 
@@ -182,8 +185,12 @@ class Program(Replayed):
         carried = left.pop(self._tower.given, None)
         blocks, taps = self._values["vision_layers"], self._tower.taps
         seen: dict[object, int] = {}
+        kept: list[Block] = []
         number = 0
         while number < blocks:
+            if self._keeps_states and carried is not None:
+                kept.append(carried)
+                carried = None
             *_, carried = self._run(self._tower.block, allocator, {INPUT: carried})
             number += 1
             # Evenly, the last one before the last block: those of Qwen3-VL differ from that by a block.
@@ -192,11 +199,13 @@ class Program(Replayed):
             # Blocks that are not tapped keep nothing but hidden states: from a state that was there before, all goes on as
             # it did then.
             state = allocator.state(), carried.address
-            if not taps and state in seen:
+            if not taps and not kept and state in seen:
                 period = number - seen[state]
                 number += (blocks - number) // period * period
             seen[state] = number
         self._run(self._tower.exit, allocator, {INPUT: carried, **left})
+        for block in kept:
+            allocator.free(block)
 
     def _layer(self, kind: str) -> LayerScript:
         layers = self._tower.layers if self._tower is not None and self._tower.layers else self._script.layers

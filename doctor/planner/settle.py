@@ -175,6 +175,7 @@ def _program(footprint: Footprint, *, cudnn_width: int) -> Replayed:
         batch=workload.batch,
         new_tokens=workload.new_tokens,
         cudnn_width=cudnn_width,
+        keeps_states=profile.vision is not None and profile.vision.keeps_states,
     )
 
 

@@ -18,7 +18,11 @@ _PIXEL_ELEMENTS = 3 * 2
 
 def tower_coefficient(profile: ModelProfile) -> VisionCoefficient:
     """The coefficient of a model's vision tower."""
-    known = vision_coefficient(profile.model_type, profile.architecture)
+    vision = profile.vision
+    known = vision_coefficient(profile.model_type, profile.architecture, vision.kind if vision is not None else "")
+    if vision is not None and vision.keeps_states:
+        source = f"{known.source}; this transformers keeps the hidden states of all layers"
+        known = msgspec.structs.replace(known, keeps_hidden_states=True, source=source)
     if profile.vision_multiples is None:
         return known
     of_mlp, of_hidden = profile.vision_multiples

@@ -279,7 +279,15 @@ def vision_shape(fields: Fields, tensors: Mapping[str, StoredTensor], tower: str
     if not (layers and heads and hidden and patch):
         return None
     intermediate = mlp_width(tensors, tower) or fields.get("intermediate") or int(hidden * _ratio(fields.raw("mlp_ratio")))
-    return VisionShape(layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, patch=patch)
+    kind = fields.raw("model_type")
+    return VisionShape(
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        heads=heads,
+        patch=patch,
+        kind=kind if isinstance(kind, str) else "",
+    )
 
 
 def _ratio(value: Any) -> float:

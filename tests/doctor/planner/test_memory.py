@@ -290,7 +290,14 @@ def test_the_source_names_the_formulas() -> None:
         "18.2 x hidden elements a patch (counted, and measured on an H200)"
     )
     assert footprint(llava_13b()).source.endswith(
-        "2 x intermediate + (6 + layers) x hidden elements a patch (counted; it keeps the hidden states of all layers)"
+        "3 x intermediate + 4.6 x hidden elements a patch (counted; its activation function makes two copies)"
+    )
+    tower = llava_13b().vision
+    assert tower is not None
+    kept = llava_13b(vision=msgspec.structs.replace(tower, keeps_states=True))
+    assert footprint(kept).source.endswith(
+        "(4.6 + layers) x hidden elements a patch (counted; its activation function makes two copies; this transformers keeps "
+        "the hidden states of all layers)"
     )
     assert footprint(llava_13b(), images=0).source == "3 x intermediate + 3.07 x hidden elements a token (counted)"
 
@@ -301,7 +308,7 @@ def test_an_architecture_that_was_not_counted_gets_the_most_of_any() -> None:
     assert vision_coefficient("cogvlm", "CogVLMForCausalLM") is vision_coefficient("chatglm", "ChatGLMModel")
     assert vision_coefficient("cogvlm", "CogVLMForCausalLM") is not DEFAULT_VISION
     assert vision_coefficient("cogagent", "CogAgentForCausalLM") is DEFAULT_VISION
-    assert vision_coefficient("llava").elements(intermediate=4096, hidden=1024, layers=24) == 38_912
+    assert vision_coefficient("llava").elements(intermediate=4096, hidden=1024, layers=24) == 3 * 4096 + 4.6 * 1024
 
 
 @given(

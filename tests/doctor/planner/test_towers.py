@@ -7,15 +7,22 @@ hidden state, pixels not counted.
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
+from vlm_doctor import load_profile
 from vlm_doctor.data.activations import VISION
 from vlm_doctor.model import VisionShape
-from vlm_doctor.planner.image_tokens import ImageLoad
-from vlm_doctor.planner.vision_work import vision_bytes
+from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.image_tokens import ImageLoad, image_load
+from vlm_doctor.planner.installed import as_loaded
+from vlm_doctor.planner.memory import Footprint
+from vlm_doctor.planner.settle import replay_of
+from vlm_doctor.planner.vision_work import tower_coefficient, vision_bytes
 from vlm_doctor.workload import Workload
 
-from .profiles import llava_13b
+from .profiles import glm41v_9b, gpu, llava_13b, machine
+from .test_map_families import with_transformers
 
 WIDTH, MLP_WIDTH, BLOCKS = 1024, 4096, 4
 
@@ -68,6 +75,64 @@ def test_towers_take_what_was_traced_and_little_more(family: str, patches: int, 
     told = elements / WIDTH + coefficient.pair_elements * patches / WIDTH
     assert traced <= told * 1.001
     assert told <= traced * 1.19
+
+
+TRUE_SIZES = [
+    # Family, tower, width, MLP, blocks, patches of two images; traced under 5.23 and under 4.57, where it can be.
+    ("aya_vision", "siglip_vision_model", 1152, 4304, 27, 17_576, 10.944, 35.960),
+    ("llava", "clip_vision_model", 1024, 4096, 24, 1_154, 15.501, 37.574),
+    ("llava", "pixtral", 1024, 4096, 24, 7_938, 24.071, 46.302),
+    ("llava_next", "clip_vision_model", 1024, 4096, 24, 5_770, 16.387, 38.981),
+    ("llava_next_video", "clip_vision_model", 1024, 4096, 24, 5_770, 16.387, 38.981),
+    ("llava_onevision", "siglip_vision_model", 1152, 4304, 26, 1_458, 11.413, None),
+    ("mistral3", "pixtral", 1024, 4096, 24, 10_368, 26.896, 49.112),
+    ("video_llava", "clip_vision_model", 1024, 4096, 24, 514, 15.994, None),
+    ("vipllava", "clip_vision_model", 1024, 4096, 24, 1_154, 19.501, 37.574),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "width", "mlp", "blocks", "patches", "now", "before"), TRUE_SIZES)
+def test_before_5_23_towers_of_some_families_keep_the_states_of_all_blocks(
+    family: str, kind: str, width: int, mlp: int, blocks: int, patches: int, now: float, before: float | None
+) -> None:
+    """Each with the published dimensions of its tower and a tiny text body, traced in bfloat16."""
+    vision = VisionShape(layers=blocks, hidden=width, intermediate=mlp, heads=16, patch=14, kind=kind)
+    profile = llava_13b(model_type=family, vision=vision)
+    for version, traced in ((None, now), ("5.23.0", now), ("5.22.1", before), ("4.57.6", before)):
+        held = as_loaded(profile, machine([80.0]) if version is None else with_transformers(machine([80.0]), version))
+        coefficient = tower_coefficient(held)
+        told = coefficient.elements(intermediate=mlp, hidden=width, layers=blocks) / width
+        told += coefficient.pair_elements * patches / width
+        if traced is not None:
+            assert traced <= told * 1.001
+            assert told <= traced * 1.19
+        assert ("keeps" in coefficient.source) == (traced is not now)
+
+
+def test_other_towers_are_as_they_were_under_any_release() -> None:
+    assert as_loaded(glm41v_9b(), with_transformers(machine([80.0]), "4.57.6")).vision == glm41v_9b().vision
+    bare = llava_13b(vision=None)
+    assert as_loaded(bare, with_transformers(machine([80.0]), "4.57.6")).vision is None
+
+
+@pytest.mark.parametrize(("version", "traced"), [("5.23.0", 39_349_760), ("4.57.6", 91_515_904)])
+def test_the_replayed_tower_of_llava_keeps_them_too(version: str, traced: int) -> None:
+    """CLIP at 336 pixels, two images, in front of a body 64 wide: the tower is the peak, pixels counted."""
+    profile = load_profile("llava-1.5-7b", allow_network=False)
+    small = msgspec.structs.replace(
+        profile.text, layers=1, hidden=64, intermediate=128, heads=2, kv_heads=2, head_dim=32, vocabulary=128
+    )
+    there = with_transformers(machine([80.0]), version)
+    profile = as_loaded(msgspec.structs.replace(profile, text=small), there)
+    workload = Workload(images=2, text_tokens=32, new_tokens=2)
+    images = image_load(profile, workload)
+    atoms = chain(profile).atoms
+    footprint = Footprint(profile, workload, images, atoms)
+    found = replay_of(footprint, [gpu(0, 80 * 2**30, 80 * 2**30, compute_capability=(9, 0))], there.libraries)
+    assert found is not None
+    need = found.need((0, len(atoms)), 0, 80 * 2**30)
+    # The cache comes when the tower is done; what is not its own of the peak is activations.
+    assert need.activations_bytes + need.kv_cache_bytes == pytest.approx(traced, rel=0.01)
 
 
 def load(patches: int, edge: int) -> ImageLoad:
