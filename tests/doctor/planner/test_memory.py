@@ -296,8 +296,8 @@ def test_the_source_names_the_formulas() -> None:
     assert tower is not None
     kept = llava_13b(vision=msgspec.structs.replace(tower, keeps_states=True))
     assert footprint(kept).source.endswith(
-        "(4.6 + layers) x hidden elements a patch (counted; its activation function makes two copies; this transformers keeps "
-        "the hidden states of all layers)"
+        "(4.6 + layers) x hidden elements a patch (counted; its activation function makes two copies; this transformers "
+        "keeps the hidden states of all layers)"
     )
     assert footprint(llava_13b(), images=0).source == "3 x intermediate + 3.07 x hidden elements a token (counted)"
 
