@@ -43,6 +43,8 @@ class Recorder:
 
     def add(self, report: pytest.TestReport) -> None:
         """Take over one phase of a test; a test that is not gated is ignored."""
+        if _is_of_subtest(report) and report.outcome != "failed":
+            return  # what became of the test is in its own report, which comes next
         found = {name: value for name, value in report.user_properties if name.startswith(PREFIX)}
         known = self.tests.get(report.nodeid)
         if not found and (known is None or known.attempts == 0):
@@ -69,7 +71,8 @@ def _with_properties(record: GatedRecord, found: dict[str, Any]) -> GatedRecord:
 def _in_phase(record: GatedRecord, report: pytest.TestReport) -> GatedRecord:
     path, line, _ = report.location
     outcome = _outcome(record, report)
-    reason = reason_of(report) if outcome not in ("passed", "xpassed") else None
+    has_failed = record.outcome == "failed" and report.when == "call"  # in a subtest, which said why
+    reason = reason_of(report) if outcome not in ("passed", "xpassed") and not has_failed else None
     return replace(
         record,
         file=path,
@@ -78,7 +81,8 @@ def _in_phase(record: GatedRecord, report: pytest.TestReport) -> GatedRecord:
         is_executed=record.is_executed or (report.when == "call" and outcome != "skipped" and record.code != OWN_SKIP),
         # A teardown that passes says nothing about why the test failed.
         reason=reason or record.reason,
-        duration_s=round(record.duration_s + max(0.0, report.duration), 3),
+        # The test's own report counts the time of its subtests.
+        duration_s=round(record.duration_s + (0.0 if _is_of_subtest(report) else max(0.0, report.duration)), 3),
         worker=getattr(report, "worker_id", None) or record.worker,
     )
 
@@ -88,6 +92,8 @@ def _outcome(record: GatedRecord, report: pytest.TestReport) -> Outcome:
     is_expected_to_fail = hasattr(report, "wasxfail")
     if report.when == "teardown":
         return "error" if report.outcome == "failed" else record.outcome
+    if record.outcome == "failed" and not is_expected_to_fail:
+        return "failed"  # one of its subtests has failed: of unittest's, the test itself passes
     if report.outcome == "passed":
         if report.when == "setup":
             return record.outcome
@@ -95,6 +101,11 @@ def _outcome(record: GatedRecord, report: pytest.TestReport) -> Outcome:
     if report.outcome == "skipped":
         return "xfailed" if is_expected_to_fail else "skipped"
     return "error" if report.when == "setup" else "failed"
+
+
+def _is_of_subtest(report: pytest.TestReport) -> bool:
+    """True for what pytest 9 or pytest-subtests says of one subtest, as part of the call of its test."""
+    return hasattr(report, "context")
 
 
 def reason_of(report: pytest.TestReport) -> str | None:

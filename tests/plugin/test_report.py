@@ -96,6 +96,41 @@ def test_every_gated_test_is_there_with_its_reason(suite: Any, workers: list[str
     assert all((test["worker"] in ("gw0", "gw1")) is bool(workers) for test in tests.values())
 
 
+def test_a_test_with_a_failed_subtest_has_failed(suite: Any) -> None:
+    source = """
+    import unittest
+    import pytest
+
+    @pytest.mark.vlm("org/a")
+    @pytest.mark.usefixtures("vlm_cls")
+    class TestCases(unittest.TestCase):
+        def test_fails(self):
+            for number in range(3):
+                with self.subTest(number=number):
+                    self.assertNotEqual(number, 1, "one is wrong")
+        def test_skips_one(self):
+            with self.subTest():
+                self.skipTest("not here")
+        def test_skips_after(self):
+            with self.subTest():
+                self.fail("two is wrong")
+            self.skipTest("not here")
+    """
+
+    result = suite.run("--vlm-report=out.json", test_x=source)
+
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    tests = by_name(read(suite))
+    assert {name: (test["outcome"], test["is_executed"]) for name, test in tests.items()} == {
+        "TestCases::test_fails": ("failed", True),
+        "TestCases::test_skips_one": ("passed" if hasattr(pytest, "Subtests") else "skipped", hasattr(pytest, "Subtests")),
+        "TestCases::test_skips_after": ("failed", True),
+    }
+    assert "one is wrong" in tests["TestCases::test_fails"]["reason"]
+    assert "two is wrong" in tests["TestCases::test_skips_after"]["reason"]
+    result.stdout.fnmatch_lines(["3 ran" if hasattr(pytest, "Subtests") else "2 ran; 1 skipped"])
+
+
 def test_a_report_of_a_run_without_gated_tests(suite: Any) -> None:
     suite.run("--vlm-report=deep/er/out.json", test_x="def test_x(): pass")
 
