@@ -82,7 +82,7 @@ def _vlm_residents(request: pytest.FixtureRequest, vlm_loader: Loader) -> Iterat
 def vlm(request: pytest.FixtureRequest, vlm_loader: Loader, _vlm_residents: None) -> Iterator[Any]:
     """The model that @pytest.mark.vlm("org/model") or --vlm-model names, loaded once a session (LoadedVlm)."""
     gate = gate_of(request.config)
-    with gate.loaded(gate.spec_from(getattr(request, "param", None)), request, vlm_loader) as loaded:
+    with gate.loaded(gate.spec_asked_for(request), request, vlm_loader) as loaded:
         yield loaded
 
 

@@ -135,6 +135,17 @@ class Gate:
         name = parameter if isinstance(parameter, str) else self.settings.model
         return self.completed(VlmSpec(name)) if name else None
 
+    def spec_asked_for(self, request: pytest.FixtureRequest) -> VlmSpec | None:
+        """The model that a test loads or asks for at run time; one that names several has to load them."""
+        parameter = getattr(request, "param", None)
+        if isinstance(parameter, tuple):
+            pytest.fail(
+                f"{verdicts.WRONG}: @pytest.mark.vlm names {len(parameter)} models, and the test asks for one at run time: "
+                "let the test itself take the fixture vlm, so that it runs with each.",
+                pytrace=False,
+            )
+        return self.spec_from(parameter)
+
     def completed(self, spec: VlmSpec) -> VlmSpec:
         """A model with the settings of the run, where nothing else is said of it."""
         return spec.completed(gpus=spec.min_gpus, dtype=self.settings.dtype, device_map=self.settings.device_map)
