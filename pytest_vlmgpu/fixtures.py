@@ -56,7 +56,9 @@ def vlm_planner(request: pytest.FixtureRequest, vlm_workload: Workload, vlm_poli
     """
     from .models.ladder import make_planner
 
-    return make_planner(vlm_workload, vlm_policy, may_offload=gate_of(request.config).settings.allow_offload)
+    config = request.config
+    may_offload = gate_of(config).settings.allow_offload
+    return make_planner(vlm_workload, vlm_policy, may_offload=may_offload, asking=lambda: gate_of(config).fitting.asking)
 
 
 @pytest.fixture(scope="session")
