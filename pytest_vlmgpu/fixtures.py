@@ -128,11 +128,11 @@ def vlm_images() -> TestImages:
 
 
 @pytest.fixture(scope="session")
-def vlm_factory(request: pytest.FixtureRequest, vlm_loader: Loader) -> VlmFactory:
+def vlm_factory(request: pytest.FixtureRequest, vlm_loader: Loader) -> VlmFactory:  # noqa: ARG001 - ends before it does
     """For models that are chosen at run time, gated and placed like all: ``with`` what it returns for a name."""
     from .models.ladder import make_factory
 
-    return make_factory(gate_of(request.config), request, vlm_loader)
+    return make_factory(gate_of(request.config), request)
 
 
 @pytest.fixture(scope="class")

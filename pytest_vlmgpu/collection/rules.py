@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..state import ASKED
+from ..state import ASKED, RULES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +33,7 @@ def told_apart(session: pytest.Session, items: Sequence[Any], requests: Requests
             seen[key] = _places(session, item)
         for spec in examined.gated.specs:
             rules_of.setdefault(spec, set()).add(seen[key])
+    session.config.stash[RULES] = rules_of
     apart = {spec for spec, rules in rules_of.items() if len(rules) > 1}
     if not apart:
         return list(requests)
@@ -57,6 +58,12 @@ def _places(session: Any, item: Any) -> str:
         definitions = session._fixturemanager.getfixturedefs(name, item)
         places.append(definitions[-1].baseid if definitions else "")
     return ", ".join(dict.fromkeys(place for place in places if place not in ("", ".")))
+
+
+def as_seen_by(item: Any, spec: VlmSpec) -> VlmSpec:
+    """A model that a test chooses at run time: told apart from the one of other tests by which fixtures this one sees."""
+    rules, known = _places(item.session, item), item.config.stash.get(RULES, {}).get(spec)
+    return spec if known is None or known == {rules} else replace(spec, rules=rules)
 
 
 def _by(examined: Examined, apart: set[VlmSpec], rules: str) -> Examined:

@@ -170,7 +170,7 @@ def make_loader(gate: Gate, config: pytest.Config) -> Loader:
     return load
 
 
-def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> VlmFactory:
+def make_factory(gate: Gate, request: pytest.FixtureRequest) -> VlmFactory:
     """Load models that are chosen at run time as the fixture ``vlm`` loads those that markers name."""
 
     @contextmanager
@@ -182,6 +182,7 @@ def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> 
         gpus: int = 1,
         device_map: str | None = None,
     ) -> Iterator[Any]:
+        from ..collection.rules import as_seen_by
         from ..markers import chosen
 
         spec = chosen(
@@ -192,7 +193,13 @@ def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> 
             device_map=device_map,
             where="vlm_factory",
         )
-        with gate.loaded(gate.completed(spec), request, loader) as loaded:
+        # This fixture is one for all tests, and the folder of the one that runs may have a loader of its own.
+        item: Any = next(reversed(request.session._setupstate.stack))
+        is_test = isinstance(item, pytest.Function)
+        asking = item._request if is_test else request
+        named = gate.completed(spec)
+        loader = asking.getfixturevalue("vlm_loader")
+        with gate.loaded(as_seen_by(item, named) if is_test else named, asking, loader) as loaded:
             yield loaded
 
     return make

@@ -76,6 +76,23 @@ def test_one_model_is_loaded_by_the_loader_of_each_folder(suite: Any) -> None:
     assert suite.loads() == ["LOAD org/a", "UNLOAD org/a"] * 2
 
 
+def test_the_factory_loads_by_the_fixtures_of_the_test_that_calls_it(suite: Any) -> None:
+    suite.configure(without="vlm_planner")
+    source = """
+import pytest
+
+def test_chosen(vlm_factory):
+    with vlm_factory("llava-hf/llava-1.5-7b-hf") as vlm: assert vlm.plan.fits
+"""
+    write(suite, a__test_a=LLAVA + source, b__test_b=LONG + source, c__test_c=LLAVA + source)
+
+    for arguments in ((), ("--vlm-slots=fit",)):
+        result = suite.run(*arguments)
+
+        result.assert_outcomes(passed=4, skipped=1)
+        result.stdout.fnmatch_lines(["4 ran; 1 skipped*", "llava-hf/llava-1.5-7b-hf: loaded *; 2 tests"])
+
+
 def test_a_policy_of_a_folder_is_its_own(suite: Any) -> None:
     suite.configure(without="vlm_planner")
     policy = """
