@@ -83,6 +83,8 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
         runs = verdict.action == "run"
         need, is_about_gpus = gate.need_bytes(test), gate.is_machine_real or gate.settings.plan
         resident = gate.resident_of(test)
+        if resident is not None and call.excinfo is None:
+            resident.load.tests.append(item.nodeid)
         properties |= {
             "verdict": verdict.action,
             "code": verdict.code,
