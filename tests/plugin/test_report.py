@@ -371,3 +371,18 @@ def test_what_github_cannot_take_is_escaped_or_cut() -> None:
     assert len(commands(tests, ())) == 10
     assert "`t[a\\|0]`" in table(tests, ())
     assert "50 more are in the report." in table(tests, ())
+
+
+def test_an_expected_failure_that_is_not_to_run_is_no_error_of_the_gate(suite: Any) -> None:
+    source = """
+    import pytest
+
+    @pytest.mark.vlm_requires
+    @pytest.mark.xfail(run=False, reason="hangs")
+    def test_hangs(): pass
+    """
+
+    suite.run("--vlm-report=out.json", test_x=source).assert_outcomes(xfailed=1)
+
+    test = by_name(read(suite))["test_hangs"]
+    assert (test["outcome"], test["verdict"], test["is_executed"]) == ("xfailed", "skip", False)
