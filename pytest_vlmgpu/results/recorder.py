@@ -32,6 +32,8 @@ class Recorder:
         self.tests: dict[str, GatedRecord] = {}
         self._crashed: dict[str, pytest.TestReport] = {}
         """Tests whose worker died before it could say anything of them, gated or not."""
+        self._failed_within: set[str] = set()
+        """Tests of which a subtest has failed in this attempt."""
 
     def expect(self, nodeids: Iterable[str]) -> None:
         """Note tests that were collected: they are listed even if the run ends before them."""
@@ -55,7 +57,11 @@ class Recorder:
         record = known or GatedRecord(nodeid=report.nodeid)
         if report.when == "setup":
             record = GatedRecord(nodeid=report.nodeid, attempts=record.attempts + 1)
-        self.tests[report.nodeid] = _in_phase(_with_properties(record, found), report)
+            self._failed_within.discard(report.nodeid)
+        has_failed = report.nodeid in self._failed_within
+        self.tests[report.nodeid] = _in_phase(_with_properties(record, found), report, has_failed_within=has_failed)
+        if _is_of_subtest(report):
+            self._failed_within.add(report.nodeid)
 
 
 def _with_properties(record: GatedRecord, found: dict[str, Any]) -> GatedRecord:
@@ -68,10 +74,13 @@ def _with_properties(record: GatedRecord, found: dict[str, Any]) -> GatedRecord:
     return replace(record, **values)
 
 
-def _in_phase(record: GatedRecord, report: pytest.TestReport) -> GatedRecord:
+def _in_phase(record: GatedRecord, report: pytest.TestReport, *, has_failed_within: bool = False) -> GatedRecord:
     path, line, _ = report.location
     outcome = _outcome(record, report)
-    has_failed = record.outcome == "failed" and report.when == "call"  # in a subtest, which said why
+    has_failed = has_failed_within and report.when == "call"
+    if has_failed and not hasattr(report, "wasxfail"):
+        outcome = "failed"  # of unittest's subtests, the test itself passes
+    # A subtest that failed has said why.
     reason = reason_of(report) if outcome not in ("passed", "xpassed") and not has_failed else None
     return replace(
         record,
@@ -92,8 +101,6 @@ def _outcome(record: GatedRecord, report: pytest.TestReport) -> Outcome:
     is_expected_to_fail = hasattr(report, "wasxfail")
     if report.when == "teardown":
         return "error" if report.outcome == "failed" else record.outcome
-    if record.outcome == "failed" and not is_expected_to_fail:
-        return "failed"  # one of its subtests has failed: of unittest's, the test itself passes
     if report.outcome == "passed":
         if report.when == "setup":
             return record.outcome

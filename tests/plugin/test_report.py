@@ -386,3 +386,18 @@ def test_an_expected_failure_that_is_not_to_run_is_no_error_of_the_gate(suite: A
 
     test = by_name(read(suite))["test_hangs"]
     assert (test["outcome"], test["verdict"], test["is_executed"]) == ("xfailed", "skip", False)
+
+
+def test_a_call_that_is_made_again_without_a_new_setup_counts_for_what_it_became() -> None:
+    """So does pytest-retry, with an outcome of its own for the first one."""
+    recorder = Recorder()
+
+    def outcome_after(when: str, outcome: str) -> str:
+        fields: dict[str, Any] = {"when": when, "outcome": outcome, "user_properties": [("vlmgpu.verdict", "run")]}
+        recorder.add(pytest.TestReport("test_x", ("test_x.py", 0, "test_x"), {}, longrepr=None, **fields))
+        return recorder.tests["test_x"].outcome
+
+    outcome_after("setup", "passed")
+    assert outcome_after("call", "retried") == "failed"
+    assert outcome_after("call", "passed") == "passed"
+    assert outcome_after("teardown", "passed") == "passed"
