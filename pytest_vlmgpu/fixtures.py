@@ -56,7 +56,9 @@ def vlm_planner(request: pytest.FixtureRequest, vlm_workload: Workload, vlm_poli
     """
     from .models.ladder import make_planner
 
-    return make_planner(vlm_workload, vlm_policy, may_offload=gate_of(request.config).settings.allow_offload)
+    config = request.config
+    may_offload = gate_of(config).settings.allow_offload
+    return make_planner(vlm_workload, vlm_policy, may_offload=may_offload, asking=lambda: gate_of(config).fitting.asking)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +84,7 @@ def _vlm_residents(request: pytest.FixtureRequest, vlm_loader: Loader) -> Iterat
 def vlm(request: pytest.FixtureRequest, vlm_loader: Loader, _vlm_residents: None) -> Iterator[Any]:
     """The model that @pytest.mark.vlm("org/model") or --vlm-model names, loaded once a session (LoadedVlm)."""
     gate = gate_of(request.config)
-    with gate.loaded(gate.spec_from(getattr(request, "param", None)), request, vlm_loader) as loaded:
+    with gate.loaded(gate.spec_asked_for(request), request, vlm_loader) as loaded:
         yield loaded
 
 
@@ -126,11 +128,11 @@ def vlm_images() -> TestImages:
 
 
 @pytest.fixture(scope="session")
-def vlm_factory(request: pytest.FixtureRequest, vlm_loader: Loader) -> VlmFactory:
+def vlm_factory(request: pytest.FixtureRequest, vlm_loader: Loader) -> VlmFactory:  # noqa: ARG001 - ends before it does
     """For models that are chosen at run time, gated and placed like all: ``with`` what it returns for a name."""
     from .models.ladder import make_factory
 
-    return make_factory(gate_of(request.config), request, vlm_loader)
+    return make_factory(gate_of(request.config), request)
 
 
 @pytest.fixture(scope="class")

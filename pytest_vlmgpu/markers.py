@@ -196,12 +196,12 @@ def _read_anew(mark: pytest.Mark, where: str) -> Any:
 
 
 def read_models(definition: pytest.Function, where: str) -> tuple[VlmSpec, ...]:
-    """Models that a test names: those of its closest ``vlm`` markers (function before class before module).
+    """Models that a test names: those of its closest ``vlm`` markers (function, class, what it derives from, module).
 
     Raises:
         pytest.Collector.CollectError: A marker is wrong.
     """
-    marks = [(node, mark) for node, mark in ours_with_node(definition, where) if mark.name == "vlm"]
+    marks = [(node, mark) for node, mark in ours_with_node(definition, where, closest="vlm") if mark.name == "vlm"]
     closest = [mark for node, mark in marks if node is marks[0][0]]
     # Stacked decorators apply from the bottom up, as with parametrize; read them in the order written.
     named = [spec for mark in closest for spec in read(mark, where)]
@@ -231,14 +231,24 @@ def read_requirements(definition: pytest.Function, where: str) -> Sequence[Requi
     return [read(mark, where) for _, mark in ours_with_node(definition, where) if mark.name == "vlm_requires"]
 
 
-def ours_with_node(definition: pytest.Function, where: str) -> Iterator[tuple[Any, pytest.Mark]]:
+def ours_with_node(
+    definition: pytest.Function, where: str, *, closest: str | None = None
+) -> Iterator[tuple[Any, pytest.Mark]]:
     """Our markers of a test and those that stand for ours (``vlm_marker_aliases``), closest first, each with its node.
+
+    Args:
+        definition: The test.
+        where: Of messages.
+        closest: Name of a marker of which a class does not inherit any where it has its own.
 
     Raises:
         pytest.Collector.CollectError: A marker that stands for ours has other arguments than its alias.
     """
     aliases = definition.config.stash.get(ALIASES, {})
+    overridden = _overridden(definition, closest) if closest is not None else ()
     for node, mark in definition.iter_markers_with_node():
+        if id(mark) in overridden:
+            continue
         if mark.name in MARKERS:
             yield node, mark
         elif mark.name in aliases:
@@ -250,13 +260,32 @@ def ours_with_node(definition: pytest.Function, where: str) -> Iterator[tuple[An
                 raise wrong(f"{where}: @pytest.mark.{alias.name} is an alias with other arguments: {takes}.") from None
 
 
+def _overridden(definition: pytest.Function, name: str) -> set[int]:
+    """Identities of the markers that a test's class inherits and has its own of: pytest puts all of them on the class."""
+    aliases = definition.config.stash.get(ALIASES, {})
+    overridden: set[int] = set()
+    is_found = False
+    for base in definition.cls.__mro__ if definition.cls is not None else ():
+        listed: Any = vars(base).get("pytestmark", [])
+        given: list[Any] = listed if isinstance(listed, list) else [listed]
+        marks = [mark.mark if isinstance(mark, pytest.MarkDecorator) else mark for mark in given]
+        own = {id(mark) for mark in marks if name == (aliases[mark.name].target if mark.name in aliases else mark.name)}
+        if is_found:
+            overridden |= own
+        is_found = is_found or bool(own)
+    return overridden
+
+
 def read_limit(definition: pytest.Function, where: str) -> int | None:
     """Bytes that the closest ``vlm_limit_vram`` allows; ``None`` without one.
 
     Raises:
         pytest.Collector.CollectError: A marker is wrong.
     """
-    limits: list[int] = [read(mark, where) for mark in definition.iter_markers("vlm_limit_vram")]
+    name = "vlm_limit_vram"
+    limits: list[int] = [
+        read(mark, where) for _, mark in ours_with_node(definition, where, closest=name) if mark.name == name
+    ]
     return limits[0] if limits else None
 
 

@@ -139,11 +139,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if ASKED not in config.stash and not concern.are_marked(session.items, config.stash[OURS]):
         return
-    from .collection import collecting, ordering
+    from .collection import collecting, ordering, rules
 
     requests = ordering.requests_of(config, session.items)
     if collecting.examine_again(session, requests):
         requests = ordering.requests_of(config, session.items)
+    requests = rules.told_apart(session, session.items, requests)
     ordering.arrange(config, session.items, requests)
     collecting.settle(config, requests)
     if config.option.collectonly:

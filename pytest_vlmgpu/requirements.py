@@ -37,6 +37,8 @@ class VlmSpec:
     """Spread the model over at least this many GPUs (``vlm_requires(gpus=…)``)."""
     device_map: str | None = None
     """Who places it, of :data:`DEVICE_MAPS`; ``None``, which is what a test gets for ``doctor``, is the planner."""
+    rules: str = ""
+    """Whose fixtures place and load it, where tests of this model see different ones: folders and files."""
 
     @property
     def is_placed_by_transformers(self) -> bool:
@@ -65,6 +67,7 @@ class VlmSpec:
         details = [self.dtype] if self.dtype else []
         details += [f'device_map "{self.device_map}"'] if self.device_map else []
         details += [f"at least {self.min_gpus} GPUs"] if self.min_gpus > 1 else []
+        details += [f"by the fixtures of {self.rules}"] if self.rules else []
         return f"{self.name} ({', '.join(details)})" if details else self.name
 
 

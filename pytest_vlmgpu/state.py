@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .concern import Ours
     from .gating.gate import Gate
     from .options import Settings
-    from .requirements import GatedTest, WatchedTest
+    from .requirements import GatedTest, VlmSpec, WatchedTest
     from .verdicts import Verdict
     from .watching.watch import Failure, Watch
     from .workers.controller import Controller
@@ -35,6 +35,8 @@ READ_MARKS: pytest.StashKey[int] = pytest.StashKey()
 """Of a module or class with tests that were examined: markers of ours that it and what it is in had then."""
 EXAMINED: pytest.StashKey[Examinations] = pytest.StashKey()
 """Of the config, until the collection is finished: what was found of each item that was examined."""
+RULES: pytest.StashKey[dict[VlmSpec, set[str]]] = pytest.StashKey()
+"""Of the config, once the collection is finished: where the fixtures are by which tests place and load each model."""
 REQUESTS: pytest.StashKey[Sequence[Examined | None]] = pytest.StashKey()
 """Of the config, once the collection is finished: what each test asks for, in the order in which tests run."""
 GATED_TEST: pytest.StashKey[GatedTest] = pytest.StashKey()

@@ -85,12 +85,12 @@ def give_requests(items: Sequence[pytest.Item], requests: Requests) -> None:
 
 
 def give_models(items: Sequence[Any], requests: Requests) -> None:
-    """Give each test that loads a model its own, as a parameter.
+    """Give each test that loads a model, or may ask for it at run time, its own, as a parameter.
 
     This comes last: pytest would spend as much time on ordering these parameters as on all else, to the same end.
     """
     for item, examined in zip(items, requests, strict=True):
-        if examined is None or examined.model is None:
+        if examined is None or examined.callspec is None:
             continue
         callspec = getattr(item, "callspec", None)
         if callspec is None:
@@ -98,7 +98,7 @@ def give_models(items: Sequence[Any], requests: Requests) -> None:
             continue
         if "vlm" not in callspec.params:
             callspec.indices["vlm"], callspec._arg2scope["vlm"] = 0, scope_of_vlm(item)
-        callspec.params["vlm"] = examined.model
+        callspec.params["vlm"] = examined.callspec.params["vlm"]
 
 
 def _examine(concerned: Sequence[Any], spreading: Spreading | None = None) -> str | None:

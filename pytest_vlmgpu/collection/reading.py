@@ -40,7 +40,7 @@ class Examined(NamedTuple):
     model: VlmSpec | None = None
     """What it loads."""
     callspec: Any = None
-    """What pytest reads of a parameter, for a test with a model and no parameters."""
+    """What pytest reads of a parameter, for a test that names a model and has no parameters."""
 
     @property
     def mutates(self) -> bool:
@@ -107,7 +107,9 @@ class Reading:
         if self.loads:
             specs = () if model is None else (model,)
         test = GatedTest(specs, self.requirements, self._wants_gpus, self.loads, self._takes_all)
-        return Examined(self._marks, test, self.watched, model, None if model is None else _callspec(item, model))
+        # Also one that loads nothing may ask for its model at run time (request.getfixturevalue): nobody can know before.
+        given = _callspec(item, specs[0] if len(specs) == 1 else specs) if specs else None
+        return Examined(self._marks, test, self.watched, model, given)
 
     def _model_of(self, item: Any) -> VlmSpec | None:
         """The model of a test: that of its parameter, its marker or ``--vlm-model``."""
@@ -281,10 +283,11 @@ def is_parametrized_by_user(definition: pytest.Function) -> bool:
 
 def scope_of_vlm(item: Any) -> Any:
     """In pytest's own terms."""
-    return item._fixtureinfo.name2fixturedefs["vlm"][0]._scope
+    definitions = item._fixtureinfo.name2fixturedefs.get("vlm") or item.session._fixturemanager.getfixturedefs("vlm", item)
+    return definitions[0]._scope
 
 
-def _callspec(item: Any, spec: VlmSpec) -> Any:
+def _callspec(item: Any, spec: VlmSpec | tuple[VlmSpec, ...]) -> Any:
     """Give a test its model in the way of a parameter: pytest then keeps one loaded at a time.
 
     pytest itself does this for functions, at the price of a new signature and several copies each, and not at all for

@@ -51,6 +51,8 @@ class Fitting:
         """GPUs of models that an engine places itself."""
         self.open_to: dict[VlmSpec, tuple[int, ...]] = {}
         """GPUs among which transformers may choose for a model that it places itself."""
+        self.asking: pytest.FixtureRequest | None = None
+        """For which test a planner is asked right now."""
 
     def judge(
         self, needs: Requirements, machine: Machine, plan: Plan | None = None, *, loads: bool, at_load: bool
@@ -103,7 +105,7 @@ class Fitting:
             verdict = self.judge(Requirements.strictest([needs, own]), machine, loads=loads, at_load=at_load)
             self.estimated[spec] = verdict.gpus[: own.gpus]
             return verdict, None
-        planner: Planner = request.getfixturevalue("vlm_planner")
+        planner = self.planner_for(request)
         try:
             check_function(planner, origin="fixture vlm_planner", arguments="spec, machine, gpus")
             plan = planner(spec, machine, verdict.gpus)
@@ -131,6 +133,21 @@ class Fitting:
             self.open_to[spec] = verdict.gpus
             return verdict, plan
         return replace(verdict, gpus=tuple(stage.gpu for stage in plan.stages)), plan
+
+    def planner_for(self, request: pytest.FixtureRequest) -> Planner:
+        """The planner that a test sees; it places models by the workload and policy that this test sees."""
+        planner: Planner = request.getfixturevalue("vlm_planner")
+        if not callable(planner):
+            return planner
+
+        def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan | None:
+            outer, self.asking = self.asking, request
+            try:
+                return planner(spec, machine, gpus)
+            finally:
+                self.asking = outer
+
+        return place
 
     def _fits_elsewhere(
         self, spec: VlmSpec, needs: Requirements, machine: Machine, verdict: Verdict, planner: Planner

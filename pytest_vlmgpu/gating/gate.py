@@ -135,6 +135,17 @@ class Gate:
         name = parameter if isinstance(parameter, str) else self.settings.model
         return self.completed(VlmSpec(name)) if name else None
 
+    def spec_asked_for(self, request: pytest.FixtureRequest) -> VlmSpec | None:
+        """The model that a test loads or asks for at run time; one that names several has to load them."""
+        parameter = getattr(request, "param", None)
+        if isinstance(parameter, tuple):
+            pytest.fail(
+                f"{verdicts.WRONG}: @pytest.mark.vlm names {len(parameter)} models, and the test asks for one at run time: "
+                "let the test itself take the fixture vlm, so that it runs with each.",
+                pytrace=False,
+            )
+        return self.spec_from(parameter)
+
     def completed(self, spec: VlmSpec) -> VlmSpec:
         """A model with the settings of the run, where nothing else is said of it."""
         return spec.completed(gpus=spec.min_gpus, dtype=self.settings.dtype, device_map=self.settings.device_map)
@@ -267,7 +278,7 @@ class Gate:
 
     def settle(self, machine: Machine, request: pytest.FixtureRequest) -> Verdict:
         """Take this process' GPUs, if that was not done; the refusal where there are none for it, or none any more."""
-        refusal = self.own.settle(machine, _planner_of(request))
+        refusal = self.own.settle(machine, self._planner_of(request))
         hider = hider_of(self._config)
         if refusal is None and hider is not None:
             refusal = hider.refusal()
@@ -337,6 +348,18 @@ class Gate:
             self._fits[spec] = self.fitting.place_shared(spec, machine, request, at_load=self.settings.plan)[0]
         return self._fits[spec]
 
+    def _planner_of(self, request: pytest.FixtureRequest) -> Planner:
+        """The planner, made only if a model is placed; ``None`` for one that it cannot place: its test says why."""
+        from vlm_doctor.errors import VlmDoctorError
+
+        def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan | None:
+            try:
+                return self.fitting.planner_for(request)(spec, machine, gpus)
+            except VlmDoctorError:
+                return None
+
+        return place
+
     def keep_from_acting(self, verdict: Verdict, request: pytest.FixtureRequest) -> Verdict:
         """Nothing runs for a machine that is not this one."""
         if self.settings.plan or self.settings.fake_gpus or (not self.uses_gpus and self.settings.machine == "live"):
@@ -363,20 +386,6 @@ class Gate:
         if broken:
             return Verdict("error", verdicts.FAULT, f"{verdict.reason} {broken}")
         return self.reader.losses.explain(replace(verdict, action="skip"), machine)
-
-
-def _planner_of(request: pytest.FixtureRequest) -> Planner:
-    """The planner, which is only made if a model is placed; ``None`` for one that it cannot place: its test says why."""
-    from vlm_doctor.errors import VlmDoctorError
-
-    def place(spec: VlmSpec, machine: Machine, gpus: tuple[int, ...]) -> Plan | None:
-        try:
-            planner: Planner = request.getfixturevalue("vlm_planner")
-            return planner(spec, machine, gpus)
-        except VlmDoctorError:
-            return None
-
-    return place
 
 
 def refuse(verdict: Verdict) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ..overridden import check_value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from vlm_doctor.machine import Machine
@@ -43,7 +43,13 @@ class VlmFactory(Protocol):
         ...
 
 
-def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = False) -> Planner:
+def make_planner(
+    workload: Workload,
+    policy: Policy,
+    *,
+    may_offload: bool = False,
+    asking: Callable[[], pytest.FixtureRequest | None] = lambda: None,
+) -> Planner:
     """Place a model on the GPUs that its tests may use, with the planner of vlm-doctor.
 
     Args:
@@ -51,6 +57,8 @@ def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = Fals
         policy: How careful to be.
         may_offload: Leave the last layers of a model in host memory where the GPUs cannot take it, however empty they are.
             What is short because others hold memory is waited for, and never made up for in this way.
+        asking: The test for which a model is placed: its folder or file may override workload and policy, and a fixture
+            of the session has only those of the first test.
     """
     from msgspec.structs import replace
 
@@ -65,21 +73,25 @@ def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = Fals
         from ..gating.slices import has_slices
         from .offloading import with_host_memory
 
-        check_value(workload, asked.Workload, origin="fixture vlm_workload", wanted="a vlm_doctor.Workload")
-        check_value(policy, asked.Policy, origin="fixture vlm_policy", wanted="a vlm_doctor.Policy")
+        call, care = workload, policy
+        request = asking()
+        if request is not None:
+            call, care = request.getfixturevalue("vlm_workload"), request.getfixturevalue("vlm_policy")
+        check_value(call, asked.Workload, origin="fixture vlm_workload", wanted="a vlm_doctor.Workload")
+        check_value(care, asked.Policy, origin="fixture vlm_policy", wanted="a vlm_doctor.Policy")
         if spec.is_placed_by_transformers:
-            _refuse_rules_for(spec, policy)
-        allowed = gpus if policy.gpus is None else tuple(index for index in gpus if index in policy.gpus)
+            _refuse_rules_for(spec, care)
+        allowed = gpus if care.gpus is None else tuple(index for index in gpus if index in care.gpus)
         rules = replace(
-            policy,
+            care,
             gpus=allowed,
-            min_gpus=max(policy.min_gpus, spec.min_gpus),
-            max_gpus=1 if spec.device_map == "single" or has_slices(machine, gpus) else policy.max_gpus,
-            offload=policy.offload and not may_offload,
+            min_gpus=max(care.min_gpus, spec.min_gpus),
+            max_gpus=1 if spec.device_map == "single" or has_slices(machine, gpus) else care.max_gpus,
+            offload=care.offload and not may_offload,
             # The session sees more GPUs than those of one model.
             keeps_numbers=True,
         )
-        work = replace(workload, dtype=spec.dtype or workload.dtype)
+        work = replace(call, dtype=spec.dtype or call.dtype)
 
         def ask(machine: Machine, *, offload: bool = rules.offload) -> Plan:
             return plan(profile_of(spec.name), machine, work, replace(rules, offload=offload))
@@ -158,7 +170,7 @@ def make_loader(gate: Gate, config: pytest.Config) -> Loader:
     return load
 
 
-def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> VlmFactory:
+def make_factory(gate: Gate, request: pytest.FixtureRequest) -> VlmFactory:
     """Load models that are chosen at run time as the fixture ``vlm`` loads those that markers name."""
 
     @contextmanager
@@ -170,6 +182,7 @@ def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> 
         gpus: int = 1,
         device_map: str | None = None,
     ) -> Iterator[Any]:
+        from ..collection.rules import as_seen_by
         from ..markers import chosen
 
         spec = chosen(
@@ -180,7 +193,13 @@ def make_factory(gate: Gate, request: pytest.FixtureRequest, loader: Loader) -> 
             device_map=device_map,
             where="vlm_factory",
         )
-        with gate.loaded(gate.completed(spec), request, loader) as loaded:
+        # This fixture is one for all tests, and the folder of the one that runs may have a loader of its own.
+        item: Any = next(reversed(request.session._setupstate.stack))
+        is_test = isinstance(item, pytest.Function)
+        asking = item._request if is_test else request
+        named = gate.completed(spec)
+        loader = asking.getfixturevalue("vlm_loader")
+        with gate.loaded(as_seen_by(item, named) if is_test else named, asking, loader) as loaded:
             yield loaded
 
     return make

@@ -44,7 +44,8 @@ class Lending:
     def loaded(self, spec: VlmSpec | None, request: pytest.FixtureRequest, loader: Loader) -> Iterator[Any]:
         """Load a model for as long as tests need it. A refusal ends the setup of the test and is remembered."""
         if spec is None:
-            pytest.fail(f"{verdicts.WRONG}: the fixture vlm needs a model; give --vlm-model.", pytrace=False)
+            advice = 'mark the test @pytest.mark.vlm("org/model"), or give --vlm-model'
+            pytest.fail(f"{verdicts.WRONG}: the fixture vlm needs a model; {advice}.", pytrace=False)
         known = self._gate.residents.get(spec)
         resident = known or self._load(spec, request, loader)
         self._in_use.append(spec)

@@ -37,6 +37,8 @@ class Load:
     """How long ago the model was loaded by another run, to which this one attached."""
     saved_seconds: float = 0.0
     """By attaching."""
+    tests: list[str] = field(default_factory=list)
+    """Node ids of the tests that were given it; one that ran again is there as often."""
 
 
 def check_landing(spec: VlmSpec, plan: Plan, loaded: Any, machine: Machine, *, may_offload: bool) -> None:

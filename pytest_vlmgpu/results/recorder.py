@@ -32,6 +32,8 @@ class Recorder:
         self.tests: dict[str, GatedRecord] = {}
         self._crashed: dict[str, pytest.TestReport] = {}
         """Tests whose worker died before it could say anything of them, gated or not."""
+        self._failed_within: set[str] = set()
+        """Tests of which a subtest has failed in this attempt."""
 
     def expect(self, nodeids: Iterable[str]) -> None:
         """Note tests that were collected: they are listed even if the run ends before them."""
@@ -43,6 +45,8 @@ class Recorder:
 
     def add(self, report: pytest.TestReport) -> None:
         """Take over one phase of a test; a test that is not gated is ignored."""
+        if _is_of_subtest(report) and report.outcome != "failed":
+            return  # what became of the test is in its own report, which comes next
         found = {name: value for name, value in report.user_properties if name.startswith(PREFIX)}
         known = self.tests.get(report.nodeid)
         if not found and (known is None or known.attempts == 0):
@@ -53,7 +57,11 @@ class Recorder:
         record = known or GatedRecord(nodeid=report.nodeid)
         if report.when == "setup":
             record = GatedRecord(nodeid=report.nodeid, attempts=record.attempts + 1)
-        self.tests[report.nodeid] = _in_phase(_with_properties(record, found), report)
+            self._failed_within.discard(report.nodeid)
+        has_failed = report.nodeid in self._failed_within
+        self.tests[report.nodeid] = _in_phase(_with_properties(record, found), report, has_failed_within=has_failed)
+        if _is_of_subtest(report):
+            self._failed_within.add(report.nodeid)
 
 
 def _with_properties(record: GatedRecord, found: dict[str, Any]) -> GatedRecord:
@@ -66,10 +74,14 @@ def _with_properties(record: GatedRecord, found: dict[str, Any]) -> GatedRecord:
     return replace(record, **values)
 
 
-def _in_phase(record: GatedRecord, report: pytest.TestReport) -> GatedRecord:
+def _in_phase(record: GatedRecord, report: pytest.TestReport, *, has_failed_within: bool = False) -> GatedRecord:
     path, line, _ = report.location
     outcome = _outcome(record, report)
-    reason = reason_of(report) if outcome not in ("passed", "xpassed") else None
+    has_failed = has_failed_within and report.when == "call"
+    if has_failed and not hasattr(report, "wasxfail"):
+        outcome = "failed"  # of unittest's subtests, the test itself passes
+    # A subtest that failed has said why.
+    reason = reason_of(report) if outcome not in ("passed", "xpassed") and not has_failed else None
     return replace(
         record,
         file=path,
@@ -78,7 +90,8 @@ def _in_phase(record: GatedRecord, report: pytest.TestReport) -> GatedRecord:
         is_executed=record.is_executed or (report.when == "call" and outcome != "skipped" and record.code != OWN_SKIP),
         # A teardown that passes says nothing about why the test failed.
         reason=reason or record.reason,
-        duration_s=round(record.duration_s + max(0.0, report.duration), 3),
+        # The test's own report counts the time of its subtests.
+        duration_s=round(record.duration_s + (0.0 if _is_of_subtest(report) else max(0.0, report.duration)), 3),
         worker=getattr(report, "worker_id", None) or record.worker,
     )
 
@@ -95,6 +108,11 @@ def _outcome(record: GatedRecord, report: pytest.TestReport) -> Outcome:
     if report.outcome == "skipped":
         return "xfailed" if is_expected_to_fail else "skipped"
     return "error" if report.when == "setup" else "failed"
+
+
+def _is_of_subtest(report: pytest.TestReport) -> bool:
+    """True for what pytest 9 or pytest-subtests says of one subtest, as part of the call of its test."""
+    return hasattr(report, "context")
 
 
 def reason_of(report: pytest.TestReport) -> str | None:

@@ -83,6 +83,8 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
         runs = verdict.action == "run"
         need, is_about_gpus = gate.need_bytes(test), gate.is_machine_real or gate.settings.plan
         resident = gate.resident_of(test)
+        if resident is not None and call.excinfo is None:
+            resident.load.tests.append(item.nodeid)
         properties |= {
             "verdict": verdict.action,
             "code": verdict.code,
@@ -91,8 +93,9 @@ def attach(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
             "offloaded_gib": round(resident.load.offloaded_bytes / 2**30, 3) if resident is not None else None,
         }
     elif call.excinfo is not None:
-        # A skip marker, or a session fixture, came before the gate.
-        properties["verdict"] = "skip" if call.excinfo.errisinstance(pytest.skip.Exception) else "error"
+        # A marker (skip, xfail that is not to run), or a session fixture, came before the gate.
+        is_skip = call.excinfo.errisinstance((pytest.skip.Exception, pytest.xfail.Exception))
+        properties["verdict"] = "skip" if is_skip else "error"
     _set(item.user_properties, properties)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,9 +135,9 @@ class Summary:
             for line in dict.fromkeys(machines):
                 terminalreporter.line(line)
             terminalreporter.line(counts(tests))
-            tests_of = Counter(record.model for record in tests.values() if record.is_executed)
+            executed = {nodeid for nodeid, record in tests.items() if record.is_executed}
             for load in [Load(**load) for _, said in self._said for load in said["loads"]]:
-                terminalreporter.line(load_line(load, tests_of[load.model]))
+                terminalreporter.line(load_line(load, len(executed.intersection(load.tests))))
             from ..workers.controller import account
 
             for line in account(self._config):

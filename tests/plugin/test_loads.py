@@ -215,7 +215,9 @@ def test_a_model_asked_for_by_name_is_the_default_one(suite: Any) -> None:
     result = suite.run(test_x=body)
 
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["VLM720: the fixture vlm needs a model; give --vlm-model."])
+    result.stdout.fnmatch_lines(
+        ['VLM720: the fixture vlm needs a model; mark the test @pytest.mark.vlm("org/model"), or *']
+    )
 
 
 def test_on_the_cpu_the_workers_of_xdist_load_too(suite: Any) -> None:
@@ -457,3 +459,31 @@ def test_nothing_is_loaded_on_a_made_up_machine(suite: Any, arguments: list[str]
 
     result.assert_outcomes(skipped=1)
     assert suite.loads() == []
+
+
+def test_a_model_asked_for_at_run_time_is_that_of_the_marker(suite: Any) -> None:
+    source = """
+    import pytest
+
+    @pytest.fixture
+    def helper(request): return request.getfixturevalue("vlm")
+    @pytest.mark.vlm("org/a")
+    def test_fixture(helper): assert helper.name == "org/a"
+    @pytest.mark.vlm("org/a")
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_parameter(request, number): assert request.getfixturevalue("vlm").name == "org/a"
+    @pytest.mark.vlm("org/b")
+    class TestAll:
+        @pytest.fixture(autouse=True)
+        def injected(self, request): self.vlm = request.getfixturevalue("vlm")
+        def test_class(self): assert self.vlm.name == "org/b"
+    @pytest.mark.vlm("org/a", "org/b")
+    def test_two(request): request.getfixturevalue("vlm")
+    def test_none(request): assert request.getfixturevalue("vlm").name == "org/c"
+    """
+
+    result = suite.run("--vlm-model=org/c", test_x=source)
+
+    result.assert_outcomes(passed=5, failed=1)
+    result.stdout.fnmatch_lines(["VLM720: @pytest.mark.vlm names 2 models, and the test asks for one at run time: *"])
+    assert [line for line in suite.loads() if line.startswith("LOAD")] == ["LOAD org/a", "LOAD org/b", "LOAD org/c"]

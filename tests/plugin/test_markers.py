@@ -270,3 +270,38 @@ def test_markers_of_class_module_and_parameter_join(suite: Any) -> None:
             "SKIPPED [[]1[]] test_x.py:*: VLM702: 3 GPUs are wanted, 2 can be used.",
         ]
     )
+
+
+def test_a_class_overrides_the_model_and_the_limit_of_its_base(suite: Any) -> None:
+    source = """
+    import unittest
+    import pytest
+    class Cases:
+        def test_name(self): assert self.vlm.name == self.wanted
+    @pytest.mark.vlm("org/a")
+    @pytest.mark.usefixtures("vlm_cls")
+    class TestA(Cases, unittest.TestCase): wanted = "org/a"
+    @pytest.mark.vlm("org/b")
+    class TestB(TestA): wanted = "org/b"
+    class TestStillB(TestB):
+        pass
+    @pytest.mark.model("org/a")
+    class TestAAgain(TestB): wanted = "org/a"
+    class TestC(TestA):
+        pytestmark = pytest.mark.vlm("org/c")
+        wanted = "org/c"
+
+    @pytest.mark.vlm_limit_vram("1GiB")
+    @pytest.mark.vlm("org/a")
+    class TestSmall:
+        def test_limit(self, request, vlm):
+            from pytest_vlmgpu.state import WATCHED_TEST
+            assert request.node.stash[WATCHED_TEST].limit_bytes == self.limit
+        limit = 2**30
+    @pytest.mark.vlm_limit_vram("2GiB")
+    class TestLarge(TestSmall): limit = 2**31
+    """
+    (suite.folder / "pytest.ini").write_text("[pytest]\nvlm_marker_aliases = model(name) = vlm(name)\n")
+
+    suite.run(test_x=source).assert_outcomes(passed=7)
+    assert sorted(suite.loads()) == sorted(f"{what} org/{name}" for what in ("LOAD", "UNLOAD") for name in "abc")

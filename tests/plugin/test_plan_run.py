@@ -193,3 +193,14 @@ def test_fake_gpus_that_make_no_sense(suite: Any) -> None:
 
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: VLM720: --vlm-fake-gpus: *"])
+
+
+def test_fake_gpus_where_proof_is_no_longer_demanded(suite: Any) -> None:
+    (suite.folder / "pytest.ini").write_text("[pytest]\nvlm_strict = gpu\n")
+    source = "import pytest\n@pytest.mark.vlm_requires\ndef test_x(): pass\n"
+
+    refused = suite.run("--vlm-fake-gpus=L4", test_x=source)
+    result = suite.run("--vlm-fake-gpus=L4", "--vlm-strict=off")
+
+    refused.stderr.fnmatch_lines(["ERROR: VLM720: --vlm-fake-gpus: no GPU that is made up can satisfy vlm_strict; *"])
+    result.assert_outcomes(passed=1)

@@ -96,6 +96,41 @@ def test_every_gated_test_is_there_with_its_reason(suite: Any, workers: list[str
     assert all((test["worker"] in ("gw0", "gw1")) is bool(workers) for test in tests.values())
 
 
+def test_a_test_with_a_failed_subtest_has_failed(suite: Any) -> None:
+    source = """
+    import unittest
+    import pytest
+
+    @pytest.mark.vlm("org/a")
+    @pytest.mark.usefixtures("vlm_cls")
+    class TestCases(unittest.TestCase):
+        def test_fails(self):
+            for number in range(3):
+                with self.subTest(number=number):
+                    self.assertNotEqual(number, 1, "one is wrong")
+        def test_skips_one(self):
+            with self.subTest():
+                self.skipTest("not here")
+        def test_skips_after(self):
+            with self.subTest():
+                self.fail("two is wrong")
+            self.skipTest("not here")
+    """
+
+    result = suite.run("--vlm-report=out.json", test_x=source)
+
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    tests = by_name(read(suite))
+    assert {name: (test["outcome"], test["is_executed"]) for name, test in tests.items()} == {
+        "TestCases::test_fails": ("failed", True),
+        "TestCases::test_skips_one": ("passed" if hasattr(pytest, "Subtests") else "skipped", hasattr(pytest, "Subtests")),
+        "TestCases::test_skips_after": ("failed", True),
+    }
+    assert "one is wrong" in tests["TestCases::test_fails"]["reason"]
+    assert "two is wrong" in tests["TestCases::test_skips_after"]["reason"]
+    result.stdout.fnmatch_lines(["3 ran" if hasattr(pytest, "Subtests") else "2 ran; 1 skipped"])
+
+
 def test_a_report_of_a_run_without_gated_tests(suite: Any) -> None:
     suite.run("--vlm-report=deep/er/out.json", test_x="def test_x(): pass")
 
@@ -336,3 +371,33 @@ def test_what_github_cannot_take_is_escaped_or_cut() -> None:
     assert len(commands(tests, ())) == 10
     assert "`t[a\\|0]`" in table(tests, ())
     assert "50 more are in the report." in table(tests, ())
+
+
+def test_an_expected_failure_that_is_not_to_run_is_no_error_of_the_gate(suite: Any) -> None:
+    source = """
+    import pytest
+
+    @pytest.mark.vlm_requires
+    @pytest.mark.xfail(run=False, reason="hangs")
+    def test_hangs(): pass
+    """
+
+    suite.run("--vlm-report=out.json", test_x=source).assert_outcomes(xfailed=1)
+
+    test = by_name(read(suite))["test_hangs"]
+    assert (test["outcome"], test["verdict"], test["is_executed"]) == ("xfailed", "skip", False)
+
+
+def test_a_call_that_is_made_again_without_a_new_setup_counts_for_what_it_became() -> None:
+    """So does pytest-retry, with an outcome of its own for the first one."""
+    recorder = Recorder()
+
+    def outcome_after(when: str, outcome: str) -> str:
+        fields: dict[str, Any] = {"when": when, "outcome": outcome, "user_properties": [("vlmgpu.verdict", "run")]}
+        recorder.add(pytest.TestReport("test_x", ("test_x.py", 0, "test_x"), {}, longrepr=None, **fields))
+        return recorder.tests["test_x"].outcome
+
+    outcome_after("setup", "passed")
+    assert outcome_after("call", "retried") == "failed"
+    assert outcome_after("call", "passed") == "passed"
+    assert outcome_after("teardown", "passed") == "passed"

@@ -194,3 +194,34 @@ def test_what_the_library_raised_is_shown_to_those_who_look_closer(
 
     result.stdout.fnmatch_lines(["VLM715: org/oom ran out of memory."])
     assert ("Traceback of torch" in result.stdout.str()) is is_shown
+
+
+def test_each_load_of_a_model_has_the_tests_that_it_served(suite: Any) -> None:
+    source = """
+    import pytest
+
+    @pytest.mark.vlm("org/a")
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_a(vlm, number): pass
+    @pytest.mark.vlm("org/b")
+    def test_chosen(vlm, vlm_factory):
+        with vlm_factory("org/a"): pass
+    """
+
+    result = suite.run(test_x=source)
+
+    result.assert_outcomes(passed=3)
+    endings = [line.rpartition("peak 4.0 GiB predicted")[2] for line in result.outlines if line.startswith("org/a: loaded")]
+    assert endings == ["; 2 tests", ""]
+
+
+def test_each_worker_s_load_has_its_own_tests(suite: Any) -> None:
+    pytest.importorskip("xdist")
+    one = "import pytest\n@pytest.mark.vlm('org/a')\ndef test_a(vlm): pass\n"
+    two = one.replace("def", "@pytest.mark.parametrize('n', [1, 2])\ndef").replace("vlm)", "vlm, n)")
+
+    result = suite.run("-n2", "--dist=loadfile", test_x=one, test_y=two)
+
+    result.assert_outcomes(passed=3)
+    counts = sorted(line.rpartition("; ")[2] for line in result.outlines if line.startswith("org/a: loaded"))
+    assert counts == ["1 test", "2 tests"]
