@@ -134,6 +134,8 @@ class TextShape(msgspec.Struct, frozen=True, kw_only=True):
     """Likewise."""
     layer_input: int = 0
     """Width of the embedding that each layer has of its own (``hidden_size_per_layer_input`` of Gemma 3n and Gemma 4)."""
+    is_never_fused: bool = False
+    """The machine's transformers has no fused attention for it: it runs eager where ``sdpa`` is asked for."""
 
     def heads_of(self, cache: LayerCache) -> tuple[int, int]:
         """KV heads and ``head_dim`` of a layer that keeps so much."""
@@ -183,6 +185,8 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     computes_in: Literal["int8", "float32"] | None = None
     """What the linear layers of such a checkpoint compute in where it is not the type of the hidden states: those of
     bitsandbytes in 8 bit, and in 4 bit where config.json says ``float32`` or nothing."""
+    refuses_sdpa: bool = False
+    """The class does not load where ``attn_implementation="sdpa"`` is said: what it can do it chooses by itself."""
     one_gpu: str | None = None
     """Why the machine's libraries cannot run it on several GPUs; ``None`` where they can, or where no machine is known."""
     tensors: dict[str, tuple[str, int]] = {}

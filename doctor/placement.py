@@ -239,6 +239,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     """What was assumed."""
     is_remote_code: bool = False
+    refuses_sdpa: bool = False
+    """The class does not load where ``attn_implementation="sdpa"`` is said; without a word it takes what it has."""
     needs_quantization: str | None = None
     """``quant_method`` of the checkpoint, or what the workload quantizes to."""
 

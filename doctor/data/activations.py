@@ -258,6 +258,28 @@ STATES_LET_GO = (5, 23)
 
 DEFAULT_VISION = VisionCoefficient(2, 6, True, "the most of any architecture counted, since this one was not")
 
+_FIRST, _LAST = (0, 0), (999, 0)
+NEVER_FUSED = {
+    "blip_text_model": (_FIRST, _LAST),
+    "gemma2": ((5, 21), _LAST),
+    "git": (_FIRST, _LAST),
+    "inkling2_text": (_FIRST, _LAST),
+    "pix2struct_text_model": (_FIRST, (5, 17)),
+    "udop": (_FIRST, (5, 17)),
+}
+"""Types of text bodies to the release of transformers since which they have no fused attention, and the one (at the latest)
+from which on they have. Source: ``_supports_sdpa`` of the classes of 4.57.6, 5.17, 5.20, 5.21 and 5.23."""
+REFUSE_SDPA_BEFORE = {
+    "blip-2": (5, 17),
+    "got_ocr2": _LAST,
+    "instructblip": (5, 17),
+    "instructblipvideo": (5, 17),
+    "pp_chart2table": _LAST,
+}
+"""Types of models that refuse ``attn_implementation="sdpa"``, though their text body has it by default, to the release from
+which on they do not: their class, or a part beside the body, names no support. Those with a text body that is never fused
+refuse it too."""
+
 CROSS_ATTENTION = frozenset({"mllama"})
 """Families whose image tokens never enter the prompt: one marker an image does, and some layers read them by
 cross-attention (``cross`` in ``TextShape.cached_layers``). Source: ``cross_attention_layers`` of Llama 3.2 Vision."""

@@ -12,7 +12,6 @@ from ..errors import UsageError
 from ..machine import Libraries
 from ..placement import Plan
 from ..report import Report
-from ..workload import Attention
 from .key_runs import KeyRun, runs
 from .look import Look
 
@@ -115,8 +114,14 @@ def environment_of(plan: Plan) -> dict[str, str]:
     return variables
 
 
-def attention_word(attention: Attention) -> str:
-    """What ``attn_implementation`` of transformers calls it."""
+def attention_word(plan: Plan) -> str | None:
+    """What ``attn_implementation`` of transformers calls the attention of a plan; ``None`` where it must not be named.
+
+    Classes of a checkpoint may refuse sdpa by name, too, though it is what they run by default.
+    """
+    attention = plan.workload.attention
+    if attention == "sdpa" and (plan.refuses_sdpa or plan.is_remote_code):
+        return None
     return "flash_attention_2" if attention == "flash" else attention
 
 
@@ -166,12 +171,7 @@ def _loading(plan: Plan, dtype: str, *, is_quantized: bool) -> str:
         *source,
         f"{dtype}={literal(plan.dtype)}",
         "device_map=device_map",
-        # Classes of a checkpoint may refuse sdpa by name, though it is what they run by default.
-        *(
-            []
-            if trust and plan.workload.attention == "sdpa"
-            else [f"attn_implementation={literal(attention_word(plan.workload.attention))}"]
-        ),
+        *([f"attn_implementation={literal(word)}"] if (word := attention_word(plan)) else []),
         *(["quantization_config=quantization"] if is_quantized else []),
         *trust,
     ]

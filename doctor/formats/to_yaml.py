@@ -45,7 +45,9 @@ def render(report: Report, _look: Look) -> str:
 
 
 def _loading(plan: Plan, libraries: Libraries | None, *, is_live: bool) -> list[str]:
-    lines = [_entry("dtype", plan.dtype), _entry("attn_implementation", attention_word(plan.workload.attention))]
+    lines = [_entry("dtype", plan.dtype)]
+    if word := attention_word(plan):
+        lines.append(_entry("attn_implementation", word))
     if plan.workload.quantization:
         lines.append(_entry("quantization", plan.workload.quantization))
     elif unpacks_while_loading(plan, libraries):

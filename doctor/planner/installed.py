@@ -6,7 +6,7 @@ from itertools import chain
 
 import msgspec
 
-from ..data.activations import KEPT_STATES, STATES_LET_GO
+from ..data.activations import KEPT_STATES, NEVER_FUSED, REFUSE_SDPA_BEFORE, STATES_LET_GO
 from ..data.families import NORM_OUTSIDE_BEFORE
 from ..data.joins import TOWER_WINDOWED
 from ..machine import Machine
@@ -15,11 +15,14 @@ from .quantized import unpacked
 from .quantized_rules import why_not_unpacked
 from .release import Release, is_before_5, release_for, release_of
 
+_NEWEST = (998, 0)
+
 
 def as_loaded(profile: ModelProfile, machine: Machine) -> ModelProfile:
     """The profile as this machine will hold it, if its transformers is known; as the newest would, if not."""
     release = release_of(machine)
-    found = _with_norm_outside(_with_whole_tower(_with_kept_states(profile, release), release), release)
+    found = _with_kept_states(_with_own_attention(profile, release), release)
+    found = _with_norm_outside(_with_whole_tower(found, release), release)
     if is_before_5(release_for(profile, machine)):
         found = _with_single_experts(found)
     if is_before_5(release):
@@ -63,6 +66,23 @@ def _with_whole_tower(profile: ModelProfile, release: Release) -> ModelProfile:
         return profile
     units = tuple(msgspec.structs.replace(unit, parts=()) if unit.parts else unit for unit in profile.units)
     return msgspec.structs.replace(profile, units=units)
+
+
+def _with_own_attention(profile: ModelProfile, release: Release) -> ModelProfile:
+    """A body that has no fused attention there, and a class that refuses the word."""
+    if profile.refuses_sdpa or profile.is_remote_code:
+        return profile
+    now = release or _NEWEST
+    since, before = NEVER_FUSED.get(profile.text.body, (now, now))
+    if not since <= now < before:
+        is_refused = now < REFUSE_SDPA_BEFORE.get(profile.model_type, now)
+        return msgspec.structs.replace(profile, refuses_sdpa=True) if is_refused else profile
+    note = (
+        f"This transformers has no fused attention for {profile.text.body}: it runs eager, and the scores of all pairs of "
+        "tokens count."
+    )
+    text = msgspec.structs.replace(profile.text, is_never_fused=True)
+    return msgspec.structs.replace(profile, text=text, refuses_sdpa=True, notes=(*profile.notes, note))
 
 
 def _with_kept_states(profile: ModelProfile, release: Release) -> ModelProfile:

@@ -106,6 +106,11 @@ def _experts(profile: ModelProfile, coefficient: TextCoefficient, release: Relea
     return passed * max(copies * hidden, hidden + 4 * width) + coefficient.beside_experts * hidden
 
 
+def is_eager(text: TextShape, workload: Workload) -> bool:
+    """Whether the layers of a text body make the scores of all pairs of tokens."""
+    return workload.attention == "eager" or (workload.attention == "sdpa" and text.is_never_fused)
+
+
 def pairs(
     kind: LayerKind, profile: ModelProfile, workload: Workload, images: ImageLoad, prompt_tokens: int
 ) -> tuple[int, int]:
@@ -120,7 +125,7 @@ def pairs(
     text, (kept, working) = profile.text, coefficient_of(profile).pair_bytes
     item_bytes = computed_item_bytes(profile, workload)
     window = text.attention_chunk if text.sliding_window is None else text.sliding_window
-    if workload.attention == "eager":
+    if is_eager(text, workload):
         kept += item_bytes * (1 if window is None else 2)
         working += 0 if kind.cache == "linear" else text.heads * score_bytes(profile, workload)
     elif workload.attention == "sdpa":
@@ -174,9 +179,9 @@ def next_token_bytes(kind: LayerKind, profile: ModelProfile, workload: Workload,
     if text.kv_lora_rank is not None:
         rotated, rest, value = text.qk_rope_head_dim or 0, text.qk_nope_head_dim or 0, text.v_head_dim or text.head_dim
         expanded = 0 if is_before_5(release) else text.heads * (2 * rest + rotated + value) * each
-    elif workload.attention == "eager" and text.heads > kv_heads:
+    elif is_eager(text, workload) and text.heads > kv_heads:
         expanded = 2 * text.heads * head_dim * each
-    if workload.attention == "eager":
+    if is_eager(text, workload):
         expanded += text.heads * workload.batch * tokens * score_bytes(profile, workload)
     return max(joined, expanded, experts)
 

@@ -150,6 +150,7 @@ def _placed(answer: _Answer) -> Plan:
         shortage=None if choice else shortage(problem, stages, answer.excluded),
         notes=account.notes(problem, choice),
         is_remote_code=profile.is_remote_code,
+        refuses_sdpa=profile.refuses_sdpa,
         needs_quantization=profile.quantization or workload.quantization,
     )
 

@@ -185,6 +185,7 @@ def replay_of(footprint: Footprint, gpus: Sequence[Gpu], libraries: Libraries | 
     is_scripted = profile.body_script is not None and (not footprint.images.tokens or profile.tower_script is not None)
     is_plain = (
         workload.attention == "sdpa"
+        and not profile.text.is_never_fused
         and workload.logits == "generate"
         and workload.training is None
         and workload.quantization is None

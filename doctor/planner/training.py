@@ -16,7 +16,7 @@ from ..model import ModelProfile, Unit
 from ..units import MIB
 from ..workload import Training, Workload
 from .image_tokens import ImageLoad
-from .layer_work import LayerKind, coefficient_of
+from .layer_work import LayerKind, coefficient_of, is_eager
 from .prompt_work import JOINED_GATE_AND_UP
 from .release import Release, is_before_5
 from .weights import computed_item_bytes, unit_bytes
@@ -201,7 +201,7 @@ def step_work(
     saved, layer = {}, {}
     for kind in kinds:
         kept = math.ceil(tokens * _saved_bytes(kind, profile, item, training))
-        if workload.attention == "eager":
+        if is_eager(text, workload):
             # Scores before softmax, after it in float32, and cast.
             kept += text.heads * (text_tokens + images.tokens) ** 2 * workload.batch * (item + 4)
         saved[kind], layer[kind] = tokens * text.hidden * item if is_checkpointed else kept, kept
