@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import msgspec
@@ -184,9 +184,9 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         Where GPUs keep their numbers, that is the lowest of those that are used: the one with the highest number is it
         for no split over several.
         """
-        work = self.footprint.work(self.workload.text_tokens)
+        pixels, logits = self.footprint.copied(self.workload.text_tokens)
         last = max(budget.gpu.index for budget in self.budgets) if self.policy.keeps_numbers else None
-        more = [work.pixels + work.returned * (budget.gpu.index != last) for budget in self.budgets]
+        more = [pixels + logits * (budget.gpu.index != last) for budget in self.budgets]
         return self.fleet.with_rooms(
             [
                 room._replace(capacity_bytes=room.capacity_bytes - size)
@@ -238,9 +238,9 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     def _margins(self, split: Split, text_tokens: int) -> list[int]:
         """What each GPU keeps, in bytes, by the formulas."""
-        need, rooms = self.footprint.needs(text_tokens), self.fleet.rooms
+        price, rooms = self.footprint.needs(text_tokens), self.fleet.rooms
         return [
-            rooms[gpu].margin(need, *run) - self.footprint.more_bytes(*run, text_tokens, is_main=self.is_main(split, stage))
+            rooms[gpu].margin(partial(price, is_main=self.is_main(split, stage)), *run)
             for stage, (gpu, run) in enumerate(zip(split.gpus, split.runs, strict=True))
         ]
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import msgspec
+
+
+class Price(Protocol):
+    """Bytes that a run of atoms needs."""
+
+    def __call__(self, first: int, end: int, is_main: bool | None = None) -> int:
+        """Of the atoms from ``first`` up to, not including, ``end``; ``is_main`` as in ``Holding``."""
 
 
 class StageNeed(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from vlm_doctor import ModelProfile, Plan, Policy, Workload, load_profile, plan
+from vlm_doctor import ModelProfile, Plan, Policy, Training, Workload, load_profile, plan
 from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
@@ -54,10 +54,11 @@ def question(profile: ModelProfile, free_gib: list[float], workload: Workload, *
 def test_pixels_are_there_once_more(run: tuple[int, int], is_main: bool) -> None:
     asked = prices(LARGE)
     usual, away = (asked.detail(*run, 64, is_main=main) for main in (None, is_main))
-    assert away.total_bytes - usual.total_bytes == PIXELS == asked.more_bytes(*run, 64, is_main=is_main)
+    assert away.total_bytes - usual.total_bytes == PIXELS
     assert away.fragmentation_bytes == usual.fragmentation_bytes
-    assert asked.more_bytes(*run, 64, is_main=None) == 0
-    assert asked.more_bytes(*run, 64, is_main=not is_main) == 0
+    price = asked.needs(64)
+    assert (price(*run, is_main), price(*run)) == (away.total_bytes, usual.total_bytes)
+    assert price(*run, not is_main) == price(*run)
 
 
 @pytest.mark.parametrize("asked", [prices(FORWARD), traced_prices()], ids=["formulas", "traced"])
@@ -67,8 +68,75 @@ def test_logits_come_back_to_where_the_caller_may_have_the_prompt(asked: Footpri
     assert away.moment == "the logits come back"
     assert usual.moment != away.moment
     assert away.activations_bytes + away.kv_cache_bytes == pytest.approx(LOGITS + usual.kv_cache_bytes, rel=0.02)
-    assert asked.more_bytes(9, 12, 1000, is_main=True) == away.total_bytes - usual.total_bytes > 0
-    assert asked.more_bytes(9, ATOMS, 1000, is_main=True) == 0
+    price = asked.needs(1000)
+    assert (price(9, 12, True), price(9, 12)) == (away.total_bytes, usual.total_bytes)
+    assert price(9, ATOMS, True) == price(9, ATOMS)
+
+
+def with_loading(asked: Footprint, loading: int) -> Footprint:
+    asked._loading = [loading] * len(asked.atoms)
+    return asked
+
+
+def a_footprint(*, is_traced: bool, is_bare: bool = False) -> Footprint:
+    profile, workload = glm41v_9b(), msgspec.structs.replace(LARGE, new_tokens=1)
+    parts, images = chain(profile).atoms, image_load(profile, LARGE)
+    if not is_traced:
+        return Footprint(profile, workload, images, parts, is_bare=is_bare)
+    runs = [small_trace(tokens, layers=40, more=0) for tokens in (13001, 13513, 14025)]
+    return TracedFootprint(profile, workload, images, parts, traces=traces_of(runs), is_bare=is_bare)
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_pixels_and_what_is_wasted_count_beside_each_other_where_loading_takes_nearly_as_much(is_traced: bool) -> None:
+    """Loading takes more than the work, and less than the work with what the allocator wastes and the pixels."""
+    run, weights = (9, 12), a_footprint(is_traced=is_traced).weights_of(9, 12)
+    live, used = (
+        with_loading(a_footprint(is_traced=is_traced, is_bare=is_bare), 0).needs(64)(*run) - weights
+        for is_bare in (True, False)
+    )
+    assert live + 64 * MIB <= used
+    for loading, expected in ((live + 32 * MIB, used + PIXELS), (used + 2 * PIXELS, used + 2 * PIXELS)):
+        asked = with_loading(a_footprint(is_traced=is_traced), loading)
+        assert asked.needs(64)(*run, True) - weights == expected
+        assert asked.needs(64)(*run) - weights == max(used, loading)
+        assert asked.detail(*run, 64, is_main=True).total_bytes - weights == expected
+
+
+STEP = msgspec.structs.replace(LARGE, training=Training(gradient_checkpointing=False))
+
+
+def test_of_a_training_step_pixels_and_logits_are_on_the_main_gpu_too() -> None:
+    asked = prices(msgspec.structs.replace(STEP, text_tokens=4000))
+    tokens = 4000 + image_load(asked.profile, STEP).tokens
+    usual, away = (asked.detail(9, 12, 4000, is_main=is_main) for is_main in (None, True))
+    assert away.moment == "the logits come back" != usual.moment
+    live = away.training_bytes + away.activations_bytes
+    assert live > tokens * 151_552 * 2 + PIXELS
+    begins = asked.needs(4000)
+    assert begins(0, 9, False) - begins(0, 9) == PIXELS
+    assert begins(9, ATOMS, True) - begins(9, ATOMS) == PIXELS
+    assert begins(9, 12, True) - begins(9, 12) <= sum(asked.copied(4000))
+
+
+def test_a_plan_of_a_training_step_and_the_judge_of_its_map_say_the_same() -> None:
+    profile, there = glm41v_9b(), machine([60, 60])
+    pinned = Policy(pins=(("model.visual", 1), ("lm_head", 0)), min_gpus=2, keeps_numbers=True)
+    made = plan(profile, there, STEP, pinned)
+    assert [stage.gpu for stage in made.stages] == [1, 0]
+    judged = check_map({key: stage.gpu for stage in made.stages for key in stage.keys}, profile, there, STEP)
+    needed = {use.gpu: use.need_bytes for use in judged.devices}
+    for stage in made.stages:
+        kinds = ("weights", "kv_cache", "activations", "training", "fragmentation")
+        assert needed[stage.gpu] == sum(line.size_bytes for line in stage.ledger if line.kind in kinds)
+
+
+@pytest.mark.parametrize(("free_gib", "is_enough"), [([0.5, 24, 26, 36], True), ([0.5, 24, 24, 36], False)])
+def test_logits_of_a_training_step_come_back_to_the_main_gpu(free_gib: list[float], is_enough: bool) -> None:
+    workload = msgspec.structs.replace(STEP, images=0, text_tokens=4000)
+    asked = question(glm41v_9b(), free_gib, workload, pins=(("model.visual", 2), ("lm_head", 3)), min_gpus=3)
+    assert asked.choose_among(asked.counts) is not None
+    assert (asked.choose() is not None) == asked.fits() == is_enough
 
 
 def test_the_allocator_is_asked_for_logits_that_come_back() -> None:

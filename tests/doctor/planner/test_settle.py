@@ -186,7 +186,9 @@ def test_pixels_are_on_the_first_gpu_of_torch_too_wherever_the_model_begins() ->
 
 @pytest.mark.parametrize("is_main", [None, True, False])
 @pytest.mark.parametrize("run", [(0, 15), (15, 30), (27, 29)])
-def test_a_stage_runs_in_what_it_is_said_to_need_wherever_the_model_begins(run: tuple[int, int], is_main: bool) -> None:
+def test_a_stage_runs_in_what_it_is_said_to_need_wherever_the_model_begins(
+    run: tuple[int, int], is_main: bool | None
+) -> None:
     """Many pixels on a GPU whose own work leaves little that they could take the place of."""
     images = Workload(images=8, image_height=1120, image_width=1120, text_tokens=64, batch=4)
     made = machine([40.0, 40.0])
