@@ -76,8 +76,6 @@ def make_planner(workload: Workload, policy: Policy, *, may_offload: bool = Fals
             min_gpus=max(policy.min_gpus, spec.min_gpus),
             max_gpus=1 if spec.device_map == "single" or has_slices(machine, gpus) else policy.max_gpus,
             offload=policy.offload and not may_offload,
-            # The session sees more GPUs than those of one model.
-            keeps_numbers=True,
         )
         work = replace(workload, dtype=spec.dtype or workload.dtype)
 
