@@ -12,11 +12,13 @@ from ..machine import Machine
 from ..model import ModelProfile
 from ..topology import hop_rank
 from ..trace import Traces
+from ..visibility import visible_gpus
 from ..workload import Policy, Workload
 from .budget import Budget, Budgets, budgets
 from .constraints import Atom, Chain
 from .fleet import Fleet, Room
 from .image_tokens import image_load
+from .map_devices import MOST_IN_ORDER, main_number
 from .memory import Footprint, StageNeed
 from .order import Split
 from .pins import pinned
@@ -181,12 +183,13 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
     def _less_room(self) -> Fleet:
         """The GPUs without what any of them may have to take when the model begins on another than the main one.
 
-        Where GPUs keep their numbers, that is the lowest of those that are used: the one with the highest number is it
-        for no split over several.
+        Where GPUs keep their numbers, the one with the highest is the main one of no split over several, as long as numbers
+        are what a set has in rising order.
         """
         pixels, logits = self.footprint.copied(self.workload.text_tokens)
-        last = max(budget.gpu.index for budget in self.budgets) if self.policy.keeps_numbers else None
-        more = [pixels + logits * (budget.gpu.index != last) for budget in self.budgets]
+        highest = max(self._numbers)
+        last = highest if self.policy.keeps_numbers and highest <= MOST_IN_ORDER else None
+        more = [pixels + logits * (number != last) for number in self._numbers]
         return self.fleet.with_rooms(
             [
                 room._replace(capacity_bytes=room.capacity_bytes - size)
@@ -194,15 +197,23 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
             ]
         )
 
-    def is_main(self, split: Split, stage: int) -> bool | None:
-        """As in ``Holding``: of the GPUs of a split, the one with the lowest number in the process that loads the model.
+    @cached_property
+    def _numbers(self) -> list[int]:
+        """Of each GPU, in a process that lets GPUs keep their numbers; those of no machine come behind the others."""
+        order = self.policy.gpus or visible_gpus(self.machine).gpus
+        indices = [budget.gpu.index for budget in self.budgets]
+        return [order.index(index) if index in order else len(order) + position for position, index in enumerate(indices)]
 
-        Blocks of a tower that is cut may run on others before the prompt is embedded.
-        """
-        main = 0
-        if self.policy.keeps_numbers:
-            indices = [self.budgets[gpu].gpu.index for gpu in split.gpus]
-            main = indices.index(min(indices))
+    def main_stage(self, split: Split) -> int:
+        """The stage on the main GPU of a split, where accelerate's hooks take what the model is called with."""
+        if not self.policy.keeps_numbers:
+            return 0
+        numbers = [self._numbers[gpu] for gpu in split.gpus]
+        return numbers.index(main_number(numbers))
+
+    def is_main(self, split: Split, stage: int) -> bool | None:
+        """As in ``Holding``. Blocks of a tower that is cut may run on other GPUs before the prompt is embedded."""
+        main = self.main_stage(split)
         first, end = split.runs[main]
         return None if any(atom.has_embedding for atom in self.atoms[first:end]) else stage == main
 

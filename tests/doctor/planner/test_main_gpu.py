@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import msgspec
@@ -12,7 +13,9 @@ from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.map_check import check_map
+from vlm_doctor.planner.map_devices import MOST_IN_ORDER, main_number
 from vlm_doctor.planner.memory import Footprint
+from vlm_doctor.planner.order import Split
 from vlm_doctor.planner.problem import Problem, ask
 from vlm_doctor.planner.replay import Held
 from vlm_doctor.planner.traced import Regimes
@@ -200,6 +203,64 @@ def test_under_its_own_variable_a_plan_begins_on_device_0_whatever_number_the_ma
     assert other.cuda_visible_devices == "1,0"
     assert (other.device_map, other.limits) == (first.device_map, first.limits)
     assert other.longest_prompt_tokens == first.longest_prompt_tokens
+
+
+def of_two(gpus: tuple[int, ...] | None, **fields: Any) -> list[bool | None]:
+    """Whether each GPU of a split over GPU 1 and GPU 8 is the main one."""
+    made, rules = machine([20] * 12, **fields), Policy(keeps_numbers=True, gpus=gpus)
+    parts, found = chain(glm41v_9b()), budgets(made, rules)
+    asked = ask(glm41v_9b(), LARGE, rules, made, chain=parts, found=found)
+    positions = [[budget.gpu.index for budget in found.usable].index(gpu) for gpu in (1, 8)]
+    split = Split(tuple(positions), (20, ATOMS))
+    return [asked.is_main(split, stage) for stage in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "is_first"),
+    [
+        (None, None, False),
+        ((1, 8), None, True),
+        ((8, 1), None, False),
+        (None, "1,8", True),
+        (None, "8,1", False),
+    ],
+)
+def test_the_main_gpu_is_told_by_the_numbers_of_the_process(
+    gpus: tuple[int, ...] | None, visible: str | None, is_first: bool
+) -> None:
+    """Of 1 and 8, 8 is the first of a set; both begin anew where the process sees these two alone."""
+    fields = {} if visible is None else {"environment": {"CUDA_VISIBLE_DEVICES": visible}}
+    assert of_two(gpus, **fields) == ([None, None] if is_first else [False, True])
+
+
+def test_few_numbers_are_in_order_in_a_set() -> None:
+    for count in (2, 3, 5):
+        assert all(main_number(numbers) == min(numbers) for numbers in permutations(range(MOST_IN_ORDER + 1), count))
+    assert main_number((1, MOST_IN_ORDER + 1)) > 1
+
+
+def test_on_many_gpus_the_highest_number_may_be_the_main_one() -> None:
+    asked = question(glm41v_9b(), [20] * 9, FORWARD)
+    few = question(glm41v_9b(), [20] * 8, FORWARD)
+    left = [[room.capacity_bytes for room in one._less_room.rooms] for one in (asked, few)]
+    assert len({*left[0]}) == 1
+    assert left[1][-1] - left[1][0] == LOGITS
+
+
+def test_a_corrected_map_is_for_the_numbers_of_the_map() -> None:
+    """Number 0 is GPU 1, where the model does not begin: it has the pixels as well."""
+    asked = msgspec.structs.replace(LARGE, images=8, image_height=1120, image_width=1120)
+    pins = (("model.visual", 0), ("lm_head", 1))
+    usual, turned = (
+        check_map({"": 0}, glm41v_9b(), machine([16, 14]), asked, Policy(gpus=gpus, pins=pins, min_gpus=2)).best
+        for gpus in ((0, 1), (1, 0))
+    )
+    assert usual is not None
+    assert turned is not None
+    assert [stage.gpu for stage in usual.stages] == [stage.gpu for stage in turned.stages] == [0, 1]
+    assert usual.longest_prompt_tokens is not None
+    assert turned.longest_prompt_tokens is not None
+    assert turned.longest_prompt_tokens < usual.longest_prompt_tokens
 
 
 def test_where_the_search_left_no_room_for_it_another_split_is_found_or_none() -> None:
