@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -170,14 +170,34 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
         The search does not know of that: where the workload then does not fit, it is asked again with so much less room.
         """
-        choice = self.choose_among(self.counts)
-        if choice is not None and not self._holds(choice.split, self.workload.text_tokens):
-            prefer = self.policy.prefer
-            choice = choose(self.footprint, self._less_room, self.counts, self.most_text_tokens, prefer)
-        longest = self.longest_text_tokens(choice.split) if choice else None
-        if choice is None or longest is None:
-            return None
-        return msgspec.structs.replace(choice, text_tokens=min(longest, choice.text_tokens))
+        for fleet in self._fleets():
+            choice = choose(self.footprint, fleet, self.counts, self.most_text_tokens, self.policy.prefer)
+            if choice is None and not self._is_led:
+                # With less room there is none either.
+                break
+            longest = self.longest_text_tokens(choice.split) if choice else None
+            if choice is not None and longest is not None:
+                return msgspec.structs.replace(choice, text_tokens=min(longest, choice.text_tokens))
+        return None
+
+    @property
+    def _is_led(self) -> bool:
+        """Whether the model has to begin on the main GPU: that one computes what is offloaded, as the first stage does."""
+        return bool(self.offloaded) and self.policy.keeps_numbers
+
+    def _fleets(self) -> Iterator[Fleet]:
+        """The GPUs as the search may see them, one after another until a split holds."""
+        if not self._is_led:
+            yield self.fleet
+            yield self._less_room
+        for leader in sorted(self._numbers) if self._is_led else ():
+            # None has a lower number than the main one, and none of the others begins.
+            yield self.fleet.with_rooms(
+                [
+                    Room(-1) if number < leader else room._replace(barred=room.barred | (number > leader))
+                    for room, number in zip(self.fleet.rooms, self._numbers, strict=True)
+                ]
+            )
 
     @cached_property
     def _less_room(self) -> Fleet:
@@ -245,6 +265,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     def _holds(self, split: Split, text_tokens: int) -> bool:
         """The same by the formulas."""
+        if self._is_led and self.main_stage(split):
+            return False
         return min(self._margins(split, text_tokens)) >= 0
 
     def _margins(self, split: Split, text_tokens: int) -> list[int]:
@@ -270,6 +292,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         need, atoms = self.footprint.needs(self.workload.text_tokens), len(self.atoms)
         if smallest_count(atoms, need, self.fleet.rounded(), self.counts) is None:
             return False
+        if self._is_led:
+            return self._by_formulas() is not None
         # Only where it is tight does it matter on which GPU the model begins.
         is_ample = smallest_count(atoms, need, self._less_room.rounded(), self.counts) is not None
         return is_ample or self._by_formulas() is not None

@@ -263,6 +263,29 @@ def test_a_corrected_map_is_for_the_numbers_of_the_map() -> None:
     assert turned.longest_prompt_tokens < usual.longest_prompt_tokens
 
 
+@pytest.mark.parametrize(("free_gib", "gpus"), [([6, 10], [1]), ([10, 6], [0, 1]), ([3, 3], [])])
+def test_what_is_offloaded_is_computed_on_the_main_gpu_where_a_plan_begins(free_gib: list[float], gpus: list[int]) -> None:
+    """The planner's own map is free of errors: what is in host memory works in the first stage, as accelerate has it."""
+    profile, there, asked = glm41v_9b(), machine(free_gib), Workload(text_tokens=2000)
+    rules = Policy(offload=True, pins=(("model.visual", free_gib.index(max(free_gib))),))
+    checked = check_map({"": 0}, profile, there, asked, rules)
+    assert checked.best is not None
+    assert (checked.best.fits, [stage.gpu for stage in checked.best.stages] if gpus else []) == (bool(gpus), gpus)
+    if gpus:
+        assert checked.best.offloaded is not None
+        assert checked.corrected is not None
+        again = check_map(checked.corrected, profile, there, asked)
+        assert not [found for found in again.findings if found.severity == "error"]
+        assert len(plan(profile, there, asked, rules).stages) == 2
+
+
+def test_a_split_that_does_not_begin_on_the_main_gpu_takes_nothing_with_layers_in_host_memory() -> None:
+    asked = question(glm41v_9b(), [40, 40], Workload(images=0)).with_offloaded(10)
+    ends = (16, len(asked.atoms))
+    assert asked.split_fits(Split((0, 1), ends))
+    assert not asked.split_fits(Split((1, 0), ends))
+
+
 def test_where_the_search_left_no_room_for_it_another_split_is_found_or_none() -> None:
     """Memory on the edge: with the numbers exchanged the same cards hold less."""
     profile, edge = glm41v_9b(), []
