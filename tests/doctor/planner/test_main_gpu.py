@@ -247,6 +247,14 @@ def test_on_many_gpus_the_highest_number_may_be_the_main_one() -> None:
     assert left[1][-1] - left[1][0] == LOGITS
 
 
+def test_a_gpu_that_a_lever_adds_has_a_number_behind_the_others() -> None:
+    asked = question(glm41v_9b(), [20, 20], LARGE)
+    another = msgspec.structs.replace(asked.budgets[0], gpu=msgspec.structs.replace(asked.budgets[0].gpu, index=-1))
+    more = msgspec.structs.replace(asked, budgets=(*asked.budgets, another, another))
+    assert [more.is_main(Split((2, 1), (20, ATOMS)), stage) for stage in (0, 1)] == [False, True]
+    assert [more.is_main(Split((2, 3), (20, ATOMS)), stage) for stage in (0, 1)] == [None, None]
+
+
 def test_a_corrected_map_is_for_the_numbers_of_the_map() -> None:
     """Number 0 is GPU 1, where the model does not begin: it has the pixels as well."""
     asked = msgspec.structs.replace(LARGE, images=8, image_height=1120, image_width=1120)
