@@ -75,6 +75,8 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
     @property
     def text(self) -> str:
         """The formula and its source, for people."""
+        if self.pixel_elements:
+            return f"{self.pixel_elements} elements a pixel ({self.source})"
         states = f"({self.hidden_multiple:g} + layers)" if self.keeps_hidden_states else f"{self.hidden_multiple:g}"
         wide = f"{self.intermediate_multiple:g} x intermediate + " if self.intermediate_multiple else ""
         return f"{wide}{states} x hidden elements a patch ({self.source})"

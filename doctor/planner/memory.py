@@ -173,9 +173,9 @@ class Footprint:
     def source(self) -> str:
         """Where the figures for activations come from."""
         text = coefficient_of(self.profile).text
-        if not self.profile.vision or not self.images.patches:
-            return text
-        return f"{text}; {tower_coefficient(self.profile).text}"
+        tower = tower_coefficient(self.profile)
+        is_counted = self.profile.vision is not None or tower.pixel_elements
+        return f"{text}; {tower.text}" if is_counted and self.images.patches else text
 
     def work(self, text_tokens: int) -> Work:
         """Bytes of the work on one prompt with ``text_tokens`` tokens of text and the workload's images."""

@@ -11,7 +11,9 @@ import pytest
 
 from vlm_doctor.data.activations import VISION
 from vlm_doctor.model import VisionShape
-from vlm_doctor.planner.image_tokens import ImageLoad
+from vlm_doctor.planner.constraints import chain
+from vlm_doctor.planner.image_tokens import ImageLoad, image_load
+from vlm_doctor.planner.memory import Footprint
 from vlm_doctor.planner.vision_work import vision_bytes
 from vlm_doctor.workload import Workload
 
@@ -89,5 +91,10 @@ def test_scores_that_are_never_fused_count_whatever_attention_is_asked_for() -> 
 def test_a_tower_that_is_no_stack_of_blocks_is_priced_by_the_pixel() -> None:
     pixels, whole, kept = vision_bytes(llava_13b(model_type="chameleon", vision=None), Workload(), load(1024, 512), 2)
     assert (whole - pixels, kept) == (512 * 512 * 580 * 2, 0)
+    model, parts = llava_13b(model_type="chameleon", vision=None), chain(llava_13b()).atoms
+    with_image, without = (
+        Footprint(model, asked, image_load(model, asked), parts).source for asked in (Workload(), Workload(images=0))
+    )
+    assert with_image == f"{without}; 580 elements a pixel (counted: convolutions, 128 channels at first)"
     pixels, whole, _ = vision_bytes(llava_13b(model_type="fuyu", vision=None), Workload(), load(1024, 512), 2)
     assert whole == pixels
