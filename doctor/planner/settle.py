@@ -125,13 +125,14 @@ class Replay:
             rough = msgspec.structs.replace(rough, moment="the weights are loaded")
             peak, reserved = loading, max(reserved, held.weights_bytes + loading)
         low = held.weights_bytes + peak
+        cases = self._cases(run, kernel, is_main)
+        reserved = max(reserved, *(self._peaks_of(case, kernel, tokens)[1] for case in cases))
         # With what it takes where there is enough, each case runs.
-        taken = (self._peaks_of(case, kernel, tokens)[1] for case in self._cases(run, kernel, is_main))
-        high = max(reserved, low, *taken) + SLACK_BYTES
+        high = max(reserved, low) + SLACK_BYTES
         if self.runs(run, position, text_tokens, min(capacity_bytes, high), is_main=is_main):
             high = min(capacity_bytes, high)
             if high - SLACK_BYTES < reserved:
-                reserved = max(low, self._peaks_of(held, kernel, tokens, high - SLACK_BYTES)[1])
+                reserved = max(low, *(self._peaks_of(case, kernel, tokens, high - SLACK_BYTES)[1] for case in cases))
         while high - low > _NEED_STEP:
             middle = (low + high) // 2
             if self.runs(run, position, text_tokens, middle, is_main=is_main):

@@ -196,6 +196,12 @@ def test_a_stage_runs_in_what_it_is_said_to_need_wherever_the_model_begins(
     assert asked.replay is not None
     need = asked.replay.need(run, 0, 38 * GIB, is_main=is_main)
     assert asked.replay.runs(run, 0, 64, need.total_bytes, is_main=is_main)
+    # What it takes is not less than what it needs.
+    assert need.reserved_bytes is not None
+    assert need.total_bytes - settling.SLACK_BYTES <= need.reserved_bytes
+    tight = asked.replay.need(run, 0, need.total_bytes, is_main=is_main)
+    assert tight.reserved_bytes is not None
+    assert need.total_bytes - 2 * settling.SLACK_BYTES <= tight.reserved_bytes <= need.total_bytes
 
 
 MACHINES = (("80GiB", 0), ("2x24GiB", 1), ("4x80GiB", 2))
