@@ -40,6 +40,8 @@ def obstacle(profile: ModelProfile, workload: Workload, *, trust_remote_code: bo
         return "kernels of quantized weights run on GPUs only"
     if workload.training:
         return "a training step is not traced"
+    if workload.is_padded:
+        return "prompts of different length, whose padding a mask hides, are not traced"
     if workload.images and profile.vision is not None and profile.image is None:
         return "its image rule is unknown"
     return None
