@@ -17,7 +17,8 @@ from .findings import Finding, Fix
 from .machine import Gpu, Machine
 from .model import ModelProfile
 from .planner.budget import CONTEXT_BYTES
-from .planner.map_check import check_map
+from .planner.map_check import check_placed
+from .planner.map_devices import spelled
 from .planner.map_names import owner, prefixes
 from .planner.map_question import TITLES
 from .sources import Collection
@@ -65,7 +66,7 @@ def check_model(
     if machine is None:
         with Collection(with_torch=False) as collection:
             machine = _without_this_process(collection.without_torch())
-    checked = check_map(device_map, profile, machine, workload, policy)
+    checked = check_placed(device_map, profile, machine, workload, policy, main=_main_of(model))
     extra = []
     if len(set(device_map.values())) > 1 and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         extra.append(_no_hooks(device_map))
@@ -133,6 +134,12 @@ def _map_of(model: Any) -> tuple[dict[str, int | str], bool]:
     if written and all(real[name] == written[key] for name in real if (key := owner(written, name)) is not None):
         return written, False
     return joined(real), bool(written)
+
+
+def _main_of(model: Any) -> int | str | None:
+    """Where accelerate's hook around the whole model takes what that is given; ``None`` without one."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return None if device is None else spelled(_written(device)).device
 
 
 def _written(value: Any) -> int | str:

@@ -93,5 +93,6 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     min_gpus: int = 1
     """Spread over at least this many GPUs, for tests that must see a sharded model."""
     keeps_numbers: bool = False
-    """The process that loads the model numbers its GPUs as the machine does. Otherwise the plan's own
-    ``CUDA_VISIBLE_DEVICES`` makes the first stage device 0, to which accelerate's hooks take what the model is given."""
+    """The process that loads the model numbers its GPUs as ``gpus`` lists them, or else as CUDA shows them. Otherwise the
+    plan's own ``CUDA_VISIBLE_DEVICES`` makes the first stage device 0, to which accelerate's hooks take what the model is
+    given."""

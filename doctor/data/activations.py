@@ -75,6 +75,8 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
     @property
     def text(self) -> str:
         """The formula and its source, for people."""
+        if self.pixel_elements:
+            return f"{self.pixel_elements} elements a pixel ({self.source})"
         states = f"({self.hidden_multiple:g} + layers)" if self.keeps_hidden_states else f"{self.hidden_multiple:g}"
         wide = f"{self.intermediate_multiple:g} x intermediate + " if self.intermediate_multiple else ""
         return f"{wide}{states} x hidden elements a patch ({self.source})"
@@ -290,15 +292,15 @@ Source: modeling_cogvlm.py (CogVLM, CogAgent, CogVLM2) and modeling_chatglm.py (
 
 
 ALL_LOGITS = frozenset({
-    "blip-2", "instructblip", "instructblipvideo", "minicpm_ocr", "minicpmv4_6", "nemotron_h_omni", "qwen2_5_omni_thinker",
-    "qwen3_omni_moe_thinker", "video_llama_3",
+    "minicpm_ocr", "minicpmv4_6", "nemotron_h_omni", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "video_llama_3",
 })  # fmt: skip
 """Types of models whose ``forward`` takes no ``logits_to_keep``, so that ``generate`` makes the logits of every token.
+BLIP-2's kind is none of them: its own ``generate`` calls that of the text model, seen in traces to keep the last alone.
 Source: the signatures of transformers 5.23; releases from 5.0 on are taken to be alike."""
 ALL_LOGITS_BEFORE_5 = frozenset({
     "blip", "blip-2", "chameleon", "git", "idefics", "instructblip", "kosmos-2", "kosmos-2.5", "qwen2_vl",
 })  # fmt: skip
-"""The same. Source: the signatures of transformers 4.57.6."""
+"""The same, whatever their ``generate`` calls. Source: the signatures of transformers 4.57.6."""
 
 
 _REMOTE_CODE = {"CogVLM": "cogvlm", "CogAgent": "cogvlm", "ChatGLM": "chatglm"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from ..machine import Libraries
 from ..model import Registered
 from ..placement import AutoPlacement, AutoShare
@@ -15,6 +17,7 @@ from .auto_replay import AutoError, Device, Placed, Route, replay
 from .auto_tree import tree
 from .auto_verdict import compared
 from .budget import Budget
+from .constraints import chain
 from .memory import item_bytes, loaded_dtype, unit_bytes
 from .order import Split
 from .problem import Problem
@@ -45,7 +48,9 @@ def auto_placement(problem: Problem, *, split: Split | None, longest_prompt_toke
     if unknown:
         return AutoPlacement(library=library, unknown=unknown, verdict=f"Not known: {unknown}.")
     has_offload = bool(problem.offloaded)
-    problem = problem.with_offloaded(0) if has_offload else problem
+    if has_offload or problem.chain.is_tower_broken:
+        # What it puts where is told by whole towers.
+        problem = msgspec.structs.replace(problem, chain=chain(problem.profile), offloaded=0, alike=None)
     budgets = _in_torch_order(problem)
     items = problem.profile.registered[_major(route)]
     try:

@@ -13,6 +13,7 @@ import msgspec
 from ..model import Registered
 from .auto_replay import Device, Placed
 from .budget import Budget
+from .map_devices import main_device
 from .memory import Footprint, Holding, unit_bytes
 from .order import Split
 from .place import largest
@@ -40,7 +41,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
         if not self.holding.weights_bytes:
             return 0
         if self.is_stage:
-            return self.footprint.needs(text_tokens)(*self.run)
+            return self.footprint.needs(text_tokens)(*self.run, self.holding.is_main)
         # A head alone loses nothing, but in a training step beside the loss.
         loses = self._has_work or self.footprint.workload.training is not None
         lost = self.footprint.lost_of(self.holding, self.run, text_tokens) if loses else 0
@@ -69,10 +70,18 @@ def shares_of(problem: Problem, items: Sequence[Registered], placed: Placed, bud
                 layers[device].add(item.owner)
     # Where the units of each atom are that have weights.
     atoms = [set[Device]().union(*(holders.get(unit.key, ()) for unit in atom.units)) for atom in problem.atoms]
-    return [
+    shares = [
         _share(problem, own[ordinal], len(layers[ordinal]), (ordinal, budget), atoms)
         for ordinal, budget in enumerate(budgets)
     ]
+    main = main_device(placed.device_map.values())
+    if any(share.holding.has_embedding for share in shares if share.ordinal != main):
+        return [_beside_main(share, is_main=share.ordinal == main) for share in shares]
+    return shares
+
+
+def _beside_main(share: Share, *, is_main: bool) -> Share:
+    return msgspec.structs.replace(share, holding=msgspec.structs.replace(share.holding, is_main=is_main))
 
 
 def _share(

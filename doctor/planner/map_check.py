@@ -79,6 +79,19 @@ def check_map(
         UsageError: Workload or policy make no sense, alone or for this model and machine.
         ModelFileError: The profile has no layers, or ties units that it does not have.
     """
+    return check_placed(device_map, profile, machine, workload, policy)
+
+
+def check_placed(
+    device_map: Mapping[str, int | str],
+    profile: ModelProfile,
+    machine: Machine,
+    workload: Workload,
+    policy: Policy,
+    *,
+    main: Device | None = None,
+) -> MapCheck:
+    """:func:`check_map` of a model that may be loaded: ``main`` is then where its outermost hook takes what it is given."""
     if not 0 < len(device_map) <= MAX_KEYS:
         raise MapError(f"The map has {len(device_map):,} keys; give one with 1 to {MAX_KEYS:,}.")
     profile = as_loaded(profile, machine)
@@ -86,7 +99,7 @@ def check_map(
     validate_policy(policy, machine)
     question = Question.of(profile, machine, workload, policy)
     anatomy = Anatomy(profile, workload)
-    judged = judge(question, anatomy, device_map)
+    judged = judge(question, anatomy, device_map, main)
     # A corrected map is for the process that the map was for.
     best = plan(profile, machine, workload, msgspec.structs.replace(policy, keeps_numbers=True))
     corrected, changes = _correct(question, judged, best) if judged.wants_repair else (None, ())
@@ -106,9 +119,9 @@ def check_map(
     )
 
 
-def judge(question: Question, anatomy: Anatomy, device_map: Mapping[str, int | str]) -> Judged:
-    """All findings about one map."""
-    layout = Layout(anatomy, normal(device_map))
+def judge(question: Question, anatomy: Anatomy, device_map: Mapping[str, int | str], main: Device | None = None) -> Judged:
+    """All findings about one map; ``main`` as for :class:`Layout`."""
+    layout = Layout(anatomy, normal(device_map), main)
     uses = device_uses(question, layout)
     found = (
         *about_keys(question, layout),

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 CPU, DISK = "cpu", "disk"
 OFF_GPU = (CPU, DISK)
+MOST_IN_ORDER = 7
+"""Sets of numbers up to this are in rising order: the smallest table of a set of CPython has 8 places."""
 _CUDA = re.compile(r"cuda:(\d{1,4})", re.ASCII)
 _DIGITS = re.compile(r"\d{1,4}", re.ASCII)
 
@@ -48,14 +50,21 @@ def shown(device: int | str) -> str:
 
 
 def main_device(devices: Iterable[int | str]) -> int | str:
-    """Where accelerate runs what lies on CPU or disk, and where it sends the inputs.
+    """Where accelerate runs what lies on CPU or disk, and where it sends the inputs; for text it depends on the seed of the
+    process.
+    """
+    numbers = [device for device in devices if isinstance(device, int)]
+    return main_number(numbers) if numbers else CPU
+
+
+def main_number(numbers: Iterable[int]) -> int:
+    """The main one of the GPUs of a map, of which there is one.
 
     ``dispatch_model`` takes the first of a set. For the numbers of GPUs that is the same in every process (8 comes before
-    1); for text it depends on the seed of the process.
+    1, and beyond :data:`MOST_IN_ORDER` the order of the map may decide).
     """
-    gpus = {device for device in devices if isinstance(device, int)}
     # The same expression as in accelerate: the order of a set of numbers is that of CPython.
-    return list(gpus)[0] if gpus else CPU  # noqa: RUF015
+    return list(set(numbers))[0]  # noqa: RUF015
 
 
 def normal(device_map: Mapping[str, int | str]) -> dict[str, int | str]:

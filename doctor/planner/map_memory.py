@@ -111,10 +111,7 @@ def _need(problem: Problem, layout: Layout, device: Device, holding: Holding, bu
         if problem.replay is None:
             return footprint.detail(*stage, text_tokens, is_main=holding.is_main).total_bytes
         position = problem.budgets.index(budget)
-        # What is replayed begins with the prompt.
-        need = problem.replay.need(stage, position, budget.available_bytes, is_main=holding.is_main)
-        running = need.total_bytes
-        return max(running, holding.weights_bytes + holding.loading_bytes)
+        return problem.replay.need(stage, position, budget.available_bytes, is_main=holding.is_main).total_bytes
     atoms = len(footprint.atoms)
     if holding.has_embedding or holding.has_tower:
         run = (0, min(atoms, 1 + holding.layers))

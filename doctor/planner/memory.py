@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +23,7 @@ from .image_tokens import ImageLoad
 from .layer_work import LayerKind, coefficient_of, layer_kinds
 from .prompt_work import Work, prompt_work
 from .release import Release
-from .stage_need import Holding, StageNeed
+from .stage_need import Holding, Price, StageNeed
 from .vision_work import tower_coefficient
 from .weights import computed_item_bytes, copied_bytes, item_bytes, loaded_dtype, loading_bytes, unit_bytes
 
@@ -173,21 +173,25 @@ class Footprint:
     def source(self) -> str:
         """Where the figures for activations come from."""
         text = coefficient_of(self.profile).text
-        if not self.profile.vision or not self.images.patches:
-            return text
-        return f"{text}; {tower_coefficient(self.profile).text}"
+        tower = tower_coefficient(self.profile)
+        is_counted = self.profile.vision is not None or tower.pixel_elements
+        return f"{text}; {tower.text}" if is_counted and self.images.patches else text
 
     def work(self, text_tokens: int) -> Work:
         """Bytes of the work on one prompt with ``text_tokens`` tokens of text and the workload's images."""
         return prompt_work(self._following, self.profile, self.workload, self.images, text_tokens, release=self.release)
 
-    def needs(self, text_tokens: int) -> Callable[[int, int], int]:  # noqa: C901 - what follows
-        """A function that prices runs of atoms: ``(first, end)`` to total bytes, growing with every atom.
+    def needs(self, text_tokens: int) -> Price:
+        """A function that prices runs of atoms: total bytes, growing with every atom.
 
         The search asks it tens of thousands of times; :meth:`detail` says the same, item by item.
         """
         if self.workload.training is not None:
             return self._step_needs(text_tokens)
+        return self._call_needs(text_tokens, self._loading if any(self._loading) else None)
+
+    def _call_needs(self, text_tokens: int, loading: Sequence[int] | None) -> Price:  # noqa: C901 - what follows
+        """Prices of a call; ``loading`` is what each atom takes to load, where that counts."""
         work = self.work(text_tokens)
         weights, layers, heads = self._weights, self._layers, self._heads
         embedding, towers = self._embedding, self._towers
@@ -200,12 +204,11 @@ class Footprint:
             {kind: math.ceil((1 + share) * kept.final) for kind, kept in work.cached.items()}
         )
         columns = self._columns(work)
-        loading = self._loading if any(self._loading) else None
         guest_layers, guest_heads, copy_bytes = self._guest_layers, int(self._has_guest_head), self.copy_bytes
         has_guests = bool(guest_layers or guest_heads)
         head, answer, returned, held_bytes, pixels = work.head, work.answer, work.returned, work.held, work.pixels
 
-        def need(first: int, end: int) -> int:
+        def need(first: int, end: int, is_main: bool | None = None) -> int:
             held = weights[end] - weights[first]
             prefill, decode = prefilled[end] - prefilled[first], finished[end] - finished[first]
             run_heads, run_layers = heads[end] - heads[first], layers[end] - layers[first]
@@ -228,14 +231,15 @@ class Footprint:
             if run_heads:
                 decode += answer
                 busy = max(busy, head)
-            end_of_prompt = prefill + (pixels + returned if embeds and not run_heads else 0)
-            prefill += busy
+            logits_back = prefill + returned if (embeds or is_main) and not run_heads else 0
+            prefill, decode = prefill + busy, max(decode, logits_back)
             if embeds:
                 prefill, decode = prefill + held_bytes, decode + pixels
-                decode = max(decode, end_of_prompt)
             most = prefill if prefill > decode else decode
             if encode > most and towers[end] > towers[first]:
                 most = encode
+            if is_main is not None and is_main != embeds:
+                most += pixels
             if loading is not None:
                 most = max(most, *loading[first:end])
             # A stage must not become cheaper by the anchor, where less is lost on the first GPU.
@@ -275,22 +279,14 @@ class Footprint:
             return 0, 0, FRAGMENTATION_BYTES
         return FRAGMENTATION_OF_KV_CACHE, FRAGMENTATION_OF_ENCODING, FRAGMENTATION_BYTES
 
-    def more_bytes(self, first: int, end: int, text_tokens: int, *, is_main: bool | None) -> int:
-        """What a run of atoms needs beyond :meth:`needs` where the model begins on another device than the main one.
-
-        Args:
-            first: The first of the atoms.
-            end: Behind the last.
-            text_tokens: Of one prompt.
-            is_main: As in ``Holding``.
-        """
-        holding = self._run_holding(first, end)
-        away = msgspec.structs.replace(holding, is_main=is_main)
-        if self.workload.training is not None or not (
-            away.has_more_pixels or away.may_get_logits != holding.may_get_logits
-        ):
-            return 0
-        return self.need_of(away, text_tokens).total_bytes - self.need_of(holding, text_tokens).total_bytes
+    def copied(self, text_tokens: int) -> tuple[int, int]:
+        """Most bytes by which pixels that are there once more, and logits that come back, make a stage need more."""
+        work, training = self.work(text_tokens), self.workload.training
+        if training is None:
+            return work.pixels, work.returned
+        waste = self._step_waste(training)
+        pixels, logits = (1 + waste.encoding) * work.pixels, (1 + waste.logits) * self._step_work(text_tokens).logits
+        return math.ceil(pixels), math.ceil(logits)
 
     def _run_holding(self, first: int, end: int) -> Holding:
         """What a run of atoms holds, by the number of its layers."""
@@ -306,11 +302,11 @@ class Footprint:
 
     def detail(self, first: int, end: int, text_tokens: int, *, is_main: bool | None = None) -> StageNeed:
         """What the atoms from ``first`` up to, not including, ``end`` need, item by item; ``is_main`` as in ``Holding``."""
-        total = self.needs(text_tokens)(first, end) + self.more_bytes(first, end, text_tokens, is_main=is_main)
+        total = self.needs(text_tokens)(first, end, is_main)
         if self.workload.training is not None:
             held = self.weights_of(first, end) + (0 if first else self.copy_bytes)
             works = self.work(text_tokens), self._step_work(text_tokens)
-            worst = self._run_peak(first, end, works)
+            worst = self._run_peak(first, end, works, is_main)
             peak = _of_step(held, worst, max(self._loading[first:end]))
             reserved = held + worst.reserved + (0 if self.is_bare else FRAGMENTATION_BYTES)
             return msgspec.structs.replace(
@@ -382,20 +378,20 @@ class Footprint:
             set(self._following), self.profile, self.workload, self.images, text_tokens, release=self.release
         )
 
-    def _step_needs(self, text_tokens: int) -> Callable[[int, int], int]:
+    def _step_needs(self, text_tokens: int) -> Price:
         """Prices of a training step."""
         works = self.work(text_tokens), self._step_work(text_tokens)
         weights, copy_bytes = self._weights, self.copy_bytes
         constant = self._step_slack_bytes
-        known: dict[tuple[int, int], int] = {}
+        known: dict[tuple[int, int, bool | None], int] = {}
 
-        def need(first: int, end: int) -> int:
-            if (first, end) not in known:
-                worst = self._run_peak(first, end, works)
+        def need(first: int, end: int, is_main: bool | None = None) -> int:
+            if (first, end, is_main) not in known:
+                worst = self._run_peak(first, end, works, is_main)
                 held = weights[end] - weights[first] + (0 if first else copy_bytes)
                 most = worst.kept + worst.work + worst.lost + constant
-                known[first, end] = held + max(most, *self._loading[first:end])
-            return known[first, end]
+                known[first, end, is_main] = held + max(most, *self._loading[first:end])
+            return known[first, end, is_main]
 
         return need
 
@@ -437,12 +433,12 @@ class Footprint:
         fixed = own._replace(step=own.step + max(self._largest_step))
         return self._step_peak(holding, kinds, fixed, (forward, self._step_work(text_tokens)))
 
-    def _run_peak(self, first: int, end: int, works: tuple[Work, step.StepWork]) -> step.Peak:
+    def _run_peak(self, first: int, end: int, works: tuple[Work, step.StepWork], is_main: bool | None) -> step.Peak:
         """:meth:`_step_peak` of a run of atoms."""
         kinds = Counter({kind: number for kind, sums in self._counts.items() if (number := sums[end] - sums[first])})
         if not first:
             kinds += self._guest_kinds
-        holding = self._run_holding(first, end)
+        holding = msgspec.structs.replace(self._run_holding(first, end), is_main=is_main)
         own = self._trained[end] - self._trained[first]
         fixed = own._replace(step=own.step + max(self._largest_step[first:end]))
         return self._step_peak(holding, kinds, fixed, works)
@@ -464,6 +460,7 @@ class Footprint:
         layer = max((work.layer[kind] for kind in kinds), default=0)
         again = work.flowing + (layer if training.gradient_checkpointing else 0) if kinds else 0
         tower = work.tower_saved if holding.has_tower else 0
+        more_pixels = forward.pixels if holding.has_more_pixels else 0
         return step.peak(
             fixed=fixed,
             saved=sum(count * work.saved[kind] for kind, count in kinds.items()) + tower,
@@ -471,9 +468,9 @@ class Footprint:
             last=layer,
             loss=work.loss if holding.has_head else 0,
             largest=work.largest if holding.has_head else 0,
-            logits=work.logits if holding.has_embedding and not holding.has_head else 0,
-            held=forward.held if holding.has_embedding else 0,
-            encode=forward.encode if holding.has_tower else 0,
+            logits=work.logits if holding.may_get_logits else 0,
+            held=(forward.held if holding.has_embedding else 0) + more_pixels,
+            encode=forward.encode + more_pixels if holding.has_tower else 0,
             tower=work.tower_backward if holding.has_tower else 0,
             waste=self._step_waste(training),
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import msgspec
@@ -12,11 +12,13 @@ from ..machine import Machine
 from ..model import ModelProfile
 from ..topology import hop_rank
 from ..trace import Traces
+from ..visibility import visible_gpus
 from ..workload import Policy, Workload
 from .budget import Budget, Budgets, budgets
 from .constraints import Atom, Chain
 from .fleet import Fleet, Room
 from .image_tokens import image_load
+from .map_devices import MOST_IN_ORDER, main_number
 from .memory import Footprint, StageNeed
 from .order import Split
 from .pins import pinned
@@ -168,25 +170,46 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
         The search does not know of that: where the workload then does not fit, it is asked again with so much less room.
         """
-        choice = self.choose_among(self.counts)
-        if choice is not None and not self._holds(choice.split, self.workload.text_tokens):
-            prefer = self.policy.prefer
-            choice = choose(self.footprint, self._less_room, self.counts, self.most_text_tokens, prefer)
-        longest = self.longest_text_tokens(choice.split) if choice else None
-        if choice is None or longest is None:
-            return None
-        return msgspec.structs.replace(choice, text_tokens=min(longest, choice.text_tokens))
+        for fleet in self._fleets():
+            choice = choose(self.footprint, fleet, self.counts, self.most_text_tokens, self.policy.prefer)
+            if choice is None and not self._is_led:
+                # With less room there is none either.
+                break
+            longest = self.longest_text_tokens(choice.split) if choice else None
+            if choice is not None and longest is not None:
+                return msgspec.structs.replace(choice, text_tokens=min(longest, choice.text_tokens))
+        return None
+
+    @property
+    def _is_led(self) -> bool:
+        """Whether the model has to begin on the main GPU: that one computes what is offloaded, as the first stage does."""
+        return bool(self.offloaded) and self.policy.keeps_numbers
+
+    def _fleets(self) -> Iterator[Fleet]:
+        """The GPUs as the search may see them, one after another until a split holds."""
+        if not self._is_led:
+            yield self.fleet
+            yield self._less_room
+        for leader in sorted(self._numbers) if self._is_led else ():
+            # None has a lower number than the main one, and none of the others begins.
+            yield self.fleet.with_rooms(
+                [
+                    Room(-1) if number < leader else room._replace(barred=room.barred | (number > leader))
+                    for room, number in zip(self.fleet.rooms, self._numbers, strict=True)
+                ]
+            )
 
     @cached_property
     def _less_room(self) -> Fleet:
         """The GPUs without what any of them may have to take when the model begins on another than the main one.
 
-        Where GPUs keep their numbers, that is the lowest of those that are used: the one with the highest number is it
-        for no split over several.
+        Where GPUs keep their numbers, the one with the highest is the main one of no split over several, as long as numbers
+        are what a set has in rising order.
         """
-        work = self.footprint.work(self.workload.text_tokens)
-        last = max(budget.gpu.index for budget in self.budgets) if self.policy.keeps_numbers else None
-        more = [work.pixels + work.returned * (budget.gpu.index != last) for budget in self.budgets]
+        pixels, logits = self.footprint.copied(self.workload.text_tokens)
+        highest = max(self._numbers)
+        last = highest if self.policy.keeps_numbers and highest <= MOST_IN_ORDER else None
+        more = [pixels + logits * (number != last) for number in self._numbers]
         return self.fleet.with_rooms(
             [
                 room._replace(capacity_bytes=room.capacity_bytes - size)
@@ -194,15 +217,23 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
             ]
         )
 
-    def is_main(self, split: Split, stage: int) -> bool | None:
-        """As in ``Holding``: of the GPUs of a split, the one with the lowest number in the process that loads the model.
+    @cached_property
+    def _numbers(self) -> list[int]:
+        """Of each GPU, in a process that lets GPUs keep their numbers; those of no machine come behind the others."""
+        order = self.policy.gpus or visible_gpus(self.machine).gpus
+        indices = [budget.gpu.index for budget in self.budgets]
+        return [order.index(index) if index in order else len(order) + position for position, index in enumerate(indices)]
 
-        Blocks of a tower that is cut may run on others before the prompt is embedded.
-        """
-        main = 0
-        if self.policy.keeps_numbers:
-            indices = [self.budgets[gpu].gpu.index for gpu in split.gpus]
-            main = indices.index(min(indices))
+    def main_stage(self, split: Split) -> int:
+        """The stage on the main GPU of a split, where accelerate's hooks take what the model is called with."""
+        if not self.policy.keeps_numbers:
+            return 0
+        numbers = [self._numbers[gpu] for gpu in split.gpus]
+        return numbers.index(main_number(numbers))
+
+    def is_main(self, split: Split, stage: int) -> bool | None:
+        """As in ``Holding``. Blocks of a tower that is cut may run on other GPUs before the prompt is embedded."""
+        main = self.main_stage(split)
         first, end = split.runs[main]
         return None if any(atom.has_embedding for atom in self.atoms[first:end]) else stage == main
 
@@ -234,13 +265,15 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
 
     def _holds(self, split: Split, text_tokens: int) -> bool:
         """The same by the formulas."""
+        if self._is_led and self.main_stage(split):
+            return False
         return min(self._margins(split, text_tokens)) >= 0
 
     def _margins(self, split: Split, text_tokens: int) -> list[int]:
         """What each GPU keeps, in bytes, by the formulas."""
-        need, rooms = self.footprint.needs(text_tokens), self.fleet.rooms
+        price, rooms = self.footprint.needs(text_tokens), self.fleet.rooms
         return [
-            rooms[gpu].margin(need, *run) - self.footprint.more_bytes(*run, text_tokens, is_main=self.is_main(split, stage))
+            rooms[gpu].margin(partial(price, is_main=self.is_main(split, stage)), *run)
             for stage, (gpu, run) in enumerate(zip(split.gpus, split.runs, strict=True))
         ]
 
@@ -259,6 +292,8 @@ class Problem(msgspec.Struct, frozen=True, dict=True):
         need, atoms = self.footprint.needs(self.workload.text_tokens), len(self.atoms)
         if smallest_count(atoms, need, self.fleet.rounded(), self.counts) is None:
             return False
+        if self._is_led:
+            return self._by_formulas() is not None
         # Only where it is tight does it matter on which GPU the model begins.
         is_ample = smallest_count(atoms, need, self._less_room.rounded(), self.counts) is not None
         return is_ample or self._by_formulas() is not None

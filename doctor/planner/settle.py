@@ -81,9 +81,14 @@ class Replay:
         takes them there in any case: pixels then are there, and once more, moved for the tower, beside the caller's where
         the model begins: 62 MB of 2240 x 2240 each, seen on two H200s. Logits come back to where the prompt came from.
         """
-        held, kernel = self._hold(run), self._kernels[position]
-        if capacity_bytes < held.weights_bytes + self._footprint.loading_of(*run):
+        kernel = self._kernels[position]
+        if capacity_bytes < self._hold(run).weights_bytes + self._footprint.loading_of(*run):
             return False
+        return all(self._runs(case, kernel, text_tokens, capacity_bytes) for case in self._cases(run, kernel, is_main))
+
+    def _cases(self, run: tuple[int, int], kernel: int, is_main: bool | None) -> set[Held]:
+        """What a run of atoms may have to replay, by where the caller's tensors are."""
+        held = self._hold(run)
         cases = {held}
         if is_main:
             is_moved = held.has_inputs or self._programs[kernel].has_movable_inputs
@@ -91,7 +96,7 @@ class Replay:
             cases.add(msgspec.structs.replace(away, gets_logits=not held.has_head))
         elif is_main is False and held.is_first:
             cases.add(msgspec.structs.replace(held, more_pixels_bytes=self._pixels_bytes))
-        return all(self._runs(case, kernel, text_tokens, capacity_bytes) for case in cases)
+        return cases
 
     def _runs(self, held: Held, kernel: int, text_tokens: int, capacity_bytes: int) -> bool:
         tokens = text_tokens + self._footprint.images.tokens
@@ -120,11 +125,14 @@ class Replay:
             rough = msgspec.structs.replace(rough, moment="the weights are loaded")
             peak, reserved = loading, max(reserved, held.weights_bytes + loading)
         low = held.weights_bytes + peak
+        cases = self._cases(run, kernel, is_main)
+        reserved = max(reserved, *(self._peaks_of(case, kernel, tokens)[1] for case in cases))
+        # With what it takes where there is enough, each case runs.
         high = max(reserved, low) + SLACK_BYTES
         if self.runs(run, position, text_tokens, min(capacity_bytes, high), is_main=is_main):
             high = min(capacity_bytes, high)
             if high - SLACK_BYTES < reserved:
-                reserved = max(low, self._peaks_of(held, kernel, tokens, high - SLACK_BYTES)[1])
+                reserved = max(low, *(self._peaks_of(case, kernel, tokens, high - SLACK_BYTES)[1] for case in cases))
         while high - low > _NEED_STEP:
             middle = (low + high) // 2
             if self.runs(run, position, text_tokens, middle, is_main=is_main):

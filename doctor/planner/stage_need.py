@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import msgspec
+
+
+class Price(Protocol):
+    """Bytes that a run of atoms needs."""
+
+    def __call__(self, first: int, end: int, is_main: bool | None = None) -> int:
+        """Of the atoms from ``first`` up to, not including, ``end``; ``is_main`` as in ``Holding``."""
 
 
 class StageNeed(msgspec.Struct, frozen=True):
@@ -44,9 +53,9 @@ class Holding(msgspec.Struct, frozen=True):
     loading_bytes: int = 0
     """Needed beside the weights while they are loaded."""
     is_main: bool | None = None
-    """Of several devices the one with the lowest number, to which accelerate's hook around the whole model takes what it is
-    called with; the caller's tensors may be there or where the prompt is embedded. ``None``: the two are the same device.
-    Source: ``main_device`` of dispatch_model, the first of a set of numbers."""
+    """Of several devices the main one, to which accelerate's hook around the whole model takes what it is called with; the
+    caller's tensors may be there or where the prompt is embedded. ``None``: the two are the same device.
+    Source: ``main_device`` of dispatch_model, the first of a set of numbers: mostly the lowest."""
 
     @property
     def has_more_pixels(self) -> bool:

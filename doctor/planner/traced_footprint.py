@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -15,6 +15,7 @@ from .image_tokens import ImageLoad, image_load, pictures
 from .kernels import cudnn_width
 from .memory import Footprint, Holding, StageNeed
 from .release import Release
+from .stage_need import Price
 from .traced import Phase, Regimes, Timeline, lengths
 from .traced_replay import TracedProgram
 
@@ -39,6 +40,8 @@ def obstacle(profile: ModelProfile, workload: Workload, *, trust_remote_code: bo
         return "kernels of quantized weights run on GPUs only"
     if workload.training:
         return "a training step is not traced"
+    if workload.is_padded:
+        return "prompts of different length, whose padding a mask hides, are not traced"
     if workload.images and profile.vision is not None and profile.image is None:
         return "its image rule is unknown"
     return None
@@ -140,29 +143,29 @@ class TracedFootprint(Footprint):
         caches = self.profile.text.cached_layers
         return TracedProgram(self._regimes, caches, new_tokens=self.workload.answer_tokens)
 
-    def needs(self, text_tokens: int) -> Callable[[int, int], int]:
-        """A function that prices runs of atoms: ``(first, end)`` to total bytes."""
-        by_formula = super().needs(text_tokens)
+    def needs(self, text_tokens: int) -> Price:
+        """A function that prices runs of atoms: total bytes."""
+        by_formula = self._call_needs(text_tokens, None)
         timeline = self._timeline(text_tokens)
-        known: dict[tuple[int, int], int] = {}
+        known: dict[tuple[int, int, bool | None], int] = {}
 
-        def need(first: int, end: int) -> int:
-            if (first, end) not in known:
-                known[first, end] = self._need(by_formula, timeline, first, end, text_tokens)
-            return known[first, end]
+        def need(first: int, end: int, is_main: bool | None = None) -> int:
+            if (first, end, is_main) not in known:
+                holding = msgspec.structs.replace(self._run_holding(first, end), is_main=is_main)
+                lost = 0 if self.is_bare else self._lost(by_formula, first, end, text_tokens)
+                peak, _, _ = self._peak(timeline, holding, self._run_places(first, end), text_tokens)
+                work = peak + lost + (0 if first else self.copy_bytes)
+                # A trace begins when the weights are loaded.
+                known[first, end, is_main] = holding.weights_bytes + max(work, holding.loading_bytes)
+            return known[first, end, is_main]
 
         return need
 
-    def _need(
-        self, by_formula: Callable[[int, int], int], timeline: Timeline, first: int, end: int, text_tokens: int
-    ) -> int:
-        holding = self._run_holding(first, end)
-        formula = super().need_of(holding, text_tokens)
-        copy_bytes = 0 if first else self.copy_bytes
-        lost = 0 if self.is_bare else max(0, by_formula(first, end) - formula.total_bytes - copy_bytes)
-        peak, _, _ = timeline.peak(self._run_places(first, end))
-        # A trace begins when the weights are loaded.
-        return holding.weights_bytes + max(copy_bytes + peak + lost, holding.loading_bytes)
+    def _lost(self, by_formula: Price, first: int, end: int, text_tokens: int) -> int:
+        """What the allocator wastes beside the work of a run of atoms, by the formulas."""
+        holding = msgspec.structs.replace(self._run_holding(first, end), loading_bytes=0)
+        live = super().need_of(holding, text_tokens).total_bytes + (0 if first else self.copy_bytes)
+        return max(0, by_formula(first, end) - live)
 
     def detail(self, first: int, end: int, text_tokens: int, *, is_main: bool | None = None) -> StageNeed:
         """What the atoms from ``first`` up to, not including, ``end`` need, item by item; ``is_main`` as in ``Holding``."""
@@ -174,7 +177,7 @@ class TracedFootprint(Footprint):
             need = msgspec.structs.replace(
                 need, activations_bytes=holding.loading_bytes - need.kv_cache_bytes, moment="the weights are loaded"
             )
-        total = self.needs(text_tokens)(first, end) + self.more_bytes(first, end, text_tokens, is_main=is_main)
+        total = self.needs(text_tokens)(first, end, is_main)
         return msgspec.structs.replace(need, fragmentation_bytes=total - need.total_bytes)
 
     def need_of(self, holding: Holding, text_tokens: int) -> StageNeed:
@@ -191,8 +194,7 @@ class TracedFootprint(Footprint):
 
     def _of_places(self, holding: Holding, places: frozenset[int], text_tokens: int) -> StageNeed:
         timeline = self._timeline(text_tokens)
-        peak, place, phase = timeline.peak(places, gets_logits=bool(holding.is_main) and holding.may_get_logits)
-        peak += self.work(text_tokens).pixels if holding.has_more_pixels else 0
+        peak, place, phase = self._peak(timeline, holding, places, text_tokens)
         kept = min(peak, timeline.kept(places))
         return StageNeed(
             weights_bytes=holding.weights_bytes,
@@ -201,6 +203,13 @@ class TracedFootprint(Footprint):
             fragmentation_bytes=0,
             moment=_MOMENTS.get(phase) or self._moment(place),
         )
+
+    def _peak(
+        self, timeline: Timeline, holding: Holding, places: frozenset[int], text_tokens: int
+    ) -> tuple[int, int, Phase]:
+        """Most bytes of the work on a device with these places, and where and when that is."""
+        peak, place, phase = timeline.peak(places, gets_logits=bool(holding.is_main) and holding.may_get_logits)
+        return peak + (self.work(text_tokens).pixels if holding.has_more_pixels else 0), place, phase
 
     def _moment(self, place: int) -> str:
         if place == len(self._numbers):

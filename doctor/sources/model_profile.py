@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
+from ..data.activations import vision_coefficient
 from ..data.config_defaults import ARCHITECTURES, PARTS
 from ..data.families import FLAT_TOWERS, PACKAGED, REMOTE_TYPES, FamilyChanges, FamilyRules, rules_of
 from ..data.image_rules import UNKNOWN
@@ -229,7 +230,7 @@ def _vision(
     shape = vision_shape(fields, tensors, tower) if tower and fields else None
     if not tower:
         notes.append("No vision tower was recognized in the names of the tensors.")
-    elif shape is None:
+    elif shape is None and not vision_coefficient(str(checkpoint.config.get("model_type"))).pixel_elements:
         notes.append("config.json does not give the dimensions of the vision tower: its working memory is not counted.")
     if shape is None and rules.image is None:
         return None, None

@@ -147,8 +147,10 @@ class Tower:
         return torch.tensor([numbers] * self.count)
 
     def squares(self, *leading: int) -> torch.Tensor:
-        """Pixels of runs of patches."""
-        return torch.empty(*leading, 3, self.pictures.run_height, self.pictures.run_width)
+        """Pixels of runs of patches, none of them all zeros, which Idefics 2 and 3 take for padding."""
+        pixels = torch.empty(*leading, 3, self.pictures.run_height, self.pictures.run_width)
+        pixels[..., 0, 0, 0] = 1
+        return pixels
 
 
 def _vision(config: Any) -> Any:

@@ -88,8 +88,6 @@ def make_planner(
             min_gpus=max(care.min_gpus, spec.min_gpus),
             max_gpus=1 if spec.device_map == "single" or has_slices(machine, gpus) else care.max_gpus,
             offload=care.offload and not may_offload,
-            # The session sees more GPUs than those of one model.
-            keeps_numbers=True,
         )
         work = replace(call, dtype=spec.dtype or call.dtype)
 

@@ -14,6 +14,7 @@ from vlm_doctor import Policy, Workload, load_machine, load_profile, plan
 from vlm_doctor.errors import MapError
 from vlm_doctor.placement import Plan
 from vlm_doctor.planner.budget import CONTEXT_BYTES
+from vlm_doctor.planner.map_check import check_placed
 
 pytestmark = [
     pytest.mark.models,
@@ -99,6 +100,29 @@ def test_a_model_that_is_moved_gives_the_same_answer(family: str, subjects: dict
     assert torch.equal(answer(model, subject.inputs, "cpu"), expected)
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
     assert {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)} == ties
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_model_is_judged_by_where_its_hook_takes_what_it_is_given(
+    order: tuple[int, int], llava: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is the first stage of a plan, also where a map alone would mean another GPU."""
+    asked = []
+
+    def judged(*args: Any, main: Any) -> Any:
+        asked.append(main)
+        return check_placed(*args, main=main)
+
+    monkeypatch.setattr(live_model, "check_placed", judged)
+    planned = plan(profile_of(llava), MACHINE, Workload(), Policy(min_gpus=2, max_gpus=2))
+    with FakeDevices():
+        redistribute(llava, planned, devices=[GPUS[number] for number in order])
+        checked = check_model(llava, machine=MACHINE)
+        redistribute(llava, plan(profile_of(llava), MACHINE), devices=GPUS[:1])
+        check_model(llava, machine=MACHINE)
+
+    assert asked == [order[0], None]
+    assert [finding.code for finding in checked.findings] == ["VLM625"]
 
 
 def test_gradients_move_along(llava: Any) -> None:

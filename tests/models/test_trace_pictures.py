@@ -159,6 +159,18 @@ def test_the_image_processor_is_that_of_the_commit_whose_config_it_is(
         assert made["pixel_values"].shape == (1, 3, edge, edge)
 
 
+def test_no_image_looks_like_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idefics leaves out images that are all zeros, which memory that was never written to may be."""
+    from vlm_doctor.sources.trace_pictures import image_inputs
+
+    assert MODEL.image is not None
+    images = made_for("idefics3", MODEL.image, 336, 336)
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    made = image_inputs(SimpleNamespace(model_type="idefics3"), {"pixel_values"}, None, images, 2)
+    assert made["pixel_values"].shape[:2] == (2, images.sequences)
+    assert made["pixel_values"].flatten(2).any(dim=-1).all()
+
+
 FAMILIES = (
     "aya_vision", "blip", "chameleon", "cosmos3_omni", "deepseek_vl_hybrid", "florence2", "fuyu", "gemma3", "gemma4",
     "gemma4_unified", "git", "granite4_vision", "granite_docling", "idefics", "idefics2", "instructblip",

@@ -308,6 +308,10 @@ def test_a_tower_without_dimensions_is_noted() -> None:
         )
 
 
+def test_a_tower_that_is_priced_by_the_pixel_has_no_need_of_dimensions() -> None:
+    assert "working memory" not in " ".join(profile({**TEXT, "model_type": "chameleon"}).notes)
+
+
 def test_a_model_without_a_tower_is_noted() -> None:
     tensors = {name: StoredTensor("BF16", (8,), 16) for name in NAMES[:2]}
     found = build_profile(

@@ -15,11 +15,15 @@ from vlm_doctor.placement import AutoPlacement, Plan
 from vlm_doctor.planner import auto as auto_module
 from vlm_doctor.planner import plan
 from vlm_doctor.planner.auto_replay import AutoError
+from vlm_doctor.planner.map_check import check_map
 from vlm_doctor.sources import load_machine
 from vlm_doctor.sources.model_files import load_profile
-from vlm_doctor.units import GIB
+from vlm_doctor.units import GIB, MIB
+
+from .profiles import machine as scarce
 
 MACHINES = Path(__file__).parents[2] / "machines"
+LLAVA_7B = "llava-1.5-7b"
 GLM41V, GLM4V, COGVLM2, QWEN72B, LLAVA, INTERNVL = (
     "zai-org/GLM-4.1V-9B-Thinking",
     "THUDM/glm-4v-9b",
@@ -51,6 +55,22 @@ def auto_of(name: str, on: Machine, policy: Policy | None = None, **workload: ob
     found = planned(name, on, policy, **workload).auto
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize(("free_gib", "is_embedding_apart"), [((1.6, 20), True), ((2, 20), False), ((2, 17), False)])
+def test_it_needs_what_the_judge_of_its_map_says(free_gib: tuple[float, float], is_embedding_apart: bool) -> None:
+    """Where the prompt is embedded on another GPU than the main one, to which logits come back; and where the plan itself
+    has to cut the tower.
+    """
+    workload, there = Workload(text_tokens=4000, logits="forward"), scarce(free_gib)
+    made = plan(profile(LLAVA_7B), there, workload)
+    assert made.auto is not None
+    device_map = {key: share.gpu for share in made.auto.shares for key in share.keys}
+    assert (device_map.get("model.language_model") == 1) == is_embedding_apart
+    judged = check_map(device_map, profile(LLAVA_7B), there, workload)
+    assert [share.need_bytes for share in made.auto.shares] == [
+        pytest.approx(use.need_bytes, abs=32 * MIB) for use in judged.devices
+    ]
 
 
 def test_the_map_that_was_measured() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import msgspec
 import pytest
 
-from vlm_doctor import ModelProfile, Plan, Policy, Workload, load_profile, plan
+from vlm_doctor import ModelProfile, Plan, Policy, Training, Workload, load_profile, plan
 from vlm_doctor.planner.budget import budgets
 from vlm_doctor.planner.constraints import chain
 from vlm_doctor.planner.image_tokens import image_load
 from vlm_doctor.planner.map_check import check_map
+from vlm_doctor.planner.map_devices import MOST_IN_ORDER, main_number
 from vlm_doctor.planner.memory import Footprint
+from vlm_doctor.planner.order import Split
 from vlm_doctor.planner.problem import Problem, ask
 from vlm_doctor.planner.replay import Held
 from vlm_doctor.planner.traced import Regimes
@@ -54,10 +57,11 @@ def question(profile: ModelProfile, free_gib: list[float], workload: Workload, *
 def test_pixels_are_there_once_more(run: tuple[int, int], is_main: bool) -> None:
     asked = prices(LARGE)
     usual, away = (asked.detail(*run, 64, is_main=main) for main in (None, is_main))
-    assert away.total_bytes - usual.total_bytes == PIXELS == asked.more_bytes(*run, 64, is_main=is_main)
+    assert away.total_bytes - usual.total_bytes == PIXELS
     assert away.fragmentation_bytes == usual.fragmentation_bytes
-    assert asked.more_bytes(*run, 64, is_main=None) == 0
-    assert asked.more_bytes(*run, 64, is_main=not is_main) == 0
+    price = asked.needs(64)
+    assert (price(*run, is_main), price(*run)) == (away.total_bytes, usual.total_bytes)
+    assert price(*run, not is_main) == price(*run)
 
 
 @pytest.mark.parametrize("asked", [prices(FORWARD), traced_prices()], ids=["formulas", "traced"])
@@ -67,8 +71,75 @@ def test_logits_come_back_to_where_the_caller_may_have_the_prompt(asked: Footpri
     assert away.moment == "the logits come back"
     assert usual.moment != away.moment
     assert away.activations_bytes + away.kv_cache_bytes == pytest.approx(LOGITS + usual.kv_cache_bytes, rel=0.02)
-    assert asked.more_bytes(9, 12, 1000, is_main=True) == away.total_bytes - usual.total_bytes > 0
-    assert asked.more_bytes(9, ATOMS, 1000, is_main=True) == 0
+    price = asked.needs(1000)
+    assert (price(9, 12, True), price(9, 12)) == (away.total_bytes, usual.total_bytes)
+    assert price(9, ATOMS, True) == price(9, ATOMS)
+
+
+def with_loading(asked: Footprint, loading: int) -> Footprint:
+    asked._loading = [loading] * len(asked.atoms)
+    return asked
+
+
+def a_footprint(*, is_traced: bool, is_bare: bool = False) -> Footprint:
+    profile, workload = glm41v_9b(), msgspec.structs.replace(LARGE, new_tokens=1)
+    parts, images = chain(profile).atoms, image_load(profile, LARGE)
+    if not is_traced:
+        return Footprint(profile, workload, images, parts, is_bare=is_bare)
+    runs = [small_trace(tokens, layers=40, more=0) for tokens in (13001, 13513, 14025)]
+    return TracedFootprint(profile, workload, images, parts, traces=traces_of(runs), is_bare=is_bare)
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_pixels_and_what_is_wasted_count_beside_each_other_where_loading_takes_nearly_as_much(is_traced: bool) -> None:
+    """Loading takes more than the work, and less than the work with what the allocator wastes and the pixels."""
+    run, weights = (9, 12), a_footprint(is_traced=is_traced).weights_of(9, 12)
+    live, used = (
+        with_loading(a_footprint(is_traced=is_traced, is_bare=is_bare), 0).needs(64)(*run) - weights
+        for is_bare in (True, False)
+    )
+    assert live + 64 * MIB <= used
+    for loading, expected in ((live + 32 * MIB, used + PIXELS), (used + 2 * PIXELS, used + 2 * PIXELS)):
+        asked = with_loading(a_footprint(is_traced=is_traced), loading)
+        assert asked.needs(64)(*run, True) - weights == expected
+        assert asked.needs(64)(*run) - weights == max(used, loading)
+        assert asked.detail(*run, 64, is_main=True).total_bytes - weights == expected
+
+
+STEP = msgspec.structs.replace(LARGE, training=Training(gradient_checkpointing=False))
+
+
+def test_of_a_training_step_pixels_and_logits_are_on_the_main_gpu_too() -> None:
+    asked = prices(msgspec.structs.replace(STEP, text_tokens=4000))
+    tokens = 4000 + image_load(asked.profile, STEP).tokens
+    usual, away = (asked.detail(9, 12, 4000, is_main=is_main) for is_main in (None, True))
+    assert away.moment == "the logits come back" != usual.moment
+    live = away.training_bytes + away.activations_bytes
+    assert live > tokens * 151_552 * 2 + PIXELS
+    begins = asked.needs(4000)
+    assert begins(0, 9, False) - begins(0, 9) == PIXELS
+    assert begins(9, ATOMS, True) - begins(9, ATOMS) == PIXELS
+    assert begins(9, 12, True) - begins(9, 12) <= sum(asked.copied(4000))
+
+
+def test_a_plan_of_a_training_step_and_the_judge_of_its_map_say_the_same() -> None:
+    profile, there = glm41v_9b(), machine([60, 60])
+    pinned = Policy(pins=(("model.visual", 1), ("lm_head", 0)), min_gpus=2, keeps_numbers=True)
+    made = plan(profile, there, STEP, pinned)
+    assert [stage.gpu for stage in made.stages] == [1, 0]
+    judged = check_map({key: stage.gpu for stage in made.stages for key in stage.keys}, profile, there, STEP)
+    needed = {use.gpu: use.need_bytes for use in judged.devices}
+    for stage in made.stages:
+        kinds = ("weights", "kv_cache", "activations", "training", "fragmentation")
+        assert needed[stage.gpu] == sum(line.size_bytes for line in stage.ledger if line.kind in kinds)
+
+
+@pytest.mark.parametrize(("free_gib", "is_enough"), [([0.5, 24, 26, 36], True), ([0.5, 24, 24, 36], False)])
+def test_logits_of_a_training_step_come_back_to_the_main_gpu(free_gib: list[float], is_enough: bool) -> None:
+    workload = msgspec.structs.replace(STEP, images=0, text_tokens=4000)
+    asked = question(glm41v_9b(), free_gib, workload, pins=(("model.visual", 2), ("lm_head", 3)), min_gpus=3)
+    assert asked.choose_among(asked.counts) is not None
+    assert (asked.choose() is not None) == asked.fits() == is_enough
 
 
 def test_the_allocator_is_asked_for_logits_that_come_back() -> None:
@@ -132,6 +203,95 @@ def test_under_its_own_variable_a_plan_begins_on_device_0_whatever_number_the_ma
     assert other.cuda_visible_devices == "1,0"
     assert (other.device_map, other.limits) == (first.device_map, first.limits)
     assert other.longest_prompt_tokens == first.longest_prompt_tokens
+
+
+def of_two(gpus: tuple[int, ...] | None, **fields: Any) -> list[bool | None]:
+    """Whether each GPU of a split over GPU 1 and GPU 8 is the main one."""
+    made, rules = machine([20] * 12, **fields), Policy(keeps_numbers=True, gpus=gpus)
+    parts, found = chain(glm41v_9b()), budgets(made, rules)
+    asked = ask(glm41v_9b(), LARGE, rules, made, chain=parts, found=found)
+    positions = [[budget.gpu.index for budget in found.usable].index(gpu) for gpu in (1, 8)]
+    split = Split(tuple(positions), (20, ATOMS))
+    return [asked.is_main(split, stage) for stage in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "is_first"),
+    [
+        (None, None, False),
+        ((1, 8), None, True),
+        ((8, 1), None, False),
+        (None, "1,8", True),
+        (None, "8,1", False),
+    ],
+)
+def test_the_main_gpu_is_told_by_the_numbers_of_the_process(
+    gpus: tuple[int, ...] | None, visible: str | None, is_first: bool
+) -> None:
+    """Of 1 and 8, 8 is the first of a set; both begin anew where the process sees these two alone."""
+    fields = {} if visible is None else {"environment": {"CUDA_VISIBLE_DEVICES": visible}}
+    assert of_two(gpus, **fields) == ([None, None] if is_first else [False, True])
+
+
+def test_few_numbers_are_in_order_in_a_set() -> None:
+    for count in (2, 3, 5):
+        assert all(main_number(numbers) == min(numbers) for numbers in permutations(range(MOST_IN_ORDER + 1), count))
+    assert main_number((1, MOST_IN_ORDER + 1)) > 1
+
+
+def test_on_many_gpus_the_highest_number_may_be_the_main_one() -> None:
+    asked = question(glm41v_9b(), [20] * 9, FORWARD)
+    few = question(glm41v_9b(), [20] * 8, FORWARD)
+    left = [[room.capacity_bytes for room in one._less_room.rooms] for one in (asked, few)]
+    assert len({*left[0]}) == 1
+    assert left[1][-1] - left[1][0] == LOGITS
+
+
+def test_a_gpu_that_a_lever_adds_has_a_number_behind_the_others() -> None:
+    asked = question(glm41v_9b(), [20, 20], LARGE)
+    another = msgspec.structs.replace(asked.budgets[0], gpu=msgspec.structs.replace(asked.budgets[0].gpu, index=-1))
+    more = msgspec.structs.replace(asked, budgets=(*asked.budgets, another, another))
+    assert [more.is_main(Split((2, 1), (20, ATOMS)), stage) for stage in (0, 1)] == [False, True]
+    assert [more.is_main(Split((2, 3), (20, ATOMS)), stage) for stage in (0, 1)] == [None, None]
+
+
+def test_a_corrected_map_is_for_the_numbers_of_the_map() -> None:
+    """Number 0 is GPU 1, where the model does not begin: it has the pixels as well."""
+    asked = msgspec.structs.replace(LARGE, images=8, image_height=1120, image_width=1120)
+    pins = (("model.visual", 0), ("lm_head", 1))
+    usual, turned = (
+        check_map({"": 0}, glm41v_9b(), machine([16, 14]), asked, Policy(gpus=gpus, pins=pins, min_gpus=2)).best
+        for gpus in ((0, 1), (1, 0))
+    )
+    assert usual is not None
+    assert turned is not None
+    assert [stage.gpu for stage in usual.stages] == [stage.gpu for stage in turned.stages] == [0, 1]
+    assert usual.longest_prompt_tokens is not None
+    assert turned.longest_prompt_tokens is not None
+    assert turned.longest_prompt_tokens < usual.longest_prompt_tokens
+
+
+@pytest.mark.parametrize(("free_gib", "gpus"), [([6, 10], [1]), ([10, 6], [0, 1]), ([3, 3], [])])
+def test_what_is_offloaded_is_computed_on_the_main_gpu_where_a_plan_begins(free_gib: list[float], gpus: list[int]) -> None:
+    """The planner's own map is free of errors: what is in host memory works in the first stage, as accelerate has it."""
+    profile, there, asked = glm41v_9b(), machine(free_gib), Workload(text_tokens=2000)
+    rules = Policy(offload=True, pins=(("model.visual", free_gib.index(max(free_gib))),))
+    checked = check_map({"": 0}, profile, there, asked, rules)
+    assert checked.best is not None
+    assert (checked.best.fits, [stage.gpu for stage in checked.best.stages] if gpus else []) == (bool(gpus), gpus)
+    if gpus:
+        assert checked.best.offloaded is not None
+        assert checked.corrected is not None
+        again = check_map(checked.corrected, profile, there, asked)
+        assert not [found for found in again.findings if found.severity == "error"]
+        assert len(plan(profile, there, asked, rules).stages) == 2
+
+
+def test_a_split_that_does_not_begin_on_the_main_gpu_takes_nothing_with_layers_in_host_memory() -> None:
+    asked = question(glm41v_9b(), [40, 40], Workload(images=0)).with_offloaded(10)
+    ends = (16, len(asked.atoms))
+    assert asked.split_fits(Split((0, 1), ends))
+    assert not asked.split_fits(Split((1, 0), ends))
 
 
 def test_where_the_search_left_no_room_for_it_another_split_is_found_or_none() -> None:

@@ -16,7 +16,7 @@ from vlm_doctor.machine import Libraries, Link, Machine, Package
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner import map_names as names_module
 from vlm_doctor.planner import plan
-from vlm_doctor.planner.map_check import MAX_KEYS, check_map
+from vlm_doctor.planner.map_check import MAX_KEYS, check_map, check_placed
 from vlm_doctor.planner.map_devices import main_device, spelled
 from vlm_doctor.planner.map_names import Names, loaded_by, outermost, owner, trapped
 from vlm_doctor.planner.map_repair import fewest_moves
@@ -752,6 +752,18 @@ def test_loaders_differ_only_where_keys_are_no_prefixes_of_each_other() -> None:
 @pytest.mark.parametrize(("value", "device"), [(3, 3), ("cuda:3", 3), (" cpu ", "cpu"), ("cuda", 0), ("7", 7), ("x", "x")])
 def test_devices_are_read_in_all_spellings(value: int | str, device: int | str) -> None:
     assert spelled(value).device == device
+
+
+def test_a_loaded_model_may_be_given_its_inputs_elsewhere_than_a_map_alone_says() -> None:
+    """InternVL uses beside its embedding what stays where the inputs are."""
+    there = machine([80, 80])
+    planned = plan(CHAT, there, policy=Policy(min_gpus=2))
+    turned = {key: 1 - device for key, device in planned.device_map.items() if isinstance(device, int)}
+    codes = [
+        [found.code for found in check_placed(turned, CHAT, there, Workload(), Policy(), main=main).findings]
+        for main in (None, 1)
+    ]
+    assert codes == [["VLM615"], ["VLM625"]]
 
 
 def test_the_main_device_is_the_first_of_a_set() -> None:

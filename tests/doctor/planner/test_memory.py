@@ -177,7 +177,13 @@ def test_logits_of_one_token_or_of_all() -> None:
 
 @pytest.mark.parametrize(
     ("family", "release", "has_all"),
-    [("qwen2_vl", (4, 57), True), ("qwen2_vl", None, False), ("video_llama_3", (5, 23), True), ("glm4v", (4, 57), False)],
+    [
+        ("qwen2_vl", (4, 57), True),
+        ("qwen2_vl", None, False),
+        ("video_llama_3", (5, 23), True),
+        ("blip-2", None, False),
+        ("glm4v", (4, 57), False),
+    ],
 )
 def test_classes_that_cannot_be_told_to_keep_the_last_logits_make_all(
     family: str, release: tuple[int, int] | None, has_all: bool

@@ -184,6 +184,26 @@ def test_pixels_are_on_the_first_gpu_of_torch_too_wherever_the_model_begins() ->
     assert least(1, (9, atoms), is_main=False) == least(1, (9, atoms), is_main=None)
 
 
+@pytest.mark.parametrize("is_main", [None, True, False])
+@pytest.mark.parametrize("run", [(0, 15), (15, 30), (27, 29)])
+def test_a_stage_runs_in_what_it_is_said_to_need_wherever_the_model_begins(
+    run: tuple[int, int], is_main: bool | None
+) -> None:
+    """Many pixels on a GPU whose own work leaves little that they could take the place of."""
+    images = Workload(images=8, image_height=1120, image_width=1120, text_tokens=64, batch=4)
+    made = machine([40.0, 40.0])
+    asked = ask(QWEN, images, Policy(), made, chain=chain(QWEN), found=budgets(made, Policy()))
+    assert asked.replay is not None
+    need = asked.replay.need(run, 0, 38 * GIB, is_main=is_main)
+    assert asked.replay.runs(run, 0, 64, need.total_bytes, is_main=is_main)
+    # What it takes is not less than what it needs.
+    assert need.reserved_bytes is not None
+    assert need.total_bytes - settling.SLACK_BYTES <= need.reserved_bytes
+    tight = asked.replay.need(run, 0, need.total_bytes, is_main=is_main)
+    assert tight.reserved_bytes is not None
+    assert need.total_bytes - 2 * settling.SLACK_BYTES <= tight.reserved_bytes <= need.total_bytes
+
+
 MACHINES = (("80GiB", 0), ("2x24GiB", 1), ("4x80GiB", 2))
 
 

@@ -154,5 +154,10 @@ def test_scores_that_are_never_fused_count_whatever_attention_is_asked_for() -> 
 def test_a_tower_that_is_no_stack_of_blocks_is_priced_by_the_pixel() -> None:
     pixels, whole, kept = vision_bytes(llava_13b(model_type="chameleon", vision=None), Workload(), load(1024, 512), 2)
     assert (whole - pixels, kept) == (512 * 512 * 580 * 2, 0)
+    model, parts = llava_13b(model_type="chameleon", vision=None), chain(llava_13b()).atoms
+    with_image, without = (
+        Footprint(model, asked, image_load(model, asked), parts).source for asked in (Workload(), Workload(images=0))
+    )
+    assert with_image == f"{without}; 580 elements a pixel (counted: convolutions, 128 channels at first)"
     pixels, whole, _ = vision_bytes(llava_13b(model_type="fuyu", vision=None), Workload(), load(1024, 512), 2)
     assert whole == pixels

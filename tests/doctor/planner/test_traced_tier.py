@@ -291,6 +291,11 @@ class TestRequest:
             ({"quantization": "awq"}, {}, "kernels of quantized weights run on GPUs only"),
             ({}, {"quantization": "nf4"}, "kernels of quantized weights run on GPUs only"),
             ({}, {"training": Training()}, "a training step is not traced"),
+            (
+                {},
+                {"is_padded": True, "batch": 2},
+                "prompts of different length, whose padding a mask hides, are not traced",
+            ),
             ({"image": None}, {"images": 1}, "its image rule is unknown"),
             ({"image": None}, {}, None),
             ({}, {}, None),
