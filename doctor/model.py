@@ -154,6 +154,8 @@ class VisionShape(msgspec.Struct, frozen=True, kw_only=True):
     """Pixels along a patch's edge."""
     kind: str = ""
     """``model_type`` of its config, such as ``pixtral``; empty where the config names none."""
+    taken: int = 1
+    """Blocks whose states are features (``vision_feature_layer``)."""
     keeps_states: bool = False
     """The machine's transformers keeps what every block gives until the tower is done."""
 

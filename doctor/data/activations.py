@@ -62,8 +62,12 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
     """Copies of the image features (as wide as the text body) that the caller holds while the layers read the prompt."""
     pair_elements: float = 0
     """For each pair of patches of all images: a mask that keeps them apart, and its copy with aligned rows."""
-    score_bytes: int = 0
+    score_bytes: float = 0
     """Bytes for each head and pair of patches of a run, whatever attention is asked for: of code that cannot fuse it."""
+    kept_of_taken: int = 0
+    """Hidden states of a patch that the caller holds as long, for each block whose states are features; at least one."""
+    joins_runs: bool = False
+    """The runs (tiles) of an image see each other."""
     pixel_elements: int = 0
     """For each pixel, of towers that are no stack of equal blocks of patches; as the published models are made."""
 
@@ -156,7 +160,7 @@ head. Less than the MLP needs, it counts only where scores or masks of all pairs
 DEFAULT_TEXT = TextCoefficient(4, 3.5, "the most of any architecture counted, since this one was not")
 
 _ROTARY_IN_FLOAT32 = VisionCoefficient(0, 18.2, False, _COUNTED)
-_CLIP = VisionCoefficient(3, 4.6, False, f"{_COUNTED}; its activation function makes two copies")
+_CLIP = VisionCoefficient(3, 4.6, False, f"{_COUNTED}; its activation function makes two copies", kept_of_taken=2)
 
 _FORGETS = VisionCoefficient(2, 6, False, _COUNTED)
 _TAKEN_TO_FORGET = VisionCoefficient(2, 6, False, "taken from PaliGemma, whose tower is of the same make; not counted")
@@ -205,7 +209,7 @@ VISION: dict[str, VisionCoefficient] = {
     "chameleon": VisionCoefficient(0, 0, False, f"{_COUNTED}: convolutions, 128 channels at first", pixel_elements=580),
     "cohere2_vision": VisionCoefficient(2, 11.3, False, f"{_COUNTED}; its projector is wide"),
     "deepseek_vl_hybrid": msgspec.structs.replace(
-        _PLAIN, score_bytes=3, source=f"{_COUNTED}; the scores of its second tower are biased"
+        _PLAIN, score_bytes=2.1, source=f"{_COUNTED}; the scores of its second tower are biased"
     ),
     "emu3": VisionCoefficient(
         0,
@@ -227,9 +231,9 @@ VISION: dict[str, VisionCoefficient] = {
     "idefics3": VisionCoefficient(2, 4.9, False, _COUNTED),
     "internvl": VisionCoefficient(2, 5.5, False, _COUNTED),
     **dict.fromkeys(("llava", "llava_next", "llava_next_video", "video_llava"), _CLIP),
-    "llava_onevision": _PLAIN,
+    "llava_onevision": msgspec.structs.replace(_PLAIN, kept_of_taken=2),
     **dict.fromkeys(("lighton_ocr", "mistral3", "mistral_large4"), _PIXTRAL),
-    "mllama": VisionCoefficient(0, 57, False, f"{_COUNTED}; it joins the hidden states of six layers"),
+    "mllama": VisionCoefficient(0, 57, False, f"{_COUNTED}; it joins the hidden states of six layers", joins_runs=True),
     "paligemma": _FORGETS,
     "qwen2_5_vl": _ROTARY_IN_FLOAT32,
     "qwen2_vl": _ROTARY_IN_FLOAT32,
@@ -240,7 +244,7 @@ VISION: dict[str, VisionCoefficient] = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), VisionCoefficient(0, 20.7, False, _COUNTED)),
     "smolvlm": _TAKEN_TO_FORGET,
     "vipllava": msgspec.structs.replace(
-        _CLIP, hidden_multiple=7.7, source=f"{_COUNTED}; it joins the states of five blocks"
+        _CLIP, hidden_multiple=7.7, kept_of_taken=0, source=f"{_COUNTED}; it joins the states of five blocks"
     ),
 }
 """By ``model_type`` of config.json."""

@@ -49,6 +49,9 @@ def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, i
     work = math.ceil(patches * elements * item_bytes)
     work += math.ceil(coefficient.pair_elements * patches**2 * item_bytes)
     eager = score_bytes(profile, workload) if workload.attention == "eager" else 0
-    work += vision.heads * images.sequences * batch * images.patches**2 * max(eager, coefficient.score_bytes)
+    joined = images.sequences // max(1, workload.images) if coefficient.joins_runs else 1
+    pairs = images.sequences * batch * images.patches**2 * joined
+    work += math.ceil(vision.heads * pairs * max(eager, coefficient.score_bytes))
     features = images.features * batch * profile.text.hidden * item_bytes
-    return pixels, pixels + work, coefficient.kept_features * features + patches * vision.hidden * item_bytes
+    states = patches * vision.hidden * item_bytes * max(1, coefficient.kept_of_taken * vision.taken)
+    return pixels, pixels + work, coefficient.kept_features * features + states

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
+import msgspec
+
 from ..data.activations import vision_coefficient
 from ..data.config_defaults import ARCHITECTURES, PARTS
 from ..data.families import FLAT_TOWERS, PACKAGED, REMOTE_TYPES, FamilyChanges, FamilyRules, rules_of
@@ -171,8 +173,7 @@ def _rules(
         rules = rules._replace(renames=())
     for name in (model_type, architecture):
         rules = rules._replace(**families.get(name, {}))
-    layers = config.get("vision_feature_layer", config.get("vision_feature_layers"))
-    if isinstance(layers, list) and len(layers) > 1:
+    if _taken(config) > 1:
         # The outputs of several blocks are joined (``torch.cat`` in modeling_llava.py), so that all must be on one GPU.
         rules = rules._replace(is_tower_whole=True)
     return rules
@@ -211,6 +212,12 @@ def _check_against(text: TextShape, cut: Cut, tensors: Mapping[str, StoredTensor
     return [f"The checkpoint stores {len(stored)} text layers, config.json names {text.layers}: all are counted."]
 
 
+def _taken(config: Mapping[str, Any]) -> int:
+    """Blocks of the tower whose states are features."""
+    layers = config.get("vision_feature_layer", config.get("vision_feature_layers"))
+    return max(1, len(layers)) if isinstance(layers, list) else 1
+
+
 def _ties(config: Mapping[str, Any], of_body: Any) -> bool | None:
     """``tie_word_embeddings``: the root decides when it says something, as in transformers."""
     flag = config.get("tie_word_embeddings")
@@ -228,6 +235,8 @@ def _vision(
     """Dimensions of the tower and its processor's rule; what is unknown becomes a note."""
     fields = vision_fields(checkpoint.config)
     shape = vision_shape(fields, tensors, tower) if tower and fields else None
+    if shape is not None:
+        shape = msgspec.structs.replace(shape, taken=_taken(checkpoint.config))
     if not tower:
         notes.append("No vision tower was recognized in the names of the tensors.")
     elif shape is None and not vision_coefficient(str(checkpoint.config.get("model_type"))).pixel_elements:

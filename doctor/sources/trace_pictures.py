@@ -81,9 +81,11 @@ def _collect(found: Any, parts: list[Any]) -> None:
     if isinstance(found, torch.Tensor):
         parts.append(found)
     elif isinstance(found, Mapping):
-        name = next((name for name in _ANSWERS if found.get(name) is not None), None)
+        # Some records get features in a field that their class does not have: an attribute, and no key.
+        answers: dict[str, Any] = {name: getattr(found, name, found.get(name)) for name in _ANSWERS}
+        name = next((name for name in _ANSWERS if answers[name] is not None), _ANSWERS[0])
         # Features for several layers, each with its number, fill the same places.
-        _collect(found[name][0] if name == _DEEPSTACK else found.get(name), parts)
+        _collect(answers[name][0] if name == _DEEPSTACK else answers[name], parts)
     elif isinstance(found, (list, tuple)):
         for one in found:
             _collect(one, parts)

@@ -104,6 +104,20 @@ def test_inputs_have_the_shapes_that_the_processor_gives(family: str, case: imag
         assert ours == wanted, (height, width)
 
 
+def test_features_that_are_an_attribute_alone_are_counted() -> None:
+    """transformers 5.17 gives them so to records whose class has no such field (Mistral 3, Idefics 2 and 3)."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    from vlm_doctor.sources.trace_pictures import count_features
+
+    def encode(pixel_values: Any) -> Any:
+        record = BaseModelOutput(last_hidden_state=torch.zeros(1, 64, 8))
+        record.pooler_output = (torch.zeros(16, 32), torch.zeros(16, 32))
+        return record
+
+    assert count_features(encode, {"pixel_values": torch.zeros(1)}) == 32
+
+
 def test_code_of_a_checkpoint_that_is_an_image_processor_never_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -500,3 +500,16 @@ def test_more_parts_than_any_model_has_are_refused() -> None:
 
     with pytest.raises(ModelError, match="its tensors are named like 2,003 parts of a model"):
         profile({"text_config": TEXT}, shapes)
+
+
+@pytest.mark.parametrize(("layers", "taken"), [(-2, 1), ([-2], 1), ([], 1), ([-24, -20, -12, -1], 4)])
+def test_blocks_of_the_tower_that_give_features_are_counted(llava_config: dict[str, Any], layers: Any, taken: int) -> None:
+    config = {**llava_config, "vision_feature_layer": layers}
+    tensors = {
+        "language_model.model.embed_tokens.weight": StoredTensor("F16", (32, 8), 512),
+        "vision_tower.layers.0.fc1.weight": StoredTensor("F16", (6, 4), 48),
+        **{f"language_model.model.layers.{layer}.k_proj.weight": StoredTensor("F16", (8, 8), 128) for layer in range(12)},
+    }
+    vision = build_profile(Checkpoint(config, tensors), name="x", origin="checkpoint").vision
+    assert vision is not None
+    assert vision.taken == taken

@@ -216,8 +216,14 @@ def test_logits_of_every_token_come_back_to_the_gpu_that_the_prompt_came_from(
 
 def test_image_features_and_the_output_of_the_tower_are_held_on_the_first_gpu() -> None:
     prices = footprint(llava_13b())
-    pixels, tower, features = 577 * 6 * 14**2 * 2, 577 * 1024 * 2, 576 * 5120 * 2
-    assert prices.work(512).held == (512 + 576) * 5120 * 2 + pixels + tower + 2 * features
+    pixels, state, features = 577 * 6 * 14**2 * 2, 577 * 1024 * 2, 576 * 5120 * 2
+    rest = (512 + 576) * 5120 * 2 + pixels + 2 * features
+    assert prices.work(512).held == rest + 2 * state
+    tower = llava_13b().vision
+    assert tower is not None
+    several = msgspec.structs.replace(tower, taken=4)
+    assert footprint(llava_13b(model_type="llava_next", vision=several)).work(512).held == rest + 8 * state
+    assert footprint(llava_13b(model_type="vipllava", vision=several)).work(512).held == rest + state
 
 
 def test_images_read_by_cross_attention_fill_the_cache_of_few_layers_and_one_token_of_the_prompt() -> None:

@@ -151,6 +151,24 @@ def test_scores_that_are_never_fused_count_whatever_attention_is_asked_for() -> 
     assert vision_bytes(llava_13b(model_type="got_ocr2", vision=tower), eager, image, 2)[1] == biased
 
 
+def test_tiles_that_see_each_other_have_scores_of_all_their_pairs() -> None:
+    """Llama 3.2 Vision: four tiles of 1,601 patches; 6.97 GiB beside the weights of the 11B model, traced."""
+    tower = VisionShape(layers=40, hidden=1280, intermediate=5120, heads=16, patch=14)
+    tiles = ImageLoad(tokens=1, features=6404, sequences=4, patches=1601, patch=14, run_height=560, run_width=560)
+    eager = Workload(text_tokens=1024, attention="eager")
+    one, two = (
+        vision_bytes(
+            llava_13b(model_type="mllama", vision=tower),
+            msgspec.structs.replace(eager, images=images),
+            msgspec.structs.replace(tiles, features=6404 * images, sequences=4 * images),
+            2,
+        )[1]
+        for images in (1, 2)
+    )
+    assert 6.7 < one / 2**30 < 7.1
+    assert two == pytest.approx(2 * one, rel=1e-6)
+
+
 def test_a_tower_that_is_no_stack_of_blocks_is_priced_by_the_pixel() -> None:
     pixels, whole, kept = vision_bytes(llava_13b(model_type="chameleon", vision=None), Workload(), load(1024, 512), 2)
     assert (whole - pixels, kept) == (512 * 512 * 580 * 2, 0)
