@@ -1,29 +1,35 @@
 """Every architecture at true size: what the formulas say beside what its real code allocates, without a GPU.
 
     python benchmarks/formulas_and_traces.py [--out FILE] [--images N [--edge PIXELS]] [--tiny] [MODEL_TYPE ...]
+    python benchmarks/formulas_and_traces.py --published [--out FILE] [NAME ...]
 
 A checkpoint of each image-text-to-text architecture of the installed transformers is made of the dimensions that its own
 configuration has by default (which do not always go together, those of towers least): headers alone, in sparse files.
 Planned on one made-up GPU that takes it whole, once by formulas and scripts, once by ``--trace``: peaks without weights,
-and how far apart they are.
+and how far apart they are. With ``--published`` the models are those of ``published_dimensions.py``, with several workloads
+each. The plans are for the transformers that traces them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import transformers
+from published_dimensions import PUBLISHED, WORKLOADS
 from tiny_architectures import families, tiny_config
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlm_doctor import load_machine
+from vlm_doctor.machine import Libraries, Machine, Package
 from vlm_doctor.planner import plan
 from vlm_doctor.sources.model_files import load_profile
 from vlm_doctor.tracing import trace_model
@@ -35,9 +41,10 @@ POLICY = Policy(max_gpus=1, headroom_fraction=0.0, headroom_min_bytes=0)
 _ITEM = {torch.bfloat16: ("BF16", 2), torch.float32: ("F32", 4), torch.int64: ("I64", 8), torch.bool: ("BOOL", 1)}
 
 
-def write_checkpoint(folder: Path, family: str, *, is_tiny: bool) -> None:
+def write_checkpoint(folder: Path, family: str, *, is_tiny: bool, config: Any = None) -> None:
     """A folder with config and headers: the weights are holes in the file."""
-    config = tiny_config(family) if is_tiny else AutoConfig.for_model(family)
+    if config is None:
+        config = tiny_config(family) if is_tiny else AutoConfig.for_model(family)
     config.dtype = torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
@@ -59,9 +66,16 @@ def write_checkpoint(folder: Path, family: str, *, is_tiny: bool) -> None:
         file.truncate(8 + len(text) + at)
 
 
-def compare(family: str, folder: Path, workload: Workload, *, is_tiny: bool) -> dict[str, Any]:
-    write_checkpoint(folder, family, is_tiny=is_tiny)
-    profile, machine = load_profile(str(folder), allow_network=False), load_machine(MACHINE)
+def machine_here() -> Machine:
+    """One large card, and the transformers that is installed here."""
+    packages = (Package(name="transformers", version=transformers.__version__),)
+    libraries = Libraries(python=platform.python_version(), executable=sys.executable, packages=packages)
+    return msgspec.structs.replace(load_machine(MACHINE), libraries=libraries)
+
+
+def compare(folder: Path, workload: Workload) -> dict[str, Any]:
+    """A checkpoint in a folder, told and traced."""
+    profile, machine = load_profile(str(folder), allow_network=False), machine_here()
     told = plan(profile, machine, workload, POLICY)
     tracing = trace_model(str(folder), profile, machine, workload, allow_network=False, deadline_s=240)
     if tracing.traces is None:
@@ -86,6 +100,21 @@ def line_of(family: str, row: dict[str, Any]) -> str:
     )
 
 
+def compare_published(names: list[str], out: Path | None) -> None:
+    """Each published model with each workload."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names or PUBLISHED:
+        family, fields = PUBLISHED[name]
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(Path(folder), family, is_tiny=False, config=AutoConfig.for_model(family, **fields))
+            for kind, work in WORKLOADS.items():
+                row = compare(Path(folder), Workload(new_tokens=8, **work))
+                rows[f"{name}, {kind}"] = row
+                print(line_of(f"{name}, {kind}", row), flush=True)
+                if out:
+                    out.write_text(json.dumps(rows, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -93,17 +122,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--edge", type=int, help="of the images, in pixels; the family's own when it is not given")
     parser.add_argument("--tiny", action="store_true", help="tiny dimensions, which always go together")
+    parser.add_argument("--published", action="store_true", help="models by name, with the dimensions that they have")
     parser.add_argument("families", nargs="*")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    if options.published:
+        compare_published(options.families, options.out)
+        return
     edges = {"image_height": options.edge, "image_width": options.edge}
     workload = Workload(images=options.images, text_tokens=options.text, new_tokens=8, **edges)
     rows: dict[str, dict[str, Any]] = {}
     for family in options.families or families():
         with tempfile.TemporaryDirectory() as folder:
             try:
-                rows[family] = compare(family, Path(folder), workload, is_tiny=options.tiny)
+                write_checkpoint(Path(folder), family, is_tiny=options.tiny)
+                rows[family] = compare(Path(folder), workload)
             except Exception as error:  # noqa: BLE001 - one row of a table: what failed is what it says
                 rows[family] = {"failed": f"{type(error).__name__}: {error}"[:300]}
         print(line_of(family, rows[family]), flush=True)
