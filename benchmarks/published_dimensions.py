@@ -45,8 +45,10 @@ _SIGLIP_896 = tower("siglip_vision_model", 1152, 4304, 27, 896, 14, vision_use_h
 _SIGLIP_DEEPSEEK = tower("siglip_vision_model", 1024, 4096, 24, 384, 16)
 _PIXTRAL = tower("pixtral", 1024, 4096, 24, 1024, 16, head_dim=64)
 _INTERN: Config = {
-    **tower("internvl_vision", 1024, 4096, 24, 448, 14, attention_bias=True), "image_size": [448, 448], "patch_size": [14, 14],
-}  # fmt: skip
+    **tower("internvl_vision", 1024, 4096, 24, 448, 14, attention_bias=True),
+    "image_size": [448, 448],
+    "patch_size": [14, 14],
+}
 _QWEN2_TOWER: Config = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
 _QWEN25_TOWER: Config = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "window_size": 112}
 _QWEN3_TOWER: Config = {
