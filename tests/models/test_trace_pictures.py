@@ -143,8 +143,6 @@ def test_code_of_a_checkpoint_that_is_an_image_processor_never_runs(
 def test_the_image_processor_is_that_of_the_commit_whose_config_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub.constants as hub
-
     from vlm_doctor.sources.trace_pictures import image_inputs
 
     repo, old, new = tmp_path / "models--some--model", "a" * 40, "b" * 40
@@ -161,7 +159,7 @@ def test_the_image_processor_is_that_of_the_commit_whose_config_it_is(
         (snapshot / "preprocessor_config.json").write_text(json.dumps(settings))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(new)
-    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     # Where transformers before 5 reads it.
     monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path), raising=False)
     images = made_for("own", MODEL.image, 336, 336) if MODEL.image else None
