@@ -266,15 +266,22 @@ DEFAULT_VISION = VisionCoefficient(2, 6, True, "the most of any architecture cou
 
 _FIRST, _LAST = (0, 0), (999, 0)
 NEVER_FUSED = {
-    "blip_text_model": (_FIRST, _LAST),
-    "gemma2": ((5, 21), _LAST),
-    "git": (_FIRST, _LAST),
-    "inkling2_text": (_FIRST, _LAST),
+    **dict.fromkeys(
+        (
+            "blip_text_model", "bloom", "codegen", "cpmant", "deepseek_v4", "flint", "git", "gpt_neo", "gpt_neox_japanese",
+            "gpt_oss", "gptj", "granite_swa", "granitemoe_swa", "hy_v4", "inkling2_text", "mimo_v2_flash", "mpt",
+            "openai-gpt", "xglm",
+        ),
+        (_FIRST, _LAST),
+    ),
+    **dict.fromkeys(("gemma2", "vaultgemma"), ((5, 21), _LAST)),
     "pix2struct_text_model": (_FIRST, (5, 17)),
     "udop": (_FIRST, (5, 17)),
-}
+}  # fmt: skip
 """Types of text bodies to the release of transformers since which they have no fused attention, and the one (at the latest)
 from which on they have. Source: ``_supports_sdpa`` of the classes of 4.57.6, 5.17, 5.20, 5.21 and 5.23."""
+SCORE_BYTES = {"gpt_oss": 6.2}
+"""Bytes for each head and pair of tokens of bodies that do not make the softmax of scores in float32. Counted."""
 REFUSE_SDPA_BEFORE = {
     "blip-2": (5, 17),
     "got_ocr2": _LAST,
@@ -307,6 +314,15 @@ ALL_LOGITS_BEFORE_5 = frozenset({
 """The same, whatever their ``generate`` calls. Source: the signatures of transformers 4.57.6."""
 
 
+RESCALED_LOGITS = frozenset({
+    ("cohere_compass", ""), ("diffusion_gemma", ""), ("gemma3n", ""), ("gemma4", ""), ("gemma4_unified", ""),
+    ("granite4_vision", ""), ("granite_docling", ""), ("hyperclovax_vision_v2", ""), ("mistral_large4", ""),
+    ("muse_glimmer", ""), ("muse_spark", ""), ("paligemma", "gemma2"), ("t5gemma2", ""),
+})  # fmt: skip
+"""Types of models, and of the text body where that decides (empty where it does not), whose ``forward`` scales or caps the
+logits, so that they exist twice. Source: their classes in transformers 5.23; PaliGemma 2 counted."""
+
+
 _REMOTE_CODE = {"CogVLM": "cogvlm", "CogAgent": "cogvlm", "ChatGLM": "chatglm"}
 """Beginnings of class names. Their model types differ between releases."""
 _EVA_CLASSES = ("CogVLM", "ChatGLM")
@@ -325,7 +341,7 @@ def text_coefficient(model_type: str, body: str = "", architecture: str = "") ->
     for beginning, family in _REMOTE_CODE.items():
         if architecture.startswith(beginning):
             return TEXT[family]
-    return TEXT.get(model_type) or BODIES.get(body) or BODIES.get(model_type, DEFAULT_TEXT)
+    return BODIES.get(body) or TEXT.get(model_type) or BODIES.get(model_type, DEFAULT_TEXT)
 
 
 def vision_coefficient(model_type: str, architecture: str = "", tower: str = "") -> VisionCoefficient:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from ..data.activations import ATTENTION_STATES, DENSE_EXPERTS_BEFORE_5, TextCoefficient, text_coefficient
+from ..data.activations import ATTENTION_STATES, DENSE_EXPERTS_BEFORE_5, SCORE_BYTES, TextCoefficient, text_coefficient
 from ..model import LayerCache, ModelProfile, TextShape
 from ..workload import Workload
 from .image_tokens import ImageLoad
@@ -111,6 +111,10 @@ def is_eager(text: TextShape, workload: Workload) -> bool:
     return workload.attention == "eager" or (workload.attention == "sdpa" and text.is_never_fused)
 
 
+def _score_bytes(profile: ModelProfile, workload: Workload) -> float:
+    return SCORE_BYTES.get(profile.text.body) or score_bytes(profile, workload)
+
+
 def pairs(
     kind: LayerKind, profile: ModelProfile, workload: Workload, images: ImageLoad, prompt_tokens: int
 ) -> tuple[int, int]:
@@ -122,24 +126,25 @@ def pairs(
     aligned rows. flash_attention_2 takes no mask. Source: masking_utils.py of transformers 5; convert_boolean_attn_mask and
     preprocess_mask of torch.
     """
-    text, (kept, working) = profile.text, coefficient_of(profile).pair_bytes
+    text, (kept, each) = profile.text, coefficient_of(profile).pair_bytes
+    working: float = each
     item_bytes = computed_item_bytes(profile, workload)
     window = text.attention_chunk if text.sliding_window is None else text.sliding_window
     if is_eager(text, workload):
         kept += item_bytes * (1 if window is None else 2)
-        working += 0 if kind.cache == "linear" else text.heads * score_bytes(profile, workload)
+        working += 0 if kind.cache == "linear" else text.heads * _score_bytes(profile, workload)
     elif workload.attention == "sdpa":
         slides = window is not None and (prompt_tokens > window or images.tokens > 0)
         has_two = window is not None and (images.tokens > 0 or workload.is_padded)
         kept += 2 if has_two else int(slides or workload.is_padded)
         working += 2 * item_bytes if slides or workload.is_padded else 0
     count = prompt_tokens**2 * workload.batch
-    kept, working = kept * count, working * count
+    kept, beside = kept * count, math.ceil(working * count)
     if kind.cache == "cross":
         # A mask of text tokens by image features in the model's type, and its copies.
         across = prompt_tokens * images.features * workload.batch * item_bytes
-        kept, working = kept + across, working + 2 * across
-    return kept, working
+        kept, beside = kept + across, beside + 2 * across
+    return kept, beside
 
 
 def layer_bytes(
@@ -182,7 +187,7 @@ def next_token_bytes(kind: LayerKind, profile: ModelProfile, workload: Workload,
     elif is_eager(text, workload) and text.heads > kv_heads:
         expanded = 2 * text.heads * head_dim * each
     if is_eager(text, workload):
-        expanded += text.heads * workload.batch * tokens * score_bytes(profile, workload)
+        expanded += math.ceil(text.heads * workload.batch * tokens * _score_bytes(profile, workload))
     return max(joined, expanded, experts)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from ..data.activations import ALL_LOGITS, ALL_LOGITS_BEFORE_5, FULL_LOGITS_ARCHITECTURES
+from ..data.activations import ALL_LOGITS, ALL_LOGITS_BEFORE_5, FULL_LOGITS_ARCHITECTURES, RESCALED_LOGITS
 from ..model import ModelProfile
 from ..workload import Workload
 from .image_tokens import ImageLoad
@@ -136,7 +136,8 @@ def _logits(
         return tokens, elements * (item_bytes + 4), elements * 4
     if workload.logits == "forward" or makes_all_logits(profile, release):
         made = tokens * profile.text.vocabulary * item_bytes
-        return tokens, made, made
+        is_rescaled = not RESCALED_LOGITS.isdisjoint({(profile.model_type, ""), (profile.model_type, profile.text.body)})
+        return tokens, made * (2 if is_rescaled else 1), made
     elements = workload.batch * profile.text.vocabulary
     return workload.batch, elements * (item_bytes + 4), elements * item_bytes
 

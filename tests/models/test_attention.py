@@ -10,8 +10,10 @@ import msgspec
 import pytest
 
 from vlm_doctor import load_machine
+from vlm_doctor.data.activations import NEVER_FUSED
 from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.planner.installed import as_loaded
+from vlm_doctor.planner.release import read_release
 from vlm_doctor.sources.model_files import load_profile
 
 pytestmark = [pytest.mark.models, pytest.mark.filterwarnings("ignore")]
@@ -57,3 +59,24 @@ def test_attention_is_as_the_installed_class_has_it(family: str, tmp_path: Path)
     assert loaded.refuses_sdpa == is_refused
     if loaded.text.body in by_default:
         assert loaded.text.is_never_fused == (by_default[loaded.text.body] == "eager")
+
+
+ENCODERS = {
+    "bert-generation", "big_bird", "bigbird_pegasus", "ctrl", "data2vec-text", "electra", "ernie", "mega", "megatron-bert",
+    "mvp", "open-llama", "prophetnet", "qdqbert", "recurrent_gemma", "reformer", "rembert", "roberta-prelayernorm",
+    "roc_bert", "roformer", "speech_to_text_2", "transfo-xl", "trocr", "xlm", "xlm-prophetnet", "xlnet", "xmod", "zamba",
+}  # fmt: skip
+"""Of before there were vision-language models; nobody has them for a text body."""
+WITHOUT_ATTENTION = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}
+
+
+def test_bodies_that_are_never_fused_are_known() -> None:
+    """Any text body may be that of a LLaVA or an InternVL, such as gpt_oss in InternVL3.5."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    release = read_release(transformers.__version__)
+    assert release is not None
+    names = {kind: name if isinstance(name, str) else name[0] for kind, name in CLASSES.items()}
+    found = {kind for kind, name in names.items() if not getattr(transformers, name)._supports_sdpa}
+    told = {kind for kind, (since, before) in NEVER_FUSED.items() if kind in names and since <= release < before}
+    assert found - ENCODERS - WITHOUT_ATTENTION - {"got_ocr2"} == told

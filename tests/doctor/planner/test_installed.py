@@ -51,6 +51,7 @@ def test_a_norm_is_placed_with_the_embedding_it_was_cut_from(version: str, is_ou
         ("gemma2", "5.20.1", False),
         ("gemma2", "5.21.0", True),
         ("gemma2", None, True),
+        ("gpt_oss", "5.17.0", True),
         ("git", "4.57.6", True),
         ("udop", "4.57.6", True),
         ("udop", "5.23.0", False),
@@ -73,7 +74,7 @@ def test_bodies_without_fused_attention_pay_for_scores(body: str, version: str |
         for one, work in ((loaded, workload), (loaded, msgspec.structs.replace(workload, attention="eager")))
     )
     assert (fused == asked) == is_eager
-    assert asked > 40 * count**2 * 10
+    assert asked > 40 * count**2 * (6 if body == "gpt_oss" else 10)
 
 
 def test_an_ocr_model_refuses_the_word_of_what_its_body_has() -> None:

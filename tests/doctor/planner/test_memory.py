@@ -458,3 +458,24 @@ def test_a_forward_pass_keeps_no_cache_of_an_answer(profile: ModelProfile) -> No
     without, ignored = (whole(profile, images=0, logits="forward", new_tokens=tokens) for tokens in (0, 100_000))
     assert ignored == without
     assert whole(profile, images=0, new_tokens=100_000).total_bytes > without.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("family", "body", "times"),
+    [("paligemma", "gemma2", 2), ("paligemma", "gemma", 1), ("gemma4", "x", 2), ("llava", "gemma2", 1)],
+)
+def test_logits_that_are_capped_or_scaled_exist_twice_in_a_plain_forward(family: str, body: str, times: int) -> None:
+    """PaliGemma 2 (3B, 448 pixels) with 1,024 tokens of text: 2.2 GiB beside the weights, traced, 1.1 of them logits."""
+    text = msgspec.structs.replace(llava_13b().text, body=body, vocabulary=257_216)
+    prices = footprint(llava_13b(model_type=family, text=text), images=0, text_tokens=4096, logits="forward")
+    logits = 4096 * 257_216 * 2
+    states = 2 * 4096 * 5120 * 2
+    assert prices.work(4096).head == states + times * logits
+    assert prices.work(4096).returned == logits
+
+
+def test_a_body_that_outranks_its_family_is_priced_as_itself() -> None:
+    """Phi-3 in a LLaVA, whose gate and up are one layer; a mixture of experts in InternVL3.5."""
+    assert text_coefficient("llava", "phi3") is text_coefficient("phi3v", "phi3")
+    assert text_coefficient("llava", "vicuna") is text_coefficient("llava", "")
+    assert text_coefficient("internvl", "qwen3_moe").experts_hidden_multiple == 4
