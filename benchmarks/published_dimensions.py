@@ -99,6 +99,14 @@ PUBLISHED: dict[str, tuple[str, Config]] = {
             "use_qk_norm": True, "norm_type": "rms_norm",
         },
     }),
+    "internvl3.5-30b-a3b": ("internvl", {
+        "text_config": body(
+            "qwen3_moe", 2048, 6144, 48, (32, 4), 151_936,
+            head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+        ),
+        "vision_config": _INTERN,
+    }),
+    "internvl3.5-gpt-oss": ("internvl", {"text_config": {"model_type": "gpt_oss"}, "vision_config": _INTERN}),
     "llava-1.5-7b": ("llava", {"text_config": _LLAMA_7B, "vision_config": _CLIP}),
     "llava-1.6-mistral-7b": ("llava_next", {
         "text_config": _MISTRAL_7B, "vision_config": _CLIP, "image_grid_pinpoints": _NEXT,
