@@ -41,10 +41,8 @@ POLICY = Policy(max_gpus=1, headroom_fraction=0.0, headroom_min_bytes=0)
 _ITEM = {torch.bfloat16: ("BF16", 2), torch.float32: ("F32", 4), torch.int64: ("I64", 8), torch.bool: ("BOOL", 1)}
 
 
-def write_checkpoint(folder: Path, family: str, *, is_tiny: bool, config: Any = None) -> None:
+def write_checkpoint(folder: Path, config: Any) -> None:
     """A folder with config and headers: the weights are holes in the file."""
-    if config is None:
-        config = tiny_config(family) if is_tiny else AutoConfig.for_model(family)
     config.dtype = torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
@@ -90,6 +88,13 @@ def compare(folder: Path, workload: Workload) -> dict[str, Any]:
     }
 
 
+def compare_all(config: Any, workloads: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """One checkpoint with each workload."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), config)
+        return {kind: compare(Path(folder), Workload(new_tokens=8, **fields)) for kind, fields in workloads.items()}
+
+
 def line_of(family: str, row: dict[str, Any]) -> str:
     if "told_bytes" not in row:
         return f"{family:24} {row.get('untraced') or row.get('failed')}"
@@ -100,19 +105,9 @@ def line_of(family: str, row: dict[str, Any]) -> str:
     )
 
 
-def compare_published(names: list[str], out: Path | None) -> None:
-    """Each published model with each workload."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name in names or PUBLISHED:
-        family, fields = PUBLISHED[name]
-        with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(Path(folder), family, is_tiny=False, config=AutoConfig.for_model(family, **fields))
-            for kind, work in WORKLOADS.items():
-                row = compare(Path(folder), Workload(new_tokens=8, **work))
-                rows[f"{name}, {kind}"] = row
-                print(line_of(f"{name}, {kind}", row), flush=True)
-                if out:
-                    out.write_text(json.dumps(rows, indent=1))
+def published_config(name: str) -> Any:
+    family, fields = PUBLISHED[name]
+    return AutoConfig.for_model(family, **fields)
 
 
 def main() -> None:
@@ -127,20 +122,21 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    if options.published:
-        compare_published(options.families, options.out)
-        return
     edges = {"image_height": options.edge, "image_width": options.edge}
-    workload = Workload(images=options.images, text_tokens=options.text, new_tokens=8, **edges)
+    asked = {"": {"images": options.images, "text_tokens": options.text, **edges}}
+    names, configs, workloads = families(), tiny_config if options.tiny else AutoConfig.for_model, asked
+    if options.published:
+        names, configs, workloads = list(PUBLISHED), published_config, WORKLOADS
     rows: dict[str, dict[str, Any]] = {}
-    for family in options.families or families():
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                write_checkpoint(Path(folder), family, is_tiny=options.tiny)
-                rows[family] = compare(Path(folder), workload)
-            except Exception as error:  # noqa: BLE001 - one row of a table: what failed is what it says
-                rows[family] = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        print(line_of(family, rows[family]), flush=True)
+    for name in options.families or names:
+        try:
+            found = compare_all(configs(name), workloads)
+        except Exception as error:  # noqa: BLE001 - one row of a table: what failed is what it says
+            found = {"": {"failed": f"{type(error).__name__}: {error}"[:300]}}
+        for kind, row in found.items():
+            case = f"{name}, {kind}" if kind else name
+            rows[case] = row
+            print(line_of(case, row), flush=True)
         if options.out:
             options.out.write_text(json.dumps(rows, indent=1))
 

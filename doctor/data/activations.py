@@ -314,13 +314,18 @@ ALL_LOGITS_BEFORE_5 = frozenset({
 """The same, whatever their ``generate`` calls. Source: the signatures of transformers 4.57.6."""
 
 
-RESCALED_LOGITS = frozenset({
-    ("cohere_compass", ""), ("diffusion_gemma", ""), ("gemma3n", ""), ("gemma4", ""), ("gemma4_unified", ""),
-    ("granite4_vision", ""), ("granite_docling", ""), ("hyperclovax_vision_v2", ""), ("mistral_large4", ""),
-    ("muse_glimmer", ""), ("muse_spark", ""), ("paligemma", "gemma2"), ("t5gemma2", ""),
-})  # fmt: skip
-"""Types of models, and of the text body where that decides (empty where it does not), whose ``forward`` scales or caps the
-logits, so that they exist twice. Source: their classes in transformers 5.23; PaliGemma 2 counted."""
+RESCALED_LOGITS = {
+    **dict.fromkeys(
+        (
+            "cohere_compass", "diffusion_gemma", "gemma3n", "gemma4", "gemma4_unified", "granite4_vision",
+            "granite_docling", "hyperclovax_vision_v2", "mistral_large4", "muse_glimmer", "muse_spark", "t5gemma2",
+        ),
+        "",
+    ),
+    "paligemma": "gemma2",
+}  # fmt: skip
+"""Types of models whose ``forward`` scales or caps the logits, so that they exist twice, to the text body with which it
+does; empty where it does with any. Source: their classes in transformers 5.23; PaliGemma 2 counted."""
 
 
 _REMOTE_CODE = {"CogVLM": "cogvlm", "CogAgent": "cogvlm", "ChatGLM": "chatglm"}

@@ -136,7 +136,7 @@ def _logits(
         return tokens, elements * (item_bytes + 4), elements * 4
     if workload.logits == "forward" or makes_all_logits(profile, release):
         made = tokens * profile.text.vocabulary * item_bytes
-        is_rescaled = not RESCALED_LOGITS.isdisjoint({(profile.model_type, ""), (profile.model_type, profile.text.body)})
+        is_rescaled = RESCALED_LOGITS.get(profile.model_type) in ("", profile.text.body)
         return tokens, made * (2 if is_rescaled else 1), made
     elements = workload.batch * profile.text.vocabulary
     return workload.batch, elements * (item_bytes + 4), elements * item_bytes

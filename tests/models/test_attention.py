@@ -6,12 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from vlm_doctor import load_machine
 from vlm_doctor.data.activations import NEVER_FUSED
-from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.planner.installed import as_loaded
 from vlm_doctor.planner.release import read_release
 from vlm_doctor.sources.model_files import load_profile
@@ -23,8 +20,8 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks")]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from formulas_and_traces import write_checkpoint  # noqa: E402 - of the benchmarks, which import torch
-from tiny_architectures import families  # noqa: E402
+from formulas_and_traces import machine_here, write_checkpoint  # noqa: E402 - of the benchmarks, which import torch
+from tiny_architectures import families, tiny_config  # noqa: E402
 
 
 def attention_of(config: Any, **asked: str) -> dict[str, str]:
@@ -40,7 +37,7 @@ def attention_of(config: Any, **asked: str) -> dict[str, str]:
 @pytest.mark.parametrize("family", families())
 def test_attention_is_as_the_installed_class_has_it(family: str, tmp_path: Path) -> None:
     try:
-        write_checkpoint(tmp_path, family, is_tiny=True)
+        write_checkpoint(tmp_path, tiny_config(family))
         config = transformers.AutoConfig.from_pretrained(tmp_path)
         by_default = attention_of(config)
     except Exception as error:  # noqa: BLE001 - some cannot be made without packages or a vocabulary that are not here
@@ -51,10 +48,7 @@ def test_attention_is_as_the_installed_class_has_it(family: str, tmp_path: Path)
     except ValueError as error:
         is_refused = "scaled_dot_product_attention" in str(error)
 
-    machine = load_machine("80GiB")
-    packages = (Package(name="transformers", version=transformers.__version__),)
-    machine = msgspec.structs.replace(machine, libraries=Libraries(python="3.11", executable="python", packages=packages))
-    loaded = as_loaded(load_profile(str(tmp_path), allow_network=False), machine)
+    loaded = as_loaded(load_profile(str(tmp_path), allow_network=False), machine_here())
 
     assert loaded.refuses_sdpa == is_refused
     if loaded.text.body in by_default:

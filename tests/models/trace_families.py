@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import transformers  # noqa: E402
 from formulas_and_traces import write_checkpoint  # noqa: E402
+from tiny_architectures import tiny_config  # noqa: E402
 
 from vlm_doctor import load_machine, load_profile  # noqa: E402
 from vlm_doctor.planner.image_tokens import image_load  # noqa: E402
@@ -54,7 +55,7 @@ def main(folder: Path, families: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     for family in families:  # before a GPU is pretended
         (folder / family).mkdir()
-        write_checkpoint(folder / family, family, is_tiny=True)
+        write_checkpoint(folder / family, tiny_config(family))
     for family in families:
         try:
             row = traced(folder / family)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from vlm_doctor.image_rule import ImageRule
-from vlm_doctor.machine import Gpu, Link, Machine
+from vlm_doctor.machine import Gpu, Libraries, Link, Machine, Package
 from vlm_doctor.model import LinearWeights, ModelProfile, Role, TextShape, Unit, VisionShape
 from vlm_doctor.units import GIB, MIB
 
@@ -130,3 +130,9 @@ def machine(
         gpus.append(gpu(index, free_bytes, total_bytes))
     made = Machine(origin="synthetic", description="test machine", gpus=tuple(gpus), links=tuple(links))
     return msgspec.structs.replace(made, **fields)
+
+
+def with_transformers(where: Machine, version: str) -> Machine:
+    """The machine, with a release of transformers."""
+    packages = (Package(name="transformers", version=version),)
+    return msgspec.structs.replace(where, libraries=Libraries(python="3.11", executable="python", packages=packages))

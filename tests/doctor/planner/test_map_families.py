@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 import pytest
 
 from vlm_doctor.data.joins import MASKED_AT_INPUTS, WHOLE
 from vlm_doctor.device_map import MapCheck
-from vlm_doctor.machine import Libraries, Machine, Package
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.constraints import can_break_tower, chain
 from vlm_doctor.planner.map_check import check_map
@@ -19,7 +17,7 @@ from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
 from vlm_doctor.sources.model_profile import build_profile
 from vlm_doctor.workload import Policy, Workload
 
-from .profiles import machine
+from .profiles import machine, with_transformers
 
 ROOM = machine([48, 48])
 TEXT = {
@@ -52,12 +50,6 @@ def profile(model_type: str, tower: list[str], body: str = "model.language_model
     }
     tensors = {name: StoredTensor("BF16", (256, 64), 256 * 64 * 2) for name in names}
     return build_profile(Checkpoint(config, tensors), name="tiny", origin="checkpoint")
-
-
-def with_transformers(where: Machine, version: str) -> Machine:
-    """The machine, with a release of transformers."""
-    packages = (Package(name="transformers", version=version),)
-    return msgspec.structs.replace(where, libraries=Libraries(python="3.11", executable="python", packages=packages))
 
 
 def checked(model: ModelProfile, **second: Any) -> MapCheck:

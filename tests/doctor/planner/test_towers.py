@@ -21,8 +21,7 @@ from vlm_doctor.planner.settle import replay_of
 from vlm_doctor.planner.vision_work import tower_coefficient, vision_bytes
 from vlm_doctor.workload import Workload
 
-from .profiles import glm41v_9b, gpu, llava_13b, machine
-from .test_map_families import with_transformers
+from .profiles import glm41v_9b, gpu, llava_13b, machine, with_transformers
 
 WIDTH, MLP_WIDTH, BLOCKS = 1024, 4096, 4
 
