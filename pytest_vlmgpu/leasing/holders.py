@@ -138,10 +138,23 @@ def pid_namespace() -> str:
         return ""
 
 
+def is_running(pid: int) -> bool:
+    """False for a process that is gone or a zombie: its memory and its descriptors are given back."""
+    return _stat(pid)[:1] not in ([], ["Z"], ["X"])
+
+
 def _start_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since boot: no change of the wall clock moves it. ``None``: no process."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return int(fields[_START_TIME])
-    except (OSError, ValueError, IndexError):
+        return int(_stat(pid)[_START_TIME])
+    except (ValueError, IndexError):
         return None
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat behind the command, the state first; empty where there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()

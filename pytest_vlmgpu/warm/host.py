@@ -16,7 +16,7 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..leasing.holders import pid_namespace
+from ..leasing.holders import is_running, pid_namespace
 from . import wire
 from .holding import Evicted, Holding
 from .records import Ask, Attach, Done, End, Progress, Refused, Request, Status, TakeLeases
@@ -212,7 +212,7 @@ class Host:
         if others:
             return Refused(f"the run with pid {others[0]} has it")
         before = self._last_user
-        if before not in (0, client.peer.pid) and _is_running(before):
+        if before not in (0, client.peer.pid) and is_running(before):
             return Refused(f"the run with pid {before}, which had it, has not ended yet")
         return None
 
@@ -307,12 +307,3 @@ def _identity(path: Any) -> tuple[int, int] | None:
     except OSError:
         return None
     return info.st_dev, info.st_ino
-
-
-def _is_running(pid: int) -> bool:
-    """False for a process whose descriptors are closed, so that its GPU work has ended: gone, or a zombie."""
-    try:
-        text = open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace").read()  # noqa: PTH123, SIM115
-    except OSError:
-        return False
-    return text.rpartition(")")[2].split()[:1] not in (["Z"], ["X"])

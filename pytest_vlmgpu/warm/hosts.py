@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..leasing.holders import is_running
 from . import wire
 from .places import Place, records
 from .records import Ask, Done, End, Refused, Reply, Status, TakeLeases
@@ -47,7 +48,7 @@ class Hosts:
         for record in records(self._folder):
             if self._is_alive(record):
                 found.append(record)
-            elif not _is_running(record.pid):
+            elif not is_running(record.pid):
                 # Another run may be taking it away just now.
                 self._gone[record.digest] = record
                 Place(self._folder, record.digest).clear()
@@ -206,13 +207,5 @@ def _without(gpu: Gpu, weights: Mapping[str, int], pids: set[int]) -> Gpu:
 
 def _await(pid: int) -> None:
     until = time.monotonic() + _END_S
-    while _is_running(pid) and time.monotonic() < until:
+    while is_running(pid) and time.monotonic() < until:
         time.sleep(0.02)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return text.rpartition(")")[2].split()[:1] not in (["Z"], ["X"])

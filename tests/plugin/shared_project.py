@@ -1,7 +1,8 @@
 """The conftest of projects that share a made-up machine: it is copied there, not imported here.
 
-Free memory is what machine.json says less what the models take that are loaded now, in any process that lives. Every load
-is written down with its process, the GPUs it uses and what CUDA would be shown.
+Free memory is what machine.json says less what the models take that are loaded now, in any process that lives: a zombie,
+which some containers' first process leaves for seconds, has none. Every load is written down with its process, the GPUs
+it uses and what CUDA would be shown.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytest
 from made_up_plans import place
 from msgspec.structs import replace
 
+from pytest_vlmgpu.leasing.holders import is_running
 from vlm_doctor.codec import from_json
 from vlm_doctor.machine import Gpu, GpuProcess, Machine
 
@@ -48,7 +50,7 @@ def _as_it_is_now(gpu: Gpu) -> Gpu:
     processes = []
     for path in sorted((FOLDER / "memory").glob(f"{gpu.uuid}.*")):
         pid = int(path.suffix[1:])
-        if Path(f"/proc/{pid}").exists():
+        if is_running(pid):
             sizes = path.read_text().split()
             processes.append(GpuProcess(pid=pid, kind="compute", used_bytes=sum(map(int, sizes))))
     used_bytes = sum(process.used_bytes or 0 for process in processes)
