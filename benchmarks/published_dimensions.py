@@ -168,7 +168,7 @@ PUBLISHED: dict[str, tuple[str, Config]] = {
     }),
     "smolvlm2-2.2b": ("smolvlm", {
         "text_config": body("llama", 2048, 8192, 24, (32, 32), 49_280),
-        "vision_config": tower("smolvlm_vision", 1152, 4304, 27, 384, 14), "scale_factor": 3,
+        "vision_config": tower("smolvlm_vision", 1152, 4304, 27, 384, 14), "scale_factor": 3, "image_token_id": 49_190,
     }),
     "aya-vision-8b": ("aya_vision", {
         "text_config": body("cohere2", 4096, 14_336, 32, (32, 8), 256_000),
