@@ -325,16 +325,21 @@ def images(subject: Subject, machine: Any, name: str, out: Out, deadline: float)
     rule = subject.profile.image
     if rule is None or rule.kind != "merge" or time.monotonic() > deadline - 25:
         return
-    planned = plan(subject.profile, machine, IMAGE, policy_for(len(cards_of(name))))
-    if not planned.fits or planned.limits is None:
+    policy = policy_for(len(cards_of(name)))
+    planned = plan(subject.profile, machine, IMAGE, policy)
+    # GPUs as torch numbers them: accelerate then takes all inputs to the first, wherever the model begins.
+    keeping = plan(subject.profile, machine, IMAGE, msgspec.structs.replace(policy, keeps_numbers=True))
+    if not planned.fits or planned.limits is None or keeping.limits is None:
         out.add(scenario=name, what="images", fits=False)
         return
     cell = rule.patch * rule.merge
-    promised = planned.limits.image_edge or 0
     most = (math.isqrt(rule.max_pixels) if rule.max_pixels else MAX_EDGE) // cell * cell
-    subject.place(map_for(planned), is_renumbered=False)
-    is_kept = subject.ask(64, promised)
+    promised_there = keeping.limits.image_edge or 0
+    subject.place(map_for(keeping), is_renumbered=False)
+    is_kept_there = subject.ask(64, promised_there)
+    promised = planned.limits.image_edge or 0
     subject.place(map_for(planned))
+    is_kept = subject.ask(64, promised)
     edge, reached = promised, promised if is_kept else 0
     while is_kept and edge < most and time.monotonic() < deadline:
         edge = min(most, edge + max(cell, int(edge * 0.02) // cell * cell))
@@ -344,6 +349,7 @@ def images(subject: Subject, machine: Any, name: str, out: Out, deadline: float)
     out.add(
         scenario=name, what="images", layers=layers_of(planned), gpus=[stage.gpu for stage in planned.stages],
         promised=promised, promise_ran=is_kept, largest=reached, most=most,
+        with_numbers_kept={"promised": promised_there, "promise_ran": is_kept_there},
     )  # fmt: skip
 
 

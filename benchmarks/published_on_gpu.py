@@ -1,17 +1,22 @@
 """Published models on real GPUs: what a plan says beside what torch allocated and reserved.
 
     python benchmarks/published_on_gpu.py --out FILE [--cards 1|2] [--jobs N] [--budget SECONDS] [NAME ...]
+    python benchmarks/published_on_gpu.py --beside FILE [NAME ...]
 
 The models of ``published_dimensions.py`` with the workloads there. Each is made as headers in a sparse file, whose holes
 read as zeros, planned for the GPUs of this machine as if nobody else used them, loaded with ``from_pretrained`` by the
 plan's map, and called with token numbers and noise for pixels, as ``vlm-doctor try`` does where there is no processor.
 ``--cards 2`` parts each model over two GPUs. Several models run at a time, in processes of their own: peaks are those that
 torch counts for each. ``--device cpu --layers 2`` makes the first call of each without a GPU, and measures nothing.
+
+``--beside`` needs no GPU: it plans the models of such a file anew, for two H200s with the libraries that read it, and holds
+what the plans say today to what was measured then.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -28,6 +33,7 @@ from typing import Any
 import msgspec
 from published_dimensions import PUBLISHED, WORKLOADS
 
+from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.planner import plan
 from vlm_doctor.planner.image_tokens import image_load, pictures
 from vlm_doctor.probes.loading import workload_options
@@ -39,9 +45,11 @@ from vlm_doctor.units import GIB
 from vlm_doctor.workload import Policy, Workload
 
 NEW_TOKENS = 8
+READ_WITH = {"torch": "2.11.0", "transformers": "5.17.0", "accelerate": "1.15.0"}
+"""Libraries of the machine that read benchmarks/results/2xh200-published.json."""
 EACH_S = 200.0
-SPARE_GIB = 4.0
-"""Of a GPU for each process: its CUDA context, and what a short prompt takes."""
+SPARE_GIB = 14.0
+"""Of a GPU for each process: its CUDA context, and the work on the longest prompt in eager attention."""
 
 
 def machine_of(device: str, cards: int) -> Any:
@@ -82,6 +90,13 @@ def prompt_of(model: Any, profile: Any, workload: Workload, folder: str) -> tupl
     }
     inputs, tokens, _, _ = make_prompt(transformers, model, work, name=folder, revision=None, trust_remote_code=False)
     return inputs, tokens - counted - workload.text_tokens
+
+
+def briefly(profile: Any, planned: Any) -> dict[str, Any]:
+    """A plan's map: text layers of each stage, and the stage of everything else."""
+    layers = {unit.key for unit in profile.units if unit.role == "layer"}
+    others = {key: place for key, place in (planned.device_map or {}).items() if key not in layers}
+    return {"layers": [len(layers.intersection(stage.keys)) for stage in planned.stages], "others": others}
 
 
 def call(model: Any, inputs: dict[str, Any], *, makes_answer: bool = True) -> None:
@@ -149,9 +164,12 @@ def child(name: str, options: argparse.Namespace) -> None:
             try:
                 planned = plan(profile, machine, workload, policy)
                 row["fits"] = planned.fits
+                row["map"] = briefly(profile, planned)
                 if planned.fits:
                     if loaded_for != workload.attention or device_map != planned.device_map:
                         model = None
+                        # A loaded model is in cycles of references.
+                        gc.collect()
                         torch.cuda.empty_cache()
                         model = load(folder, planned, workload, options.device)
                         loaded_for, device_map = workload.attention, planned.device_map
@@ -161,6 +179,47 @@ def child(name: str, options: argparse.Namespace) -> None:
             except Exception as error:  # noqa: BLE001 - one row of a table: what failed is what it says
                 row["failed"] = f"{type(error).__name__}: {error}"[:300]
             print("ROW", json.dumps(row), flush=True)
+
+
+def planned_again(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one model with what plans say today; those whose plan has another map now are left out."""
+    from formulas_and_traces import published_config, write_checkpoint
+
+    packages = tuple(Package(name=package, version=version) for package, version in READ_WITH.items())
+    libraries = Libraries(python="3.12.3", executable="python3", packages=packages)
+    machine = msgspec.structs.replace(load_machine("2xH200"), libraries=libraries)
+    policy = Policy(min_gpus=2, max_gpus=2, headroom_fraction=0.0, headroom_min_bytes=0)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), published_config(name))
+        profile = load_profile(folder, allow_network=False)
+    found = []
+    for row in rows:
+        stages = plan(profile, machine, Workload(new_tokens=NEW_TOKENS, **WORKLOADS[row["workload"]]), policy).stages
+        if [stage.weights_bytes for stage in stages] != [stage["weights"] for stage in row["stages"]]:
+            continue
+        told = [{"told": stage.peak_bytes, "told_reserved": stage.reserved_bytes, "tokens_off": 0} for stage in stages]
+        found.append({**row, "stages": [{**was, **now} for was, now in zip(row["stages"], told, strict=True)]})
+    return found
+
+
+def beside(file: Path, names: list[str]) -> None:
+    """What plans say today beside a file's readings."""
+    read: dict[str, list[dict[str, Any]]] = {}
+    for row in json.loads(file.read_text()):
+        if "stages" in row:
+            read.setdefault(row["model"], []).append(row)
+    found: list[dict[str, Any]] = []
+    for name in names or read:
+        rows = planned_again(name, read[name])
+        print(*map(line_of, rows), sep="\n", flush=True)
+        found += rows
+    print(f"{sum(map(len, read.values())) - len(found)} of {sum(map(len, read.values()))} workloads have another map now")
+    for title, rows in (
+        ("eager attention", [row for row in found if row["workload"] == "eager"]),
+        ("plain forward pass", [row for row in found if row["workload"] == "forward"]),
+        ("all else", [row for row in found if row["workload"] not in ("eager", "forward")]),
+    ):
+        print(f"{title}:\n{summary(rows)}")
 
 
 class Runs:
@@ -204,7 +263,8 @@ class Runs:
                 self.rows.append({"model": name, "cards": self._options.cards, "failed": end})
                 print(name, end, flush=True)
             print(*map(line_of, found), sep="\n", flush=True)
-            self._options.out.write_text(json.dumps(self.rows, indent=0))
+            if self._options.out:
+                self._options.out.write_text(json.dumps(self.rows, indent=0))
             self._changed.notify_all()
 
     def _take(self, size: float) -> list[int]:
@@ -226,7 +286,7 @@ def needed_gib(name: str) -> float:
     text = PUBLISHED[name][1]["text_config"]
     width, layers = text.get("hidden_size", 2880), text.get("num_hidden_layers", 36)
     experts = text.get("num_experts", 0) * text.get("moe_intermediate_size", 0)
-    mlp = experts or text.get("intermediate_size", 2880) * (32 if text["model_type"] == "gpt_oss" else 1)
+    mlp = experts or text.get("intermediate_size", 2880) * (128 if text["model_type"] == "gpt_oss" else 1)
     parameters = layers * (3 * width * mlp + 3 * width**2) + 2 * width * text.get("vocab_size", 200_000) + 1e9
     return 2 * parameters / GIB + 8
 
@@ -263,7 +323,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--beside", type=Path, metavar="FILE")
     parser.add_argument("--cards", type=int, default=1, choices=(1, 2))
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--budget", type=float, default=540)
@@ -274,6 +335,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         child(options.child, options)
+        return
+    if options.beside:
+        beside(options.beside, options.names)
         return
     free = []
     if options.device == "cuda":

@@ -271,6 +271,7 @@ class Case:
         options = {"quantization_config": config} if config is not None else {}
         before = self.allocated(torch.cuda.memory_allocated)
         if not self.is_on_cpu:
+            torch.cuda.init()
             for device in devices:
                 torch.cuda.reset_peak_memory_stats(device)
         model = self.tiny.kind.from_pretrained(

@@ -156,8 +156,12 @@ class VisionShape(msgspec.Struct, frozen=True, kw_only=True):
     """``model_type`` of its config, such as ``pixtral``; empty where the config names none."""
     taken: int = 1
     """Blocks whose states are features (``vision_feature_layer``)."""
+    frames: int = 2
+    """Frames of a patch: Qwen2-VL and GLM-4.1V stack two even for a still image."""
     keeps_states: bool = False
     """The machine's transformers keeps what every block gives until the tower is done."""
+    lets_go: bool = False
+    """The machine's transformers keeps one copy of the image features, and lets all else of the tower's work go."""
 
 
 class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,6 +209,9 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True):
     body_script: AllocationScript | None = None
     """Which tensors come and go in the text body, where that is known."""
     tower_script: TowerScript | None = None
+    """The same in the vision tower, of the transformers that will run it."""
+    older_tower_script: TowerScript | None = None
+    """That of transformers before 5.18, which holds less of what the tower gives."""
     broken_calls: tuple[str, ...] | None = None
     """What the checkpoint's own code relies on and some releases of transformers lack (names of ``data/removed_calls.py``);
     ``None`` where its code was not at hand."""

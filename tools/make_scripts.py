@@ -2,6 +2,8 @@
 
     python tools/make_scripts.py [MODEL_TYPE ...]
 
+Under transformers 5.17 it writes the towers alone, as those of the releases before 5.18 (``older_towers``).
+
 A small model of the installed transformers whose dimensions all differ runs its real code without arithmetic
 (the doctor's own tracer). Every tensor's shape is then read back as a product of dimensions, so that the list holds
 for every size of the family. What is kept of a tensor: its elements as a product, the bytes of one, and when it goes.
@@ -340,17 +342,21 @@ def main() -> None:
     pretend_cuda((9, 0))
     wanted = sys.argv[1:] or [*MODELS, *TOWERS]
     known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {"bodies": {}, "towers": {}}
-    known.setdefault("towers", {})
+    is_older = transformers.__version__.startswith("5.17.")
+    towers = known.setdefault("older_towers" if is_older else "towers", {})
     for body in wanted:
         if body in TOWERS:
-            known["towers"][body] = tower_script(TOWERS[body])
-            print(body, {name: len(events) for name, events in known["towers"][body].items() if isinstance(events, list)})
+            towers[body] = tower_script(TOWERS[body])
+            print(body, {name: len(events) for name, events in towers[body].items() if isinstance(events, list)})
+            continue
+        if is_older:
             continue
         known["bodies"][body] = script(body)
         print(body, {kind: len(parts["prefill"]) for kind, parts in known["bodies"][body]["layers"].items()})
-    known["source"] = (
-        f"tools/make_scripts.py, transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
-    )
+    if not is_older:
+        known["source"] = (
+            f"tools/make_scripts.py, transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+        )
     OUTPUT.write_text(_pretty(known))
 
 
@@ -365,8 +371,11 @@ def _pretty(known: dict[str, Any]) -> str:
             f'   "before": {json.dumps(parts["before"])},\n   "layers": {{\n{layers}\n   }},\n'
             f'   "behind": {json.dumps(parts["behind"])}\n  }}'
         )
-    towers = [f"  {json.dumps(name)}: {_layer(parts)}" for name, parts in sorted(known["towers"].items())]
-    return "\n".join([*lines, ",\n".join(bodies), " },", ' "towers": {', ",\n".join(towers), " }", "}"]) + "\n"
+    sections = []
+    for section in ("towers", "older_towers"):
+        towers = [f"  {json.dumps(name)}: {_layer(parts)}" for name, parts in sorted(known[section].items())]
+        sections.append(f" {json.dumps(section)}: {{\n" + ",\n".join(towers) + "\n }")
+    return "\n".join([*lines, ",\n".join(bodies), " },", ",\n".join(sections), "}"]) + "\n"
 
 
 def _layer(parts: dict[str, Any]) -> str:

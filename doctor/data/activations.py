@@ -64,6 +64,10 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
     """For each pair of patches of all images: a mask that keeps them apart, and its copy with aligned rows."""
     score_bytes: float = 0
     """Bytes for each head and pair of patches of a run, whatever attention is asked for: of code that cannot fuse it."""
+    second_states: float = 0
+    """Hidden states of a patch that a second tower keeps of all its blocks, where this one keeps none."""
+    eager_score_bytes: float = 0
+    """Bytes for each head and pair of patches in eager attention, of code that makes no softmax in float32."""
     kept_of_taken: int = 0
     """Hidden states of a patch that the caller holds as long, for each block whose states are features; at least one."""
     joins_runs: bool = False
@@ -73,7 +77,9 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
 
     def elements(self, *, intermediate: int, hidden: int, layers: int) -> float:
         """Elements that live at once for each patch."""
-        states = self.hidden_multiple + (layers if self.keeps_hidden_states else 0)
+        states = self.hidden_multiple
+        if self.keeps_hidden_states:
+            states += self.second_states or layers
         return self.intermediate_multiple * intermediate + states * hidden
 
     @property
@@ -81,7 +87,8 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
         """The formula and its source, for people."""
         if self.pixel_elements:
             return f"{self.pixel_elements} elements a pixel ({self.source})"
-        states = f"({self.hidden_multiple:g} + layers)" if self.keeps_hidden_states else f"{self.hidden_multiple:g}"
+        kept = f"{self.second_states:g}" if self.second_states else "layers"
+        states = f"({self.hidden_multiple:g} + {kept})" if self.keeps_hidden_states else f"{self.hidden_multiple:g}"
         wide = f"{self.intermediate_multiple:g} x intermediate + " if self.intermediate_multiple else ""
         return f"{wide}{states} x hidden elements a patch ({self.source})"
 
@@ -163,7 +170,6 @@ _ROTARY_IN_FLOAT32 = VisionCoefficient(0, 18.2, False, _COUNTED)
 _CLIP = VisionCoefficient(3, 4.6, False, f"{_COUNTED}; its activation function makes two copies", kept_of_taken=2)
 
 _FORGETS = VisionCoefficient(2, 6, False, _COUNTED)
-_TAKEN_TO_FORGET = VisionCoefficient(2, 6, False, "taken from PaliGemma, whose tower is of the same make; not counted")
 _COUNTED_SMALL = "counted with blocks 1,024 wide"
 _PLAIN = VisionCoefficient(2, 4.6, False, _COUNTED_SMALL)
 _GATED = VisionCoefficient(3, 5.8, False, _COUNTED_SMALL)
@@ -209,7 +215,11 @@ VISION: dict[str, VisionCoefficient] = {
     "chameleon": VisionCoefficient(0, 0, False, f"{_COUNTED}: convolutions, 128 channels at first", pixel_elements=580),
     "cohere2_vision": VisionCoefficient(2, 11.3, False, f"{_COUNTED}; its projector is wide"),
     "deepseek_vl_hybrid": msgspec.structs.replace(
-        _PLAIN, score_bytes=2.1, source=f"{_COUNTED}; the scores of its second tower are biased"
+        _PLAIN,
+        score_bytes=2.1,
+        eager_score_bytes=7,
+        second_states=8,
+        source=f"{_COUNTED}; the scores of its second tower are biased",
     ),
     "emu3": VisionCoefficient(
         0,
@@ -229,7 +239,7 @@ VISION: dict[str, VisionCoefficient] = {
     "granite_docling": VisionCoefficient(2, 6.2, False, _COUNTED_SMALL),
     "idefics2": VisionCoefficient(0, 39, False, f"{_COUNTED}; its connector is as wide as the text body"),
     "idefics3": VisionCoefficient(2, 4.9, False, _COUNTED),
-    "internvl": VisionCoefficient(2, 5.5, False, _COUNTED),
+    "internvl": VisionCoefficient(2, 5.5, False, _COUNTED, eager_score_bytes=4),
     **dict.fromkeys(("llava", "llava_next", "llava_next_video", "video_llava"), _CLIP),
     "llava_onevision": msgspec.structs.replace(_PLAIN, kept_of_taken=2),
     **dict.fromkeys(("lighton_ocr", "mistral3", "mistral_large4"), _PIXTRAL),
@@ -242,7 +252,7 @@ VISION: dict[str, VisionCoefficient] = {
         VisionCoefficient(0, 23.4, False, f"{_COUNTED}; three of its layers feed features to the text", 9),
     ),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), VisionCoefficient(0, 20.7, False, _COUNTED)),
-    "smolvlm": _TAKEN_TO_FORGET,
+    "smolvlm": VisionCoefficient(2, 4.9, False, _COUNTED),
     "vipllava": msgspec.structs.replace(
         _CLIP, hidden_multiple=7.7, kept_of_taken=0, source=f"{_COUNTED}; it joins the states of five blocks"
     ),
@@ -253,14 +263,39 @@ _TOWERS = {"pixtral": _PIXTRAL}
 """By ``model_type`` of the vision config, of towers whose family usually has another."""
 
 KEPT_STATES = frozenset({
-    "aria", "aya_vision", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "mistral_large4",
-    "video_llava", "vipllava",
+    "aria", "aya_vision", "deepseek_vl_hybrid", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3",
+    "mistral_large4", "video_llava", "vipllava",
 })  # fmt: skip
-"""Types of models whose tower keeps what every block gives (``output_hidden_states=True``) under older releases of
-transformers, to take those of one block or a few."""
+"""Types of models whose tower, or whose second one, keeps what every block gives (``output_hidden_states=True``) under
+older releases of transformers, to take those of one block or a few."""
 STATES_LET_GO = (5, 23)
 """The release of transformers from which on those keep what they take. Source: ``select_hidden_states`` in
 ``utils/output_capturing.py``, which 5.22 does not have."""
+
+OUTPUT_LET_GO = frozenset({
+    "aria", "aya_vision", "cohere2_vision", "cosmos3_edge", "deepseek_vl", "deepseek_vl_hybrid", "diffusion_gemma",
+    "ernie4_5_vl_moe", "exaone4_5", "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm5_next",
+    "glm_ocr", "got_ocr2", "idefics2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "lighton_ocr", "llava",
+    "llava_next", "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "muse_glimmer", "paddleocr_vl",
+    "paligemma", "perception_lm", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "smolvlm", "video_llama_3", "video_llava",
+    "vipllava",
+})  # fmt: skip
+"""Types of models that under older releases of transformers hold one copy of the image features while the layers read the
+prompt, and nothing else of the tower. Source: calls of ``get_image_features`` in the ``forward`` of the classes of 5.17;
+seen in traces of 17 of them, and on two H200s."""
+OUTPUT_KEPT = (5, 18)
+"""The release of transformers from which on a model holds all that its tower gives (``mm_encoder_outputs``)."""
+
+PIXEL_MASK_BYTES = {"aria": 1, "idefics2": 8, "idefics3": 8, "smolvlm": 8}
+"""Bytes of a mask that stands beside each pixel, by ``model_type``. Source: the image processors, which make it of int64,
+and Aria's of bool."""
+
+MULTIPLIED_EMBEDDINGS = frozenset({
+    "granite", "granite4_vision_text", "granite_docling_text", "granite_swa", "granitemoe", "granitemoe_swa",
+    "granitemoehybrid", "granitemoeshared",
+})  # fmt: skip
+"""Types of text bodies that multiply the embedded prompt by a number: it is there twice all through prefill. Source:
+``embedding_multiplier`` in their ``forward``."""
 
 DEFAULT_VISION = VisionCoefficient(2, 6, True, "the most of any architecture counted, since this one was not")
 
@@ -326,6 +361,8 @@ RESCALED_LOGITS = {
 }  # fmt: skip
 """Types of models whose ``forward`` scales or caps the logits, so that they exist twice, to the text body with which it
 does; empty where it does with any. Source: their classes in transformers 5.23; PaliGemma 2 counted."""
+RESCALED_SINCE = {"paligemma": (5, 23)}
+"""The release from which on, where older ones do not. Source: modeling_paligemma.py of 5.22 and 5.23."""
 
 
 _REMOTE_CODE = {"CogVLM": "cogvlm", "CogAgent": "cogvlm", "ChatGLM": "chatglm"}

@@ -6,7 +6,14 @@ from itertools import chain
 
 import msgspec
 
-from ..data.activations import KEPT_STATES, NEVER_FUSED, REFUSE_SDPA_BEFORE, STATES_LET_GO
+from ..data.activations import (
+    KEPT_STATES,
+    NEVER_FUSED,
+    OUTPUT_KEPT,
+    OUTPUT_LET_GO,
+    REFUSE_SDPA_BEFORE,
+    STATES_LET_GO,
+)
 from ..data.families import NORM_OUTSIDE_BEFORE
 from ..data.joins import TOWER_WINDOWED
 from ..machine import Machine
@@ -21,7 +28,7 @@ _NEWEST = (998, 0)
 def as_loaded(profile: ModelProfile, machine: Machine) -> ModelProfile:
     """The profile as this machine will hold it, if its transformers is known; as the newest would, if not."""
     release = release_of(machine)
-    found = _with_kept_states(_with_own_attention(profile, release), release)
+    found = _with_less_kept(_with_kept_states(_with_own_attention(profile, release), release), release)
     found = _with_norm_outside(_with_whole_tower(found, release), release)
     if is_before_5(release_for(profile, machine)):
         found = _with_single_experts(found)
@@ -93,6 +100,19 @@ def _with_kept_states(profile: ModelProfile, release: Release) -> ModelProfile:
     if release is None or release >= STATES_LET_GO:
         return profile
     return msgspec.structs.replace(profile, vision=msgspec.structs.replace(vision, keeps_states=True))
+
+
+def _with_less_kept(profile: ModelProfile, release: Release) -> ModelProfile:
+    """A model that holds less of what its tower gives, as older releases do."""
+    if release is None or release >= OUTPUT_KEPT or profile.is_remote_code:
+        return profile
+    vision = profile.vision
+    if vision is not None and profile.model_type in OUTPUT_LET_GO:
+        vision = msgspec.structs.replace(vision, lets_go=True)
+    script = profile.older_tower_script
+    if vision == profile.vision and script == profile.tower_script:
+        return profile
+    return msgspec.structs.replace(profile, vision=vision, tower_script=script)
 
 
 def _with_norm_outside(profile: ModelProfile, release: Release) -> ModelProfile:

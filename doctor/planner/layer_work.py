@@ -23,6 +23,8 @@ _NORM_STATES = 6.1
 gave, the normed one in float32 and its square. Counted."""
 _EAGER_QUERIES = 3
 """Queries, and keys and values repeated for every head. Counted."""
+_CROSSED_STATES = 3
+"""Counted for Llama 3.2 Vision, and measured on an H200."""
 _LINEAR_VALUES = 2
 """Width of the values of linear attention in multiples of the hidden state: the most of Qwen3-Next and Qwen3.5 models."""
 
@@ -143,7 +145,7 @@ def pairs(
     if kind.cache == "cross":
         # A mask of text tokens by image features in the model's type, and its copies.
         across = prompt_tokens * images.features * workload.batch * item_bytes
-        kept, beside = kept + across, beside + 2 * across
+        kept, beside = kept + across, beside + 2 * across + crossed_bytes(text, workload, item_bytes, images.features)
     return kept, beside
 
 
@@ -163,8 +165,17 @@ def layer_bytes(
     return result + kept
 
 
-def next_token_bytes(kind: LayerKind, profile: ModelProfile, workload: Workload, tokens: int, *, release: Release) -> int:
+def crossed_bytes(text: TextShape, workload: Workload, item_bytes: int, features: int) -> int:
+    """Keys and values of image features, repeated for every head, and the keys once more as the kernel wants them."""
+    return _CROSSED_STATES * text.heads * text.head_dim * features * workload.batch * item_bytes
+
+
+def next_token_bytes(
+    kind: LayerKind, profile: ModelProfile, workload: Workload, tokens: int, *, features: int, release: Release
+) -> int:
     """Bytes beside its cache that a layer needs for one more token when it has ``tokens`` tokens behind it.
+
+    What reads images by cross-attention has ``features`` image features behind it instead.
 
     ``DynamicCache`` joins the keys, then the values, into new tensors. Eager attention repeats both for every head; latent
     attention expands what it keeps. transformers 5 copies the weights of the chosen experts (batched_mm_experts_forward).
@@ -179,7 +190,10 @@ def next_token_bytes(kind: LayerKind, profile: ModelProfile, workload: Workload,
         return experts
     keys, values = kept_elements(kind.cache, text, release)
     kv_heads, head_dim = text.heads_of(kind.cache)
-    joined = 0 if kind.cache == "cross" else max(keys, values) * each
+    if kind.cache == "cross":
+        scores = math.ceil(text.heads * workload.batch * features * _score_bytes(profile, workload))
+        return crossed_bytes(text, workload, item_bytes, features) + is_eager(text, workload) * scores
+    joined = max(keys, values) * each
     expanded = 0
     if text.kv_lora_rank is not None:
         rotated, rest, value = text.qk_rope_head_dim or 0, text.qk_nope_head_dim or 0, text.v_head_dim or text.head_dim

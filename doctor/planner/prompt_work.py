@@ -9,7 +9,14 @@ from collections.abc import Collection
 
 import msgspec
 
-from ..data.activations import ALL_LOGITS, ALL_LOGITS_BEFORE_5, FULL_LOGITS_ARCHITECTURES, RESCALED_LOGITS
+from ..data.activations import (
+    ALL_LOGITS,
+    ALL_LOGITS_BEFORE_5,
+    FULL_LOGITS_ARCHITECTURES,
+    MULTIPLIED_EMBEDDINGS,
+    RESCALED_LOGITS,
+    RESCALED_SINCE,
+)
 from ..model import ModelProfile
 from ..workload import Workload
 from .image_tokens import ImageLoad
@@ -93,7 +100,9 @@ def prompt_work(
         },
         layer={kind: temporary + layer_bytes(kind, profile, workload, images, prompt, release=release) for kind in kinds},
         next_token={
-            kind: next_token_bytes(kind, profile, workload, prompt + workload.answer_tokens, release=release)
+            kind: next_token_bytes(
+                kind, profile, workload, prompt + workload.answer_tokens, features=images.features, release=release
+            )
             if has_next
             else 0
             for kind in kinds
@@ -104,7 +113,10 @@ def prompt_work(
         ),
         returned=returned,
         pixels=pixels,
-        held=states + pixels + kept + _layer_inputs(profile, tokens, item),
+        held=states * (2 if profile.text.body in MULTIPLIED_EMBEDDINGS else 1)
+        + pixels
+        + kept
+        + _layer_inputs(profile, tokens, item),
         encode=encode,
     )
 
@@ -137,7 +149,8 @@ def _logits(
     if workload.logits == "forward" or makes_all_logits(profile, release):
         made = tokens * profile.text.vocabulary * item_bytes
         is_rescaled = RESCALED_LOGITS.get(profile.model_type) in ("", profile.text.body)
-        return tokens, made * (2 if is_rescaled else 1), made
+        is_so_old = release is not None and release < RESCALED_SINCE.get(profile.model_type, release)
+        return tokens, made * (2 if is_rescaled and not is_so_old else 1), made
     elements = workload.batch * profile.text.vocabulary
     return workload.batch, elements * (item_bytes + 4), elements * item_bytes
 

@@ -64,7 +64,9 @@ class Replay:
         self._footprint = footprint
         self._kernels = [cudnn_width(gpu, libraries) for gpu in gpus]
         self._programs = {width: _program(footprint, cudnn_width=width) for width in {*self._kernels}}
-        self._pixels_bytes = pixels_bytes(footprint.images, footprint.item_bytes) * footprint.workload.batch
+        self._pixels_bytes = (
+            pixels_bytes(footprint.profile, footprint.images, footprint.item_bytes) * footprint.workload.batch
+        )
         self._held: dict[tuple[int, int], Held] = {}
         self._known: dict[tuple[object, ...], bool] = {}
         self._enough: dict[tuple[Held, int, int], int] = {}

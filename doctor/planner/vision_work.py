@@ -6,14 +6,17 @@ import math
 
 import msgspec
 
-from ..data.activations import VisionCoefficient, vision_coefficient
+from ..data.activations import PIXEL_MASK_BYTES, VisionCoefficient, vision_coefficient
 from ..model import ModelProfile
 from ..workload import Workload
 from .image_tokens import ImageLoad
 from .weights import score_bytes
 
-_PIXEL_ELEMENTS = 3 * 2
-"""Channels of a pixel, and the two frames that Qwen2-VL and GLM-4.1V stack even for a still image; others have one."""
+_CHANNELS = 3
+_QUERY_STATES = 2
+"""Hidden states of a patch that eager attention has beside those of its MLP. Measured on two H200s, with SigLIP."""
+_MOST_FRAMES = 2
+"""Of a patch of a tower that is not known."""
 
 
 def tower_coefficient(profile: ModelProfile) -> VisionCoefficient:
@@ -31,16 +34,18 @@ def tower_coefficient(profile: ModelProfile) -> VisionCoefficient:
     )
 
 
-def pixels_bytes(images: ImageLoad, item_bytes: int) -> int:
-    """Bytes of the pixels of one prompt, as they are given to the model."""
-    return images.sequences * images.patches * _PIXEL_ELEMENTS * images.patch**2 * item_bytes
+def pixels_bytes(profile: ModelProfile, images: ImageLoad, item_bytes: int) -> int:
+    """Bytes of the pixels of one prompt as they are given to the model, and of the mask beside them."""
+    frames = _MOST_FRAMES if profile.vision is None else profile.vision.frames
+    each = _CHANNELS * frames * item_bytes + PIXEL_MASK_BYTES.get(profile.model_type, 0)
+    return images.sequences * images.patches * images.patch**2 * each
 
 
 def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, item_bytes: int) -> tuple[int, int, int]:
     """Bytes of the pixels, of the vision tower at work with them, and of what stays of its work until the answer."""
     vision, batch = profile.vision, workload.batch
     patches = images.sequences * images.patches * batch
-    pixels = pixels_bytes(images, item_bytes) * batch
+    pixels = pixels_bytes(profile, images, item_bytes) * batch
     coefficient = tower_coefficient(profile)
     if vision is None:
         seen = images.sequences * images.run_height * images.run_width * batch
@@ -48,10 +53,18 @@ def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, i
     elements = coefficient.elements(intermediate=vision.intermediate, hidden=vision.hidden, layers=vision.layers)
     work = math.ceil(patches * elements * item_bytes)
     work += math.ceil(coefficient.pair_elements * patches**2 * item_bytes)
-    eager = score_bytes(profile, workload) if workload.attention == "eager" else 0
     joined = images.sequences // max(1, workload.images) if coefficient.joins_runs else 1
-    pairs = images.sequences * batch * images.patches**2 * joined
-    work += math.ceil(vision.heads * pairs * max(eager, coefficient.score_bytes))
+    pairs = vision.heads * images.sequences * batch * images.patches**2 * joined
+    busiest = work + math.ceil(pairs * coefficient.score_bytes)
+    if workload.attention == "eager":
+        # The MLP works when the scores are gone.
+        less = coefficient.intermediate_multiple * vision.intermediate
+        more = _QUERY_STATES * vision.hidden if less else 0
+        without = work + math.ceil(patches * (more - less) * item_bytes)
+        scores = pairs * (coefficient.eager_score_bytes or score_bytes(profile, workload))
+        busiest = max(busiest, without + math.ceil(scores))
     features = images.features * batch * profile.text.hidden * item_bytes
+    if vision.lets_go:
+        return pixels, pixels + busiest, features
     states = patches * vision.hidden * item_bytes * max(1, coefficient.kept_of_taken * vision.taken)
-    return pixels, pixels + work, coefficient.kept_features * features + states
+    return pixels, pixels + busiest, coefficient.kept_features * features + states

@@ -19,6 +19,8 @@ class _Scripts(msgspec.Struct, frozen=True, kw_only=True):
     """By ``model_type`` of the text body."""
     towers: dict[str, msgspec.Raw]
     """By ``model_type`` of the whole model."""
+    older_towers: dict[str, msgspec.Raw]
+    """The same of transformers 5.17, whose models hold less of what a tower gives than those since 5.18."""
 
 
 @functools.cache
@@ -29,14 +31,15 @@ def body_script(body: str) -> AllocationScript | None:
 
 
 @functools.cache
-def tower_script(family: str, vision: str | None = None) -> TowerScript | None:
+def tower_script(family: str, vision: str | None = None, *, is_older: bool = False) -> TowerScript | None:
     """The script of a vision tower, or ``None`` where there is none.
 
     Args:
         family: ``model_type`` of the whole model.
         vision: That of its ``vision_config``; ``None`` where it has none, which means the family's first one.
+        is_older: That of transformers before 5.18.
     """
-    entry = _scripts().towers.get(family)
+    entry = (_scripts().older_towers if is_older else _scripts().towers).get(family)
     script = None if entry is None else msgspec.json.decode(entry, type=TowerScript)
     return script if script is None or not script.vision or vision in (script.vision, None) else None
 

@@ -37,6 +37,8 @@ from .weightless_units import complete_units
 
 MAX_UNITS = 2_000
 """The deepest published models have about 130 text layers (Llama 3.1 405B: 126); it bounds the time of a plan."""
+_USUAL_FRAMES = 2
+"""Of a patch of Qwen2-VL's kind, where the config does not say; a config of another kind that does not has one."""
 _RIGHT_CONFIG = "use the config.json that belongs to this checkpoint"
 
 
@@ -97,6 +99,7 @@ def build_profile(
         rotary=rules.rotary,
     )
     vision, image = _vision(checkpoint, tensors, cut.first("vision"), rules, notes)
+    has_script = not is_remote_code and not rules.vision_multiples and vision is not None
     return ModelProfile(
         name=name,
         origin=origin,
@@ -116,10 +119,9 @@ def build_profile(
         text_multiples=rules.text_multiples,
         vision_multiples=rules.vision_multiples,
         body_script=None if is_remote_code or rules.text_multiples else body_script(text.body),
-        # A script counts in the tower's dimensions.
-        tower_script=None
-        if is_remote_code or rules.vision_multiples or vision is None
-        else tower_script(model_type, _vision_type(config)),
+        # Scripts count in the tower's dimensions.
+        tower_script=tower_script(model_type, _vision_type(config)) if has_script else None,
+        older_tower_script=tower_script(model_type, _vision_type(config), is_older=True) if has_script else None,
         files=checkpoint.files,
         broken_calls=checkpoint.broken_calls,
         moved_joins=checkpoint.moved_joins,
@@ -246,6 +248,8 @@ def _vision(
     files = ImageFiles(checkpoint.config, fields, checkpoint.processor or {}, checkpoint.prompts)
     tower_patch = shape.patch if shape else None
     rule = image_rule(rules.image or UNKNOWN, files, tower_patch, has_conv=f"{tower}.conv.weight" in tensors)
+    if shape is not None and rule is not None and rule.kind == "merge" and not (fields and fields.get("frames")):
+        shape = msgspec.structs.replace(shape, frames=_USUAL_FRAMES)
     family = checkpoint.config.get("model_type") or "this family"
     if rule is None and shape is not None:
         notes.append(f"How {family} turns images into tokens is unknown: image tokens are not counted.")

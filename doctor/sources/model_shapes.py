@@ -31,6 +31,7 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "vocabulary": ("vocab_size", "padded_vocab_size"),
     "max_positions": ("max_position_embeddings", "seq_length", "n_positions"),
     "patch": ("patch_size", "spatial_patch_size"),
+    "frames": ("temporal_patch_size", "patch_temporal"),
     "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "active_experts": ("num_experts_per_tok", "moe_topk", "moe_k"),
     "shared_experts": ("n_shared_experts", "moe_num_shared_experts"),
@@ -287,6 +288,7 @@ def vision_shape(fields: Fields, tensors: Mapping[str, StoredTensor], tower: str
         heads=heads,
         patch=patch,
         kind=kind if isinstance(kind, str) else "",
+        frames=fields.get("frames") or 1,
     )
 
 

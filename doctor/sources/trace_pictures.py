@@ -236,7 +236,7 @@ def _with_pixel_mask(tower: Tower) -> Inputs:
 def _with_mask(tower: Tower) -> Inputs:
     """Idefics 2 and 3: which pixels are not padding."""
     squares = _by_prompt(tower)
-    mask = torch.ones(*squares.shape[:2], *squares.shape[-2:], dtype=torch.bool)
+    mask = torch.ones(*squares.shape[:2], *squares.shape[-2:], dtype=torch.long)
     return {"pixel_values": squares, "pixel_attention_mask": mask}
 
 

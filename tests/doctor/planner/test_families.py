@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from vlm_doctor.model import LayerCache, ModelProfile, TextShape
-from vlm_doctor.planner.image_tokens import NO_IMAGES
+from vlm_doctor.planner.image_tokens import NO_IMAGES, ImageLoad
 from vlm_doctor.planner.layer_work import LayerKind, layer_bytes, layer_kinds, next_token_bytes
 from vlm_doctor.planner.prompt_work import prompt_work
 from vlm_doctor.planner.release import Release
@@ -24,6 +24,7 @@ from .profiles import llava_13b
 TOKENS = 2048
 DENSE, EXPERTS = LayerKind("full", has_experts=False), LayerKind("full", has_experts=True)
 LINEAR, SLIDING = LayerKind("linear", has_experts=False), LayerKind("sliding", has_experts=False)
+CROSS = LayerKind("cross", has_experts=False)
 _LATENT = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
 
 
@@ -186,7 +187,8 @@ def test_classes_of_checkpoints_with_masks_of_their_own() -> None:
         (family("llama", 4096, 11008, 32, 32), DENSE, {"attention": "eager", "batch": 2}, None, 4096 * 2 * 2000),
         (family("llama", 4096, 11008, 32, 8), LINEAR, {}, None, 0),
         (family("llama", 4096, 11008, 32, 8), LayerKind("none", has_experts=False), {}, None, 0),
-        (family("llama", 4096, 11008, 32, 8), LayerKind("cross", has_experts=False), {}, None, 0),
+        (family("llama", 4096, 11008, 32, 8), CROSS, {}, None, 3 * 4096 * 2 * 600),
+        (family("llama", 4096, 11008, 32, 8), CROSS, {"attention": "eager"}, None, (3 * 4096 * 2 + 32 * 10) * 600),
         (QWEN3_VL_30B, EXPERTS, {"batch": 4}, None, 4 * 8 * 3 * 768 * 2048 * 2),
         (QWEN3_VL_30B, EXPERTS, {}, (4, 57), 512 * 2 * 1000),
         (DEEPSEEK_V2_LITE, DENSE, {}, (5, 0), 16 * (2 * 128 + 64 + 128) * 2 * 1000),
@@ -197,7 +199,19 @@ def test_what_the_next_token_needs(
     profile: ModelProfile, kind: LayerKind, fields: dict[str, Any], release: Release, size_bytes: int
 ) -> None:
     workload = Workload(images=0, **fields)
-    assert next_token_bytes(kind, profile, workload, 1000, release=release) == size_bytes
+    assert next_token_bytes(kind, profile, workload, 1000, features=600, release=release) == size_bytes
+
+
+def test_image_features_are_repeated_for_every_head_where_layers_read_them() -> None:
+    """Llama 3.2 11B Vision, one image, 41 tokens of text: a later stage takes 149 MiB, on an H200 as in a trace."""
+    profile, images = (
+        family("llama", 4096, 14336, 32, 8),
+        ImageLoad(tokens=1, features=6404, sequences=4, patches=1601, patch=14),
+    )
+    bytes_beside = layer_bytes(CROSS, profile, Workload(), images, 41, release=None) - layer_bytes(
+        CROSS, profile, Workload(), msgspec.structs.replace(images, features=0), 41, release=None
+    )
+    assert 149 < bytes_beside / 2**20 < 153
 
 
 def test_layers_of_a_mixture_are_told_by_their_size() -> None:

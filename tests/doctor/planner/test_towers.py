@@ -18,7 +18,7 @@ from vlm_doctor.planner.image_tokens import ImageLoad, image_load
 from vlm_doctor.planner.installed import as_loaded
 from vlm_doctor.planner.memory import Footprint
 from vlm_doctor.planner.settle import replay_of
-from vlm_doctor.planner.vision_work import tower_coefficient, vision_bytes
+from vlm_doctor.planner.vision_work import pixels_bytes, tower_coefficient, vision_bytes
 from vlm_doctor.workload import Workload
 
 from .profiles import glm41v_9b, gpu, llava_13b, machine, with_transformers
@@ -109,7 +109,9 @@ def test_before_5_23_towers_of_some_families_keep_the_states_of_all_blocks(
 
 
 def test_other_towers_are_as_they_were_under_any_release() -> None:
-    assert as_loaded(glm41v_9b(), with_transformers(machine([80.0]), "4.57.6")).vision == glm41v_9b().vision
+    vision = as_loaded(glm41v_9b(), with_transformers(machine([80.0]), "4.57.6")).vision
+    assert vision is not None
+    assert not vision.keeps_states
     bare = llava_13b(vision=None)
     assert as_loaded(bare, with_transformers(machine([80.0]), "4.57.6")).vision is None
 
@@ -178,3 +180,69 @@ def test_a_tower_that_is_no_stack_of_blocks_is_priced_by_the_pixel() -> None:
     assert with_image == f"{without}; 580 elements a pixel (counted: convolutions, 128 channels at first)"
     pixels, whole, _ = vision_bytes(llava_13b(model_type="fuyu", vision=None), Workload(), load(1024, 512), 2)
     assert whole == pixels
+
+
+@pytest.mark.parametrize(("version", "is_held"), [("4.57.6", False), ("5.17.0", False), ("5.18.0", True), (None, True)])
+def test_before_5_18_one_copy_of_the_features_is_all_that_stays(version: str | None, is_held: bool) -> None:
+    """InternVL3-1B, four images of 3,328 patches: 22.8 MiB beside pixels and prompt under 5.17, 149.6 MiB told before."""
+    vision = VisionShape(layers=24, hidden=1024, intermediate=4096, heads=16, patch=14, frames=1)
+    images = ImageLoad(tokens=13_312, features=13_312, sequences=52, patches=1025, patch=14)
+    where = machine([80.0]) if version is None else with_transformers(machine([80.0]), version)
+    kept = {}
+    for family in ("internvl", "made_up"):
+        profile = llava_13b(model_type=family, vision=vision)
+        kept[family] = vision_bytes(as_loaded(profile, where), Workload(images=4), images, 2)[2]
+    features, states = images.features * llava_13b().text.hidden * 2, 52 * 1025 * 1024 * 2
+    assert kept["internvl"] == (2 * features + states if is_held else features)
+    # What is not known keeps the most, and so does code of a checkpoint.
+    assert kept["made_up"] == 2 * features + states
+    own = llava_13b(model_type="internvl", vision=vision, is_remote_code=True)
+    assert as_loaded(own, where).vision == vision
+
+
+def test_towers_of_older_releases_have_scripts_of_their_own() -> None:
+    profile = load_profile("OpenGVLab/InternVL3-8B-hf", allow_network=False)
+    older, newer = (as_loaded(profile, with_transformers(machine([80.0]), version)) for version in ("5.17.0", "5.18.0"))
+    assert older.tower_script == profile.older_tower_script != profile.tower_script
+    assert newer.tower_script == profile.tower_script
+    assert as_loaded(older, with_transformers(machine([80.0]), "5.17.0")) is older
+
+
+def test_the_second_tower_of_deepseek_vl_keeps_its_states_before_5_23() -> None:
+    """The hybrid 7B with one image: 7,168 MiB on the first of two GPUs, where 50 MiB less were told."""
+    vision = VisionShape(layers=24, hidden=1024, intermediate=4096, heads=16, patch=16)
+    profile = llava_13b(model_type="deepseek_vl_hybrid", vision=vision)
+    older, newer = (
+        tower_coefficient(as_loaded(profile, with_transformers(machine([80.0]), version)))
+        for version in ("5.17.0", "5.23.0")
+    )
+    more = older.elements(intermediate=4096, hidden=1024, layers=24) - newer.elements(
+        intermediate=4096, hidden=1024, layers=24
+    )
+    assert more == 8 * 1024
+    assert older.text.startswith("2 x intermediate + (4.6 + 8) x hidden elements a patch")
+
+
+@pytest.mark.parametrize(
+    ("family", "frames", "bytes_a_pixel"), [("llava", 1, 6), ("qwen2_vl", 2, 12), ("smolvlm", 1, 14), ("aria", 1, 7)]
+)
+def test_pixels_have_their_frames_and_a_mask(family: str, frames: int, bytes_a_pixel: int) -> None:
+    vision = VisionShape(layers=24, hidden=1024, intermediate=4096, heads=16, patch=16, frames=frames)
+    assert pixels_bytes(llava_13b(model_type=family, vision=vision), load(1024, 512), 2) == 1024 * 256 * bytes_a_pixel
+    # A tower that nothing is known of may stack two.
+    assert pixels_bytes(llava_13b(model_type="x", vision=None), load(1024, 512), 2) == 1024 * 256 * 12
+
+
+def test_the_mlp_of_a_tower_works_when_eager_scores_are_gone() -> None:
+    tower = VisionShape(layers=24, hidden=1024, intermediate=4096, heads=16, patch=16)
+    image = load(1024, 512)
+    pixels, fused, _ = vision_bytes(llava_13b(model_type="internvl", vision=tower), Workload(), image, 2)
+    _, eager, _ = vision_bytes(llava_13b(model_type="internvl", vision=tower), Workload(attention="eager"), image, 2)
+    scores, mlp, states = 16 * 1024**2 * 4, 1024 * 2 * 4096 * 2, 1024 * 2 * 1024 * 2
+    assert eager == fused - mlp + states + scores > fused
+    # Few pairs: what the MLP takes is more.
+    small = msgspec.structs.replace(image, sequences=64, patches=16)
+    asked = [Workload(), Workload(attention="eager")]
+    bodies = [vision_bytes(llava_13b(model_type="internvl", vision=tower), workload, small, 2) for workload in asked]
+    assert bodies[0] == bodies[1]
+    assert pixels == 1024 * 256 * 12
