@@ -23,8 +23,8 @@ ROWS = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "2xh20
 MOST = {"": 0.01, "forward": 0.01, "eager": 0.025}
 WORST_TOO_LOW = 0.009
 MORE = {"aya-vision-8b": 0.013, "internvl3-1b": 0.06, "llava-onevision-0.5b": 0.045, "smolvlm2-2.2b": 0.025}
-"""What is told too much of some, small ones most: the final norm is counted where the tied head is, and a mask of pixels that
-processors give in int64 was given in bool."""
+"""What is told too much of some, small ones most: the final norm is counted where the tied head is, and a mask of pixels
+that processors give in int64 was given in bool."""
 
 
 def rows_of(model: str) -> list[dict[str, Any]]:
