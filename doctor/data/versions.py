@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+NEWEST_TRANSFORMERS = "5.23"
+"""The newest release whose classes were read for what the planner knows of models."""
+
 MINIMUM_DRIVER = {11: 450, 12: 525, 13: 580}
 """CUDA major version to the oldest driver branch on Linux that runs it (minor-version compatibility).
 Source: NVIDIA, CUDA Compatibility, table 1 of "Minor Version Compatibility"."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..data.versions import NEWEST_TRANSFORMERS
 from ..health import fault_of_link
 from ..model import ModelProfile, Role, Unit
 from ..placement import Cut, LedgerKind, LedgerLine, Stage
@@ -283,6 +284,10 @@ def notes(problem: Problem, choice: Choice | None) -> tuple[str, ...]:
     if footprint.images.note:
         result.append(footprint.images.note)
     result.append(f"Activations: {activations_source(problem)}.")
+    if not profile.is_remote_code and release_of(problem.machine) is None:
+        result.append(
+            f"transformers {NEWEST_TRANSFORMERS}: the machine does not say which it has, and older ones need more or less."
+        )
     if profile.quantization and workload.dtype:
         result.append(f"The checkpoint is quantized ({profile.quantization}): those weights keep their type.")
     result += about_quantization(profile, workload)

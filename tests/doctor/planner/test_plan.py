@@ -23,7 +23,7 @@ from vlm_doctor.workload import Policy, Preference, Workload
 
 from .brute_force import all_splits
 from .examples import examples
-from .profiles import BODY, glm41v_9b, gpu, machine, qwen25_vl_72b, unit
+from .profiles import BODY, glm41v_9b, gpu, machine, qwen25_vl_72b, unit, with_transformers
 
 PREFERENCES: tuple[Preference, ...] = ("balanced", "speed", "context")
 BARE = Policy(headroom_fraction=0, headroom_min_bytes=0, context_bytes=0)
@@ -232,8 +232,15 @@ def test_what_was_assumed_is_noted() -> None:
         "Images of 1008 x 1008 pixels (height x width): 1,296 tokens each.",
         "Activations: 4 x intermediate + 3.07 x hidden elements a token (counted, and measured on an H200); "
         "18.2 x hidden elements a patch (counted, and measured on an H200).",
+        "transformers 5.23: the machine does not say which it has, and older ones need more or less.",
         "The checkpoint is quantized (awq): those weights keep their type.",
     )
+
+
+def test_the_release_that_is_assumed_is_noted_where_none_is_known() -> None:
+    known = plan(glm41v_9b(), with_transformers(machine([80]), "5.17.0"))
+    own = plan(glm41v_9b(is_remote_code=True), machine([80]))
+    assert not any("transformers 5.23" in note for note in (*known.notes, *own.notes))
 
 
 def test_a_head_on_the_first_gpu_is_part_of_what_it_takes() -> None:
