@@ -157,9 +157,9 @@ class VisionShape(msgspec.Struct, frozen=True, kw_only=True):
     taken: int = 1
     """Blocks whose states are features (``vision_feature_layer``)."""
     frames: int = 2
-    """Frames of a patch: Qwen2-VL and GLM-4.1V stack two even for a still image."""
+    """Frames of a patch: Qwen2-VL and GLM-4.1V stack two even for a still image, others have one."""
     keeps_states: bool = False
-    """The machine's transformers keeps what every block gives until the tower is done."""
+    """The machine's transformers keeps what every block gives until the tower is done, or until the answer."""
     lets_go: bool = False
     """The machine's transformers keeps one copy of the image features, and lets all else of the tower's work go."""
 

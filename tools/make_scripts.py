@@ -342,7 +342,9 @@ def main() -> None:
     pretend_cuda((9, 0))
     wanted = sys.argv[1:] or [*MODELS, *TOWERS]
     known = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {"bodies": {}, "towers": {}}
-    is_older = transformers.__version__.startswith("5.17.")
+    is_older = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
+    if is_older and not transformers.__version__.startswith("5.17."):
+        sys.exit(f"transformers {transformers.__version__}: the older towers are those of 5.17")
     towers = known.setdefault("older_towers" if is_older else "towers", {})
     for body in wanted:
         if body in TOWERS:
@@ -373,7 +375,7 @@ def _pretty(known: dict[str, Any]) -> str:
         )
     sections = []
     for section in ("towers", "older_towers"):
-        towers = [f"  {json.dumps(name)}: {_layer(parts)}" for name, parts in sorted(known[section].items())]
+        towers = [f"  {json.dumps(name)}: {_layer(parts)}" for name, parts in sorted(known.get(section, {}).items())]
         sections.append(f" {json.dumps(section)}: {{\n" + ",\n".join(towers) + "\n }")
     return "\n".join([*lines, ",\n".join(bodies), " },", ",\n".join(sections), "}"]) + "\n"
 

@@ -66,8 +66,8 @@ class VisionCoefficient(msgspec.Struct, frozen=True):
     """Bytes for each head and pair of patches of a run, whatever attention is asked for: of code that cannot fuse it."""
     second_states: float = 0
     """Hidden states of a patch that a second tower keeps of all its blocks, where this one keeps none."""
-    eager_score_bytes: float = 0
-    """Bytes for each head and pair of patches in eager attention, of code that makes no softmax in float32."""
+    eager_scores: float = 0
+    """Elements for each head and pair of patches in eager attention, of code that makes no softmax in float32."""
     kept_of_taken: int = 0
     """Hidden states of a patch that the caller holds as long, for each block whose states are features; at least one."""
     joins_runs: bool = False
@@ -217,7 +217,7 @@ VISION: dict[str, VisionCoefficient] = {
     "deepseek_vl_hybrid": msgspec.structs.replace(
         _PLAIN,
         score_bytes=2.1,
-        eager_score_bytes=7,
+        eager_scores=3.5,
         second_states=8,
         source=f"{_COUNTED}; the scores of its second tower are biased",
     ),
@@ -239,7 +239,7 @@ VISION: dict[str, VisionCoefficient] = {
     "granite_docling": VisionCoefficient(2, 6.2, False, _COUNTED_SMALL),
     "idefics2": VisionCoefficient(0, 39, False, f"{_COUNTED}; its connector is as wide as the text body"),
     "idefics3": VisionCoefficient(2, 4.9, False, _COUNTED),
-    "internvl": VisionCoefficient(2, 5.5, False, _COUNTED, eager_score_bytes=4),
+    "internvl": VisionCoefficient(2, 5.5, False, _COUNTED, eager_scores=2),
     **dict.fromkeys(("llava", "llava_next", "llava_next_video", "video_llava"), _CLIP),
     "llava_onevision": msgspec.structs.replace(_PLAIN, kept_of_taken=2),
     **dict.fromkeys(("lighton_ocr", "mistral3", "mistral_large4"), _PIXTRAL),
@@ -268,6 +268,8 @@ KEPT_STATES = frozenset({
 })  # fmt: skip
 """Types of models whose tower, or whose second one, keeps what every block gives (``output_hidden_states=True``) under
 older releases of transformers, to take those of one block or a few."""
+KEPT_STATES_BEFORE_5 = frozenset({"cohere2_vision"})
+"""Types of models that do so in the fourth generation alone. Source: modeling_cohere2_vision.py of 4.57 and 5.0."""
 STATES_LET_GO = (5, 23)
 """The release of transformers from which on those keep what they take. Source: ``select_hidden_states`` in
 ``utils/output_capturing.py``, which 5.22 does not have."""
@@ -292,7 +294,7 @@ and Aria's of bool."""
 
 MULTIPLIED_EMBEDDINGS = frozenset({
     "granite", "granite4_vision_text", "granite_docling_text", "granite_swa", "granitemoe", "granitemoe_swa",
-    "granitemoehybrid", "granitemoeshared",
+    "granitemoehybrid", "granitemoeshared", "hyperclovax",
 })  # fmt: skip
 """Types of text bodies that multiply the embedded prompt by a number: it is there twice all through prefill. Source:
 ``embedding_multiplier`` in their ``forward``."""

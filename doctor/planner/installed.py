@@ -8,6 +8,7 @@ import msgspec
 
 from ..data.activations import (
     KEPT_STATES,
+    KEPT_STATES_BEFORE_5,
     NEVER_FUSED,
     OUTPUT_KEPT,
     OUTPUT_LET_GO,
@@ -94,10 +95,10 @@ def _with_own_attention(profile: ModelProfile, release: Release) -> ModelProfile
 
 def _with_kept_states(profile: ModelProfile, release: Release) -> ModelProfile:
     """A tower that keeps what each of its blocks gives, as older releases do."""
-    vision = profile.vision
-    if vision is None or vision.keeps_states or profile.model_type not in KEPT_STATES:
+    vision, family = profile.vision, profile.model_type
+    if vision is None or vision.keeps_states or release is None or release >= STATES_LET_GO:
         return profile
-    if release is None or release >= STATES_LET_GO:
+    if family not in KEPT_STATES and not (family in KEPT_STATES_BEFORE_5 and is_before_5(release)):
         return profile
     return msgspec.structs.replace(profile, vision=msgspec.structs.replace(vision, keeps_states=True))
 
@@ -109,7 +110,7 @@ def _with_less_kept(profile: ModelProfile, release: Release) -> ModelProfile:
     vision = profile.vision
     if vision is not None and profile.model_type in OUTPUT_LET_GO:
         vision = msgspec.structs.replace(vision, lets_go=True)
-    script = profile.older_tower_script
+    script = profile.older_tower_script or profile.tower_script
     if vision == profile.vision and script == profile.tower_script:
         return profile
     return msgspec.structs.replace(profile, vision=vision, tower_script=script)

@@ -24,7 +24,8 @@ gave, the normed one in float32 and its square. Counted."""
 _EAGER_QUERIES = 3
 """Queries, and keys and values repeated for every head. Counted."""
 _CROSSED_STATES = 3
-"""Counted for Llama 3.2 Vision, and measured on an H200."""
+"""Of an image feature that a layer reads by cross-attention, each as wide as the queries of all heads. Counted for Llama
+3.2 Vision, and measured on an H200."""
 _LINEAR_VALUES = 2
 """Width of the values of linear attention in multiples of the hidden state: the most of Qwen3-Next and Qwen3.5 models."""
 
@@ -134,7 +135,7 @@ def pairs(
     window = text.attention_chunk if text.sliding_window is None else text.sliding_window
     if is_eager(text, workload):
         kept += item_bytes * (1 if window is None else 2)
-        working += 0 if kind.cache == "linear" else text.heads * _score_bytes(profile, workload)
+        working += 0 if kind.cache in ("linear", "cross") else text.heads * _score_bytes(profile, workload)
     elif workload.attention == "sdpa":
         slides = window is not None and (prompt_tokens > window or images.tokens > 0)
         has_two = window is not None and (images.tokens > 0 or workload.is_padded)
@@ -146,6 +147,9 @@ def pairs(
         # A mask of text tokens by image features in the model's type, and its copies.
         across = prompt_tokens * images.features * workload.batch * item_bytes
         kept, beside = kept + across, beside + 2 * across + crossed_bytes(text, workload, item_bytes, images.features)
+        if is_eager(text, workload):
+            seen = text.heads * prompt_tokens * images.features * workload.batch
+            beside += math.ceil(seen * _score_bytes(profile, workload))
     return kept, beside
 
 

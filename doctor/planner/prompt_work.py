@@ -149,8 +149,10 @@ def _logits(
     if workload.logits == "forward" or makes_all_logits(profile, release):
         made = tokens * profile.text.vocabulary * item_bytes
         is_rescaled = RESCALED_LOGITS.get(profile.model_type) in ("", profile.text.body)
-        is_so_old = release is not None and release < RESCALED_SINCE.get(profile.model_type, release)
-        return tokens, made * (2 if is_rescaled and not is_so_old else 1), made
+        since = RESCALED_SINCE.get(profile.model_type)
+        if since is not None and release is not None and release < since:
+            is_rescaled = False
+        return tokens, made * (2 if is_rescaled else 1), made
     elements = workload.batch * profile.text.vocabulary
     return workload.batch, elements * (item_bytes + 4), elements * item_bytes
 

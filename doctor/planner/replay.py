@@ -87,7 +87,8 @@ class Program(Replayed):
         batch: Prompts at once.
         new_tokens: Tokens that are made.
         cudnn_width: The widest head for which attention is cuDNN's, see :mod:`.kernels`.
-        keeps_states: What each block of the tower gives stays until the tower is done.
+        keeps_states: What each block of the tower gives stays until the tower is done;
+        holds_states: and after that, until the answer.
     """
 
     has_movable_inputs = True
@@ -103,6 +104,7 @@ class Program(Replayed):
         new_tokens: int,
         cudnn_width: int,
         keeps_states: bool = False,
+        holds_states: bool = False,
     ) -> None:
         self._script = script
         self._tower = tower
@@ -112,6 +114,7 @@ class Program(Replayed):
         self._new_tokens = new_tokens
         self._cudnn_width = cudnn_width
         self._keeps_states = keeps_states
+        self._holds_states = holds_states
         self._tokens = -1
         self._sized: dict[tuple[int, int], list[int]] = {}
 
@@ -204,7 +207,7 @@ class Program(Replayed):
                 number += (blocks - number) // period * period
             seen[state] = number
         self._run(self._tower.exit, allocator, {INPUT: carried, **left})
-        for block in kept:
+        for block in () if self._holds_states else kept:
             allocator.free(block)
 
     def _layer(self, kind: str) -> LayerScript:

@@ -177,6 +177,7 @@ def _program(footprint: Footprint, *, cudnn_width: int) -> Replayed:
         return traced
     profile, workload = footprint.profile, footprint.workload
     assert profile.body_script is not None
+    vision = profile.vision
     return Program(
         profile.body_script,
         profile.tower_script if workload.images else None,
@@ -185,7 +186,8 @@ def _program(footprint: Footprint, *, cudnn_width: int) -> Replayed:
         batch=workload.batch,
         new_tokens=workload.new_tokens,
         cudnn_width=cudnn_width,
-        keeps_states=profile.vision is not None and profile.vision.keeps_states,
+        keeps_states=vision is not None and vision.keeps_states,
+        holds_states=vision is not None and not vision.lets_go,
     )
 
 

@@ -61,10 +61,14 @@ def vision_bytes(profile: ModelProfile, workload: Workload, images: ImageLoad, i
         less = coefficient.intermediate_multiple * vision.intermediate
         more = _QUERY_STATES * vision.hidden if less else 0
         without = work + math.ceil(patches * (more - less) * item_bytes)
-        scores = pairs * (coefficient.eager_score_bytes or score_bytes(profile, workload))
+        scores = pairs * (coefficient.eager_scores * item_bytes or score_bytes(profile, workload))
         busiest = max(busiest, without + math.ceil(scores))
     features = images.features * batch * profile.text.hidden * item_bytes
-    if vision.lets_go:
+    # A training step holds what the projector read, too.
+    if vision.lets_go and workload.training is None:
         return pixels, pixels + busiest, features
-    states = patches * vision.hidden * item_bytes * max(1, coefficient.kept_of_taken * vision.taken)
-    return pixels, pixels + busiest, coefficient.kept_features * features + states
+    states = float(max(1, coefficient.kept_of_taken * vision.taken))
+    if vision.keeps_states and not vision.lets_go:
+        states += coefficient.second_states or vision.layers
+    kept = coefficient.kept_features * features + math.ceil(patches * vision.hidden * item_bytes * states)
+    return pixels, pixels + busiest, kept

@@ -37,8 +37,6 @@ from .weightless_units import complete_units
 
 MAX_UNITS = 2_000
 """The deepest published models have about 130 text layers (Llama 3.1 405B: 126); it bounds the time of a plan."""
-_USUAL_FRAMES = 2
-"""Of a patch of Qwen2-VL's kind, where the config does not say; a config of another kind that does not has one."""
 _RIGHT_CONFIG = "use the config.json that belongs to this checkpoint"
 
 
@@ -248,8 +246,10 @@ def _vision(
     files = ImageFiles(checkpoint.config, fields, checkpoint.processor or {}, checkpoint.prompts)
     tower_patch = shape.patch if shape else None
     rule = image_rule(rules.image or UNKNOWN, files, tower_patch, has_conv=f"{tower}.conv.weight" in tensors)
-    if shape is not None and rule is not None and rule.kind == "merge" and not (fields and fields.get("frames")):
-        shape = msgspec.structs.replace(shape, frames=_USUAL_FRAMES)
+    says_frames = fields is not None and fields.get("frames") is not None
+    if shape is not None and rules.image is not None and rules.image.kind != "merge" and not says_frames:
+        # Families that stack frames have another rule, Qwen2-VL's; of an unknown one nothing can be told.
+        shape = msgspec.structs.replace(shape, frames=1)
     family = checkpoint.config.get("model_type") or "this family"
     if rule is None and shape is not None:
         notes.append(f"How {family} turns images into tokens is unknown: image tokens are not counted.")

@@ -47,6 +47,10 @@ _MAX_DIMENSION = 2**31
 """Nothing real comes near; it keeps products of hostile numbers small."""
 
 
+_MOST_FRAMES = 2
+"""Of a patch, where the config does not say."""
+
+
 class Fields:
     """One part of a config, read by our own words.
 
@@ -288,7 +292,7 @@ def vision_shape(fields: Fields, tensors: Mapping[str, StoredTensor], tower: str
         heads=heads,
         patch=patch,
         kind=kind if isinstance(kind, str) else "",
-        frames=fields.get("frames") or 1,
+        frames=fields.get("frames") or _MOST_FRAMES,
     )
 
 

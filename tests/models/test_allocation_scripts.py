@@ -19,9 +19,11 @@ import pytest
 
 from vlm_doctor import load_machine
 from vlm_doctor.allocation import LayerScript, Made
+from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.allocator import SMALL_BYTES, Allocator
 from vlm_doctor.planner.image_tokens import ImageLoad, image_load, pictures
+from vlm_doctor.planner.installed import as_loaded
 from vlm_doctor.planner.replay import Held, Program, dimensions
 from vlm_doctor.planner.traced_footprint import trace_request
 from vlm_doctor.sources.checkpoint import Checkpoint, StoredTensor
@@ -96,7 +98,11 @@ def _model(name: str) -> tuple[ModelProfile, dict[str, Any]]:
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     fields = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     tensors = {name: StoredTensor("BF16", tuple(one.shape), 2 * one.numel()) for name, one in model.named_parameters()}
-    return build_profile(Checkpoint(fields, tensors), name=name, origin="checkpoint"), fields
+    profile = build_profile(Checkpoint(fields, tensors), name=name, origin="checkpoint")
+    packages = (Package(name="transformers", version=transformers.__version__),)
+    libraries = Libraries(python="3", executable="python", packages=packages)
+    here = msgspec.structs.replace(load_machine("1xA100"), libraries=libraries)
+    return as_loaded(profile, here), fields
 
 
 @cache
@@ -136,6 +142,8 @@ def _cases(name: str, has_cudnn: bool) -> tuple[Case, ...]:
                 batch=1,
                 new_tokens=2,
                 cudnn_width=request.cudnn_width,
+                keeps_states=profile.vision is not None and profile.vision.keeps_states,
+                holds_states=profile.vision is not None and not profile.vision.lets_go,
             ),
         )
         for (edge, load, _), run in zip(asked, traces.runs, strict=True)

@@ -211,6 +211,10 @@ def test_image_features_are_repeated_for_every_head_where_layers_read_them() -> 
         for seen in (images, msgspec.structs.replace(images, features=0))
     )
     assert 148 < (more - less) / 2**20 < 153
+    eager = Workload(attention="eager")
+    scores = layer_bytes(CROSS, profile, eager, images, 41, release=None) - more
+    # Of 41 tokens and all features; a mask of the prompt's own pairs is small beside.
+    assert scores == pytest.approx(32 * 41 * 6404 * 10, rel=0.01)
 
 
 def test_layers_of_a_mixture_are_told_by_their_size() -> None:

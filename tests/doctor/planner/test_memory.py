@@ -477,7 +477,7 @@ def test_logits_that_are_capped_or_scaled_exist_twice_in_a_plain_forward(family:
     assert older.work(4096).head == states + (1 if family == "paligemma" else times) * logits
 
 
-@pytest.mark.parametrize(("body", "times"), [("granite", 2), ("llama", 1)])
+@pytest.mark.parametrize(("body", "times"), [("granite", 2), ("hyperclovax", 2), ("llama", 1)])
 def test_an_embedding_that_is_multiplied_is_there_twice(body: str, times: int) -> None:
     """Granite Vision 3.2 2B with 7,000 tokens of text on two H200s: 32 MiB were missing where the prompt is embedded."""
     text = msgspec.structs.replace(llava_13b().text, body=body)

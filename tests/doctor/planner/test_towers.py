@@ -19,7 +19,7 @@ from vlm_doctor.planner.installed import as_loaded
 from vlm_doctor.planner.memory import Footprint
 from vlm_doctor.planner.settle import replay_of
 from vlm_doctor.planner.vision_work import pixels_bytes, tower_coefficient, vision_bytes
-from vlm_doctor.workload import Workload
+from vlm_doctor.workload import Training, Workload
 
 from .profiles import glm41v_9b, gpu, llava_13b, machine, with_transformers
 
@@ -198,6 +198,51 @@ def test_before_5_18_one_copy_of_the_features_is_all_that_stays(version: str | N
     assert kept["made_up"] == 2 * features + states
     own = llava_13b(model_type="internvl", vision=vision, is_remote_code=True)
     assert as_loaded(own, where).vision == vision
+
+
+def test_from_5_18_to_5_22_the_states_of_all_blocks_stay_until_the_answer() -> None:
+    """LLaVA-1.5 with four images, told and traced under 5.20: 15,174 and 15,180 MiB with the weights."""
+    vision = VisionShape(layers=24, hidden=1024, intermediate=4096, heads=16, patch=14, kind="clip_vision_model", frames=1)
+    images = ImageLoad(tokens=2304, features=2304, sequences=4, patches=577, patch=14)
+    state = 4 * 577 * 1024 * 2
+    held = {}
+    for version in ("5.17.0", "5.20.0", "5.23.0"):
+        profile = as_loaded(llava_13b(vision=vision), with_transformers(machine([80.0]), version))
+        held[version] = vision_bytes(profile, Workload(images=4), images, 2)[2]
+    assert held["5.20.0"] - held["5.23.0"] == 24 * state
+    assert held["5.17.0"] < held["5.23.0"]
+
+
+def test_the_replay_holds_them_too() -> None:
+    profile = load_profile("llava-1.5-7b", allow_network=False)
+    # Short enough that what stays of the tower decides, and not the tower at work.
+    workload = Workload(images=1, text_tokens=4000, new_tokens=2)
+    images, atoms = image_load(profile, workload), chain(profile).atoms
+    need = {}
+    for version in ("5.20.0", "5.23.0"):
+        there = with_transformers(machine([80.0]), version)
+        footprint = Footprint(as_loaded(profile, there), workload, images, atoms)
+        found = replay_of(footprint, [gpu(0, 80 * 2**30, 80 * 2**30, compute_capability=(9, 0))], there.libraries)
+        assert found is not None
+        need[version] = found.need((0, len(atoms)), 0, 80 * 2**30).activations_bytes
+    assert need["5.20.0"] - need["5.23.0"] == pytest.approx(24 * 577 * 1024 * 2, rel=0.05)
+
+
+def test_a_training_step_holds_what_the_projector_read() -> None:
+    vision = VisionShape(layers=24, hidden=1024, intermediate=4096, heads=16, patch=14)
+    older = as_loaded(llava_13b(vision=vision), with_transformers(machine([80.0]), "4.57.6"))
+    call, step = (
+        vision_bytes(older, workload, load(1024, 448), 2)[2] for workload in (Workload(), Workload(training=Training()))
+    )
+    assert step > call + 1024 * 1024 * 2
+
+
+@pytest.mark.parametrize(("version", "keeps"), [("4.57.6", True), ("5.0.0", False), ("5.23.0", False)])
+def test_cohere_2_keeps_states_in_the_fourth_generation_alone(version: str, keeps: bool) -> None:
+    vision = VisionShape(layers=27, hidden=1152, intermediate=4304, heads=16, patch=14)
+    profile = as_loaded(llava_13b(model_type="cohere2_vision", vision=vision), with_transformers(machine([80.0]), version))
+    assert profile.vision is not None
+    assert profile.vision.keeps_states == keeps
 
 
 def test_towers_of_older_releases_have_scripts_of_their_own() -> None:
