@@ -14,6 +14,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,21 +165,25 @@ def test_another_user_is_kept_out_and_a_folder_of_his_is_refused(warm: Warm) -> 
     warm.start()
     with as_nobody(lambda: socket.socket(socket.AF_UNIX).connect(str(warm.place.socket))) as answer:
         assert answer.startswith("PermissionError: ")
-    warm.place.folder.parent.chmod(0o755)
+    # The folder above is that of all warm hosts of this user, some of which may be starting just now: it stays closed, and
+    # the socket gets a second name.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        found = Path(folder, "socket")
+        found.hardlink_to(warm.place.socket)
+        found.chmod(0o777)
+        with as_nobody(lambda: wire.connect(found, 5)) as answer:
+            assert answer == "WireError: the process that listens there is another user's"
+
+        def ask() -> int:
+            """Bytes of the answer, from a host that anybody could reach."""
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(str(found))
+            return len(connection.recv(100))
+
+        with as_nobody(ask) as answer:
+            assert answer.partition(":")[0] in ("0", "ConnectionResetError")
     warm.place.folder.chmod(0o755)
-    warm.place.socket.chmod(0o777)
-    with as_nobody(lambda: wire.connect(warm.place.socket, 5)) as answer:
-        assert answer == "WireError: the process that listens there is another user's"
-
-    def ask() -> int:
-        """Bytes of the answer, from a host that anybody could reach."""
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(str(warm.place.socket))
-        return len(connection.recv(100))
-
-    with as_nobody(ask) as answer:
-        assert answer.partition(":")[0] in ("0", "ConnectionResetError")
-    warm.place.folder.parent.chmod(0o700)
     with pytest.raises(PlaceError, match="is not one that is this user's alone"):
         folder_for(str(warm.leases))
     warm.place.folder.chmod(0o700)
