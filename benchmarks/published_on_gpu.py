@@ -35,8 +35,8 @@ from published_dimensions import PUBLISHED, WORKLOADS
 
 from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.planner import plan
-from vlm_doctor.planner.image_tokens import image_load, pictures
 from vlm_doctor.probes.loading import workload_options
+from vlm_doctor.probes.trial_run import work_of
 from vlm_doctor.probes.try_prompt import make_prompt
 from vlm_doctor.sources import collect
 from vlm_doctor.sources.model_files import load_profile
@@ -81,15 +81,9 @@ def prompt_of(model: Any, profile: Any, workload: Workload, folder: str) -> tupl
     """Inputs of a call, and how many tokens more than planned its prompt has."""
     import transformers
 
-    counted, images = image_load(profile, workload).tokens, pictures(profile, workload)
-    work = {
-        "batch": workload.batch,
-        "pictures": None if images is None else msgspec.to_builtins(images),
-        "image_tokens": counted,
-        "prompt_tokens": counted + workload.text_tokens,
-    }
+    work = work_of(profile, workload)
     inputs, tokens, _, _ = make_prompt(transformers, model, work, name=folder, revision=None, trust_remote_code=False)
-    return inputs, tokens - counted - workload.text_tokens
+    return inputs, tokens - work["prompt_tokens"]
 
 
 def briefly(profile: Any, planned: Any) -> dict[str, Any]:

@@ -143,6 +143,10 @@ class TextShape(msgspec.Struct, frozen=True, kw_only=True):
         return (self.full_kv_heads, self.full_head_dim) if has_own else (self.kv_heads, self.head_dim)
 
 
+MOST_FRAMES = 2
+"""Of a patch, where nobody says how many."""
+
+
 class VisionShape(msgspec.Struct, frozen=True, kw_only=True):
     """Dimensions of the vision tower. Source: ``vision_config`` of config.json."""
 
@@ -156,7 +160,7 @@ class VisionShape(msgspec.Struct, frozen=True, kw_only=True):
     """``model_type`` of its config, such as ``pixtral``; empty where the config names none."""
     taken: int = 1
     """Blocks whose states are features (``vision_feature_layer``)."""
-    frames: int = 2
+    frames: int = MOST_FRAMES
     """Frames of a patch: Qwen2-VL and GLM-4.1V stack two even for a still image, others have one."""
     keeps_states: bool = False
     """The machine's transformers keeps what every block gives until the tower is done, or until the answer."""

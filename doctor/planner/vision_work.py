@@ -7,7 +7,7 @@ import math
 import msgspec
 
 from ..data.activations import PIXEL_MASK_BYTES, VisionCoefficient, vision_coefficient
-from ..model import ModelProfile
+from ..model import MOST_FRAMES, ModelProfile
 from ..workload import Workload
 from .image_tokens import ImageLoad
 from .weights import score_bytes
@@ -15,8 +15,6 @@ from .weights import score_bytes
 _CHANNELS = 3
 _QUERY_STATES = 2
 """Hidden states of a patch that eager attention has beside those of its MLP. Measured on two H200s, with SigLIP."""
-_MOST_FRAMES = 2
-"""Of a patch of a tower that is not known."""
 
 
 def tower_coefficient(profile: ModelProfile) -> VisionCoefficient:
@@ -36,7 +34,7 @@ def tower_coefficient(profile: ModelProfile) -> VisionCoefficient:
 
 def pixels_bytes(profile: ModelProfile, images: ImageLoad, item_bytes: int) -> int:
     """Bytes of the pixels of one prompt as they are given to the model, and of the mask beside them."""
-    frames = _MOST_FRAMES if profile.vision is None else profile.vision.frames
+    frames = MOST_FRAMES if profile.vision is None else profile.vision.frames
     each = _CHANNELS * frames * item_bytes + PIXEL_MASK_BYTES.get(profile.model_type, 0)
     return images.sequences * images.patches * images.patch**2 * each
 

@@ -99,7 +99,7 @@ class Trier:
             "attention": self.workload.attention,
             "quantization": self.workload.quantization,
             "trust_remote_code": self._trust_remote_code,
-            "work": _work(self._profile, self.workload),
+            "work": work_of(self._profile, self.workload),
             "blocks": _blocks(self._profile),
             "parent": os.getpid(),
         }
@@ -114,7 +114,7 @@ class Trier:
         return understand(child.outcome(), route)
 
 
-def _work(profile: ModelProfile, workload: Workload) -> dict[str, Any]:
+def work_of(profile: ModelProfile, workload: Workload) -> dict[str, Any]:
     """The call in numbers, as the planner counts them."""
     load = image_load(profile, workload)
     images = pictures(profile, workload)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from ..data.config_defaults import PARTS, SHAPES
 from ..data.remote_registration import REMOTE_TOWERS
 from ..errors import ModelFileError
-from ..model import LayerCache, TextShape, VisionShape
+from ..model import MOST_FRAMES, LayerCache, TextShape, VisionShape
 from .checkpoint import StoredTensor
 from .layer_caches import layer_caches, named_layers
 from .shapes_from_tensors import kv_heads as kv_heads_of
@@ -45,10 +45,6 @@ _LISTS = frozenset({"moe_intermediate_size", "experts"})
 
 _MAX_DIMENSION = 2**31
 """Nothing real comes near; it keeps products of hostile numbers small."""
-
-
-_MOST_FRAMES = 2
-"""Of a patch, where the config does not say."""
 
 
 class Fields:
@@ -292,7 +288,7 @@ def vision_shape(fields: Fields, tensors: Mapping[str, StoredTensor], tower: str
         heads=heads,
         patch=patch,
         kind=kind if isinstance(kind, str) else "",
-        frames=fields.get("frames") or _MOST_FRAMES,
+        frames=fields.get("frames") or MOST_FRAMES,
     )
 
 

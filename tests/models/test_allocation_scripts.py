@@ -19,7 +19,6 @@ import pytest
 
 from vlm_doctor import load_machine
 from vlm_doctor.allocation import LayerScript, Made
-from vlm_doctor.machine import Libraries, Package
 from vlm_doctor.model import ModelProfile
 from vlm_doctor.planner.allocator import SMALL_BYTES, Allocator
 from vlm_doctor.planner.image_tokens import ImageLoad, image_load, pictures
@@ -33,6 +32,8 @@ from vlm_doctor.sources.trace import FOLDER, PROGRAM, understand
 from vlm_doctor.trace import BEFORE, TOWER, Trace
 from vlm_doctor.units import MIB
 from vlm_doctor.workload import Workload
+
+from ..doctor.planner.profiles import with_transformers
 
 pytestmark = pytest.mark.models
 
@@ -99,10 +100,7 @@ def _model(name: str) -> tuple[ModelProfile, dict[str, Any]]:
     fields = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     tensors = {name: StoredTensor("BF16", tuple(one.shape), 2 * one.numel()) for name, one in model.named_parameters()}
     profile = build_profile(Checkpoint(fields, tensors), name=name, origin="checkpoint")
-    packages = (Package(name="transformers", version=transformers.__version__),)
-    libraries = Libraries(python="3", executable="python", packages=packages)
-    here = msgspec.structs.replace(load_machine("1xA100"), libraries=libraries)
-    return as_loaded(profile, here), fields
+    return as_loaded(profile, with_transformers(load_machine("1xA100"), transformers.__version__)), fields
 
 
 @cache

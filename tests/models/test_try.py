@@ -27,7 +27,7 @@ from pytest_vlmgpu.testing import TINY_FAMILIES  # noqa: E402
 from vlm_doctor import load_profile  # noqa: E402
 from vlm_doctor.probes import try_child, try_prompt  # noqa: E402
 from vlm_doctor.probes.loading import load_processor  # noqa: E402
-from vlm_doctor.probes.trial_run import _blocks, _work, understand  # noqa: E402
+from vlm_doctor.probes.trial_run import _blocks, understand, work_of  # noqa: E402
 from vlm_doctor.sources.child import Outcome  # noqa: E402
 from vlm_doctor.trace import Pictures  # noqa: E402
 from vlm_doctor.trial import Attempt  # noqa: E402
@@ -55,7 +55,7 @@ def tried(folder: Path, workload: Workload = LLAVA, *, before: Callable[[Any], N
         "attention": "sdpa",
         "quantization": None,
         "trust_remote_code": False,
-        "work": _work(profile, workload),
+        "work": work_of(profile, workload),
         "blocks": _blocks(profile),
     }
     try_child.main(say, **{**arguments, **more})
@@ -86,7 +86,8 @@ def test_a_tiny_model_of_each_family_loads_and_answers(tiny_vlms: Mapping[str, P
     assert (attempt.is_finite, attempt.is_repeatable) == (True, True)
     assert (attempt.astray_count, attempt.cut_count, attempt.missing_count) == (0, 0, 0)
     assert attempt.notes == ()
-    assert attempt.prompt_tokens == pytest.approx(_work(load_profile(str(tiny_vlms[family])), CALL)["prompt_tokens"], abs=8)
+    planned = work_of(load_profile(str(tiny_vlms[family])), CALL)["prompt_tokens"]
+    assert attempt.prompt_tokens == pytest.approx(planned, abs=8)
     assert len(attempt.text or "") == 4
     assert set(attempt.held_bytes) == {"cpu"}
 
@@ -160,7 +161,7 @@ def test_a_prompt_of_shapes_has_room_for_a_word_behind_each_image(copy: Path) ->
     for name in ("preprocessor_config.json", "processor_config.json"):
         (copy / name).unlink()
     several = Workload(images=3, text_tokens=1, new_tokens=2)
-    planned = _work(load_profile(str(copy)), several)
+    planned = work_of(load_profile(str(copy)), several)
 
     attempt = tried(copy, several)
 
